@@ -1,0 +1,43 @@
+"""DropConnect by surgery on models that already exist.
+
+    from surgery import apply_dropconnect, strip_dropconnect
+
+    apply_dropconnect(model, targets=["*.fc*"], p=0.3)   # in place; returns the model
+    ...                                                  # train as always
+    strip_dropconnect(model)                             # the plain model again, bit for bit
+"""
+
+from .api import (
+    apply_dropconnect,
+    dropconnect_sites,
+    hold_masks,
+    plan_dropconnect,
+    set_p,
+    strip_dropconnect,
+)
+from .checkpoint import load_dropconnect, plain_state_dict, save_dropconnect
+from .config import DropConnectConfig
+from .errors import NoMatchError, NotOperatedError, SurgeryError
+from .modules import DropConnectModule
+from .plan import Plan, Site
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DropConnectConfig",
+    "DropConnectModule",
+    "NoMatchError",
+    "NotOperatedError",
+    "Plan",
+    "Site",
+    "SurgeryError",
+    "apply_dropconnect",
+    "dropconnect_sites",
+    "hold_masks",
+    "load_dropconnect",
+    "plain_state_dict",
+    "plan_dropconnect",
+    "save_dropconnect",
+    "set_p",
+    "strip_dropconnect",
+]

@@ -1,0 +1,205 @@
+"""The public verbs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from .config import DropConnectConfig, check_p
+from .errors import NotOperatedError
+from .modules.operated import DropConnectModule, SiteState, operated_modules
+from .ops import draw_key
+from .plan import Plan
+from .prepare import Prepared, prepare
+from .select import Catalogue, select
+from .surgeon import current_plan, operate, undo
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def plan_dropconnect(
+    model: nn.Module,
+    targets: Any,
+    p: float | None = None,
+    *,
+    exclude: Any = None,
+    config: DropConnectConfig | None = None,
+    **options: Any,
+) -> Plan:
+    """The sites that `apply_dropconnect` with the same arguments would operate on.
+
+    Changes nothing. Arguments and errors are those of `apply_dropconnect`.
+    """
+    return _prepare(model, targets, p, exclude, config, options).plan
+
+
+def apply_dropconnect(
+    model: Model,
+    targets: Any,
+    p: float | None = None,
+    *,
+    exclude: Any = None,
+    config: DropConnectConfig | None = None,
+    **options: Any,
+) -> Model:
+    """Put DropConnect on the weights that `targets` names, in place.
+
+    In training, each forward call of a module uses `A + m * (W - A) / (1 - p)` for its weight `W`,
+    with a fresh keep mask `m` (Wan et al. 2013, section 3, scaled so that the expectation is `W`).
+    In `eval()` the model is the one it was, unless `inference="sample"`.
+
+    The parameter is stored as `<name>_raw`; `module.<name>` still reads it. Nothing is copied, so an
+    optimizer made before or after goes on working. A model that already has DropConnect is extended
+    by sites it does not have.
+
+    Args:
+        model: any `torch.nn.Module`. It is changed only if the whole plan can be carried out.
+        targets: what to drop. One of, or a list of:
+
+            * a glob over module names (`"*.fc*"`, which also finds `fc1` at the root), meaning the
+              weights which that kind of module drops by default: no biases, no norms, and for an
+              RNN its `weight_hh`. A glob that matches no module is tried on parameter names, and
+              then means exactly those (`"*.weight_ih_l0"`).
+            * `"re:..."`, a regular expression that must match the whole name, otherwise the same.
+            * a module class.
+            * `"all-linear"`: every Linear and transformers Conv1D except the output head.
+
+            Or a mapping of any of these to a p or a `DropConnectConfig` (the first match counts),
+            or a `Plan`.
+        p: probability of dropping, in [0, 1]. Default 0.5.
+        exclude: what not to drop, in the same forms. A module's name excludes all it owns. Of a tied
+            weight, the users that are not excluded drop.
+        config: all options at once; `p` and `options` replace its fields.
+        **options: fields of `DropConnectConfig`: `unit`, `toward`, `sampling`, `inference`, `bias`,
+            `ranks`.
+
+    Returns:
+        the same model.
+
+    Raises:
+        NoMatchError: a pattern matches nothing; the message lists the nearest names.
+        SurgeryError: a site cannot be operated on (already operated, quantised, sharded, read by
+            nothing, ...); the message names the site, the rule and the fix.
+        ValueError, TypeError: an option has a wrong value.
+
+    Example:
+        >>> model = torch.nn.Sequential(OrderedDict(fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 2)))
+        >>> apply_dropconnect(model, targets=["*.fc*"], p=0.3)
+    """
+    operate(_prepare(model, targets, p, exclude, config, options))
+    return model
+
+
+def strip_dropconnect(model: Model) -> Model:
+    """Take DropConnect out of `model`, in place: the exact inverse of `apply_dropconnect`.
+
+    Every parameter is the same object under its old name and at its old place; classes, hooks and
+    tying are as before.
+
+    Returns:
+        the same model.
+
+    Raises:
+        NotOperatedError: no DropConnect is in place.
+        SurgeryError: something else changed the class of a module since (`fully_shard`).
+    """
+    undo(model)
+    return model
+
+
+def dropconnect_sites(model: nn.Module) -> Plan:
+    """The sites that are in place in `model` now; an empty plan if there are none."""
+    return current_plan(model)
+
+
+def set_p(model: nn.Module, p: float, targets: Any = None) -> None:
+    """Change the drop probability of sites in place, without recompiling compiled models.
+
+    Args:
+        p: probability of dropping, in [0, 1].
+        targets: which sites, as in `apply_dropconnect`; None means all.
+
+    Raises:
+        NotOperatedError: the model, or a parameter that `targets` names, has no DropConnect.
+    """
+    value = check_p(p)
+    for state in _states(model, targets):
+        state.set_p(value)
+
+
+@contextlib.contextmanager
+def hold_masks(model: nn.Module) -> Iterator[None]:
+    """Every mask drawn once, now, and used by every forward call until exit.
+
+    For loops written by hand over cells, which need one mask for a whole sequence (Gal and Ghahramani
+    2016; AWD-LSTM):
+
+        with hold_masks(cell):
+            for x in sequence:
+                h = cell(x, h)
+
+    Masked weights stay in memory until exit. With activation checkpointing, call `backward` inside.
+
+    Raises:
+        NotOperatedError: no DropConnect is in place.
+        RuntimeError: masks are already held.
+    """
+    states = [
+        (module, state)
+        for _, module in operated_modules(model)
+        for state in module._dropconnect.values()
+    ]
+    if not states:
+        raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place to hold")
+    if any(state.held_key is not None for _, state in states):
+        raise RuntimeError("hold_masks is already active on this model; leave that context first")
+    for module, state in states:
+        state.held_key = _key_to_hold(module, state)
+    try:
+        yield
+    finally:
+        for _, state in states:
+            state.held_key = state.held = None
+
+
+def _key_to_hold(module: DropConnectModule, state: SiteState) -> Tensor:
+    leader = module._dropconnect.get(state.follows) if state.follows is not None else None
+    if leader is not None and leader.held_key is not None:
+        return leader.held_key
+    return draw_key(getattr(module, state.raw).device, state.rank)
+
+
+def _prepare(
+    model: nn.Module,
+    targets: Any,
+    p: float | None,
+    exclude: Any,
+    config: DropConnectConfig | None,
+    options: dict[str, Any],
+) -> Prepared:
+    base = config if config is not None else DropConnectConfig()
+    if p is not None:
+        options = {"p": check_p(p), **options}
+    return prepare(model, targets, exclude, base.replace(**options) if options else base)
+
+
+def _states(model: nn.Module, targets: Any) -> list[SiteState]:
+    every = [
+        state for _, module in operated_modules(model) for state in module._dropconnect.values()
+    ]
+    if not every:
+        raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place")
+    if targets is None:
+        return every
+    found = []
+    choices, _ = select(Catalogue(model), targets, None, DropConnectConfig())
+    for choice in choices:
+        if isinstance(choice.module, DropConnectModule) and choice.name in choice.module._dropconnect:
+            found.append(choice.module._dropconnect[choice.name])
+    if not found:
+        raise NotOperatedError(f"targets={targets!r} names weights, but none has DropConnect")
+    return found
+

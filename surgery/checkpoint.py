@@ -1,0 +1,179 @@
+"""Raw keys and plain keys, and the small files of our own that lie beside a plain checkpoint.
+
+`dropconnect.json` holds the plan. `dropconnect_anchors.safetensors` holds the pretrained weights that
+dropped weights go toward, and is written only if there are any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .api import apply_dropconnect
+from .config import FORMAT_VERSION
+from .errors import NotOperatedError, SurgeryError
+from .modules.operated import DropConnectModule
+from .plan import Plan, join
+from .surgeon import current_plan
+
+PLAN_FILE = "dropconnect.json"
+ANCHORS_FILE = "dropconnect_anchors.safetensors"
+
+Model = TypeVar("Model", bound=nn.Module)
+Value = TypeVar("Value")
+
+
+def plain_keys(model: nn.Module) -> dict[str, str | None]:
+    """The plain name of every key that DropConnect adds to `state_dict()`; None for anchors."""
+    keys: dict[str, str | None] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, DropConnectModule):
+            for state in module._dropconnect.values():
+                keys[join(name, state.raw)] = join(name, state.name)
+                if state.anchor is not None:
+                    keys[join(name, state.anchor)] = None
+    return keys
+
+
+def plain_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Value] | None = None
+) -> dict[str, Tensor | Value]:
+    """The state dict with the keys that the model has without DropConnect, in the same order.
+
+    Args:
+        model: operated or not; not changed.
+        state_dict: a state dict of this model to rename, for example one that was gathered from
+            shards; default `model.state_dict()`. Tensors are not copied.
+    """
+    source: Mapping[str, Any] = model.state_dict() if state_dict is None else state_dict
+    keys = plain_keys(model)
+    plain = {keys.get(key, key): value for key, value in source.items()}
+    return {key: value for key, value in plain.items() if key is not None}
+
+
+def anchors(model: nn.Module) -> dict[str, Tensor]:
+    """The anchors by the plain name of their weight; a tied one once."""
+    found: dict[str, Tensor] = {}
+    for site in current_plan(model):
+        if site.config.toward == "pretrained":
+            module = model.get_submodule(site.module)
+            assert isinstance(module, DropConnectModule)
+            state = module._dropconnect[site.parameter]
+            found[site.name] = getattr(module, str(state.anchor))
+    return found
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes, dtypes and bytes: equal if and only if the tensors are."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+        total.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the plan, and the anchors if there are any, into `directory`.
+
+    Each file appears whole or not at all.
+
+    Raises:
+        NotOperatedError: no DropConnect is in place.
+    """
+    plan = current_plan(model)
+    if not plan.sites:
+        raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place to save")
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = anchors(model)
+    form: dict[str, Any] = {"version": FORMAT_VERSION, "plan": plan.to_json(), "anchors": None}
+    if kept:
+        form["anchors"] = {"file": ANCHORS_FILE, "sha256": digest(kept)}
+        with _whole_file(folder / ANCHORS_FILE) as path:
+            save_file({name: tensor.contiguous() for name, tensor in kept.items()}, path)
+    with _whole_file(folder / PLAN_FILE) as path:
+        Path(path).write_text(json.dumps(form, indent=1) + "\n", encoding="utf-8")
+    if not kept:
+        (folder / ANCHORS_FILE).unlink(missing_ok=True)
+
+
+def load_dropconnect(model: Model, directory: str | os.PathLike[str]) -> Model:
+    """Put DropConnect in place as it was saved in `directory`, in place, anchors included.
+
+    The weights are not touched: load them as for the plain model.
+
+    Raises:
+        FileNotFoundError: the directory holds no `dropconnect.json`.
+        SurgeryError: the model does not have the sites, the anchors do not fit, or the files are
+            damaged or of another version.
+    """
+    plan, kept = read_dropconnect(directory)
+    wanted = {site.name: site for site in plan if site.config.toward == "pretrained"}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in kept.items():
+        if name in named and named[name].shape != tensor.shape:
+            raise SurgeryError(
+                f"anchor {name!r} has shape {tuple(tensor.shape)}, the weight {tuple(named[name].shape)}"
+            )
+    if set(kept) != set(wanted):
+        raise SurgeryError(f"{ANCHORS_FILE} does not hold exactly the anchors of {PLAN_FILE}")
+    apply_dropconnect(model, plan)
+    set_anchors(model, kept)
+    return model
+
+
+def set_anchors(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    """Copy values into the anchors of `model`, by the plain name of their weight."""
+    for name, anchor in anchors(model).items():
+        anchor.copy_(kept[name])
+
+
+def read_dropconnect(directory: str | os.PathLike[str]) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan and the anchors that `save_dropconnect` wrote; checks version and digest."""
+    path = Path(directory) / PLAN_FILE
+    try:
+        form = json.loads(path.read_text(encoding="utf-8"))
+        version, record = form["version"], form["anchors"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise SurgeryError(f"{path} is not a file of save_dropconnect: {error!r}") from error
+    if version != FORMAT_VERSION:
+        raise SurgeryError(f"{path} has format {version!r}; this release reads {FORMAT_VERSION}")
+    plan = Plan.from_json(form["plan"])
+    if record is None:
+        return plan, {}
+    file = Path(directory) / record["file"]
+    if not file.is_file():
+        raise SurgeryError(f"{path} refers to anchors in {file.name}, which is missing")
+    kept = load_file(file)
+    if digest(kept) != record["sha256"]:
+        raise SurgeryError(f"{file} is damaged: its content does not match {PLAN_FILE}")
+    return plan, kept
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[str]:
+    """A temporary path beside `path`, which replaces it once it is written and on disk."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,6 @@
+"""Modules: their kinds, what they read, and how an operated one behaves."""
+
+from .kinds import Axes, Kind, kind_of, register_kind
+from .operated import DropConnectModule, SiteState
+
+__all__ = ["Axes", "DropConnectModule", "Kind", "SiteState", "kind_of", "register_kind"]

@@ -1,0 +1,213 @@
+"""The kinds of module: which weights DropConnect takes by default, and what their dimensions mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..config import Unit
+from ..ops import Layout
+from .operated import plain_parameters
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The meaning of a weight's dimensions, after viewing it with shape `view`."""
+
+    view: tuple[int, ...]
+    input: tuple[int, ...]
+    """Dimensions along which the input feature varies; () for a bias, the weight of a constant 1."""
+    output: tuple[int, ...]
+    """Dimensions along which the pre-activation varies."""
+
+
+AxesOf = Callable[[nn.Module, str, Tensor], "Axes | None"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How one family of module classes is operated on. Register with `register_kind`."""
+
+    name: str
+    """Shown in plans."""
+
+    classes: tuple[type[nn.Module], ...]
+
+    weights: Callable[[nn.Module], Sequence[str]]
+    """Names, relative to the module, of the parameters that a target naming the module means."""
+
+    axes: AxesOf
+    """Meaning of the dimensions of a parameter; None if unknown (then only the units `element` and
+    `tensor` can be used)."""
+
+    bias: Callable[[str], str | None]
+    """Name of the bias that goes with a weight, or None."""
+
+    refuse: Callable[[nn.Module, str], str | None] = lambda module, name: None
+    """Why this parameter of this module cannot be operated on and what to do, or None."""
+
+    linear: bool = False
+    """Whether the target `"all-linear"` takes it."""
+
+
+_kinds: list[Kind] = []
+
+
+def register_kind(kind: Kind) -> None:
+    """Add a kind. Kinds registered later are asked first, so a subclass can have its own."""
+    _kinds.insert(0, kind)
+
+
+def kind_of(module: nn.Module) -> Kind:
+    """The kind of a module; `OTHER` if none was registered for its class."""
+    for kind in _kinds:
+        if isinstance(module, kind.classes):
+            return kind
+    return OTHER
+
+
+def layout_of(module: nn.Module, name: str, weight: Tensor, unit: Unit) -> Layout | None:
+    """Which weights share a mask entry, or None if the unit has no meaning for this parameter."""
+    if unit == "element":
+        return Layout.elements(weight.numel())
+    if unit == "tensor":
+        return Layout.shared(tuple(weight.shape), ())
+    axes = kind_of(module).axes(module, name, weight)
+    if axes is None:
+        return None
+    return Layout.shared(axes.view, axes.input if unit == "input" else axes.output)
+
+
+def follows_weight(unit: Unit) -> bool:
+    """Whether a bias takes the mask of its weight: a dropped row drops its bias too."""
+    return unit in ("output", "tensor")
+
+
+def _weight(module: nn.Module) -> Sequence[str]:
+    return ("weight",)
+
+
+def _bias(name: str) -> str | None:
+    """`bias_hh_l0` of `weight_hh_l0`, `in_proj_bias` of `in_proj_weight`."""
+    return name.replace("weight", "bias") if "weight" in name else None
+
+
+def _rows(name: str, weight: Tensor) -> Axes | None:
+    """A matrix with outputs along rows, or a vector of outputs."""
+    if weight.ndim == 1:
+        return Axes(tuple(weight.shape), input=(), output=(0,))
+    return Axes(tuple(weight.shape), input=(1,), output=(0,)) if weight.ndim == 2 else None
+
+
+def _matrix(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
+    return _rows(name, weight)
+
+
+def _columns(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
+    """A matrix with inputs along rows (Embedding: a word is an input; transformers' Conv1D)."""
+    if weight.ndim != 2:
+        return _rows(name, weight)
+    return Axes(tuple(weight.shape), input=(0,), output=(1,))
+
+
+def _conv(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
+    """Views (group, output in group, input in group, kernel)."""
+    if weight.ndim == 1:
+        return _rows(name, weight)
+    groups = module.groups
+    assert isinstance(groups, int)
+    first, second = weight.shape[:2]
+    kernel = weight.numel() // max(first * second, 1)
+    view = (groups, first // groups, second, kernel)
+    if getattr(module, "transposed", False):
+        return Axes(view, input=(0, 1), output=(0, 2))
+    return Axes(view, input=(0, 2), output=(0, 1))
+
+
+def _attention(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
+    """The packed projection is three matrices on top of each other: query, key and value."""
+    if not name.startswith("in_proj_"):
+        return _rows(name, weight)
+    if weight.ndim == 1:
+        return Axes((3, weight.shape[0] // 3), input=(0,), output=(0, 1))
+    return Axes((3, weight.shape[0] // 3, weight.shape[1]), input=(0, 2), output=(0, 1))
+
+
+def _attention_weights(module: nn.Module) -> Sequence[str]:
+    packed = dict(plain_parameters(module)).get("in_proj_weight") is not None
+    separate = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    return (*(("in_proj_weight",) if packed else separate), "out_proj.weight")
+
+
+def _attention_bias(name: str) -> str | None:
+    """The separate projections share one packed bias, which goes with none of them alone."""
+    return _bias(name) if name == "in_proj_weight" else None
+
+
+def _recurrent_weights(module: nn.Module) -> Sequence[str]:
+    """The AWD-LSTM convention: hidden to hidden, every layer and direction."""
+    return tuple(name for name, _ in plain_parameters(module) if name.startswith("weight_hh"))
+
+
+def _refuse_embedding(module: nn.Module, name: str) -> str | None:
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm rewrites the weight in its forward; construct the Embedding without max_norm"
+    if getattr(module, "sparse", False):
+        return "a sparse gradient cannot pass a mask; construct the Embedding with sparse=False"
+    return None
+
+
+def _nothing(module: nn.Module) -> Sequence[str]:
+    return ()
+
+
+OTHER = Kind(
+    name="other",
+    classes=(nn.Module,),
+    weights=_nothing,
+    axes=lambda module, name, weight: None,
+    bias=lambda name: None,
+)
+"""Any other module: parameters only if named, masks by element or as a whole."""
+
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+for _kind in (
+    Kind(name="linear", classes=(nn.Linear,), weights=_weight, axes=_matrix, bias=_bias, linear=True),
+    Kind(name="conv", classes=_CONVOLUTIONS, weights=_weight, axes=_conv, bias=_bias),
+    Kind(
+        name="embedding",
+        classes=(nn.Embedding,),
+        weights=_weight,
+        axes=_columns,
+        bias=lambda name: None,
+        refuse=_refuse_embedding,
+    ),
+    Kind(
+        name="rnn", classes=(nn.RNNBase,), weights=_recurrent_weights, axes=_matrix, bias=_bias
+    ),
+    Kind(
+        name="rnn-cell",
+        classes=(nn.RNNCellBase,),
+        weights=lambda module: ("weight_hh",),
+        axes=_matrix,
+        bias=_bias,
+    ),
+    Kind(
+        name="attention",
+        classes=(nn.MultiheadAttention,),
+        weights=_attention_weights,
+        axes=_attention,
+        bias=_attention_bias,
+    ),
+):
+    register_kind(_kind)

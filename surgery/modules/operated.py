@@ -1,0 +1,311 @@
+"""How a module holds DropConnect: its class is swapped for a subclass made here.
+
+The module object stays; hooks, attributes and `isinstance` keep working. In the subclass
+
+* the parameter `weight` is registered as `weight_raw`, in the same place and order;
+* `module.weight` is a property: the masked weight while a forward runs, the raw `Parameter` otherwise;
+* `forward` draws the masks, runs the forward of the original class, and lets the masks go.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import DropConnectConfig
+from ..ops import Law, Layout, draw_key, drop_weight
+from ..recompute import Recipe, address_of, can_recompute, recompute_masked_weights
+
+
+def raw_name(name: str) -> str:
+    """Name of the stored parameter while DropConnect is in place."""
+    return f"{name}_raw"
+
+
+def anchor_name(name: str) -> str:
+    """Name of the buffer that holds the pretrained weight, for `toward="pretrained"`."""
+    return f"{name}_anchor"
+
+
+class SiteState:
+    """What one module knows of one of its operated parameters. Holds no parameter itself."""
+
+    def __init__(
+        self, name: str, kind: str, config: DropConnectConfig, layout: Layout, follows: str | None
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.config = config
+        self.layout = layout
+        self.follows = follows
+        """Name of the parameter in this module whose key this one uses (a bias whose mask is that
+        of its weight), or None."""
+        self.raw = raw_name(name)
+        self.live = f"_{name}_live"
+        self.anchor = anchor_name(name) if config.toward == "pretrained" else None
+        self.law: Law | None = None
+        self.held_key: Tensor | None = None
+        self.held: tuple[Any, Tensor] | None = None
+        """While masks are held: (what the masked weight was computed from, the masked weight)."""
+
+    def set_p(self, p: float) -> None:
+        """Change the drop probability. The law is made anew, so that a backward pass under way
+        still uses the old one."""
+        self.config = self.config.replace(p=p)
+        if self.law is not None:
+            self.law = Law.of(p, self.law.threshold.device, self.law.scale.dtype)
+
+    def law_for(self, raw: Tensor, keep: bool = True) -> Law:
+        """The law on the weight's device; computed again when the weight has moved."""
+        law = self.law
+        if law is None or not law.fits(raw):
+            law = Law.of(self.config.p, raw.device, raw.dtype)
+            if keep:
+                self.law = law
+        return law
+
+    @property
+    def rank(self) -> int:
+        """The process rank that is mixed into keys; 0 outside of distributed training."""
+        dist = torch.distributed
+        if self.config.ranks == "same" or not dist.is_available() or not dist.is_initialized():
+            return 0
+        return dist.get_rank()
+
+    def active(self, training: bool) -> bool:
+        """Whether a forward drops anything. The value of p is looked at in eager mode only: in a
+        compiled graph it is data, so that it can change without recompiling."""
+        if not training and self.config.inference != "sample":
+            return False
+        return torch.compiler.is_compiling() or self.config.p > 0.0
+
+
+class DropConnectModule(nn.Module):
+    """Marker and shared behaviour of every operated module: `isinstance(m, DropConnectModule)`.
+
+    Instances are never constructed; `operate` in `surgery.surgeon` swaps the class of a module.
+    """
+
+    _dropconnect: dict[str, SiteState]
+    """State by plain parameter name; empty for a module that only draws for its children."""
+
+    _dropconnect_draws: tuple[str, ...]
+    """Relative names of descendants whose weights this module's forward reads itself."""
+
+    _dropconnect_class: tuple[type[nn.Module], tuple[str, ...], tuple[type, ...]]
+    """Arguments of `operated_class` that made this class."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Assigning a `Parameter` to a plain name (tying, resizing) replaces the raw one."""
+        super().register_parameter(raw_name(name) if name in self._dropconnect else name, param)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Accept plain keys and raw keys. With a plain key the anchor, which a plain checkpoint does
+        not have, stays as it is."""
+        for state in self._dropconnect.values():
+            plain, raw = prefix + state.name, prefix + state.raw
+            if plain in state_dict and raw not in state_dict:
+                state_dict[raw] = state_dict.pop(plain)
+                if state.anchor is not None:
+                    state_dict.setdefault(prefix + state.anchor, getattr(self, state.anchor))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle by the original class, since this one exists only at run time."""
+        reduced = super().__reduce_ex__(protocol)
+        if not isinstance(reduced, tuple) or len(reduced) < 3:
+            raise TypeError(f"cannot copy or pickle an operated {type(self).__name__}")
+        return (_new_operated, self._dropconnect_class, *reduced[2:])
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        parts += [f"{s.name}: dropconnect p={s.config.p:g}" for s in self._dropconnect.values()]
+        return ", ".join(part for part in parts if part)
+
+
+def _new_operated(base: type[nn.Module], names: tuple[str, ...], mixins: tuple[type, ...]) -> Any:
+    cls = operated_class(base, names, mixins)
+    return cls.__new__(cls)
+
+
+@functools.lru_cache(maxsize=None)
+def operated_class(
+    base: type[nn.Module], names: tuple[str, ...], mixins: tuple[type, ...] = ()
+) -> type[DropConnectModule]:
+    """The subclass of `base` whose parameters `names` are operated.
+
+    It has the name of `base`, which other libraries look at (`config.architectures`, accelerate's
+    `no_split_module_classes`). `mixins` come before `base` in the method order; they are how an
+    adapter adds to a class (see `surgery.plugins`).
+    """
+    body: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_dropconnect_class": (base, names, mixins),
+    }
+    for name in names:
+        body[name] = _weight_property(name)
+    if isinstance(base, type) and issubclass(base, nn.RNNBase):
+        body["_flat_weights"] = property(_flat_weights, _ignore_flat_weights)
+    body["forward"] = _forward(base)
+    return type(base.__name__, (DropConnectModule, *mixins, base), body)
+
+
+def _weight_property(name: str) -> property:
+    live, raw = f"_{name}_live", raw_name(name)
+
+    def get(self: nn.Module) -> Any:
+        used = self.__dict__[live]
+        return getattr(self, raw) if used is None else used
+
+    def refuse(self: nn.Module, value: Any) -> None:
+        raise TypeError(
+            f"cannot assign {type(value).__name__} to {name!r}: assign a torch.nn.Parameter, or write "
+            f"to {raw!r} in place (DropConnect is in place; strip_dropconnect takes it out)"
+        )
+
+    def keep(self: nn.Module) -> None:
+        raise AttributeError(
+            f"cannot delete {name!r} while DropConnect is in place; call strip_dropconnect first"
+        )
+
+    return property(get, refuse, keep)
+
+
+def _flat_weights(self: Any) -> list[Any]:
+    """The list that `torch.nn.RNNBase` passes to its kernel, always read through the properties."""
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _ignore_flat_weights(self: Any, value: Any) -> None:
+    """RNNBase rebuilds its list after moves and loads; here it is never stored."""
+
+
+def _forward(base: type[nn.Module]) -> Callable[..., Any]:
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        opened = _open(self)
+        if not opened:
+            return base.forward(self, *args, **kwargs)
+        try:
+            recipes = _recipes(opened)
+            if recipes:
+                with recompute_masked_weights(recipes):
+                    return base.forward(self, *args, **kwargs)
+            return base.forward(self, *args, **kwargs)
+        finally:
+            for module, state, _ in opened:
+                object.__setattr__(module, state.live, None)
+
+    return forward
+
+
+_Opened = list[tuple[Any, SiteState, Any]]
+
+
+def _open(module: Any) -> _Opened:
+    """Draw the masks of this forward call: of the module's own sites, and of those it reads for its
+    children. A mask that a caller's scope has drawn stays."""
+    opened: _Opened = []
+    try:
+        _open_own(module, opened)
+        for path in module._dropconnect_draws:
+            child = module
+            for part in path.split("."):
+                child = getattr(child, part)
+            _open_own(child, opened)
+    except BaseException:
+        for owner, state, _ in opened:
+            object.__setattr__(owner, state.live, None)
+        raise
+    return opened
+
+
+def _open_own(module: Any, opened: _Opened) -> None:
+    keys: dict[str, Tensor] = {}
+    for state in module._dropconnect.values():
+        if module.__dict__[state.live] is not None or not state.active(module.training):
+            continue
+        raw = getattr(module, state.raw)
+        if state.held_key is not None:
+            key = state.held_key
+        elif state.follows in keys:
+            key = keys[state.follows]
+        else:
+            key = draw_key(raw.device, state.rank)
+        keys[state.name] = key
+        used, recipe = _used(module, state, raw, key)
+        object.__setattr__(module, state.live, used)
+        opened.append((module, state, recipe))
+
+
+def _used(module: Any, state: SiteState, raw: Tensor, key: Tensor) -> tuple[Tensor, Any]:
+    """The masked weight, and the recipe to compute it again."""
+    law = state.law_for(raw, keep=not getattr(module, "_is_replica", False))
+    anchor = None if state.anchor is None else getattr(module, state.anchor)
+    if anchor is not None and anchor.shape != raw.shape:
+        raise RuntimeError(
+            f"{state.name!r} has shape {tuple(raw.shape)} but its pretrained anchor has "
+            f"{tuple(anchor.shape)}: the weight was resized after apply_dropconnect. Strip first, "
+            "resize, and apply again."
+        )
+    if state.held_key is not None and not torch.compiler.is_compiling():
+        return _held(state, raw, key, law, anchor), None
+    used = drop_weight(raw, key, law, state.layout, anchor)
+    if not can_recompute():
+        return used, None
+
+    def rebuild() -> Tensor:
+        return drop_weight(raw.detach(), key, law, state.layout, anchor)
+
+    return used, Recipe(raw, raw._version, rebuild, state.name)
+
+
+def _held(state: SiteState, raw: Tensor, key: Tensor, law: Law, anchor: Tensor | None) -> Tensor:
+    """While masks are held, the masked weight is kept too, for as long as what it depends on stays:
+    a loop over a cell computes it once, and autograd adds up its gradient once."""
+    source = (id(raw), raw._version, id(law), torch.is_grad_enabled())
+    if state.held is None or state.held[0] != source:
+        state.held = (source, drop_weight(raw, key, law, state.layout, anchor))
+    return state.held[1]
+
+
+def _recipes(opened: _Opened) -> dict[int, Recipe]:
+    recipes: dict[int, Recipe] = {}
+    if torch.compiler.is_compiling():
+        return recipes
+    for module, state, recipe in opened:
+        address = address_of(module.__dict__[state.live])
+        if recipe is not None and address is not None:
+            recipes[address] = recipe
+    return recipes
+
+
+def operated_modules(model: nn.Module) -> Iterator[tuple[str, DropConnectModule]]:
+    """Names and modules whose class has been swapped, in model order."""
+    for name, module in model.named_modules():
+        if isinstance(module, DropConnectModule):
+            yield name, module
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class the module has without DropConnect."""
+    if isinstance(module, DropConnectModule):
+        return module._dropconnect_class[0]
+    return type(module)
+
+
+def plain_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    """The module's own parameters under their plain names, in order."""
+    raw = {}
+    if isinstance(module, DropConnectModule):
+        raw = {state.raw: state.name for state in module._dropconnect.values()}
+    for name, parameter in module._parameters.items():
+        yield raw.get(name, name), parameter

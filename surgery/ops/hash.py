@@ -1,0 +1,95 @@
+"""Random bits as a pure function of (key, index): a counter-based hash in 32-bit integer tensor ops.
+
+The same formula gives the same bits in eager mode, under `torch.compile`, on CPU and GPU. A key is
+64 bits, held as an int32 tensor of shape (2,). Both words enter the hash, at different rounds: if a
+key were only combined with the index, the masks of two keys would be permutations of each other.
+
+Rounds and constants are those of the `lowbias32` family (C. Wellons, "Prospecting for hash
+functions"); `tests/ops/test_hash.py` holds the statistics that it passes and weaker ones fail.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B9
+
+
+def _signed(word: int) -> int:
+    """The 32-bit word with the same bits, as a Python int that fits int32."""
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+_STEP = _signed(_GOLDEN)
+_ROUND1 = _signed(0x7FEB352D)
+_ROUND2 = _signed(0x846CA68B)
+
+
+def _shift_right(z: Tensor, n: int) -> Tensor:
+    """Logical right shift of int32 (torch's `>>` on int32 copies the sign bit)."""
+    return (z >> n) & ((1 << (32 - n)) - 1)
+
+
+def hash_bits(index: Tensor, key: Tensor) -> Tensor:
+    """32 random bits for each index.
+
+    Args:
+        index: int32, any shape. Arithmetic wraps, so indices are taken modulo 2**32.
+        key: int32, shape (2,), from `draw_key` or `key_from_seed`.
+
+    Returns:
+        int32, the shape of `index`, uniform over all 2**32 values.
+    """
+    z = index * _STEP + key[0]
+    z = (z ^ _shift_right(z, 16)) * _ROUND1
+    z = z + key[1]
+    z = (z ^ _shift_right(z, 15)) * _ROUND2
+    return z ^ _shift_right(z, 16)
+
+
+def advance_key(key: Tensor, start: int) -> Tensor:
+    """The key with which index 0 gives the bits that `key` gives at index `start`.
+
+    `start` may exceed 2**32; the high part then enters the second round, so that parts of a huge
+    weight do not repeat each other.
+    """
+    if start == 0:
+        return key
+    words = [_signed(start * _GOLDEN), _signed((start >> 32) * _GOLDEN)]
+    return key + torch.tensor(words, dtype=torch.int32, device=key.device)
+
+
+def _scramble(seed: int) -> tuple[int, int]:
+    """Two 32-bit words from any integer: one step of splitmix64 (Steele, Lea and Flood 2014)."""
+    z = (seed + 0x9E3779B97F4A7C15) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    z ^= z >> 31
+    return _signed(z), _signed(z >> 32)
+
+
+def key_from_seed(seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """The key of an integer seed: int32, shape (2,). Neighbouring seeds give unrelated keys."""
+    return torch.tensor(_scramble(seed), dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=None)
+def _rank_words(rank: int) -> tuple[int, int]:
+    return _scramble(rank)
+
+
+def draw_key(device: torch.device, rank: int = 0) -> Tensor:
+    """A fresh key from the default generator of `device`: int32, shape (2,).
+
+    `torch.manual_seed` reproduces it, and activation checkpointing restores it with the generator's
+    state. `rank` other than 0 is mixed in, so that processes seeded alike draw different masks.
+    """
+    key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=device)
+    if rank == 0:
+        return key
+    return key + torch.tensor(_rank_words(rank), dtype=torch.int32, device=device)

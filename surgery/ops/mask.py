@@ -1,0 +1,207 @@
+"""The one formula of the family: the masked weight, its keep mask, and its gradient.
+
+    W_used = A + m * (W - A) / (1 - p)
+
+It is written once, in `masked_formula`. `drop_weight` is the public op: differentiable any number of
+times, keeping for backward only the 8-byte key and the two scalars that stand for p.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .engine import run
+from .hash import advance_key, hash_bits
+
+SEGMENT = 1 << 30
+"""Weights are hashed in segments of at most this many, so that indices fit int32."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which weights share a mask entry.
+
+    The weight is viewed with shape `view`; the mask has shape `mask`, of the same length, each size
+    either 1 (shared along that dimension) or equal to the view's.
+    """
+
+    view: tuple[int, ...]
+    mask: tuple[int, ...]
+
+    @classmethod
+    def elements(cls, numel: int) -> Layout:
+        """Every weight has its own entry."""
+        return cls((numel,), (numel,))
+
+    @classmethod
+    def shared(cls, view: tuple[int, ...], own: tuple[int, ...]) -> Layout:
+        """Entries differ along the dimensions `own` of `view`, and are shared along all others."""
+        return cls(view, tuple(size if dim in own else 1 for dim, size in enumerate(view)))
+
+    @property
+    def entries(self) -> int:
+        """Number of mask entries."""
+        count = 1
+        for size in self.mask:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Law:
+    """The drop probability as two 0-d tensors, so that it can change without recompiling.
+
+    An entry is kept if its bits, as a signed integer, are at least `threshold`; P(drop) is p rounded
+    to a multiple of 2**-32. `scale` is 1 / (1 - p) for that rounded p, and 0 for p = 1.
+    """
+
+    threshold: Tensor
+    """int32."""
+    scale: Tensor
+    """float32, or float64 for float64 weights."""
+
+    @classmethod
+    def of(cls, p: float, device: torch.device, dtype: torch.dtype) -> Law:
+        """The law of probability `p` for weights of that device and dtype."""
+        dropped = min(round(p * 2**32), 2**32)
+        scale = 0.0 if dropped == 2**32 else 2**32 / (2**32 - dropped)
+        threshold = min(dropped - 2**31, 2**31 - 1)
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        return cls(
+            torch.tensor(threshold, dtype=torch.int32, device=device),
+            torch.tensor(scale, dtype=exact, device=device),
+        )
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether the law can be used with `weight` as it is."""
+        exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return self.threshold.device == weight.device and self.scale.dtype == exact
+
+
+def keep_mask(shape: tuple[int, ...], key: Tensor, threshold: Tensor) -> Tensor:
+    """The keep mask: bool, of that shape, True where kept. Entry i (row-major) has index i."""
+    entries = 1
+    for size in shape:
+        entries = entries * size
+    index = torch.arange(entries, dtype=torch.int32, device=key.device)
+    return (hash_bits(index, key) >= threshold).view(shape)
+
+
+def masked_formula(
+    weight: Tensor,
+    anchor: Tensor | None,
+    key: Tensor,
+    threshold: Tensor,
+    scale: Tensor,
+    mask: tuple[int, ...] | None,
+) -> Tensor:
+    """`A + m * (W - A) / (1 - p)` in plain tensor operations: the definition of everything here.
+
+    Args:
+        weight: floating point, the shape of a layout's view.
+        anchor: the same shape, or None for zero.
+        key: int32, shape (2,).
+        threshold, scale: 0-d, see `Law`.
+        mask: shape of the mask (see `Layout`), or None if it is the weight's own, which has one
+            dimension.
+
+    Returns:
+        the weight that is used: shape and dtype of `weight`. Narrow floats are computed in float32
+        and rounded once.
+    """
+    keep = keep_mask(tuple(weight.shape) if mask is None else mask, key, threshold)
+    wide = weight.to(scale.dtype) * scale
+    if anchor is None:
+        return torch.where(keep, wide, torch.zeros_like(scale)).to(weight.dtype)
+    towards = anchor.to(scale.dtype)
+    return torch.where(keep, wide + towards * (1 - scale), towards).to(weight.dtype)
+
+
+class _DropWeight(torch.autograd.Function):
+    """W -> W_used. The map is linear in W - A with a symmetric (diagonal) matrix, so its backward is
+    the same map with A = 0, which makes it differentiable to any order."""
+
+    @staticmethod
+    def forward(
+        weight: Tensor,
+        anchor: Tensor | None,
+        key: Tensor,
+        threshold: Tensor,
+        scale: Tensor,
+        layout: Layout,
+    ) -> Tensor:
+        used = _evaluate(weight.detach(), anchor, key, threshold, scale, layout)
+        if weight.is_contiguous():
+            return used
+        return torch.empty_like(weight).copy_(used)  # channels-last weights stay channels-last
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, key, threshold, scale, ctx.layout = inputs
+        ctx.save_for_backward(key, threshold, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        key, threshold, scale = ctx.saved_tensors
+        grad = _DropWeight.apply(grads[0], None, key, threshold, scale, ctx.layout)
+        return grad, None, None, None, None, None
+
+
+def _evaluate(
+    weight: Tensor,
+    anchor: Tensor | None,
+    key: Tensor,
+    threshold: Tensor,
+    scale: Tensor,
+    layout: Layout,
+) -> Tensor:
+    """The formula on a weight of any shape; contiguous."""
+    flat = weight.reshape(layout.view)
+    towards = None if anchor is None else anchor.reshape(layout.view)
+    if layout.mask == layout.view:
+        used = _in_segments(flat, towards, key, threshold, scale)
+    else:
+        used = run(masked_formula, flat, towards, key, threshold, scale, layout.mask)
+    return used.view(weight.shape)
+
+
+def _in_segments(
+    weight: Tensor, anchor: Tensor | None, key: Tensor, threshold: Tensor, scale: Tensor
+) -> Tensor:
+    """The elementwise formula on a 1-D weight of any length."""
+    numel = weight.shape[0]
+    if numel <= SEGMENT:
+        return run(masked_formula, weight, anchor, key, threshold, scale, None)
+    parts = []
+    for start in range(0, numel, SEGMENT):
+        stop = min(start + SEGMENT, numel)
+        part = None if anchor is None else anchor[start:stop]
+        moved = advance_key(key, start)
+        parts.append(run(masked_formula, weight[start:stop], part, moved, threshold, scale, None))
+    return torch.cat(parts)
+
+
+def drop_weight(
+    weight: Tensor, key: Tensor, law: Law, layout: Layout, anchor: Tensor | None = None
+) -> Tensor:
+    """The weight to use in a forward call.
+
+    Args:
+        weight: the raw weight, any shape, any floating dtype.
+        key: int32, shape (2,), see `surgery.ops.hash`.
+        law: the drop probability.
+        layout: which weights share a mask entry.
+        anchor: where dropped weights go; None is zero.
+
+    Returns:
+        `A + m * (W - A) / (1 - p)`, shape, dtype and strides of `weight`. Its expectation over keys
+        is `weight`.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _evaluate(weight, anchor, key, law.threshold, law.scale, layout)
+    used: Tensor = _DropWeight.apply(weight, anchor, key, law.threshold, law.scale, layout)
+    return used

@@ -1,0 +1,39 @@
+"""How other people's software plugs in: the entry-point group `surgery.plugins`.
+
+An entry point is named after the library it adapts and points to a module, which registers kinds
+(`surgery.modules.kinds.register_kind`) and mixins (`register_mixin`) when imported. It is imported
+only once its library has been: a model of a library that was never imported cannot exist, so
+`import surgery` stays light.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import entry_points
+
+from torch import nn
+
+GROUP = "surgery.plugins"
+
+_loaded: set[str] = set()
+_mixins: list[tuple[type[nn.Module], type]] = []
+
+
+def load_plugins() -> None:
+    """Import the plugins of every library that is imported by now."""
+    for entry in entry_points(group=GROUP):
+        if entry.value not in _loaded and entry.name in sys.modules:
+            entry.load()
+            _loaded.add(entry.value)
+
+
+def register_mixin(host: type[nn.Module], mixin: type) -> None:
+    """Give `mixin` to every module that is a `host` and contains a site, while DropConnect is in
+    place. Its methods come before those of the module's class."""
+    if (host, mixin) not in _mixins:
+        _mixins.append((host, mixin))
+
+
+def mixins_for(module: nn.Module) -> tuple[type, ...]:
+    """The mixins registered for a module's class."""
+    return tuple(mixin for host, mixin in _mixins if isinstance(module, host))

@@ -1,0 +1,117 @@
+"""Keep the key instead of the masked weight: what autograd saves while a module's forward runs.
+
+A module that multiplies by the masked weight makes autograd save it, which would cost the size of
+every weight until the backward pass. While the forward runs, hooks on saved tensors replace any view
+of a masked weight by a recipe (raw weight, key, law) and rebuild it when backward asks for it.
+
+Hooks of an outer scope (activation checkpointing, `save_on_cpu`) see every other tensor as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Recipe(NamedTuple):
+    """How to compute a masked weight again."""
+
+    raw: Tensor
+    version: int
+    rebuild: Callable[[], Tensor]
+    name: str
+
+
+class _SavedView(NamedTuple):
+    """A view of a masked weight, as it lies in that weight's storage."""
+
+    recipe: Recipe
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Saved(NamedTuple):
+    """Any other tensor, with the version that autograd would have checked."""
+
+    tensor: Tensor
+    version: int
+
+
+class recompute_masked_weights(torch.autograd.graph.saved_tensors_hooks):
+    """Context manager: tensors saved inside are replaced by their recipe if they are views of a
+    masked weight.
+
+    Args:
+        recipes: recipe by address of the masked weight's storage.
+    """
+
+    def __init__(self, recipes: dict[int, Recipe]) -> None:
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        outer_pack, outer_unpack = outer if outer is not None else (_pack, _unpack)
+
+        def pack(tensor: Tensor) -> Any:
+            recipe = recipes.get(_address(tensor))
+            if recipe is None:
+                return outer_pack(tensor)
+            return _SavedView(recipe, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+        def unpack(saved: Any) -> Tensor:
+            if not isinstance(saved, _SavedView):
+                unpacked: Tensor = outer_unpack(saved)
+                return unpacked
+            return _rebuild(saved)
+
+        super().__init__(pack, unpack)
+
+
+def can_recompute() -> bool:
+    """Whether saved-tensor hooks work here: autograd records, nothing traces, nothing forbids."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()
+    )
+
+
+def address_of(used: Tensor) -> int | None:
+    """The key under which a masked weight is found, or None if it has no storage of its own."""
+    if type(used) is not Tensor or used.device.type == "meta" or used.numel() == 0:
+        return None
+    return _address(used)
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, quantised and wrapper tensors have none
+        return 0
+
+
+def _rebuild(saved: _SavedView) -> Tensor:
+    recipe = saved.recipe
+    if recipe.raw._version != recipe.version:
+        raise RuntimeError(
+            f"the weight {recipe.name!r} has been modified by an inplace operation since the forward "
+            f"pass: it is at version {recipe.raw._version}, expected version {recipe.version}. "
+            "Call backward() before the optimizer step."
+        )
+    with torch.no_grad():
+        return recipe.rebuild().as_strided(saved.size, saved.stride, saved.offset)
+
+
+def _pack(tensor: Tensor) -> _Saved:
+    return _Saved(tensor, tensor._version)
+
+
+def _unpack(saved: _Saved) -> Tensor:
+    if saved.tensor._version != saved.version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: a tensor of shape {tuple(saved.tensor.shape)} is at version "
+            f"{saved.tensor._version}; expected version {saved.version} instead"
+        )
+    return saved.tensor

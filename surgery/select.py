@@ -1,0 +1,251 @@
+"""From patterns to weights: which parameters of which modules `targets` and `exclude` mean."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from .config import DropConnectConfig, check_p
+from .errors import NoMatchError, SurgeryError
+from .modules.kinds import kind_of
+from .modules.operated import plain_parameters
+from .plan import Plan, join
+
+ALL_LINEAR = "all-linear"
+_CLASSIFICATION_HEADS = ("score", "classifier")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One selected parameter: `name` is its plain name inside `module`."""
+
+    module: nn.Module
+    name: str
+    config: DropConnectConfig
+
+
+class Catalogue:
+    """The modules of a model under all their names (a shared module has several)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[int, nn.Module] = {}
+        self.names: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.modules[id(module)] = module
+            self.names.setdefault(id(module), []).append(name)
+
+    def __iter__(self) -> Iterator[tuple[list[str], nn.Module]]:
+        for key, module in self.modules.items():
+            yield self.names[key], module
+
+    def name(self, module: nn.Module) -> str:
+        """The first name of a module, as in `named_modules()`."""
+        return self.names[id(module)][0]
+
+    def all_names(self) -> list[str]:
+        """Every module name and every parameter name."""
+        modules = [name for names in self.names.values() for name in names if name]
+        return modules + [name for names, _, _ in self.parameters() for name in names]
+
+    def parameters(self) -> Iterator[tuple[list[str], nn.Module, str]]:
+        """(dotted plain names, owner, plain name in the owner) of every parameter."""
+        for names, module in self:
+            for parameter, value in plain_parameters(module):
+                if value is not None:
+                    yield [join(name, parameter) for name in names], module, parameter
+
+
+Key = tuple[int, str]
+"""A parameter as (id of its module, plain name)."""
+
+
+def select(
+    catalogue: Catalogue, targets: Any, exclude: Any, config: DropConnectConfig
+) -> tuple[list[Choice], frozenset[Key]]:
+    """The parameters that `targets` means and `exclude` does not.
+
+    Args:
+        targets: see `surgery.apply_dropconnect`.
+        exclude: the same forms, or None.
+        config: for every target that does not bring its own.
+
+    Returns:
+        the choices, in model order, and everything that `exclude` names.
+
+    Raises:
+        NoMatchError: a target or an exclusion matches nothing.
+        SurgeryError: a target has none of the accepted forms.
+    """
+    chosen: dict[Key, Choice] = {}
+    for target, its_config in _entries(targets, config):
+        for module, name in _resolve(catalogue, target, "targets"):
+            chosen.setdefault((id(module), name), Choice(module, name, its_config))
+    for choice in list(chosen.values()):
+        bias = kind_of(choice.module).bias(choice.name) if choice.config.bias else None
+        if bias is not None and dict(plain_parameters(choice.module)).get(bias) is not None:
+            chosen.setdefault((id(choice.module), bias), Choice(choice.module, bias, choice.config))
+    excluded = frozenset(
+        (id(module), name)
+        for target, _ in (_entries(exclude, config) if exclude else ())
+        for module, name in _resolve(catalogue, target, "exclude")
+    )
+    left = {key: choice for key, choice in chosen.items() if key not in excluded}
+    if not left:
+        raise NoMatchError(f"nothing is left of targets={targets!r} after exclude={exclude!r}")
+    return _in_model_order(catalogue, left), excluded
+
+
+def _in_model_order(catalogue: Catalogue, chosen: dict[Key, Choice]) -> list[Choice]:
+    ordered = [
+        chosen.pop((id(module), name))
+        for _, module in catalogue
+        for name, _ in plain_parameters(module)
+        if (id(module), name) in chosen
+    ]
+    return ordered + list(chosen.values())  # what is left is missing; `prepare` says so
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """A parameter by its full name: what a `Plan` lists."""
+
+    name: str
+
+
+def _entries(targets: Any, config: DropConnectConfig) -> list[tuple[Any, DropConnectConfig]]:
+    """`targets` in any accepted form, as (pattern or class, config) pairs."""
+    if isinstance(targets, Plan):
+        return [
+            (_Exact(name), site.config.replace(bias=False))
+            for site in targets
+            for name in (site.name, *site.shared_with)
+        ]
+    if isinstance(targets, Mapping):
+        return [(target, _config_for(value, config)) for target, value in targets.items()]
+    if isinstance(targets, (str, type)):
+        return [(targets, config)]
+    if isinstance(targets, Sequence) and targets:
+        return [(target, config) for target in targets]
+    raise SurgeryError(
+        f"targets must be a pattern, a module class, {ALL_LINEAR!r}, a list of these, a mapping of "
+        f"these to a p or a DropConnectConfig, or a Plan; got {targets!r}"
+    )
+
+
+def _config_for(value: Any, config: DropConnectConfig) -> DropConnectConfig:
+    if isinstance(value, DropConnectConfig):
+        return value
+    return config.replace(p=check_p(value, "p in targets"))
+
+
+def _resolve(catalogue: Catalogue, target: Any, where: str) -> list[tuple[nn.Module, str]]:
+    """The (module, plain parameter name) pairs that one target means; never empty."""
+    if isinstance(target, _Exact):
+        matched = [
+            (module, parameter)
+            for names, module, parameter in catalogue.parameters()
+            if target.name in names
+        ]
+        return matched or _no_match(catalogue, target.name, where)
+    if isinstance(target, type):
+        if not issubclass(target, nn.Module):
+            raise SurgeryError(f"{where}: {target.__name__} is not a torch.nn.Module class")
+        modules = [module for _, module in catalogue if isinstance(module, target)]
+        return _weights_of(catalogue, modules, target.__name__, where)
+    if target == ALL_LINEAR:
+        heads = {id(head) for head in _output_heads(catalogue.model)}
+        modules = [
+            module
+            for _, module in catalogue
+            if kind_of(module).linear and id(module) not in heads
+        ]
+        return _weights_of(catalogue, modules, target, where)
+    if not isinstance(target, str):
+        raise SurgeryError(f"{where}: expected a pattern or a module class; got {target!r}")
+    matches = _matcher(target, where)
+    modules = [module for names, module in catalogue if any(map(matches, names))]
+    if modules:
+        return _weights_of(catalogue, modules, target, where)
+    matched = [
+        (module, parameter)
+        for names, module, parameter in catalogue.parameters()
+        if any(map(matches, names))
+    ]
+    return matched or _no_match(catalogue, target, where)
+
+
+def _matcher(pattern: str, where: str) -> Any:
+    """A predicate on dotted names. A glob `*.fc` also matches `fc` at the root."""
+    if pattern.startswith("re:"):
+        try:
+            regex = re.compile(pattern[3:])
+        except re.error as error:
+            raise SurgeryError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
+        return lambda name: regex.fullmatch(name) is not None
+    return lambda name: fnmatchcase(name, pattern) or fnmatchcase(f".{name}", pattern)
+
+
+def _weights_of(
+    catalogue: Catalogue, modules: list[nn.Module], target: str, where: str
+) -> list[tuple[nn.Module, str]]:
+    """The weights that the modules' kinds drop by default; for exclusions, all they own."""
+    if not modules:
+        return _no_match(catalogue, target, where)
+    found: list[tuple[nn.Module, str]] = []
+    for module in modules:
+        if where == "exclude":
+            found += [(module, name) for name, _ in plain_parameters(module)]
+        for name in kind_of(module).weights(module):
+            owner, _, parameter = name.rpartition(".")
+            found.append((module.get_submodule(owner), parameter))
+    if found:
+        return list(dict.fromkeys(found))
+    example = catalogue.name(modules[0])
+    own = [name for name, value in plain_parameters(modules[0]) if value is not None]
+    advice = (
+        f"To drop one of its parameters, name it: {join(example, own[0])!r}"
+        if own
+        else f"To reach what is inside it, write {join(example, '*')!r}"
+    )
+    raise NoMatchError(
+        f"{where}: {target!r} matches {len(modules)} modules (the first is {example or '(root)'!r}, a "
+        f"{type(modules[0]).__name__}), but none has weights that are dropped by default. {advice}."
+    )
+
+
+def _output_heads(model: nn.Module) -> Iterator[nn.Module]:
+    """The output heads of the transformers models in `model`, as PEFT's "all-linear" finds them."""
+    for module in model.modules():
+        find = getattr(type(module), "get_output_embeddings", None)
+        if find is None:
+            continue
+        head = find(module)
+        if head is not None:
+            yield head
+            continue
+        for name in _CLASSIFICATION_HEADS:
+            head = getattr(module, name, None)
+            if isinstance(head, nn.Module):
+                yield from head.modules()
+                break
+
+
+def _no_match(catalogue: Catalogue, target: str, where: str) -> Any:
+    """Raise, listing the names nearest to the target."""
+    names = catalogue.all_names()
+    wanted = re.sub(r"^re:|[*?\[\]\\^$()]", "", target).strip(".")
+    near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3)
+    tail = wanted.rsplit(".", 1)[-1].lower()
+    near += [name for name in names if tail and tail in name.lower() and name not in near][:5]
+    hint = f" Nearest names: {', '.join(near[:6])}." if near else ""
+    raise NoMatchError(
+        f"{where}: {target!r} matches no module and no parameter of {type(catalogue.model).__name__}."
+        f"{hint} A '*' also matches dots; print(model) shows all modules."
+    )

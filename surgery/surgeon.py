@@ -1,0 +1,201 @@
+"""Operate and undo: the only place that changes a model.
+
+`operate` carries out a prepared plan and cannot fail half-way; `undo` is its exact inverse. Both move
+`Parameter` objects and never copy them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import DropConnectConfig
+from .errors import NotOperatedError, raise_all
+from .modules.operated import (
+    DropConnectModule,
+    SiteState,
+    operated_class,
+    operated_modules,
+    plain_class,
+    plain_parameters,
+    raw_name,
+)
+from .plan import Plan, Site, join
+from .prepare import Change, Prepared, prepare
+from .select import Catalogue
+
+
+def operate(prepared: Prepared) -> None:
+    """Carry out a prepared plan. Everything that can fail comes before the first change."""
+    anchors: dict[int, Tensor] = {}
+    todo = [(change, _new_class(change), _anchors(change, anchors)) for change in prepared.changes]
+    for change, cls, its_anchors in todo:
+        _swap(change, cls, its_anchors)
+
+
+def _new_class(change: Change) -> type[DropConnectModule]:
+    module, names, mixins = change.module, set(change.states), change.mixins
+    if isinstance(module, DropConnectModule):
+        _, old_names, old_mixins = module._dropconnect_class
+        names |= set(old_names)
+        mixins = tuple(dict.fromkeys((*old_mixins, *mixins)))
+    ordered = tuple(name for name, _ in plain_parameters(module) if name in names)
+    return operated_class(plain_class(module), ordered, mixins)
+
+
+def _anchors(change: Change, known: dict[int, Tensor]) -> dict[str, Tensor]:
+    """The pretrained values of a module's sites, by buffer name; tied weights share one."""
+    anchors = {}
+    parameters = dict(plain_parameters(change.module))
+    for name, state in change.states.items():
+        parameter = parameters[name]
+        if state.anchor is not None and parameter is not None:
+            if id(parameter) not in known:
+                known[id(parameter)] = parameter.detach().clone()
+            anchors[state.anchor] = known[id(parameter)]
+    return anchors
+
+
+def _swap(change: Change, cls: type[DropConnectModule], anchors: dict[str, Tensor]) -> None:
+    module: Any = change.module
+    states = {**module.__dict__.get("_dropconnect", {}), **change.states}
+    draws = (*module.__dict__.get("_dropconnect_draws", ()), *change.draws)
+    module.__class__ = cls
+    module.__dict__["_dropconnect"] = {name: states[name] for name in cls._dropconnect_class[1]}
+    module.__dict__["_dropconnect_draws"] = tuple(dict.fromkeys(draws))
+    for state in change.states.values():
+        module.__dict__[state.live] = None
+    _rename(module._parameters, {name: raw_name(name) for name in change.states})
+    for name, anchor in anchors.items():
+        module.register_buffer(name, anchor)
+    module.__dict__.pop("_flat_weights", None)
+
+
+def _rename(parameters: dict[str, Any], names: dict[str, str]) -> None:
+    """Rename keys in place, keeping order and the dict object."""
+    renamed = [(names.get(name, name), value) for name, value in parameters.items()]
+    parameters.clear()
+    parameters.update(renamed)
+
+
+def undo(model: nn.Module) -> None:
+    """Take DropConnect out of every module.
+
+    Raises:
+        NotOperatedError: there is none in place.
+        SurgeryError: a module's class was changed again since; the model is unchanged.
+    """
+    modules = [module for _, module in operated_modules(model)]
+    if not modules:
+        raise NotOperatedError(
+            f"{type(model).__name__} has no DropConnect in place; there is nothing to strip"
+        )
+    raise_all(problem for name, module in operated_modules(model) if (problem := _stuck(name, module)))
+    for module in modules:
+        _unswap(module)
+
+
+def _stuck(name: str, module: DropConnectModule) -> str | None:
+    if "_dropconnect_class" not in type(module).__dict__:
+        return (
+            f"{name or '(root)'}: its class was changed to {type(module).__name__} after apply (by "
+            "fully_shard?); take that out first, or use plain_state_dict to get plain weights"
+        )
+    if any(module.__dict__[state.live] is not None for state in module._dropconnect.values()):
+        return f"{name or '(root)'}: its forward is running"
+    return None
+
+
+def _unswap(module: Any) -> None:
+    states = module._dropconnect
+    _rename(module._parameters, {state.raw: state.name for state in states.values()})
+    for state in states.values():
+        del module.__dict__[state.live]
+        if state.anchor is not None:
+            del module._buffers[state.anchor]
+    del module.__dict__["_dropconnect"], module.__dict__["_dropconnect_draws"]
+    module.__class__ = module._dropconnect_class[0]
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
+def current_plan(model: nn.Module) -> Plan:
+    """The sites that are in place, in model order; empty if there are none."""
+    catalogue = Catalogue(model)
+    drawn_by = _drawn_by(catalogue)
+    sites: dict[int, Site] = {}
+    for _, module in catalogue:
+        if not isinstance(module, DropConnectModule):
+            continue
+        name = catalogue.name(module)
+        for state in module._dropconnect.values():
+            parameter = module._parameters[state.raw]
+            if parameter is None:
+                continue
+            known = sites.get(id(parameter))
+            if known is None:
+                sites[id(parameter)] = Site(
+                    module=name,
+                    parameter=state.name,
+                    kind=state.kind,
+                    shape=tuple(parameter.shape),
+                    config=state.config,
+                    drawn_by=tuple(drawn_by.get(id(module), ())),
+                )
+            else:
+                twins = (*known.shared_with, join(name, state.name))
+                sites[id(parameter)] = dataclasses.replace(known, shared_with=twins)
+    return Plan(tuple(sites.values()))
+
+
+def _drawn_by(catalogue: Catalogue) -> dict[int, list[str]]:
+    """Names of the parents that draw for a module, by the module's id."""
+    found: dict[int, list[str]] = {}
+    for _, module in catalogue:
+        if isinstance(module, DropConnectModule):
+            for path in module._dropconnect_draws:
+                found.setdefault(id(module.get_submodule(path)), []).append(catalogue.name(module))
+    return found
+
+
+@contextlib.contextmanager
+def suspended(model: nn.Module) -> Iterator[None]:
+    """The plain model for a while: strip, and on exit put the same sites back by name, with their
+    state and anchors. Modules may be replaced inside, as resizing an embedding does."""
+    plan = current_plan(model)
+    if not plan.sites:
+        yield
+        return
+    kept = [
+        (name, dict(module._dropconnect), dict(module._buffers))
+        for name, module in operated_modules(model)
+    ]
+    undo(model)
+    try:
+        yield
+    finally:
+        operate(prepare(model, plan, None, DropConnectConfig()))
+        for name, states, buffers in kept:
+            module: Any = model.get_submodule(name)
+            for old in states.values():
+                _put_back(module, old, buffers)
+
+
+def _put_back(module: Any, old: SiteState, buffers: dict[str, Tensor | None]) -> None:
+    """The state and the anchor as they were. If the weight was resized along its first dimension,
+    rows that stayed keep their anchor; new rows keep the one just made, their value now."""
+    if module._dropconnect[old.name].layout == old.layout:
+        module._dropconnect[old.name] = old
+    before = buffers.get(old.anchor) if old.anchor is not None else None
+    now = module._buffers.get(old.anchor)
+    if before is None or now is None:
+        return
+    if now.shape == before.shape:
+        module._buffers[old.anchor] = before
+    elif now.shape[1:] == before.shape[1:]:
+        rows = min(len(now), len(before))
+        now[:rows] = before[:rows]
