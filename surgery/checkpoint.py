@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -81,6 +82,15 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         total.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         total.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def make_file_plain(model: nn.Module, path: Path) -> None:
+    """Rename the raw keys of a safetensors file that someone wrote from `model.state_dict()`."""
+    with safe_open(path, framework="pt") as stored:
+        metadata = stored.metadata()
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    with _whole_file(path) as temporary:
+        save_file(plain_state_dict(model, tensors), temporary, metadata)
 
 
 def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> None:

@@ -1,9 +1,9 @@
 """How other people's software plugs in: the entry-point group `surgery.plugins`.
 
-An entry point is named after the library it adapts and points to a module, which registers kinds
-(`surgery.modules.kinds.register_kind`) and mixins (`register_mixin`) when imported. It is imported
-only once its library has been: a model of a library that was never imported cannot exist, so
-`import surgery` stays light.
+An entry point is named after a module of the library it adapts and points to a module of the adapter,
+which registers kinds (`surgery.modules.kinds.register_kind`) and mixins (`register_mixin`) when
+imported. It is imported only once the module it is named after has been: a model of a library that
+was never imported cannot exist, so `import surgery` stays light.
 """
 
 from __future__ import annotations

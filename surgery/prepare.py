@@ -128,7 +128,9 @@ def _state(user: Choice, parameter: Tensor) -> SiteState:
     if follows_weight(config.unit):
         weights = [weight for weight, _ in plain_parameters(module) if kind.bias(weight) == name]
         follows = weights[0] if weights else None
-    return SiteState(name, kind.name, config, layout, follows)
+    state = SiteState(name, kind.name, config, layout, follows)
+    state.law_for(parameter)
+    return state
 
 
 def _ties(catalogue: Catalogue) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -162,16 +162,31 @@ def _drawn_by(catalogue: Catalogue) -> dict[int, list[str]]:
     return found
 
 
+def can_undo(model: nn.Module) -> bool:
+    """Whether DropConnect is in place and `undo` would succeed."""
+    modules = list(operated_modules(model))
+    return bool(modules) and not any(_stuck(name, module) for name, module in modules)
+
+
 @contextlib.contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
-    """The plain model for a while: strip, and on exit put the same sites back by name, with their
-    state and anchors. Modules may be replaced inside, as resizing an embedding does."""
-    plan = current_plan(model)
-    if not plan.sites:
+    """The plain model for a while. Inside, values may change but modules may not."""
+    kept = [(_as_change(module), type(module), _buffers(module)) for _, module in operated_modules(model)]
+    undo(model)
+    try:
         yield
-        return
+    finally:
+        for change, cls, anchors in kept:
+            _swap(change, cls, anchors)
+
+
+@contextlib.contextmanager
+def reapplied(model: nn.Module) -> Iterator[None]:
+    """The plain model for a while; on exit the same sites, found by name, are operated on again.
+    Inside, weights may be resized and modules replaced, as resizing an embedding does."""
+    plan = current_plan(model)
     kept = [
-        (name, dict(module._dropconnect), dict(module._buffers))
+        (name, dict(module._dropconnect), _buffers(module))
         for name, module in operated_modules(model)
     ]
     undo(model)
@@ -179,21 +194,29 @@ def suspended(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         operate(prepare(model, plan, None, DropConnectConfig()))
-        for name, states, buffers in kept:
-            module: Any = model.get_submodule(name)
-            for old in states.values():
-                _put_back(module, old, buffers)
+        for name, states, anchors in kept:
+            for state in states.values():
+                _put_back(model.get_submodule(name), state, anchors)
 
 
-def _put_back(module: Any, old: SiteState, buffers: dict[str, Tensor | None]) -> None:
+def _as_change(module: DropConnectModule) -> Change:
+    return Change(module, dict(module._dropconnect), list(module._dropconnect_draws))
+
+
+def _buffers(module: DropConnectModule) -> dict[str, Tensor]:
+    """The anchors of a module, by buffer name."""
+    names = [state.anchor for state in module._dropconnect.values() if state.anchor is not None]
+    return {name: getattr(module, name) for name in names}
+
+
+def _put_back(module: Any, old: SiteState, anchors: dict[str, Tensor]) -> None:
     """The state and the anchor as they were. If the weight was resized along its first dimension,
     rows that stayed keep their anchor; new rows keep the one just made, their value now."""
     if module._dropconnect[old.name].layout == old.layout:
         module._dropconnect[old.name] = old
-    before = buffers.get(old.anchor) if old.anchor is not None else None
-    now = module._buffers.get(old.anchor)
-    if before is None or now is None:
+    if old.anchor is None:
         return
+    before, now = anchors[old.anchor], module._buffers[old.anchor]
     if now.shape == before.shape:
         module._buffers[old.anchor] = before
     elif now.shape[1:] == before.shape[1:]:

@@ -1,1 +1,25 @@
-"""transformers."""
+"""HuggingFace transformers: its Conv1D, plain checkpoints from operated models, a Trainer callback.
+
+Loaded through the entry point `surgery.plugins` once `transformers` models can exist; importing it by
+hand does the same.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .models import register
+
+if TYPE_CHECKING:
+    from .callback import DropConnectCallback
+
+register()
+
+__all__ = ["DropConnectCallback"]
+
+
+def __getattr__(name: str) -> Any:
+    """The callback pulls in Trainer's dependencies, so it is imported when asked for."""
+    if name == "DropConnectCallback":
+        from .callback import DropConnectCallback
+
+        return DropConnectCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -50,6 +52,10 @@ class Kind:
 
     linear: bool = False
     """Whether the target `"all-linear"` takes it."""
+
+    def but(self, **changes: Any) -> Kind:
+        """A kind like this one, with some fields changed."""
+        return dataclasses.replace(self, **changes)
 
 
 _kinds: list[Kind] = []
@@ -105,7 +111,7 @@ def _matrix(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
     return _rows(name, weight)
 
 
-def _columns(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
+def columns(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
     """A matrix with inputs along rows (Embedding: a word is an input; transformers' Conv1D)."""
     if weight.ndim != 2:
         return _rows(name, weight)
@@ -181,14 +187,18 @@ _CONVOLUTIONS = (
     nn.ConvTranspose3d,
 )
 
+LINEAR = Kind(
+    name="linear", classes=(nn.Linear,), weights=_weight, axes=_matrix, bias=_bias, linear=True
+)
+
 for _kind in (
-    Kind(name="linear", classes=(nn.Linear,), weights=_weight, axes=_matrix, bias=_bias, linear=True),
+    LINEAR,
     Kind(name="conv", classes=_CONVOLUTIONS, weights=_weight, axes=_conv, bias=_bias),
     Kind(
         name="embedding",
         classes=(nn.Embedding,),
         weights=_weight,
-        axes=_columns,
+        axes=columns,
         bias=lambda name: None,
         refuse=_refuse_embedding,
     ),

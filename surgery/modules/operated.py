@@ -48,6 +48,12 @@ class SiteState:
         self.live = f"_{name}_live"
         self.anchor = anchor_name(name) if config.toward == "pretrained" else None
         self.law: Law | None = None
+        # Copies, because a compiled graph is guarded by what its trace reads, and `set_p` must pass.
+        self.samples = config.inference == "sample"
+        self.independent = config.ranks == "independent"
+        self.drawn = False
+        """Whether a mask was ever drawn in eager mode: False after a training step means that the
+        weight is not used the way the plan thinks."""
         self.held_key: Tensor | None = None
         self.held: tuple[Any, Tensor] | None = None
         """While masks are held: (what the masked weight was computed from, the masked weight)."""
@@ -64,7 +70,7 @@ class SiteState:
         law = self.law
         if law is None or not law.fits(raw):
             law = Law.of(self.config.p, raw.device, raw.dtype)
-            if keep:
+            if keep and type(law.threshold) is Tensor:  # not a fake one, of a trace
                 self.law = law
         return law
 
@@ -72,14 +78,14 @@ class SiteState:
     def rank(self) -> int:
         """The process rank that is mixed into keys; 0 outside of distributed training."""
         dist = torch.distributed
-        if self.config.ranks == "same" or not dist.is_available() or not dist.is_initialized():
+        if not self.independent or not dist.is_available() or not dist.is_initialized():
             return 0
         return dist.get_rank()
 
     def active(self, training: bool) -> bool:
         """Whether a forward drops anything. The value of p is looked at in eager mode only: in a
         compiled graph it is data, so that it can change without recompiling."""
-        if not training and self.config.inference != "sample":
+        if not training and not self.samples:
             return False
         return torch.compiler.is_compiling() or self.config.p > 0.0
 
@@ -115,6 +121,20 @@ class DropConnectModule(nn.Module):
                 if state.anchor is not None:
                     state_dict.setdefault(prefix + state.anchor, getattr(self, state.anchor))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._fit_laws()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(*args, **kwargs)
+        self._fit_laws()
+        return self
+
+    def _fit_laws(self) -> None:
+        """Laws follow their weight to its device now: made inside a trace, they would be outputs of
+        the compiled graph, and the next call would recompile."""
+        for state in self._dropconnect.values():
+            weight = getattr(self, state.raw)
+            if weight is not None:
+                state.law_for(weight)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the original class, since this one exists only at run time."""
@@ -233,6 +253,8 @@ def _open_own(module: Any, opened: _Opened) -> None:
     for state in module._dropconnect.values():
         if module.__dict__[state.live] is not None or not state.active(module.training):
             continue
+        if not torch.compiler.is_compiling():
+            state.drawn = True
         raw = getattr(module, state.raw)
         if state.held_key is not None:
             key = state.held_key
@@ -260,7 +282,7 @@ def _used(module: Any, state: SiteState, raw: Tensor, key: Tensor) -> tuple[Tens
         return _held(state, raw, key, law, anchor), None
     used = drop_weight(raw, key, law, state.layout, anchor)
     if not can_recompute():
-        return used, None
+        return _as_if_trained(used, raw), None
 
     def rebuild() -> Tensor:
         return drop_weight(raw.detach(), key, law, state.layout, anchor)
@@ -268,12 +290,23 @@ def _used(module: Any, state: SiteState, raw: Tensor, key: Tensor) -> tuple[Tens
     return used, Recipe(raw, raw._version, rebuild, state.name)
 
 
+def _as_if_trained(used: Tensor, raw: Tensor) -> Tensor:
+    """Under `no_grad` a parameter still requires grad, and kernels are chosen by that (`matmul` folds
+    a batch or not): a masked weight that differed would round differently when a reentrant checkpoint
+    recomputes with gradients."""
+    tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if raw.requires_grad and not used.requires_grad and not tracing:
+        used.requires_grad_()
+    return used
+
+
 def _held(state: SiteState, raw: Tensor, key: Tensor, law: Law, anchor: Tensor | None) -> Tensor:
     """While masks are held, the masked weight is kept too, for as long as what it depends on stays:
     a loop over a cell computes it once, and autograd adds up its gradient once."""
     source = (id(raw), raw._version, id(law), torch.is_grad_enabled())
     if state.held is None or state.held[0] != source:
-        state.held = (source, drop_weight(raw, key, law, state.layout, anchor))
+        used = drop_weight(raw, key, law, state.layout, anchor)
+        state.held = (source, _as_if_trained(used, raw))
     return state.held[1]
 
 

@@ -53,7 +53,9 @@ def run(
     if weight.numel() >= SMALL and _is_plain(weight) and compile_enabled():
         try:
             return _compile(formula)(weight, anchor, key, threshold, scale, mask)
-        except _compiler_errors() as error:
+        except Exception as error:
+            if not _is_of_compiler(error):
+                raise
             _give_up(error)
     if mask is None:
         return _in_chunks(formula, weight, anchor, key, threshold, scale)
@@ -89,24 +91,38 @@ def _compile(formula: Formula) -> Formula:
     compiled = _compiled.get(formula)
     if compiled is None:
         with _lock:
-            options: dict[str, Any] = {}
-            if "recompile_limit" in inspect.signature(torch.compile).parameters:
-                # one entry for each dtype, device, rank of the mask and presence of an anchor
-                options["recompile_limit"] = 64
-            compiled = torch.compile(formula, dynamic=True, fullgraph=True, **options)
+            compiled = _make_compiled(formula)
             _compiled[formula] = compiled
     return compiled
 
 
-def _compiler_errors() -> tuple[type[BaseException], ...]:
-    from torch._dynamo.exc import TorchDynamoException
+class _NoCompiler(RuntimeError):
+    """`torch.compile` could not even be called."""
 
-    errors: tuple[type[BaseException], ...] = (TorchDynamoException,)
+
+def _make_compiled(formula: Formula) -> Formula:
     try:
-        from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-    except ImportError:
-        return errors
-    return (*errors, CppCompileError, InvalidCxxCompiler)
+        with warnings.catch_warnings():
+            # where warnings are errors, torch's own deprecations would look like a broken compiler
+            warnings.simplefilter("ignore")
+            import torch._inductor.compile_fx
+        options: dict[str, Any] = {}
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            # one entry for each dtype, device, rank of the mask and presence of an anchor
+            options["recompile_limit"] = 64
+        return torch.compile(formula, dynamic=True, fullgraph=True, **options)
+    except Exception as error:
+        raise _NoCompiler(str(error) or type(error).__name__) from error
+
+
+def _is_of_compiler(error: Exception) -> bool:
+    """Whether an error says that compiling failed, rather than the formula's own work."""
+    if isinstance(error, _NoCompiler):
+        return True
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    return isinstance(error, (TorchDynamoException, CppCompileError, InvalidCxxCompiler))
 
 
 def _give_up(error: BaseException) -> None:
@@ -115,7 +131,7 @@ def _give_up(error: BaseException) -> None:
         if _broken:
             return
         _broken = True
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
     warnings.warn(
         "torch.compile does not work here, so DropConnect masks are computed by the slower plain "
         f"formula (the results are the same). Install a C++ compiler to speed it up, or set "

@@ -71,10 +71,11 @@ class Law:
         scale = 0.0 if dropped == 2**32 else 2**32 / (2**32 - dropped)
         threshold = min(dropped - 2**31, 2**31 - 1)
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        return cls(
-            torch.tensor(threshold, dtype=torch.int32, device=device),
-            torch.tensor(scale, dtype=exact, device=device),
-        )
+        with torch.inference_mode(False):  # a law made in inference serves training too
+            return cls(
+                torch.tensor(threshold, dtype=torch.int32, device=device),
+                torch.tensor(scale, dtype=exact, device=device),
+            )
 
     def fits(self, weight: Tensor) -> bool:
         """Whether the law can be used with `weight` as it is."""
@@ -160,9 +161,11 @@ def _evaluate(
     layout: Layout,
 ) -> Tensor:
     """The formula on a weight of any shape; contiguous."""
-    flat = weight.reshape(layout.view)
-    towards = None if anchor is None else anchor.reshape(layout.view)
-    if layout.mask == layout.view:
+    own_entry = layout.mask == layout.view
+    view = (layout.entries,) if own_entry else layout.view
+    flat = weight.reshape(view)
+    towards = None if anchor is None else anchor.reshape(view)
+    if own_entry:
         used = _in_segments(flat, towards, key, threshold, scale)
     else:
         used = run(masked_formula, flat, towards, key, threshold, scale, layout.mask)

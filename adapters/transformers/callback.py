@@ -1,0 +1,242 @@
+"""DropConnect for `transformers.Trainer`, as a callback."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from surgery.api import apply_dropconnect, dropconnect_sites, set_p, strip_dropconnect
+from surgery.checkpoint import (
+    PLAN_FILE,
+    anchors,
+    make_file_plain,
+    plain_state_dict,
+    read_dropconnect,
+    save_dropconnect,
+    set_anchors,
+)
+from surgery.config import DropConnectConfig
+from surgery.errors import SurgeryError
+from surgery.modules.operated import operated_modules
+from surgery.schedules import Schedule, make_schedule
+
+
+class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
+    """Puts DropConnect into the model that a Trainer trains, and moves p as training goes.
+
+        Trainer(model, args, ..., callbacks=[DropConnectCallback("all-linear", p=0.1)])
+
+    When training begins, DropConnect is applied unless the model has it already. Every logged loss
+    has `dropconnect_p` beside it in `trainer.state.log_history`. Checkpoints hold plain weights.
+    A resumed run goes on exactly; with `toward="pretrained"` the anchors are those of the checkpoint.
+
+    Args:
+        targets, p, exclude, config, **options: as for `surgery.apply_dropconnect`.
+        schedule: `"constant"`, `"linear"` or `"cosine"` (falling to 0 at the end of training), or a
+            callable from progress in [0, 1] to p.
+        warmup: fraction of training, in [0, 1), over which p rises from 0.
+        strip_at_end: take DropConnect out when training ends.
+        anchors_from: where the checkpoint lies from which training resumes, if it is not in
+            `args.output_dir`; needed only with `toward="pretrained"`.
+
+    Raises:
+        ValueError, TypeError: an option has a wrong value. What is wrong with `targets` shows when
+            training begins, as a `surgery.SurgeryError`.
+    """
+
+    def __init__(
+        self,
+        targets: Any = "all-linear",
+        p: float = 0.1,
+        *,
+        exclude: Any = None,
+        config: DropConnectConfig | None = None,
+        schedule: str | Schedule = "constant",
+        warmup: float = 0.0,
+        strip_at_end: bool = False,
+        anchors_from: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        self.targets = targets
+        self.exclude = exclude
+        self.config = (config or DropConnectConfig()).replace(p=p, **options)
+        self.schedule = make_schedule(schedule, p, warmup)
+        self.moves_p = schedule != "constant" or warmup > 0.0
+        self.strip_at_end = strip_at_end
+        self.anchors_from = anchors_from
+        self._p: float | None = None
+        self._looked_for_unused = False
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Apply, and after a resume take the anchors from the checkpoint."""
+        assert model is not None
+        had_it = bool(dropconnect_sites(model))
+        found = None
+        if state.global_step > 0 and self._wants_anchors(model):
+            found = _resumed_checkpoint(model, args, state, self.anchors_from)
+            if found is None and not had_it:
+                raise SurgeryError(
+                    f'training resumes at step {state.global_step} with toward="pretrained", but '
+                    f"no checkpoint in {args.output_dir!r} has these weights, so the pretrained "
+                    "values are unknown; pass DropConnectCallback(anchors_from=<the checkpoint>)"
+                )
+        if not had_it:
+            apply_dropconnect(model, self.targets, exclude=self.exclude, config=self.config)
+        if found is not None:
+            set_anchors(model, read_dropconnect(found)[1])
+        self._p = None
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Move p. With a constant schedule each site keeps the p of its own config."""
+        if not self.moves_p or model is None:
+            return
+        p = self.schedule(state.global_step / max(state.max_steps - 1, 1))
+        if p != self._p:
+            set_p(model, p)
+            self._p = p
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """After the first step, warn of sites that never dropped anything."""
+        if self._looked_for_unused or model is None or args.torch_compile:
+            return
+        if any(site.p > 0 for site in dropconnect_sites(model)):
+            self._looked_for_unused = True
+            unused = list(_unused(model))
+            if unused:
+                warnings.warn(
+                    f"{len(unused)} DropConnect sites were not used by the first training step, the "
+                    f"first of them {unused[0]!r}: exclude them, or check that the model calls them",
+                    stacklevel=2,
+                )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put p beside the loss, for the callbacks that come after this one and for the history."""
+        if model is None or not logs or "loss" not in logs:
+            return
+        sites = dropconnect_sites(model)
+        if sites:
+            logs["dropconnect_p"] = state.log_history[-1]["dropconnect_p"] = max(s.p for s in sites)
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Trainer writes the raw keys of a model that is no `PreTrainedModel`: make them plain."""
+        if model is None or not args.should_save or isinstance(model, PreTrainedModel):
+            return
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if dropconnect_sites(model) and (folder / SAFE_WEIGHTS_NAME).is_file():
+            make_file_plain(model, folder / SAFE_WEIGHTS_NAME)
+            save_dropconnect(model, folder)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Strip, if asked to."""
+        if self.strip_at_end and model is not None and dropconnect_sites(model):
+            strip_dropconnect(model)
+
+    def _wants_anchors(self, model: nn.Module) -> bool:
+        if dropconnect_sites(model):
+            return bool(anchors(model))
+        own = self.targets.values() if isinstance(self.targets, dict) else self.targets
+        configs = [self.config]
+        if not isinstance(self.targets, (str, type)):
+            configs += [getattr(entry, "config", entry) for entry in own]
+        return any(getattr(config, "toward", None) == "pretrained" for config in configs)
+
+
+def _unused(model: nn.Module) -> Iterator[str]:
+    """Names of the sites that have never drawn a mask; of a tied site any user counts."""
+    drawn = {
+        id(module._parameters[state.raw])
+        for _, module in operated_modules(model)
+        for state in module._dropconnect.values()
+        if state.drawn
+    }
+    for name, module in operated_modules(model):
+        for state in module._dropconnect.values():
+            if id(module._parameters[state.raw]) not in drawn:
+                yield f"{name}.{state.name}"
+
+
+def _resumed_checkpoint(
+    model: nn.Module, args: TrainingArguments, state: TrainerState, hint: str | Path | None
+) -> Path | None:
+    """The checkpoint that Trainer has just loaded. Trainer does not tell callbacks which one that is,
+    so it is recognised by its weights, which are those of the model, bit for bit."""
+    output = Path(str(args.output_dir))
+    candidates = [hint, args.resume_from_checkpoint, output / f"checkpoint-{state.global_step}"]
+    candidates += sorted(output.glob("**/checkpoint-*"))
+    plain = plain_state_dict(model)
+    for candidate in candidates:
+        if isinstance(candidate, (str, Path)) and (Path(candidate) / PLAN_FILE).is_file():
+            folder = Path(candidate)
+            if read_dropconnect(folder)[1] and _has_weights(folder, plain):
+                return folder
+    return None
+
+
+def _has_weights(folder: Path, plain: dict[str, Any]) -> bool:
+    """Whether the safetensors files in `folder` hold exactly these weights."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = [SAFE_WEIGHTS_NAME]
+    for file in files:
+        if not (folder / file).is_file():
+            return False
+        with safe_open(folder / file, framework="pt") as stored:
+            for name in stored.keys():
+                if name not in plain or not torch.equal(stored.get_tensor(name), plain[name].cpu()):
+                    return False
+    return True
