@@ -1,10 +1,10 @@
 """DropConnect by surgery on models that already exist.
 
-    from surgery import apply_dropconnect, strip_dropconnect
+from surgery import apply_dropconnect, strip_dropconnect
 
-    apply_dropconnect(model, targets=["*.fc*"], p=0.3)   # in place; returns the model
-    ...                                                  # train as always
-    strip_dropconnect(model)                             # the plain model again, bit for bit
+apply_dropconnect(model, targets=["*.fc*"], p=0.3)   # in place; returns the model
+...                                                  # train as always
+strip_dropconnect(model)                             # the plain model again, bit for bit
 """
 
 from .api import (

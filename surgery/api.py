@@ -197,9 +197,11 @@ def _states(model: nn.Module, targets: Any) -> list[SiteState]:
     found = []
     choices, _ = select(Catalogue(model), targets, None, DropConnectConfig())
     for choice in choices:
-        if isinstance(choice.module, DropConnectModule) and choice.name in choice.module._dropconnect:
+        if (
+            isinstance(choice.module, DropConnectModule)
+            and choice.name in choice.module._dropconnect
+        ):
             found.append(choice.module._dropconnect[choice.name])
     if not found:
         raise NotOperatedError(f"targets={targets!r} names weights, but none has DropConnect")
     return found
-

@@ -132,9 +132,10 @@ def load_dropconnect(model: Model, directory: str | os.PathLike[str]) -> Model:
     wanted = {site.name: site for site in plan if site.config.toward == "pretrained"}
     named = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in kept.items():
-        if name in named and named[name].shape != tensor.shape:
+        shape = tuple(named[name].shape) if name in named else None
+        if shape not in (None, tuple(tensor.shape)):
             raise SurgeryError(
-                f"anchor {name!r} has shape {tuple(tensor.shape)}, the weight {tuple(named[name].shape)}"
+                f"the anchor of {name!r} has shape {tuple(tensor.shape)}, the weight {shape}"
             )
     if set(kept) != set(wanted):
         raise SurgeryError(f"{ANCHORS_FILE} does not hold exactly the anchors of {PLAN_FILE}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .config import DropConnectConfig
 from .errors import raise_all
-from .modules.kinds import follows_weight, kind_of, layout_of
+from .modules.kinds import SEPARATE_PROJECTIONS, follows_weight, kind_of, layout_of
 from .modules.operated import (
     DropConnectModule,
     SiteState,
@@ -77,7 +77,9 @@ def prepare(model: nn.Module, targets: Any, exclude: Any, config: DropConnectCon
             for module, name in ties[id(parameter)]
             if (id(module), name) not in {(id(choice.module), choice.name), *excluded}
         ]
-        sites.append(_site(catalogue, users, parameter, changes, problems))
+        site = _site(catalogue, users, parameter, changes, problems)
+        if site is not None:
+            sites.append(site)
     raise_all(problems)
     _add_mixins(catalogue, changes)
     return Prepared(Plan(tuple(sites)), list(changes.values()))
@@ -89,8 +91,9 @@ def _site(
     parameter: Tensor,
     changes: dict[int, Change],
     problems: list[str],
-) -> Site:
+) -> Site | None:
     """Record the changes of one site with all its users; add what is wrong to `problems`."""
+    known = len(problems)
     drawn_by: list[str] = []
     for user in users:
         parents = _readers(catalogue, user)
@@ -107,6 +110,8 @@ def _site(
             name = catalogue.name(parent)
             if name not in drawn_by:
                 drawn_by.append(name)
+    if len(problems) > known:
+        return None
     first = users[0]
     return Site(
         module=catalogue.name(first.module),
@@ -187,7 +192,9 @@ def _problem(user: Choice, parameter: Tensor, has_reader: bool) -> str | None:
         return f"the module already has an attribute {raw_name(name)!r}; rename that first"
     if config.toward == "pretrained":
         if not parameter.requires_grad:
-            return "it is frozen, so it never leaves its pretrained value; exclude it or unfreeze it"
+            return (
+                "it is frozen, so it never leaves its pretrained value; exclude it or unfreeze it"
+            )
         if parameter.device.type == "meta":
             return 'it has no value yet to go toward; load the weights before toward="pretrained"'
     kind = kind_of(module)
@@ -196,12 +203,11 @@ def _problem(user: Choice, parameter: Tensor, has_reader: bool) -> str | None:
         return refused
     if layout_of(module, name, parameter, config.unit) is None:
         return f'unit={config.unit!r} has no meaning for this parameter; use "element" or "tensor"'
-    if config.bias and follows_weight(config.unit) and kind.name == "attention":
-        if name.endswith("_proj_weight") and name != "in_proj_weight":
-            return (
-                f"unit={config.unit!r} with bias=True would have to split one packed bias between "
-                "three masks; use bias=False"
-            )
+    if config.bias and follows_weight(config.unit) and name in SEPARATE_PROJECTIONS:
+        return (
+            f"unit={config.unit!r} with bias=True would have to split one packed bias between three "
+            "masks; use bias=False"
+        )
     own = reads(plain_class(module))
     if kind.name == "other" and not has_reader and own.complete and not own.reads((name,)):
         return (

@@ -57,7 +57,7 @@ class recompute_masked_weights(torch.autograd.graph.saved_tensors_hooks):
             recipe = recipes.get(_address(tensor))
             if recipe is None:
                 return outer_pack(tensor)
-            return _SavedView(recipe, tensor.size(), tensor.stride(), tensor.storage_offset())
+            return _SavedView(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
         def unpack(saved: Any) -> Tensor:
             if not isinstance(saved, _SavedView):
@@ -73,7 +73,7 @@ def can_recompute() -> bool:
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -87,10 +87,10 @@ def select(
     for target, its_config in _entries(targets, config):
         for module, name in _resolve(catalogue, target, "targets"):
             chosen.setdefault((id(module), name), Choice(module, name, its_config))
-    for choice in list(chosen.values()):
-        bias = kind_of(choice.module).bias(choice.name) if choice.config.bias else None
-        if bias is not None and dict(plain_parameters(choice.module)).get(bias) is not None:
-            chosen.setdefault((id(choice.module), bias), Choice(choice.module, bias, choice.config))
+    if not isinstance(targets, Plan):  # a plan lists its biases
+        for choice in list(chosen.values()):
+            for bias in _biases(choice):
+                chosen.setdefault((id(bias.module), bias.name), bias)
     excluded = frozenset(
         (id(module), name)
         for target, _ in (_entries(exclude, config) if exclude else ())
@@ -100,6 +100,14 @@ def select(
     if not left:
         raise NoMatchError(f"nothing is left of targets={targets!r} after exclude={exclude!r}")
     return _in_model_order(catalogue, left), excluded
+
+
+def _biases(choice: Choice) -> list[Choice]:
+    """The bias that goes with a chosen weight, if its config asks for it and the module has one."""
+    bias = kind_of(choice.module).bias(choice.name) if choice.config.bias else None
+    if bias is None or dict(plain_parameters(choice.module)).get(bias) is None:
+        return []
+    return [Choice(choice.module, bias, choice.config)]
 
 
 def _in_model_order(catalogue: Catalogue, chosen: dict[Key, Choice]) -> list[Choice]:
@@ -123,7 +131,7 @@ def _entries(targets: Any, config: DropConnectConfig) -> list[tuple[Any, DropCon
     """`targets` in any accepted form, as (pattern or class, config) pairs."""
     if isinstance(targets, Plan):
         return [
-            (_Exact(name), site.config.replace(bias=False))
+            (_Exact(name), site.config)
             for site in targets
             for name in (site.name, *site.shared_with)
         ]
@@ -145,15 +153,14 @@ def _config_for(value: Any, config: DropConnectConfig) -> DropConnectConfig:
     return config.replace(p=check_p(value, "p in targets"))
 
 
-def _resolve(catalogue: Catalogue, target: Any, where: str) -> list[tuple[nn.Module, str]]:
-    """The (module, plain parameter name) pairs that one target means; never empty."""
+Pairs = list[tuple[nn.Module, str]]
+"""Parameters as (owner, plain name in the owner)."""
+
+
+def _resolve(catalogue: Catalogue, target: Any, where: str) -> Pairs:
+    """What one target means; never empty."""
     if isinstance(target, _Exact):
-        matched = [
-            (module, parameter)
-            for names, module, parameter in catalogue.parameters()
-            if target.name in names
-        ]
-        return matched or _no_match(catalogue, target.name, where)
+        return _parameters_named(catalogue, target.name, lambda name: name == target.name, where)
     if isinstance(target, type):
         if not issubclass(target, nn.Module):
             raise SurgeryError(f"{where}: {target.__name__} is not a torch.nn.Module class")
@@ -161,11 +168,7 @@ def _resolve(catalogue: Catalogue, target: Any, where: str) -> list[tuple[nn.Mod
         return _weights_of(catalogue, modules, target.__name__, where)
     if target == ALL_LINEAR:
         heads = {id(head) for head in _output_heads(catalogue.model)}
-        modules = [
-            module
-            for _, module in catalogue
-            if kind_of(module).linear and id(module) not in heads
-        ]
+        modules = [m for _, m in catalogue if kind_of(m).linear and id(m) not in heads]
         return _weights_of(catalogue, modules, target, where)
     if not isinstance(target, str):
         raise SurgeryError(f"{where}: expected a pattern or a module class; got {target!r}")
@@ -173,32 +176,36 @@ def _resolve(catalogue: Catalogue, target: Any, where: str) -> list[tuple[nn.Mod
     modules = [module for names, module in catalogue if any(map(matches, names))]
     if modules:
         return _weights_of(catalogue, modules, target, where)
-    matched = [
-        (module, parameter)
-        for names, module, parameter in catalogue.parameters()
-        if any(map(matches, names))
-    ]
-    return matched or _no_match(catalogue, target, where)
+    return _parameters_named(catalogue, target, matches, where)
 
 
-def _matcher(pattern: str, where: str) -> Any:
+def _parameters_named(
+    catalogue: Catalogue, target: str, matches: Callable[[str], bool], where: str
+) -> Pairs:
+    found = [(m, name) for names, m, name in catalogue.parameters() if any(map(matches, names))]
+    if not found:
+        raise _no_match(catalogue, target, where)
+    return found
+
+
+def _matcher(pattern: str, where: str) -> Callable[[str], bool]:
     """A predicate on dotted names. A glob `*.fc` also matches `fc` at the root."""
     if pattern.startswith("re:"):
         try:
             regex = re.compile(pattern[3:])
         except re.error as error:
-            raise SurgeryError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
+            raise SurgeryError(
+                f"{where}: {pattern!r} is not a regular expression: {error}"
+            ) from None
         return lambda name: regex.fullmatch(name) is not None
     return lambda name: fnmatchcase(name, pattern) or fnmatchcase(f".{name}", pattern)
 
 
-def _weights_of(
-    catalogue: Catalogue, modules: list[nn.Module], target: str, where: str
-) -> list[tuple[nn.Module, str]]:
+def _weights_of(catalogue: Catalogue, modules: list[nn.Module], target: str, where: str) -> Pairs:
     """The weights that the modules' kinds drop by default; for exclusions, all they own."""
     if not modules:
-        return _no_match(catalogue, target, where)
-    found: list[tuple[nn.Module, str]] = []
+        raise _no_match(catalogue, target, where)
+    found: Pairs = []
     for module in modules:
         if where == "exclude":
             found += [(module, name) for name, _ in plain_parameters(module)]
@@ -237,15 +244,15 @@ def _output_heads(model: nn.Module) -> Iterator[nn.Module]:
                 break
 
 
-def _no_match(catalogue: Catalogue, target: str, where: str) -> Any:
-    """Raise, listing the names nearest to the target."""
+def _no_match(catalogue: Catalogue, target: str, where: str) -> NoMatchError:
+    """The error that lists the names nearest to the target."""
     names = catalogue.all_names()
     wanted = re.sub(r"^re:|[*?\[\]\\^$()]", "", target).strip(".")
     near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3)
     tail = wanted.rsplit(".", 1)[-1].lower()
     near += [name for name in names if tail and tail in name.lower() and name not in near][:5]
     hint = f" Nearest names: {', '.join(near[:6])}." if near else ""
-    raise NoMatchError(
+    return NoMatchError(
         f"{where}: {target!r} matches no module and no parameter of {type(catalogue.model).__name__}."
         f"{hint} A '*' also matches dots; print(model) shows all modules."
     )

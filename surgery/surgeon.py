@@ -94,7 +94,9 @@ def undo(model: nn.Module) -> None:
         raise NotOperatedError(
             f"{type(model).__name__} has no DropConnect in place; there is nothing to strip"
         )
-    raise_all(problem for name, module in operated_modules(model) if (problem := _stuck(name, module)))
+    raise_all(
+        problem for name, module in operated_modules(model) if (problem := _stuck(name, module))
+    )
     for module in modules:
         _unswap(module)
 
@@ -171,7 +173,10 @@ def can_undo(model: nn.Module) -> bool:
 @contextlib.contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
     """The plain model for a while. Inside, values may change but modules may not."""
-    kept = [(_as_change(module), type(module), _buffers(module)) for _, module in operated_modules(model)]
+    kept = [
+        (_as_change(module), type(module), _buffers(module))
+        for _, module in operated_modules(model)
+    ]
     undo(model)
     try:
         yield

@@ -6,10 +6,10 @@ hand does the same.
 
 from typing import TYPE_CHECKING, Any
 
-from .models import register
+from surgery.adapters.transformers.models import register
 
 if TYPE_CHECKING:
-    from .callback import DropConnectCallback
+    from surgery.adapters.transformers.callback import DropConnectCallback
 
 register()
 
@@ -19,7 +19,7 @@ __all__ = ["DropConnectCallback"]
 def __getattr__(name: str) -> Any:
     """The callback pulls in Trainer's dependencies, so it is imported when asked for."""
     if name == "DropConnectCallback":
-        from .callback import DropConnectCallback
+        from surgery.adapters.transformers.callback import DropConnectCallback
 
         return DropConnectCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from surgery.api import apply_dropconnect, dropconnect_sites, set_p, strip_dropconnect
+from surgery.api import (
+    apply_dropconnect,
+    dropconnect_sites,
+    plan_dropconnect,
+    set_p,
+    strip_dropconnect,
+)
 from surgery.checkpoint import (
     PLAN_FILE,
     anchors,
@@ -187,11 +193,8 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
     def _wants_anchors(self, model: nn.Module) -> bool:
         if dropconnect_sites(model):
             return bool(anchors(model))
-        own = self.targets.values() if isinstance(self.targets, dict) else self.targets
-        configs = [self.config]
-        if not isinstance(self.targets, (str, type)):
-            configs += [getattr(entry, "config", entry) for entry in own]
-        return any(getattr(config, "toward", None) == "pretrained" for config in configs)
+        plan = plan_dropconnect(model, self.targets, exclude=self.exclude, config=self.config)
+        return any(site.config.toward == "pretrained" for site in plan)
 
 
 def _unused(model: nn.Module) -> Iterator[str]:
@@ -236,7 +239,7 @@ def _has_weights(folder: Path, plain: dict[str, Any]) -> bool:
         if not (folder / file).is_file():
             return False
         with safe_open(folder / file, framework="pt") as stored:
-            for name in stored.keys():
+            for name in stored.keys():  # noqa: SIM118
                 if name not in plain or not torch.equal(stored.get_tensor(name), plain[name].cpu()):
                     return False
     return True

@@ -141,10 +141,13 @@ def _attention(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
     return Axes((3, weight.shape[0] // 3, weight.shape[1]), input=(0, 2), output=(0, 1))
 
 
+SEPARATE_PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""The parameters of a MultiheadAttention whose keys or values have another width."""
+
+
 def _attention_weights(module: nn.Module) -> Sequence[str]:
     packed = dict(plain_parameters(module)).get("in_proj_weight") is not None
-    separate = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-    return (*(("in_proj_weight",) if packed else separate), "out_proj.weight")
+    return (*(("in_proj_weight",) if packed else SEPARATE_PROJECTIONS), "out_proj.weight")
 
 
 def _attention_bias(name: str) -> str | None:
@@ -159,7 +162,9 @@ def _recurrent_weights(module: nn.Module) -> Sequence[str]:
 
 def _refuse_embedding(module: nn.Module, name: str) -> str | None:
     if getattr(module, "max_norm", None) is not None:
-        return "max_norm rewrites the weight in its forward; construct the Embedding without max_norm"
+        return (
+            "max_norm rewrites the weight in its forward; construct the Embedding without max_norm"
+        )
     if getattr(module, "sparse", False):
         return "a sparse gradient cannot pass a mask; construct the Embedding with sparse=False"
     return None
@@ -202,9 +207,7 @@ for _kind in (
         bias=lambda name: None,
         refuse=_refuse_embedding,
     ),
-    Kind(
-        name="rnn", classes=(nn.RNNBase,), weights=_recurrent_weights, axes=_matrix, bias=_bias
-    ),
+    Kind(name="rnn", classes=(nn.RNNBase,), weights=_recurrent_weights, axes=_matrix, bias=_bias),
     Kind(
         name="rnn-cell",
         classes=(nn.RNNCellBase,),

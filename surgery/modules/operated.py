@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..caching import cached
 from ..config import DropConnectConfig
 from ..ops import Law, Layout, draw_key, drop_weight
 from ..recompute import Recipe, address_of, can_recompute, recompute_masked_weights
@@ -124,7 +125,7 @@ class DropConnectModule(nn.Module):
         self._fit_laws()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._fit_laws()
         return self
 
@@ -154,7 +155,7 @@ def _new_operated(base: type[nn.Module], names: tuple[str, ...], mixins: tuple[t
     return cls.__new__(cls)
 
 
-@functools.lru_cache(maxsize=None)
+@cached
 def operated_class(
     base: type[nn.Module], names: tuple[str, ...], mixins: tuple[type, ...] = ()
 ) -> type[DropConnectModule]:
@@ -296,7 +297,7 @@ def _as_if_trained(used: Tensor, raw: Tensor) -> Tensor:
     recomputes with gradients."""
     tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if raw.requires_grad and not used.requires_grad and not tracing:
-        used.requires_grad_()
+        return used.detach().requires_grad_()
     return used
 
 

@@ -9,7 +9,6 @@ chains that start at `self` in `forward` and in every method it mentions.
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -18,8 +17,21 @@ from typing import Any
 
 from torch import nn
 
+from ..caching import cached
+
 _METADATA = frozenset(
-    {"data_ptr", "device", "dim", "dtype", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"}
+    {
+        "data_ptr",
+        "device",
+        "dim",
+        "dtype",
+        "is_meta",
+        "ndim",
+        "numel",
+        "requires_grad",
+        "shape",
+        "size",
+    }
 )
 """Attributes of a tensor that do not depend on its values: reading them is not reading the weight."""
 
@@ -49,7 +61,7 @@ def _reads(chain: tuple[str, ...], path: tuple[str, ...]) -> bool:
     return all(have in (want, ANY) for have, want in zip(chain, path))
 
 
-@functools.lru_cache(maxsize=None)
+@cached
 def reads(cls: type[nn.Module]) -> Reads:
     """The chains that `cls.forward`, and the methods it mentions, read from `self`."""
     if issubclass(cls, _ONLY_INSPECTS):
@@ -83,7 +95,7 @@ def _methods(cls: type, name: str) -> list[Callable[..., Any]]:
     return found
 
 
-@functools.lru_cache(maxsize=None)
+@cached
 def _visit(function: Callable[..., Any]) -> _Visitor | None:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))

@@ -10,10 +10,10 @@ functions"); `tests/ops/test_hash.py` holds the statistics that it passes and we
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
+
+from ..caching import cached
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B9
@@ -78,7 +78,7 @@ def key_from_seed(seed: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.tensor(_scramble(seed), dtype=torch.int32, device=device)
 
 
-@lru_cache(maxsize=None)
+@cached
 def _rank_words(rank: int) -> tuple[int, int]:
     return _scramble(rank)
 

@@ -142,13 +142,15 @@ class _DropWeight(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, key, threshold, scale, ctx.layout = inputs
-        ctx.save_for_backward(key, threshold, scale)
+        # Attributes, not `save_for_backward`: held masks are passed by several backward calls, and
+        # activation checkpointing counts saved tensors.
+        _, _, ctx.key, ctx.threshold, ctx.scale, ctx.layout = inputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        key, threshold, scale = ctx.saved_tensors
-        grad = _DropWeight.apply(grads[0], None, key, threshold, scale, ctx.layout)
+        grad = _DropWeight.apply(  # type: ignore[no-untyped-call]
+            grads[0], None, ctx.key, ctx.threshold, ctx.scale, ctx.layout
+        )
         return grad, None, None, None, None, None
 
 
@@ -206,5 +208,7 @@ def drop_weight(
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _evaluate(weight, anchor, key, law.threshold, law.scale, layout)
-    used: Tensor = _DropWeight.apply(weight, anchor, key, law.threshold, law.scale, layout)
+    used: Tensor = _DropWeight.apply(  # type: ignore[no-untyped-call]
+        weight, anchor, key, law.threshold, law.scale, layout
+    )
     return used

@@ -1,0 +1,55 @@
+# Every target sets up what it needs in $(VENV). Nothing outside this folder is touched.
+PYTHON ?= python3
+VENV ?= .venv
+# Which torch to install when $(VENV) has none. Any build from 2.9 on will do.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed)
+
+.PHONY: help demo test test-all lint wheel clean
+
+help:
+	@echo "make demo      fine-tune a real checkpoint with DropConnect (about 6 minutes on 2 cores)"
+	@echo "make test      the tests (about 6 minutes on 2 cores)"
+	@echo "make test-all  the tests with the long sweeps"
+	@echo "make lint      ruff and mypy"
+	@echo "make wheel     build the wheel and check what is in it"
+
+demo: $(VENV)/.examples
+	$(BIN)/python examples/finetune_trainer.py
+
+test: $(VENV)/.test
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(VENV)/.test $(VENV)/.examples
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/typecheck.py
+
+wheel: $(VENV)/.torch
+	rm -rf build dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python .ci/check_wheel.py dist/*.whl
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info
+
+# A virtual environment with torch, then the wheel with one set of extras. The wheel is installed, and
+# not the folders, so that what is tested is what is shipped.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.wheel: $(VENV)/.torch $(SOURCES) README.md LICENSE
+	$(MAKE) wheel
+	$(BIN)/pip install --quiet --no-deps --force-reinstall dist/*.whl
+	touch $@
+
+$(VENV)/.test $(VENV)/.examples $(VENV)/.dev: $(VENV)/.%: $(VENV)/.wheel
+	$(BIN)/pip install --quiet "$$(ls dist/*.whl)[$*]"
+	touch $@
