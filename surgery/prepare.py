@@ -97,7 +97,7 @@ def _site(
     drawn_by: list[str] = []
     for user in users:
         parents = _readers(catalogue, user)
-        problem = _problem(user, parameter, has_reader=bool(parents))
+        problem = _problem(user, parameter, [parent for parent, _ in parents])
         if problem is not None:
             problems.append(f"{_full(catalogue, user)} ({type(user.module).__name__}): {problem}")
             continue
@@ -162,7 +162,7 @@ def _readers(catalogue: Catalogue, user: Choice) -> list[tuple[nn.Module, str]]:
     return list(found.values())
 
 
-def _problem(user: Choice, parameter: Tensor, has_reader: bool) -> str | None:
+def _problem(user: Choice, parameter: Tensor, parents: list[nn.Module]) -> str | None:
     """Why this parameter cannot be operated on and what to do about it, or None."""
     module, name, config = user.module, user.name, user.config
     if isinstance(module, DropConnectModule) and name in module._dropconnect:
@@ -174,11 +174,12 @@ def _problem(user: Choice, parameter: Tensor, has_reader: bool) -> str | None:
         return "a scripted module cannot be operated on; apply before torch.jit.script"
     if isinstance(module, torch.fx.GraphModule):
         return "the weight is read by a traced graph; apply to the model before tracing it"
-    if "forward" in module.__dict__:
-        return (
-            "its forward has been replaced on the instance, so masks would never act; apply before "
-            "accelerate hooks (device_map) or other wrappers are added"
-        )
+    for reader in (module, *parents):
+        if "forward" in reader.__dict__:
+            return (
+                f"the forward of {type(reader).__name__} has been replaced on the instance, so masks "
+                "would never act; apply before accelerate hooks (device_map) or wrappers are added"
+            )
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         return "the parameter is lazy and has no shape yet; run the model once, then apply"
     if type(parameter) not in (nn.Parameter, Tensor):
@@ -209,7 +210,7 @@ def _problem(user: Choice, parameter: Tensor, has_reader: bool) -> str | None:
             "masks; use bias=False"
         )
     own = reads(plain_class(module))
-    if kind.name == "other" and not has_reader and own.complete and not own.reads((name,)):
+    if kind.name == "other" and not parents and own.complete and not own.reads((name,)):
         return (
             f"neither {type(module).__name__}.forward nor a parent's reads it as an attribute, so "
             "a mask would never act; name the module that uses it"

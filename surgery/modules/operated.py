@@ -295,10 +295,11 @@ def _as_if_trained(used: Tensor, raw: Tensor) -> Tensor:
     """Under `no_grad` a parameter still requires grad, and kernels are chosen by that (`matmul` folds
     a batch or not): a masked weight that differed would round differently when a reentrant checkpoint
     recomputes with gradients."""
-    tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if raw.requires_grad and not used.requires_grad and not tracing:
-        return used.detach().requires_grad_()
-    return used
+    if torch.is_grad_enabled() or not raw.requires_grad:
+        return used
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return used
+    return used.detach().requires_grad_()
 
 
 def _held(state: SiteState, raw: Tensor, key: Tensor, law: Law, anchor: Tensor | None) -> Tensor:

@@ -109,6 +109,25 @@ def _visit(function: Callable[..., Any]) -> _Visitor | None:
     return visitor
 
 
+_Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+
+
+def _loops(target: ast.expr, call: ast.Call) -> list[tuple[ast.expr, ast.expr]]:
+    """(loop variable, what it runs over) pairs of `for target in call(...)`."""
+    names = target.elts if isinstance(target, ast.Tuple) else [target]
+    match call.func:
+        case ast.Name(id="reversed" | "list" | "tuple" | "iter") if call.args:
+            return [(target, call.args[0])]
+        case ast.Name(id="enumerate") if call.args:
+            return [(names[-1], call.args[0])]
+        case ast.Name(id="zip"):
+            return list(zip(names, call.args))
+        case ast.Attribute(value=owner, attr="values" | "items"):
+            return [(names[-1], owner)]
+        case _:
+            return []
+
+
 class _Visitor(ast.NodeVisitor):
     def __init__(self, self_name: str) -> None:
         self.self_name = self_name
@@ -153,10 +172,30 @@ class _Visitor(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_For(self, node: ast.For) -> None:
-        chain = self.chain(node.iter)
-        if chain and isinstance(node.target, ast.Name):
-            self.aliases[node.target.id] = (*chain, ANY)
+        self._bind(node.target, node.iter)
         self.generic_visit(node)
+
+    def visit_comprehension(self, node: ast.comprehension) -> None:
+        self._bind(node.target, node.iter)
+        self.generic_visit(node)
+
+    def _comprehension(self, node: _Comprehension) -> None:
+        """The loops first: they bind the names that the element reads."""
+        for loop in node.generators:
+            self.visit(loop)
+        self.generic_visit(node)
+
+    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _comprehension
+
+    def _bind(self, target: ast.expr, iterable: ast.expr) -> None:
+        """Alias the names of a loop over something of self, also inside zip, enumerate, ..."""
+        if isinstance(iterable, ast.Call):
+            for part, source in _loops(target, iterable):
+                self._bind(part, source)
+            return
+        chain = self.chain(iterable)
+        if chain and isinstance(target, ast.Name):
+            self.aliases[target.id] = (*chain, ANY)
 
     def visit_Call(self, node: ast.Call) -> None:
         named = node.func.id if isinstance(node.func, ast.Name) else None

@@ -20,6 +20,7 @@ from surgery import (
     hold_masks,
     load_dropconnect,
     plan_dropconnect,
+    set_p,
     strip_dropconnect,
 )
 from surgery.checkpoint import ANCHORS_FILE, PLAN_FILE, anchors
@@ -115,9 +116,7 @@ def test_save_keeps_masks_states_and_graph(make: Any, inputs: Any, tmp_path: Pat
 def test_given_state_dict_is_renamed(make: Any, logits: Any, tmp_path: Path) -> None:
     model = apply_dropconnect(make("bert"), "all-linear", p=0.3)
     model.save_pretrained(tmp_path, state_dict=model.state_dict())
-    _, info = AutoModelForSequenceClassification.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
+    _, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
 
@@ -215,3 +214,20 @@ class TestReadByAParent:
         for site in plan:
             grad = model.get_parameter(f"{site.name}_raw").grad
             assert (grad == 0).float().mean() > 0.4, site.name
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "llama", "mixtral"])
+def test_compiles_as_one_graph_without_recompiling(make: Any, inputs: Any, name: str) -> None:
+    model = apply_dropconnect(make(name).train(), "all-linear", p=0.3)
+    data = inputs(model)
+    model(**data)  # Bert notes its problem type at the first call
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(**data).loss.backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        set_p(model, 0.6)
+        losses = []
+        for run in (compiled, model):
+            torch.manual_seed(0)
+            losses.append(run(**data).loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -1,0 +1,25 @@
+"""What the README prints is what the code prints."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+import transformers
+
+from surgery import plan_dropconnect
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_plan_in_the_readme() -> None:
+    with torch.device("meta"):
+        gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config())
+    block = re.search(
+        r"(print\(plan_dropconnect.*)\n```\n\n```text\n(.*?)\n```", README.read_text(), re.S
+    )
+    assert block is not None
+    call, printed = block.groups()
+    scope = {"gpt2": gpt2, "plan_dropconnect": plan_dropconnect}
+    assert str(eval(call.removeprefix("print(").removesuffix(")"), scope)) == printed
