@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from .config import DropConnectConfig, check_p
 from .errors import NotOperatedError
+from .modules.kinds import kind_of
 from .modules.operated import DropConnectModule, SiteState, operated_modules
 from .ops import draw_key
 from .plan import Plan
 from .prepare import Prepared, prepare
-from .select import Catalogue, select
+from .select import Catalogue, Choice, select
 from .surgeon import current_plan, operate, undo
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -120,7 +121,8 @@ def set_p(model: nn.Module, p: float, targets: Any = None) -> None:
 
     Args:
         p: probability of dropping, in [0, 1].
-        targets: which sites, as in `apply_dropconnect`; None means all.
+        targets: which sites, as in `apply_dropconnect`; None means all. A weight takes the bias that
+            `bias=True` dropped with it along, and all its users if it is tied.
 
     Raises:
         NotOperatedError: the model, or a parameter that `targets` names, has no DropConnect.
@@ -147,11 +149,7 @@ def hold_masks(model: nn.Module) -> Iterator[None]:
         NotOperatedError: no DropConnect is in place.
         RuntimeError: masks are already held.
     """
-    states = [
-        (module, state)
-        for _, module in operated_modules(model)
-        for state in module._dropconnect.values()
-    ]
+    states = _in_place(model)
     if not states:
         raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place to hold")
     if any(state.held_key is not None for _, state in states):
@@ -186,22 +184,36 @@ def _prepare(
     return prepare(model, targets, exclude, base.replace(**options) if options else base)
 
 
-def _states(model: nn.Module, targets: Any) -> list[SiteState]:
-    every = [
-        state for _, module in operated_modules(model) for state in module._dropconnect.values()
+def _in_place(model: nn.Module) -> list[tuple[DropConnectModule, SiteState]]:
+    return [
+        (module, state)
+        for _, module in operated_modules(model)
+        for state in module._dropconnect.values()
     ]
+
+
+def _states(model: nn.Module, targets: Any) -> list[SiteState]:
+    """The states of the sites that `targets` names: of a tied weight, those of all its users."""
+    every = _in_place(model)
     if not every:
         raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place")
     if targets is None:
-        return every
-    found = []
+        return [state for _, state in every]
     choices, _ = select(Catalogue(model), targets, None, DropConnectConfig())
-    for choice in choices:
-        if (
-            isinstance(choice.module, DropConnectModule)
-            and choice.name in choice.module._dropconnect
-        ):
-            found.append(choice.module._dropconnect[choice.name])
+    named = {key for choice in choices for key in _parameters(choice)}
+    found = [state for module, state in every if id(getattr(module, state.raw)) in named]
     if not found:
         raise NotOperatedError(f"targets={targets!r} names weights, but none has DropConnect")
     return found
+
+
+def _parameters(choice: Choice) -> Iterator[int]:
+    """Ids of the operated parameter that was chosen and of the bias that drops with it."""
+    states = getattr(choice.module, "_dropconnect", {})
+    state = states.get(choice.name)
+    if state is None:
+        return
+    yield id(getattr(choice.module, state.raw))
+    bias = states.get(kind_of(choice.module).bias(choice.name)) if state.config.bias else None
+    if bias is not None:
+        yield id(getattr(choice.module, bias.raw))

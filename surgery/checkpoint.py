@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -108,12 +108,13 @@ def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     kept = anchors(model)
     form: dict[str, Any] = {"version": FORMAT_VERSION, "plan": plan.to_json(), "anchors": None}
-    if kept:
-        form["anchors"] = {"file": ANCHORS_FILE, "sha256": digest(kept)}
-        with _whole_file(folder / ANCHORS_FILE) as path:
+    with contextlib.ExitStack() as files:  # both are written before either replaces an old one
+        plan_path = files.enter_context(_whole_file(folder / PLAN_FILE))
+        if kept:
+            form["anchors"] = {"file": ANCHORS_FILE, "sha256": digest(kept)}
+            path = files.enter_context(_whole_file(folder / ANCHORS_FILE))
             save_file({name: tensor.contiguous() for name, tensor in kept.items()}, path)
-    with _whole_file(folder / PLAN_FILE) as path:
-        Path(path).write_text(json.dumps(form, indent=1) + "\n", encoding="utf-8")
+        Path(plan_path).write_text(json.dumps(form, indent=1) + "\n", encoding="utf-8")
     if not kept:
         (folder / ANCHORS_FILE).unlink(missing_ok=True)
 
@@ -155,19 +156,23 @@ def read_dropconnect(directory: str | os.PathLike[str]) -> tuple[Plan, dict[str,
     path = Path(directory) / PLAN_FILE
     try:
         form = json.loads(path.read_text(encoding="utf-8"))
-        version, record = form["version"], form["anchors"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise SurgeryError(f"{path} is not a file of save_dropconnect: {error!r}") from error
-    if version != FORMAT_VERSION:
-        raise SurgeryError(f"{path} has format {version!r}; this release reads {FORMAT_VERSION}")
-    plan = Plan.from_json(form["plan"])
-    if record is None:
-        return plan, {}
-    file = Path(directory) / record["file"]
+        if form["version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"it has format {form['version']!r}; this release reads {FORMAT_VERSION}"
+            )
+        plan, record = Plan.from_json(form["plan"]), form["anchors"]
+        if record is None:
+            return plan, {}
+        file, expected = Path(directory) / record["file"], record["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SurgeryError(f"cannot read {path}: {type(error).__name__}: {error}") from error
     if not file.is_file():
         raise SurgeryError(f"{path} refers to anchors in {file.name}, which is missing")
-    kept = load_file(file)
-    if digest(kept) != record["sha256"]:
+    try:
+        kept = load_file(file)
+    except SafetensorError as error:
+        raise SurgeryError(f"{file} is damaged: {error}") from error
+    if digest(kept) != expected:
         raise SurgeryError(f"{file} is damaged: its content does not match {PLAN_FILE}")
     return plan, kept
 

@@ -21,8 +21,11 @@ class Recipe(NamedTuple):
 
     raw: Tensor
     version: int
+    """Of `raw`, when the masked weight was made."""
     rebuild: Callable[[], Tensor]
     name: str
+    made: int
+    """Version of the masked weight when it was made."""
 
 
 class _SavedView(NamedTuple):
@@ -55,7 +58,7 @@ class recompute_masked_weights(torch.autograd.graph.saved_tensors_hooks):
 
         def pack(tensor: Tensor) -> Any:
             recipe = recipes.get(_address(tensor))
-            if recipe is None:
+            if recipe is None or not _is_as_made(tensor, recipe):
                 return outer_pack(tensor)
             return _SavedView(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
@@ -89,6 +92,13 @@ def _address(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # sparse, quantised and wrapper tensors have none
         return 0
+
+
+def _is_as_made(tensor: Tensor, recipe: Recipe) -> bool:
+    """Whether size, stride and offset are all that this view adds to the masked weight: it was not
+    changed since, nor is it seen as complex or negated."""
+    same = tensor.dtype == recipe.raw.dtype and not tensor.is_neg()
+    return same and tensor._version == recipe.made
 
 
 def _rebuild(saved: _SavedView) -> Tensor:

@@ -173,9 +173,11 @@ def operated_class(
     }
     for name in names:
         body[name] = _weight_property(name)
+    body["forward"] = _forward(base)
     if isinstance(base, type) and issubclass(base, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, _ignore_flat_weights)
-    body["forward"] = _forward(base)
+        # Dynamo runs RNNs eagerly; without this it would compile each helper of `_forward` alone.
+        body["forward"] = torch.compiler.disable(body["forward"])
     return type(base.__name__, (DropConnectModule, *mixins, base), body)
 
 
@@ -241,7 +243,12 @@ def _open(module: Any) -> _Opened:
             child = module
             for part in path.split("."):
                 child = getattr(child, part)
-            _open_own(child, opened)
+            if not any(
+                _is_sharded(getattr(child, state.raw)) for state in child._dropconnect.values()
+            ):
+                _open_own(
+                    child, opened
+                )  # else it is gathered, and draws, in the child's own forward
     except BaseException:
         for owner, state, _ in opened:
             object.__setattr__(owner, state.live, None)
@@ -271,6 +278,12 @@ def _open_own(module: Any, opened: _Opened) -> None:
 
 def _used(module: Any, state: SiteState, raw: Tensor, key: Tensor) -> tuple[Tensor, Any]:
     """The masked weight, and the recipe to compute it again."""
+    if _is_sharded(raw):
+        raise RuntimeError(
+            f"{state.raw!r} of {type(module).__name__} is sharded (a DTensor) while a forward reads "
+            "it. Masks need the whole weight: shard with fully_shard on the module whose forward "
+            "reads the weight, or on one that contains it; tensor parallelism is not supported."
+        )
     law = state.law_for(raw, keep=not getattr(module, "_is_replica", False))
     anchor = None if state.anchor is None else getattr(module, state.anchor)
     if anchor is not None and anchor.shape != raw.shape:
@@ -288,7 +301,12 @@ def _used(module: Any, state: SiteState, raw: Tensor, key: Tensor) -> tuple[Tens
     def rebuild() -> Tensor:
         return drop_weight(raw.detach(), key, law, state.layout, anchor)
 
-    return used, Recipe(raw, raw._version, rebuild, state.name)
+    return used, Recipe(raw, raw._version, rebuild, state.name, used._version)
+
+
+def _is_sharded(weight: Any) -> bool:
+    """Whether it is a DTensor; told by the name because importing that class is slow."""
+    return type(weight).__name__ == "DTensor"
 
 
 def _as_if_trained(used: Tensor, raw: Tensor) -> Tensor:

@@ -1,0 +1,77 @@
+"""Fixtures for every test: a fixed seed, and checks of random quantities with a stated error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from surgery.modules import operated
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed torch's default generators before every test."""
+    torch.manual_seed(1234)
+    return 1234
+
+
+class Estimate(NamedTuple):
+    """A Monte Carlo estimate of a mean, entry by entry."""
+
+    mean: Tensor
+    error: Tensor
+    """Standard error of `mean`."""
+    count: int
+
+    def z(self, expected: Tensor | float) -> Tensor:
+        """How many standard errors the estimate lies from `expected`; 0 where both are exact."""
+        gap = self.mean - expected
+        return torch.where(gap == 0, torch.zeros_like(gap), gap / self.error)
+
+
+def estimate(draw: Callable[[], Tensor], count: int) -> Estimate:
+    """Mean and standard error of `count` independent draws, in float64."""
+    draws = torch.stack([draw().detach().double() for _ in range(count)])
+    return Estimate(draws.mean(0), draws.std(0) / math.sqrt(count), count)
+
+
+def z_bound(comparisons: int, chance: float = 1e-6) -> float:
+    """The |z| that none of so many independent standard normals exceeds, but with `chance`."""
+    one_sided = torch.tensor(1 - chance / (2 * comparisons), dtype=torch.float64)
+    return float(torch.special.ndtri(one_sided))
+
+
+@pytest.fixture(scope="session")
+def check_mean() -> Callable[..., Estimate]:
+    """A function that fails unless the mean of random draws is `expected`, within standard errors.
+
+    `check_mean(draw, expected, count)` calls `draw()` so often. Every entry must lie within the z-score
+    that chance exceeds in one run of a million.
+    """
+
+    def check(draw: Callable[[], Tensor], expected: Any, count: int = 2000) -> Estimate:
+        found = estimate(draw, count)
+        worst, bound = float(found.z(expected).abs().max()), z_bound(found.mean.numel())
+        assert worst < bound, f"mean is {worst:.1f} standard errors off (bound {bound:.1f})"
+        return found
+
+    return check
+
+
+@pytest.fixture
+def keys(monkeypatch) -> list[Tensor]:
+    """Every key drawn by a forward call, in order: how many masks there were, and which."""
+    drawn: list[Tensor] = []
+    draw = operated.draw_key
+
+    def spy(*args):
+        drawn.append(draw(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(operated, "draw_key", spy)
+    return drawn

@@ -1,0 +1,208 @@
+"""Inside `hold_masks` every forward call uses the same masks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgery import NotOperatedError, apply_dropconnect, hold_masks, set_p, strip_dropconnect
+
+from .cases import Case, every_case
+from .helpers import Snapshot, keep, masked, plain_parameter
+from .test_kinds import equal
+
+P = 0.5
+CELLS = {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
+every_cell = pytest.mark.parametrize("cls", CELLS.values(), ids=CELLS.keys())
+
+
+def unroll(cell: nn.Module, xs: Tensor) -> Tensor:
+    state = None
+    for x in xs:
+        state = cell(x, state)
+    return state[0] if isinstance(state, tuple) else state
+
+
+def held_key(module: nn.Module, name: str = "weight_hh") -> Tensor:
+    return module._dropconnect[name].held_key
+
+
+@every_cell
+@pytest.mark.parametrize("toward", ["zero", "pretrained"])
+def test_one_mask_for_a_sequence(cls, toward: str, keys) -> None:
+    """Output and gradient are those of a loop with one explicitly masked weight."""
+    cell = cls(6, 4).double()
+    plain = copy.deepcopy(cell)
+    xs = torch.randn(5, 3, 6, dtype=torch.float64)
+    apply_dropconnect(cell, cls, p=P, toward=toward)
+    raw = plain_parameter(cell, "weight_hh")
+    with torch.no_grad():
+        raw.add_(0.1)
+    with hold_masks(cell):
+        mask = keep(held_key(cell), P, *raw.shape)
+        output = unroll(cell, xs)
+        output.sin().sum().backward()
+    assert keys == []  # nothing was drawn by a forward call
+    anchor = plain.weight_hh.detach().clone() if toward == "pretrained" else None
+    plain.weight_hh.data = masked(raw.data, mask, P, anchor)
+    expected = unroll(plain, xs)
+    expected.sin().sum().backward()
+    assert torch.equal(output, expected)
+    gradient = masked(plain.weight_hh.grad, mask, P)
+    torch.testing.assert_close(raw.grad, gradient, rtol=1e-12, atol=1e-14)
+    assert torch.equal(cell.weight_ih.grad, plain.weight_ih.grad)
+
+
+@every_case
+def test_calls_inside_agree_and_outside_differ(case: Case) -> None:
+    module = case.build()
+    apply_dropconnect(module, case.target_of(module), p=P)
+    inputs = case.inputs()
+    with hold_masks(module):
+        inside = [module(*inputs) for _ in range(3)]
+    with hold_masks(module):
+        again = [module(*inputs) for _ in range(2)]
+    assert equal(inside[0], inside[1])
+    assert equal(inside[0], inside[2])
+    assert equal(again[0], again[1])
+    outside = [module(*inputs) for _ in range(6)]
+    assert not all(equal(outside[0], other) for other in outside[1:])
+    before = Snapshot(module)
+    with hold_masks(module):
+        module(*inputs)
+    assert Snapshot(module) == before
+
+
+def layer(**options) -> nn.Linear:
+    return apply_dropconnect(nn.Linear(8, 8), nn.Linear, **{"p": P, **options})
+
+
+def test_gradients_accumulate_over_several_backwards() -> None:
+    module = layer()
+    x = torch.randn(2, 8)
+    with hold_masks(module):
+        for _ in range(3):
+            module(x).sum().backward()
+        mask = keep(held_key(module, "weight"), P, 8, 8)
+    once = masked(torch.ones(2, 8).t() @ x, mask, P)
+    torch.testing.assert_close(module.weight.grad, 3 * once)
+
+
+def test_optimizer_step_inside_is_seen() -> None:
+    """The mask stays, the weight moves: the next forward uses the new value."""
+    module = layer()
+    x = torch.randn(2, 8)
+    with hold_masks(module):
+        module(x)
+        with torch.no_grad():
+            module.weight.mul_(2)
+        mask = keep(held_key(module, "weight"), P, 8, 8)
+        expected = nn.functional.linear(x, masked(module.weight, mask, P), module.bias)
+        assert torch.equal(module(x), expected)
+
+
+def test_no_grad_then_grad_inside() -> None:
+    """A forward without gradients first must not cut the graph of a later one."""
+    module = layer()
+    x = torch.randn(2, 8)
+    with hold_masks(module):
+        with torch.no_grad():
+            first = module(x)
+        second = module(x)
+        second.sum().backward()
+    assert torch.equal(first, second)
+    assert module.weight.grad is not None
+
+
+def test_new_p_inside_acts_with_the_same_bits() -> None:
+    """A smaller p keeps a superset of what a larger p keeps."""
+    module = layer()
+    x = torch.eye(8)
+    with hold_masks(module):
+        few = (module(x) - module.bias) != 0
+        set_p(module, 0.1)
+        many = (module(x) - module.bias) != 0
+    assert bool((many | ~few).all())
+    assert int(many.sum()) > int(few.sum())
+
+
+def test_bias_follows_its_weight_inside() -> None:
+    module = layer(unit="output", bias=True)
+    with hold_masks(module):
+        assert held_key(module, "bias") is held_key(module, "weight")
+        output = module(torch.randn(2, 8))
+        mask = keep(held_key(module, "weight"), P, 8)
+    assert torch.equal(output != 0, mask.bool().expand(2, 8))
+
+
+def test_eval_inside_is_the_plain_module() -> None:
+    module = layer()
+    x = torch.randn(2, 8)
+    with hold_masks(module.eval()):
+        assert torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))
+
+
+def test_seed_reproduces_held_masks() -> None:
+    module = layer()
+    x = torch.randn(2, 8)
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        with hold_masks(module):
+            outputs.append(module(x))
+    assert torch.equal(*outputs)
+
+
+def test_nested_is_an_error_and_the_outer_goes_on() -> None:
+    module = layer()
+    x = torch.randn(2, 8)
+    with hold_masks(module):
+        first = module(x)
+        with (
+            pytest.raises(RuntimeError, match=r"hold_masks is already active.*leave that context"),
+            hold_masks(module),
+        ):
+            pass
+        assert torch.equal(module(x), first)
+
+
+def test_part_of_a_model_can_be_held() -> None:
+    model = nn.ModuleList([layer(), layer()])
+    x = torch.randn(2, 8)
+    with hold_masks(model[0]):
+        assert torch.equal(model[0](x), model[0](x))
+        assert not torch.equal(model[1](x), model[1](x))
+        with pytest.raises(RuntimeError, match="already active"), hold_masks(model):
+            pass
+        with hold_masks(model[1]):
+            assert torch.equal(model[1](x), model[1](x))
+
+
+def test_exit_after_an_error() -> None:
+    module = layer()
+    with pytest.raises(ZeroDivisionError), hold_masks(module):
+        raise ZeroDivisionError
+    assert held_key(module, "weight") is None
+    with hold_masks(module):
+        pass
+
+
+def test_plain_model() -> None:
+    with (
+        pytest.raises(NotOperatedError, match="Linear has no DropConnect in place to hold"),
+        hold_masks(nn.Linear(2, 2)),
+    ):
+        pass
+
+
+def test_strip_after_holding() -> None:
+    module = nn.Linear(8, 8)
+    before = Snapshot(module)
+    apply_dropconnect(module, nn.Linear)
+    with hold_masks(module):
+        module(torch.randn(1, 8))
+    strip_dropconnect(module)
+    assert Snapshot(module) == before

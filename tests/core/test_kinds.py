@@ -1,0 +1,209 @@
+"""Every kind of module: training uses the masked weights, eval the original ones."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from surgery import apply_dropconnect, dropconnect_sites, strip_dropconnect
+from surgery.plan import join
+
+from .cases import Case, every_case
+from .helpers import keep, masked, plain_parameter, site_names
+
+P = 0.4
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The tensors in the output of any module."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, (tuple, PackedSequence)):
+        return [tensor for part in output for tensor in tensors(part)]
+    return []
+
+
+def loss(output: Any) -> Tensor:
+    return sum(tensor.sin().sum() for tensor in tensors(output) if tensor.is_floating_point())
+
+
+def equal(a: Any, b: Any) -> bool:
+    pairs = list(zip(tensors(a), tensors(b), strict=True))
+    return bool(pairs) and all(torch.equal(x, y) for x, y in pairs)
+
+
+def operated(case: Case, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """The operated module, and a plain copy."""
+    module = case.build()
+    plain = copy.deepcopy(module)
+    options = {"p": P, **options}
+    return apply_dropconnect(module, case.target_of(module), **options), plain
+
+
+@every_case
+def test_default_weights(case: Case) -> None:
+    module, _ = operated(case)
+    assert tuple(site.name for site in dropconnect_sites(module)) == case.weights
+
+
+@every_case
+def test_training_uses_the_masked_weights(case: Case, keys) -> None:
+    """Outputs and gradients are those of the plain module with masked weights, bit by bit."""
+    module, plain = operated(case)
+    inputs = case.inputs()
+    output = module(*inputs)
+    loss(output).backward()
+    masks = {}
+    for key, name in zip(keys, site_names(module), strict=True):
+        weight = plain.get_parameter(name)
+        masks[name] = keep(key, P, *weight.shape)
+        weight.data = masked(weight.data, masks[name], P)
+    expected = plain(*inputs)
+    loss(expected).backward()
+    assert set(masks) == set(case.weights)
+    assert equal(output, expected)
+    for name, child in module.named_modules():
+        for parameter, value in plain.get_submodule(name)._parameters.items():
+            if value is not None:
+                full = join(name, parameter)
+                grad = masked(value.grad, masks[full], P) if full in masks else value.grad
+                assert torch.equal(plain_parameter(child, parameter).grad, grad), full
+
+
+@every_case
+def test_one_mask_per_site_and_call(case: Case, keys) -> None:
+    module, _ = operated(case)
+    inputs = case.inputs()
+    for calls in (1, 2, 3):
+        module(*inputs)
+        assert len(keys) == calls * len(case.weights)
+    assert len({tuple(key.tolist()) for key in keys}) == len(keys)
+
+
+@every_case
+def test_every_call_draws_anew(case: Case) -> None:
+    module, _ = operated(case)
+    inputs = case.inputs()
+    outputs = [module(*inputs) for _ in range(6)]
+    assert not all(equal(outputs[0], other) for other in outputs[1:])
+
+
+@every_case
+def test_seed_reproduces_the_masks(case: Case) -> None:
+    module, _ = operated(case)
+    inputs = case.inputs()
+    torch.manual_seed(5)
+    first = module(*inputs)
+    torch.manual_seed(5)
+    assert equal(module(*inputs), first)
+
+
+@every_case
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_eval_is_the_plain_module(case: Case, grad: bool, keys) -> None:
+    module, plain = operated(case)
+    inputs = case.inputs()
+    module(*inputs)
+    keys.clear()
+    with torch.set_grad_enabled(grad):
+        assert equal(module.eval()(*inputs), plain.eval()(*inputs))
+    assert keys == []
+
+
+@every_case
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_inference_sample_keeps_dropping_in_eval(case: Case, grad: bool, keys) -> None:
+    module, plain = operated(case, inference="sample")
+    module.eval()
+    inputs = case.inputs()
+    with torch.set_grad_enabled(grad):
+        output = module(*inputs)
+        for key, name in zip(keys, site_names(module), strict=True):
+            weight = plain.get_parameter(name)
+            weight.data = masked(weight.data, keep(key, P, *weight.shape), P)
+        assert equal(output, plain.eval()(*inputs))
+
+
+@every_case
+def test_p_zero_is_the_plain_module_and_draws_nothing(case: Case, keys) -> None:
+    module, plain = operated(case, p=0.0)
+    inputs = case.inputs()
+    assert equal(module(*inputs), plain(*inputs))
+    assert keys == []
+
+
+@every_case
+def test_p_one_drops_everything(case: Case) -> None:
+    module, plain = operated(case, p=1.0)
+    inputs = case.inputs()
+    for name in case.weights:
+        plain.get_parameter(name).data.zero_()
+    assert equal(module(*inputs), plain(*inputs))
+
+
+@every_case
+def test_toward_pretrained_starts_from_the_plain_module(case: Case) -> None:
+    """While weights are at their anchor, a mask changes nothing but rounding."""
+    module, plain = operated(case, toward="pretrained")
+    inputs = case.inputs()
+    pairs = zip(tensors(module(*inputs)), tensors(plain(*inputs)), strict=True)
+    for ours, expected in pairs:
+        torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
+
+
+@every_case
+def test_toward_pretrained_masks_the_change(case: Case, keys) -> None:
+    module, plain = operated(case, toward="pretrained")
+    inputs = case.inputs()
+    for name in site_names(module):
+        owner, _, parameter = name.rpartition(".")
+        plain_parameter(module.get_submodule(owner), parameter).data.mul_(1.5).add_(0.1)
+    output = module(*inputs)
+    for key, name in zip(keys, site_names(module), strict=True):
+        weight = plain.get_parameter(name)
+        moved = weight.data * 1.5 + 0.1
+        weight.data = masked(moved, keep(key, P, *weight.shape), P, anchor=weight.data)
+    assert equal(output, plain(*inputs))
+
+
+@every_case
+def test_weights_read_as_before(case: Case) -> None:
+    """`module.weight` is the raw parameter, before and after a forward, in both modes."""
+    module, _ = operated(case)
+    for _ in range(2):
+        for name in case.weights:
+            owner, _, parameter = name.rpartition(".")
+            child = module.get_submodule(owner)
+            assert getattr(child, parameter) is plain_parameter(child, parameter)
+        module(*case.inputs())
+        module.train(not module.training)
+
+
+@every_case
+def test_failing_forward_leaves_no_mask_behind(case: Case) -> None:
+    module, _ = operated(case)
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        module(torch.randn(1, 1, 1, 1, 1, 1))
+    for name in case.weights:
+        owner, _, parameter = name.rpartition(".")
+        child = module.get_submodule(owner)
+        assert getattr(child, parameter) is plain_parameter(child, parameter)
+    strip_dropconnect(module)
+
+
+@every_case
+def test_train_eval_train(case: Case, keys) -> None:
+    module, plain = operated(case)
+    inputs = case.inputs()
+    module(*inputs)
+    assert equal(module.eval()(*inputs), plain.eval()(*inputs))
+    module.train()(*inputs)
+    assert len(keys) == 2 * len(case.weights)
+    assert set(module.state_dict()) == {
+        f"{name}_raw" if name in case.weights else name for name in plain.state_dict()
+    }

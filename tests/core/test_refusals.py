@@ -1,0 +1,279 @@
+"""Law 1: what cannot be done is refused with site, rule and fix, and the model stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from surgery import (
+    NoMatchError,
+    SurgeryError,
+    apply_dropconnect,
+    plan_dropconnect,
+    strip_dropconnect,
+)
+
+from .helpers import Snapshot
+
+
+class Unread(nn.Module):
+    """A parameter that no forward reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(3, 3))
+        self.used = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.used
+
+
+class Multiplies(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.experts[0]
+
+
+class Wrapped(nn.Parameter):
+    """Stands for a sharded or quantised parameter class."""
+
+
+def replaced_forward() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    layer.forward = lambda x: F.linear(x, layer.weight)
+    return layer
+
+
+def operated() -> nn.Module:
+    return apply_dropconnect(nn.Linear(3, 3), nn.Linear)
+
+
+def pruned() -> nn.Module:
+    return prune.l1_unstructured(nn.Linear(3, 3), "weight", 0.5)
+
+
+def integer() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    layer.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+def special() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    layer.weight = Wrapped(layer.weight.data)
+    return layer
+
+
+def taken() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    layer.weight_raw = 1
+    return layer
+
+
+def frozen() -> nn.Module:
+    return nn.Linear(3, 3).requires_grad_(False)
+
+
+def tied() -> nn.Module:
+    model = nn.ModuleDict({"site": nn.Linear(3, 3), "twin": nn.Linear(3, 3)})
+    model["twin"].weight = model["site"].weight
+    return model
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A part that is refused, and the words that the message must hold besides the site."""
+
+    make: Callable[[], nn.Module]
+    rule: str
+    fix: str
+    targets: Any = "*site*"
+    options: dict[str, Any] = field(default_factory=dict)
+    site: str = "site.weight"
+
+
+PRETRAINED = {"toward": "pretrained"}
+REFUSALS = {
+    "twice": Refusal(operated, "already in place", "strip_dropconnect first, or exclude it"),
+    "traced": Refusal(
+        lambda: torch.fx.symbolic_trace(Multiplies()),
+        "read by a traced graph",
+        "before tracing",
+        targets="site.experts",
+        site="site.experts",
+    ),
+    "replaced-forward": Refusal(replaced_forward, "replaced on the instance", "apply before"),
+    "lazy": Refusal(lambda: nn.LazyLinear(3), "has no shape yet", "run the model once"),
+    "subclass": Refusal(special, "the weight is a Wrapped", "apply before fully_shard"),
+    "integer": Refusal(integer, "torch.int8", "only floating-point"),
+    "taken": Refusal(taken, "'weight_raw'", "rename that first"),
+    "frozen": Refusal(frozen, "it is frozen", "exclude it or unfreeze it", options=PRETRAINED),
+    "meta": Refusal(
+        lambda: nn.Linear(3, 3, device="meta"),
+        "no value yet",
+        "load the weights",
+        options=PRETRAINED,
+    ),
+    "max-norm": Refusal(lambda: nn.Embedding(3, 3, max_norm=1.0), "max_norm", "without max_norm"),
+    "sparse": Refusal(lambda: nn.Embedding(3, 3, sparse=True), "sparse", "sparse=False"),
+    "unit": Refusal(
+        Multiplies,
+        "unit='input' has no meaning",
+        '"element" or "tensor"',
+        targets="site.experts",
+        options={"unit": "input"},
+        site="site.experts",
+    ),
+    "unread": Refusal(
+        Unread,
+        "neither Unread.forward nor a parent's",
+        "name the module that uses it",
+        targets="site.table",
+        site="site.table",
+    ),
+    "parametrized": Refusal(
+        lambda: parametrizations.weight_norm(nn.Linear(3, 3)), "is parametrized", "remove_param"
+    ),
+    "pruned": Refusal(pruned, "no such parameter", "exclude it"),
+    "packed-bias": Refusal(
+        lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=3),
+        "split one packed bias",
+        "use bias=False",
+        options={"unit": "output", "bias": True},
+        site="site.q_proj_weight",
+    ),
+    "two-configs": Refusal(
+        tied,
+        "given different options",
+        "give both the same",
+        targets={"site.site": 0.1, "site.twin": 0.2},
+        site="site.twin.weight",
+    ),
+}
+every_refusal = pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS.keys())
+
+
+class Whole(nn.Module):
+    """A model with good sites before and after the refused one."""
+
+    def __init__(self, site: nn.Module) -> None:
+        super().__init__()
+        self.before = nn.Linear(3, 3)
+        self.site = site
+        self.after = nn.LSTM(3, 3)
+
+
+@every_refusal
+@pytest.mark.parametrize("verb", [apply_dropconnect, plan_dropconnect], ids=["apply", "plan"])
+def test_refusal_names_site_rule_and_fix_and_changes_nothing(refusal: Refusal, verb) -> None:
+    model = Whole(refusal.make())
+    before = Snapshot(model)
+    targets = refusal.targets
+    everything = targets if isinstance(targets, dict) else ["before", targets, "after"]
+    with pytest.raises(SurgeryError) as caught:
+        verb(model, everything, p=0.3, **refusal.options)
+    message = str(caught.value)
+    assert "the model is unchanged" in message
+    for part in (refusal.site, refusal.rule, refusal.fix):
+        assert part in message
+    assert Snapshot(model) == before
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    model = nn.Sequential(*(integer() for _ in range(10)))
+    with pytest.raises(SurgeryError) as caught:
+        apply_dropconnect(model, nn.Linear)
+    message = str(caught.value)
+    assert [f"{n}.weight" in message for n in range(10)] == [True] * 8 + [False] * 2
+    assert "... and 2 more" in message
+
+
+@pytest.mark.parametrize("bad", [None, 3, "linear", [nn.Linear(2, 2)]], ids=repr)
+def test_not_a_module(bad: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module; got"):
+        apply_dropconnect(bad, "*")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"p": 1.5}, ValueError, "p is the probability of dropping and must be in [0, 1]; got 1.5"),
+        ({"p": "high"}, TypeError, "got 'high'"),
+        ({"unit": "row"}, ValueError, "unit must be one of 'element', 'input'"),
+        ({"colour": 1}, TypeError, "colour"),
+        ({"targets": {"0": 2.0}}, ValueError, "p in targets"),
+        ({"targets": []}, SurgeryError, "targets must be a pattern, a module class"),
+        ({"targets": 3}, SurgeryError, "targets must be a pattern, a module class"),
+        ({"targets": [None]}, SurgeryError, "targets: expected a pattern or a module class"),
+        ({"targets": int}, SurgeryError, "int is not a torch.nn.Module class"),
+        ({"targets": "re:("}, SurgeryError, "'re:(' is not a regular expression"),
+        ({"targets": "0", "exclude": "0"}, NoMatchError, "nothing is left"),
+        ({"targets": "0", "exclude": "nine"}, NoMatchError, "exclude: 'nine' matches no module"),
+        ({"targets": "1"}, NoMatchError, "none has weights that are dropped by default"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_wrong_arguments_change_nothing(arguments, error, words) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    before = Snapshot(model)
+    with pytest.raises(error) as caught:
+        apply_dropconnect(model, **{"targets": "0", **arguments})
+    assert words in str(caught.value)
+    assert Snapshot(model) == before
+
+
+def test_scripted_module() -> None:
+    with pytest.warns(DeprecationWarning, match=r"torch\.jit\.script"):
+        scripted = torch.jit.script(nn.Linear(3, 3))
+    model = nn.Sequential(nn.Linear(3, 3), scripted)
+    with pytest.raises(SurgeryError, match=r"1\.weight .*apply before torch\.jit\.script"):
+        apply_dropconnect(model, ["0", "1.weight"])
+    assert type(model[0]) is nn.Linear
+
+
+def test_parametrized_module_works_where_its_parametrization_is_not_touched() -> None:
+    """Only the parametrized parameter is refused: its bias is an ordinary one."""
+    model = parametrizations.weight_norm(nn.Linear(3, 3))
+    plan = plan_dropconnect(model, "bias")
+    assert [site.name for site in plan] == ["bias"]
+    assert parametrize.is_parametrized(model)
+
+
+def test_assigning_and_deleting_while_operated() -> None:
+    layer = operated()
+    with pytest.raises(
+        TypeError, match=r"cannot assign Tensor to 'weight': assign a torch\.nn\.Par"
+    ):
+        layer.weight = torch.zeros(3, 3)
+    with pytest.raises(
+        AttributeError, match="cannot delete 'weight' while DropConnect is in place"
+    ):
+        del layer.weight
+
+
+def test_resized_weight_with_an_anchor() -> None:
+    layer = apply_dropconnect(nn.Linear(3, 3), nn.Linear, toward="pretrained")
+    layer.weight = nn.Parameter(torch.randn(5, 3))
+    with pytest.raises(
+        RuntimeError, match=r"'weight' has shape \(5, 3\).*anchor has \(3, 3\).*Strip"
+    ):
+        layer(torch.randn(1, 3))
+
+
+def test_strip_refuses_a_class_that_was_changed_since() -> None:
+    layer = operated()
+    own = type(layer)
+    layer.__class__ = type("FSDPLinear", (own,), {})
+    with pytest.raises(SurgeryError, match=r"changed to FSDPLinear .*plain_state_dict"):
+        strip_dropconnect(layer)
+    assert isinstance(layer, own)

@@ -1,0 +1,250 @@
+"""The bits are as good as independent fair coins, for every key, and the tests could tell if not."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from surgery.ops.hash import (
+    _ROUND1,
+    _ROUND2,
+    _STEP,
+    _shift_right,
+    _signed,
+    advance_key,
+    draw_key,
+    hash_bits,
+    key_from_seed,
+)
+
+from .statistics import INDEX, SIZE, centred, correlation, faults, lag_scores
+
+PROBABILITIES = (0.5, 0.1)
+
+
+def seeds_keys(count: int) -> list[Tensor]:
+    return [key_from_seed(seed) for seed in range(count)]
+
+
+def weak_index_xor(index: Tensor, key: Tensor) -> Tensor:
+    """lowbias32(index xor k0)."""
+    z = index ^ key[0]
+    z = (z ^ _shift_right(z, 16)) * _ROUND1
+    z = (z ^ _shift_right(z, 15)) * _ROUND2
+    return z ^ _shift_right(z, 16)
+
+
+def weak_two_xors(index: Tensor, key: Tensor) -> Tensor:
+    """The same, with k1 xored in between the rounds."""
+    z = index ^ key[0]
+    z = (z ^ _shift_right(z, 16)) * _ROUND1
+    z = z ^ key[1]
+    z = (z ^ _shift_right(z, 15)) * _ROUND2
+    return z ^ _shift_right(z, 16)
+
+
+@pytest.mark.parametrize("p", PROBABILITIES)
+def test_lags_are_independent(p: float) -> None:
+    assert faults(lag_scores(hash_bits, p, seeds_keys(25))) == []
+
+
+@pytest.mark.parametrize("p", PROBABILITIES)
+@pytest.mark.parametrize("weak", [weak_index_xor, weak_two_xors])
+def test_lag_test_rejects_weak_hashes(weak, p: float) -> None:
+    assert faults(lag_scores(weak, p, seeds_keys(25))) != []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p", [0.5, 0.1, 0.3, 0.9, 0.01])
+def test_lags_are_independent_over_many_keys(p: float) -> None:
+    assert faults(lag_scores(hash_bits, p, seeds_keys(400))) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p", PROBABILITIES)
+def test_every_short_lag_is_independent(p: float) -> None:
+    assert faults(lag_scores(hash_bits, p, seeds_keys(4), range(1, 2049))) == []
+
+
+def rate_scores(p: float, keys: list[Tensor]) -> Tensor:
+    return torch.stack([centred(hash_bits, key, p).double().sum() / SIZE**0.5 for key in keys])
+
+
+@pytest.mark.parametrize("p", PROBABILITIES)
+def test_keep_rate(p: float) -> None:
+    assert faults(rate_scores(p, seeds_keys(50))) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p", [0.5, 0.1, 0.9, 0.01, 1e-4])
+def test_keep_rate_of_many_keys(p: float) -> None:
+    assert faults(rate_scores(p, seeds_keys(1000))) == []
+
+
+@pytest.mark.parametrize("width", [64, 768, 1000, 1024])
+@pytest.mark.parametrize("dim", [0, 1], ids=["columns", "rows"])
+def test_rows_and_columns_have_the_keep_rate(dim: int, width: int) -> None:
+    """The sums over rows (and columns) of a matrix are as spread as sums of independent entries."""
+    rows = SIZE // width
+    scores = []
+    for key in seeds_keys(4):
+        matrix = centred(hash_bits, key, 0.3, INDEX[: rows * width]).view(rows, width)
+        scores.append(matrix.sum(dim) / matrix.shape[dim] ** 0.5)
+    assert faults(torch.cat(scores)) == []
+
+
+@pytest.mark.parametrize("bit", [31, 30, 16, 15, 1, 0])
+def test_every_bit_is_fair(bit: int) -> None:
+    """All bits, not only the sign: a threshold compares them all."""
+    scores = [
+        (((hash_bits(INDEX, key) >> bit) & 1).sum() - SIZE / 2) * 2 / SIZE**0.5
+        for key in seeds_keys(20)
+    ]
+    assert faults(torch.stack(scores)) == []
+
+
+def test_bits_of_one_key_are_all_different() -> None:
+    """For one key the hash is a bijection of the indices: no weight shares another's bits."""
+    bits = hash_bits(INDEX, key_from_seed(7))
+    assert bits.unique().numel() == SIZE
+
+
+def neighbours(base: int) -> list[int]:
+    """A seed, its neighbours, and itself with each of its 64 bits flipped."""
+    return [base, base + 1, base - 1, base + 2, *(base ^ (1 << bit) for bit in range(64))]
+
+
+def cross_scores(keys: list[Tensor], p: float) -> Tensor:
+    masks = [centred(hash_bits, key, p) for key in keys]
+    return torch.tensor([correlation(a, b) for a, b in itertools.combinations(masks, 2)])
+
+
+@pytest.mark.parametrize("base", [1, 2**40 + 12345], ids=["small", "large"])
+@pytest.mark.parametrize("p", PROBABILITIES)
+def test_neighbouring_and_bit_flipped_seeds_are_independent(p: float, base: int) -> None:
+    keys = [key_from_seed(seed) for seed in neighbours(base)]
+    first = centred(hash_bits, keys[0], p)
+    scores = [correlation(first, centred(hash_bits, key, p)) for key in keys[1:]]
+    assert faults(torch.tensor(scores)) == []
+
+
+@pytest.mark.parametrize("p", PROBABILITIES)
+def test_consecutive_calls_and_sites_are_independent(p: float) -> None:
+    keys = [draw_key(torch.device("cpu")) for _ in range(20)]
+    assert faults(cross_scores(keys, p)) == []
+
+
+def test_ranks_are_independent() -> None:
+    keys = []
+    for rank in range(20):
+        torch.manual_seed(5)
+        keys.append(draw_key(torch.device("cpu"), rank))
+    assert faults(cross_scores(keys, 0.5)) == []
+
+
+def test_rank_zero_draws_as_one_process_does() -> None:
+    key = draw_key(torch.device("cpu"), rank=0)
+    torch.manual_seed(1234)
+    assert torch.equal(draw_key(torch.device("cpu")), key)
+
+
+def key_pairs(count: int) -> list[tuple[Tensor, Tensor]]:
+    return [(key_from_seed(2 * n), key_from_seed(2 * n + 1)) for n in range(count)]
+
+
+def shifted(a: Tensor, b: Tensor) -> Tensor:
+    """The indices at which `b` enters the first round as `a` does at 0, 1, 2, ..."""
+    inverse = pow(_STEP, -1, 1 << 32)
+    return INDEX + _signed((int(a[0]) - int(b[0])) * inverse)
+
+
+def xored(a: Tensor, b: Tensor) -> Tensor:
+    return INDEX ^ (a[0] ^ b[0])
+
+
+@pytest.mark.parametrize("p", PROBABILITIES)
+@pytest.mark.parametrize("aligned", [shifted, xored])
+def test_masks_are_not_permutations_of_each_other(aligned, p: float) -> None:
+    scores = [
+        correlation(centred(hash_bits, a, p), centred(hash_bits, b, p, index=aligned(a, b)))
+        for a, b in key_pairs(15)
+    ]
+    assert faults(torch.tensor(scores)) == []
+
+
+def test_permutation_test_rejects_a_key_that_is_only_xored_in() -> None:
+    a, b = key_pairs(1)[0]
+    assert torch.equal(weak_index_xor(INDEX, a), weak_index_xor(xored(a, b), b))
+
+
+def test_permutation_test_rejects_one_key_word() -> None:
+    """With the second word left out, a shift of the index would map one mask onto the other."""
+    a, b = (key * torch.tensor([1, 0], dtype=torch.int32) for key in key_pairs(1)[0])
+    assert torch.equal(hash_bits(INDEX, a), hash_bits(shifted(a, b), b))
+
+
+@pytest.mark.parametrize("start", [0, 1, 1000, 2**31 - 5, 2**31, 2**32 - 3000])
+def test_advanced_key_continues_the_bits(start: int) -> None:
+    key = key_from_seed(3)
+    index = torch.tensor([_signed(start + i) for i in range(1000)], dtype=torch.int32)
+    moved = advance_key(key, start)
+    assert torch.equal(
+        hash_bits(torch.arange(1000, dtype=torch.int32), moved), hash_bits(index, key)
+    )
+
+
+@pytest.mark.parametrize("part", [(2**32, 5000), (3 * 2**32 + 7, 2**33)])
+def test_advanced_keys_compose(part: tuple[int, int]) -> None:
+    """Advancing twice is advancing by the sum, where the first step is a multiple of 2**32 or not."""
+    first, second = part
+    key = key_from_seed(3)
+    twice = advance_key(advance_key(key, first), second)
+    assert torch.equal(twice, advance_key(key, first + second))
+
+
+@pytest.mark.parametrize("p", PROBABILITIES)
+def test_parts_of_a_huge_weight_do_not_repeat_each_other(p: float) -> None:
+    """Bits 2**32 indices apart are independent, though the index is 32 bits wide."""
+    scores = []
+    for key in seeds_keys(8):
+        first = centred(hash_bits, key, p)
+        for high in (1, 2, 3, 4, 8, 16):
+            scores.append(correlation(first, centred(hash_bits, advance_key(key, high << 32), p)))
+    assert faults(torch.tensor(scores)) == []
+
+
+def test_bits_are_the_documented_ones() -> None:
+    """The hash is a format: checkpoints and recomputation rely on it. Computed here on Python ints."""
+    key = key_from_seed(2024)
+    k0, k1 = (int(word) & 0xFFFFFFFF for word in key)
+
+    def reference(index: int) -> int:
+        z = (index * 0x9E3779B9 + k0) & 0xFFFFFFFF
+        z = ((z ^ (z >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+        z = (z + k1) & 0xFFFFFFFF
+        z = ((z ^ (z >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+        return z ^ (z >> 16)
+
+    indices = [0, 1, 2, 12345, 2**31 - 1, -1]
+    bits = hash_bits(torch.tensor(indices, dtype=torch.int32), key)
+    assert bits.dtype == torch.int32
+    assert [int(bit) & 0xFFFFFFFF for bit in bits] == [reference(index) for index in indices]
+
+
+def test_key_is_one_step_of_splitmix64() -> None:
+    """The first output of the reference splitmix64 seeded with 0 is 0xE220A8397B1DCDAF."""
+    low, high = (int(word) & 0xFFFFFFFF for word in key_from_seed(0))
+    assert (high << 32 | low) == 0xE220A8397B1DCDAF
+
+
+def test_draw_key_is_reproduced_by_the_seed() -> None:
+    torch.manual_seed(9)
+    keys = [draw_key(torch.device("cpu")) for _ in range(3)]
+    torch.manual_seed(9)
+    assert all(torch.equal(draw_key(torch.device("cpu")), key) for key in keys)
+    assert len({tuple(key.tolist()) for key in keys}) == 3
+    assert keys[0].dtype == torch.int32
+    assert keys[0].shape == (2,)
