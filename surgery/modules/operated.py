@@ -177,7 +177,7 @@ def operated_class(
     if isinstance(base, type) and issubclass(base, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, _ignore_flat_weights)
         # Dynamo runs RNNs eagerly; without this it would compile each helper of `_forward` alone.
-        body["forward"] = torch.compiler.disable(body["forward"])
+        body["forward"] = torch.compiler.disable(body["forward"])  # type: ignore[no-untyped-call]
     return type(base.__name__, (DropConnectModule, *mixins, base), body)
 
 

@@ -196,6 +196,22 @@ def test_failing_forward_leaves_no_mask_behind(case: Case) -> None:
     strip_dropconnect(module)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("toward", ["zero", "pretrained"])
+def test_narrow_dtypes(dtype: torch.dtype, toward: str, keys) -> None:
+    """The masked weight is computed in float32 and rounded once."""
+    plain = nn.Linear(6, 4).to(dtype)
+    module = apply_dropconnect(copy.deepcopy(plain), nn.Linear, p=P, toward=toward)
+    with torch.no_grad():
+        module.weight.add_(0.5)
+    x = torch.randn(3, 6).to(dtype)
+    output = module(x)
+    anchor = plain.weight.data if toward == "pretrained" else None
+    plain.weight.data = masked(module.weight.data, keep(keys[0], P, 4, 6), P, anchor)
+    assert output.dtype == dtype
+    assert torch.equal(output, plain(x))
+
+
 @every_case
 def test_train_eval_train(case: Case, keys) -> None:
     module, plain = operated(case)

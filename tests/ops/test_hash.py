@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,6 +24,15 @@ from surgery.ops.hash import (
 from .statistics import INDEX, SIZE, centred, correlation, faults, lag_scores
 
 PROBABILITIES = (0.5, 0.1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads gain nothing on these sizes, and cost much where tests run side by side."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def seeds_keys(count: int) -> list[Tensor]:

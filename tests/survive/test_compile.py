@@ -1,0 +1,265 @@
+"""`torch.compile(fullgraph=True)`: the eager bits, new masks at each call, one graph for every p."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from surgery import DropConnectModule, apply_dropconnect, set_p, strip_dropconnect
+from surgery.ops import keep_mask, key_from_seed
+
+from .models import BY_NAME, SUBJECTS, Subject, assert_same, gradients, step, step_gradients
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+"""Of inductor's own modules, when they are imported."""
+
+COMPILED = [subject for subject in SUBJECTS if subject.name != "lstm"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=COMPILED, ids=lambda subject: subject.name)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return request.param
+
+
+class Compiled:
+    """A compiled model and a count of its graphs."""
+
+    def __init__(self, model: nn.Module, backend: str = "aot_eager") -> None:
+        self.model = model
+        self.counter = CompileCounterWithBackend(backend)
+        self.run: Callable[[Tensor], Tensor] = torch.compile(
+            model, backend=self.counter, fullgraph=True
+        )
+
+    @property
+    def graphs(self) -> int:
+        return self.counter.frame_count
+
+    def step_gradients(self, x: Tensor, seed: int | None = 7) -> dict[str, Tensor]:
+        self.model.zero_grad()
+        out = step(self.run, x, seed)
+        return {**gradients(self.model), "output": out}
+
+
+def assert_no_mask_is_left(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, DropConnectModule):
+            assert all(vars(module)[s.live] is None for s in module._dropconnect.values())
+
+
+@pytest.mark.parametrize("toward", ["zero", "pretrained"])
+def test_the_eager_bits_and_one_graph_for_every_p(subject: Subject, toward: str) -> None:
+    model, x = subject.moved(toward=toward), subject.inputs()
+    compiled = Compiled(model)
+    for seed, p in enumerate((0.5, 0.25, 0.0, 1.0, 0.3)):
+        set_p(model, p)
+        assert_same(compiled.step_gradients(x, seed), step_gradients(model, x, seed))
+    assert compiled.graphs == 1
+    assert_no_mask_is_left(model)
+
+
+def test_one_graph_for_different_p_at_each_site() -> None:
+    subject = BY_NAME["transformer"]
+    model, x = subject.operated(), subject.inputs()
+    compiled = Compiled(model)
+    compiled.run(x)
+    for p, target in ((0.1, "linear1"), (0.2, "linear2"), (0.1, "self_attn")):
+        set_p(model, p, target)
+        assert_same(compiled.step_gradients(x), step_gradients(model, x))
+    assert compiled.graphs == 1
+
+
+FEW = pytest.mark.parametrize(
+    "subject", [BY_NAME["linear"], BY_NAME["attention"]], ids=lambda subject: subject.name
+)
+
+
+@FEW
+def test_applied_at_p_zero_is_not_frozen_in_the_graph(subject: Subject) -> None:
+    model, x = subject.operated(p=0.0), subject.inputs()
+    compiled = Compiled(model)
+    assert_same(compiled.step_gradients(x), step_gradients(subject.plain(), x))
+    set_p(model, 0.5)
+    assert_same(compiled.step_gradients(x), step_gradients(model, x))
+    assert compiled.graphs == 1
+
+
+@FEW
+def test_every_call_draws_again(subject: Subject) -> None:
+    model, x = subject.operated(), subject.inputs()
+    compiled = Compiled(model)
+    torch.manual_seed(1)
+    outs = [compiled.run(x) for _ in range(4)]
+    for i, out in enumerate(outs):
+        assert not any(torch.equal(out, other) for other in outs[:i])
+    torch.manual_seed(1)
+    assert all(torch.equal(compiled.run(x), out) for out in outs)
+
+
+def test_train_and_eval_are_two_graphs_and_no_more(subject: Subject) -> None:
+    model, x = subject.operated(), subject.inputs()
+    plain = subject.plain().eval()
+    compiled = Compiled(model)
+    for _ in range(3):
+        model.train()
+        assert_same(compiled.step_gradients(x), step_gradients(model, x))
+        model.eval()
+        assert torch.equal(compiled.run(x), plain(x))
+    assert compiled.graphs == 2
+
+
+@FEW
+def test_state_dict_load_does_not_recompile(subject: Subject) -> None:
+    model, x = subject.operated(), subject.inputs()
+    compiled = Compiled(model)
+    compiled.run(x)
+    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})
+    assert_same(compiled.step_gradients(x), step_gradients(model, x))
+    model.load_state_dict(subject.plain().state_dict())
+    assert_same(compiled.step_gradients(x), step_gradients(subject.operated(), x))
+    assert compiled.graphs == 1
+
+
+@pytest.mark.parametrize("change", ["double", "meta"])
+def test_one_graph_after_a_move(change: str) -> None:
+    """The law follows the weight when it moves, not in the next trace."""
+    subject = BY_NAME["linear"]
+    x = subject.inputs()
+    if change == "double":
+        model, x = subject.operated().double(), x.double()
+    else:
+        with torch.device("meta"):
+            model = subject.make()
+        apply_dropconnect(model, "*", p=0.5)
+        model.load_state_dict(subject.plain().state_dict(), assign=True)
+    compiled = Compiled(model)
+    compiled.run(x)
+    first = compiled.graphs  # torch traces float64 scalars twice
+    for p in (0.5, 0.2):
+        set_p(model, p)
+        assert_same(compiled.step_gradients(x), step_gradients(model, x))
+    assert compiled.graphs == first
+
+
+@FEW
+def test_strip_under_compile(subject: Subject) -> None:
+    model, plain, x = subject.operated(), subject.plain(), subject.inputs()
+    compiled = Compiled(nn.Sequential(model))
+    compiled.run(x)
+    strip_dropconnect(model)
+    assert_same(compiled.step_gradients(x), step_gradients(nn.Sequential(plain), x))
+
+
+class Twice(nn.Module):
+    """Two calls of one module, and two modules with the same weight values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.b.load_state_dict(self.a.state_dict())
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.a(x), self.a(x), self.b(x)]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_no_two_draws_are_merged(backend: str) -> None:
+    """Common-subexpression elimination must leave each draw its own."""
+    torch.manual_seed(0)
+    model = apply_dropconnect(Twice(), "*", p=0.5)
+    run = torch.compile(model, backend=backend, fullgraph=True)
+    outs = run(torch.eye(16))
+    dropped = [(out - model.a.bias).abs() < 1e-6 for out in outs]
+    for i, first in enumerate(dropped):
+        assert 0.3 < first.float().mean() < 0.7
+        for second in dropped[:i]:
+            assert 0.3 < (first == second).float().mean() < 0.7
+
+
+@torch._inductor.config.patch(fallback_random=True)
+@pytest.mark.parametrize(
+    "subject",
+    [
+        BY_NAME[name] if name == "linear" else pytest.param(BY_NAME[name], marks=pytest.mark.slow)
+        for name in ("linear", "conv", "embedding", "gru-cell", "transformer", "experts")
+    ],
+    ids=lambda subject: subject.name,
+)
+def test_inductor_agrees_with_eager(subject: Subject) -> None:
+    """The same masks, values up to inductor's rounding."""
+    model, x = subject.operated(), subject.inputs()
+    compiled = Compiled(model, "inductor")
+    for p in (0.5, 0.2, 0.0):
+        set_p(model, p)
+        found, expected = compiled.step_gradients(x), step_gradients(model, x)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+    assert compiled.graphs == 1
+
+
+def test_inductor_hashes_every_lane() -> None:
+    """Shapes known to the compiler let it reason about the overflow of a loop index: once it left
+    whole vectors unhashed. One graph for all sizes around the widths of its vectors."""
+    key, threshold = key_from_seed(5), torch.tensor(0, dtype=torch.int32)
+    shapes = [(1,), (7,), (16,), (17,), (60,), (777,), (5, 1), (3, 1, 21)]
+
+    def masks(key: Tensor) -> list[Tensor]:
+        return [keep_mask(shape, key, threshold) for shape in shapes]
+
+    compiled = torch.compile(masks, fullgraph=True, dynamic=False)
+    for found, expected in zip(compiled(key), masks(key)):
+        assert torch.equal(found, expected)
+
+
+def test_rnn_runs_as_the_plain_one_does() -> None:
+    """torch does not compile an RNN; without `fullgraph` both run, and agree with eager."""
+    subject = BY_NAME["lstm"]
+    model, x = subject.operated(), subject.inputs()
+    run = torch.compile(model, backend="aot_eager")
+    for p in (0.5, 0.2):
+        set_p(model, p)
+        model.zero_grad()
+        out = step(run, x)
+        assert_same({**gradients(model), "output": out}, step_gradients(model, x))
+
+
+@FEW
+@pytest.mark.parametrize("fullgraph", [False, True], ids=["breaks", "fullgraph"])
+def test_a_checkpoint_inside_the_compiled_region(subject: Subject, fullgraph: bool) -> None:
+    """Exact. A live mask is an attribute set for the length of a forward, which dynamo takes for a
+    side effect: with `fullgraph` it asks for the flag below, without it breaks the graph there."""
+    model, x = subject.moved(), subject.inputs()
+
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(model, x, use_reentrant=False)
+
+    name = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    with torch._dynamo.config.patch({name: True} if fullgraph else {}):
+        compiled = torch.compile(run, backend="aot_eager", fullgraph=fullgraph)
+        for p in (0.5, 0.1):
+            set_p(model, p)
+            model.zero_grad()
+            out = step(compiled, x)
+            assert_same({**gradients(model), "output": out}, step_gradients(model, x))
+
+
+@FEW
+def test_a_checkpoint_around_the_compiled_region(subject: Subject) -> None:
+    model, x = subject.moved(), subject.inputs()
+    compiled = Compiled(model)
+    model.zero_grad()
+    out = step(lambda x: checkpoint(compiled.run, x, use_reentrant=False), x)
+    assert_same({**gradients(model), "output": out}, step_gradients(model, x))
+    assert compiled.graphs == 1
