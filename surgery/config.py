@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 Unit = Literal["element", "input", "output", "tensor"]
@@ -19,11 +20,12 @@ FORMAT_VERSION = 1
 
 def check_p(p: Any, where: str = "p") -> float:
     """`p` as a float in [0, 1], or a `ValueError` that names the value (or `TypeError`)."""
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
+    if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"{where} is the probability of dropping, a number in [0, 1]; got {p!r}")
-    if math.isnan(p) or not 0.0 <= p <= 1.0:
+    value = float(p)
+    if math.isnan(value) or not 0.0 <= value <= 1.0:
         raise ValueError(f"{where} is the probability of dropping and must be in [0, 1]; got {p!r}")
-    return float(p)
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -53,10 +54,7 @@ class Site:
     @property
     def numel(self) -> int:
         """Number of weights."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -163,10 +163,10 @@ def _recurrent_weights(module: nn.Module) -> Sequence[str]:
 def _refuse_embedding(module: nn.Module, name: str) -> str | None:
     if getattr(module, "max_norm", None) is not None:
         return (
-            "max_norm rewrites the weight in its forward; construct the Embedding without max_norm"
+            "max_norm rewrites the weight in its forward; construct the module without max_norm"
         )
     if getattr(module, "sparse", False):
-        return "a sparse gradient cannot pass a mask; construct the Embedding with sparse=False"
+        return "a sparse gradient cannot pass a mask; construct the module with sparse=False"
     return None
 
 
@@ -201,7 +201,7 @@ for _kind in (
     Kind(name="conv", classes=_CONVOLUTIONS, weights=_weight, axes=_conv, bias=_bias),
     Kind(
         name="embedding",
-        classes=(nn.Embedding,),
+        classes=(nn.Embedding, nn.EmbeddingBag),
         weights=_weight,
         axes=columns,
         bias=lambda name: None,

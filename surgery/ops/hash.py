@@ -45,9 +45,19 @@ def hash_bits(index: Tensor, key: Tensor) -> Tensor:
     Returns:
         int32, the shape of `index`, uniform over all 2**32 values.
     """
+    return mix(spread(index), key)
+
+
+def spread(index: Tensor) -> Tensor:
+    """The part of `hash_bits` before the key enters: the index times an odd constant, modulo 2**32."""
     # 64 bits and a mask, because inductor folds a 32-bit product into its loop index, whose overflow
     # C++ compilers assume away: whole lanes came out unhashed.
-    z = ((index.to(torch.int64) * _STEP) & 0xFFFFFFFF).to(torch.int32) + key[0]
+    return ((index.to(torch.int64) * _STEP) & 0xFFFFFFFF).to(torch.int32)
+
+
+def mix(places: Tensor, key: Tensor) -> Tensor:
+    """The rest of `hash_bits`, for spread indices."""
+    z = places + key[0]
     z = (z ^ _shift_right(z, 16)) * _ROUND1
     z = z + key[1]
     z = (z ^ _shift_right(z, 15)) * _ROUND2

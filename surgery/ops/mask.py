@@ -8,14 +8,16 @@ times, keeping for backward only the 8-byte key and the two scalars that stand f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .engine import run
-from .hash import advance_key, hash_bits
+from .hash import advance_key, mix, spread
 
 SEGMENT = 1 << 30
 """Weights are hashed in segments of at most this many, so that indices fit int32."""
@@ -45,10 +47,7 @@ class Layout:
     @property
     def entries(self) -> int:
         """Number of mask entries."""
-        count = 1
-        for size in self.mask:
-            count *= size
-        return count
+        return math.prod(self.mask)
 
 
 @dataclass(frozen=True)
@@ -83,13 +82,20 @@ class Law:
         return self.threshold.device == weight.device and self.scale.dtype == exact
 
 
-def keep_mask(shape: tuple[int, ...], key: Tensor, threshold: Tensor) -> Tensor:
-    """The keep mask: bool, of that shape, True where kept. Entry i (row-major) has index i."""
-    entries = 1
-    for size in shape:
-        entries = entries * size
-    index = torch.arange(entries, dtype=torch.int32, device=key.device)
-    return (hash_bits(index, key) >= threshold).view(shape)
+def keep_mask(
+    shape: tuple[int, ...], key: Tensor, threshold: Tensor, places: Tensor | None = None
+) -> Tensor:
+    """The keep mask: bool, of that shape, True where kept. Entry i (row-major) has index i.
+
+    `places` are the spread indices, if they are computed already.
+    """
+    if places is None:
+        places = _places(math.prod(shape), key.device)
+    return (mix(places, key) >= threshold).view(shape)
+
+
+def _places(entries: int, device: torch.device) -> Tensor:
+    return spread(torch.arange(entries, dtype=torch.int32, device=device))
 
 
 def masked_formula(
@@ -99,6 +105,7 @@ def masked_formula(
     threshold: Tensor,
     scale: Tensor,
     mask: tuple[int, ...] | None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """`A + m * (W - A) / (1 - p)` in plain tensor operations: the definition of everything here.
 
@@ -109,12 +116,13 @@ def masked_formula(
         threshold, scale: 0-d, see `Law`.
         mask: shape of the mask (see `Layout`), or None if it is the weight's own, which has one
             dimension.
+        places: see `keep_mask`.
 
     Returns:
         the weight that is used: shape and dtype of `weight`. Narrow floats are computed in float32
         and rounded once.
     """
-    keep = keep_mask(tuple(weight.shape) if mask is None else mask, key, threshold)
+    keep = keep_mask(tuple(weight.shape) if mask is None else mask, key, threshold, places)
     wide = weight.to(scale.dtype) * scale
     if anchor is None:
         return torch.where(keep, wide, torch.zeros_like(scale)).to(weight.dtype)
@@ -161,16 +169,19 @@ def _evaluate(
     threshold: Tensor,
     scale: Tensor,
     layout: Layout,
+    places: Tensor | None = None,
 ) -> Tensor:
     """The formula on a weight of any shape; contiguous."""
-    own_entry = layout.mask == layout.view
-    view = (layout.entries,) if own_entry else layout.view
+    mask = None if layout.mask == layout.view else layout.mask
+    view = (layout.entries,) if mask is None else layout.view
     flat = weight.reshape(view)
     towards = None if anchor is None else anchor.reshape(view)
-    if own_entry:
+    if places is not None:
+        used = masked_formula(flat, towards, key, threshold, scale, mask, places)
+    elif mask is None:
         used = _in_segments(flat, towards, key, threshold, scale)
     else:
-        used = run(masked_formula, flat, towards, key, threshold, scale, layout.mask)
+        used = run(masked_formula, flat, towards, key, threshold, scale, mask)
     return used.view(weight.shape)
 
 
@@ -190,6 +201,30 @@ def _in_segments(
     return torch.cat(parts)
 
 
+def _compiles_backward() -> bool:
+    """Whether torch.compile is tracing code that will have a backward."""
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and not torch.compiler.is_exporting()
+        and torch.is_grad_enabled()
+    )
+
+
+def _recomputed_in_graph(
+    weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, layout: Layout
+) -> Tensor:
+    """In a compiled graph, what `surgery.recompute` does in eager mode: the mask and the masked weight
+    are not kept for backward but computed again.
+
+    The spread indices stay outside: they do not depend on the key, so sites of one size would share
+    them, and what is shared would be kept.
+    """
+    places = _places(layout.entries, weight.device)
+    args = (weight, anchor, key, law.threshold, law.scale, layout, places)
+    used: Tensor = checkpoint(_evaluate, *args, use_reentrant=False, preserve_rng_state=False)
+    return used
+
+
 def drop_weight(
     weight: Tensor, key: Tensor, law: Law, layout: Layout, anchor: Tensor | None = None
 ) -> Tensor:
@@ -206,6 +241,8 @@ def drop_weight(
         `A + m * (W - A) / (1 - p)`, shape, dtype and strides of `weight`. Its expectation over keys
         is `weight`.
     """
+    if _compiles_backward() and layout.entries <= SEGMENT:
+        return _recomputed_in_graph(weight, anchor, key, law, layout)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _evaluate(weight, anchor, key, law.threshold, law.scale, layout)
     used: Tensor = _DropWeight.apply(  # type: ignore[no-untyped-call]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -263,3 +266,34 @@ def test_a_checkpoint_around_the_compiled_region(subject: Subject) -> None:
     out = step(lambda x: checkpoint(compiled.run, x, use_reentrant=False), x)
     assert_same({**gradients(model), "output": out}, step_gradients(model, x))
     assert compiled.graphs == 1
+
+
+def kept_for_backward(model: nn.Module, x: Tensor) -> int:
+    """Bytes that the compiled graph hands from forward to backward."""
+    kept = 0
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        nonlocal kept
+        (outputs,) = graph.graph.find_nodes(op="output")[0].args
+        kept = sum(node.meta["val"].nbytes for node in outputs[1:])
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=count,
+        bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    torch.compile(model, backend=backend, fullgraph=True)(x).sum().backward()
+    return kept
+
+
+@pytest.mark.parametrize("toward", ["zero", "pretrained"])
+def test_a_compiled_graph_keeps_16_bytes_a_site(toward: str) -> None:
+    """Key, threshold and scale; with anchors also the anchors themselves, which exist anyway."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    x = torch.randn(16, 64, requires_grad=True)
+    plain = kept_for_backward(model, x)
+    apply_dropconnect(model, "*", p=0.3, toward=toward)
+    torch._dynamo.reset()
+    anchors = sum(buffer.nbytes for buffer in model.buffers())
+    assert kept_for_backward(model, x) == plain + 2 * 16 + anchors
