@@ -19,11 +19,14 @@ help:
 demo: $(VENV)/.examples
 	$(BIN)/python examples/finetune_trainer.py
 
-test: $(VENV)/.test
-	$(BIN)/pytest -m "not slow"
+# One thread a worker: threads that wait for each other cost more than they bring on small models.
+test test-all: export OMP_NUM_THREADS := 1
+
+test: $(VENV)/.test $(VENV)/.examples
+	$(BIN)/pytest -n auto -m "not slow"
 
 test-all: $(VENV)/.test $(VENV)/.examples
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

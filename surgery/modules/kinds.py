@@ -162,9 +162,7 @@ def _recurrent_weights(module: nn.Module) -> Sequence[str]:
 
 def _refuse_embedding(module: nn.Module, name: str) -> str | None:
     if getattr(module, "max_norm", None) is not None:
-        return (
-            "max_norm rewrites the weight in its forward; construct the module without max_norm"
-        )
+        return "max_norm rewrites the weight in its forward; construct the module without max_norm"
     if getattr(module, "sparse", False):
         return "a sparse gradient cannot pass a mask; construct the module with sparse=False"
     return None

@@ -34,8 +34,12 @@ def fresh_engine(monkeypatch):
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Switch compiling off, as `DROPCONNECT_COMPILE=0` does."""
-    return lambda: monkeypatch.setenv("DROPCONNECT_COMPILE", "0")
+    """Switch compiling off, as `DROPCONNECT_COMPILE=0` does; `plain(False)` switches it on again."""
+
+    def switch(off: bool = True) -> None:
+        monkeypatch.setenv("DROPCONNECT_COMPILE", "0" if off else "1")
+
+    return switch
 
 
 @pytest.fixture
@@ -74,6 +78,7 @@ def compare(layout, dtype, anchored, plain, compiled_calls) -> None:
     assert torch.equal(fast[1], slow[1])
 
 
+@pytest.mark.compiler
 @towards
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_compiled_and_plain_runs_agree_bit_by_bit(layout, anchored, plain, compiled_calls) -> None:
@@ -81,6 +86,7 @@ def test_compiled_and_plain_runs_agree_bit_by_bit(layout, anchored, plain, compi
 
 
 @pytest.mark.slow
+@pytest.mark.compiler
 @towards
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -88,6 +94,7 @@ def test_every_dtype_agrees_bit_by_bit(layout, dtype, anchored, plain, compiled_
     compare(layout, dtype, anchored, plain, compiled_calls)
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.7, 1.0])
 def test_new_p_and_new_shape_do_not_recompile(p: float, compiled_calls) -> None:
     """p and the size are data of the compiled formula."""
@@ -173,9 +180,11 @@ def compiler_failures() -> dict[str, Exception]:
 
 @pytest.mark.parametrize("name", compiler_failures())
 def test_fallback_warns_once_and_gives_the_same_bits(name: str, plain, monkeypatch) -> None:
+    plain()
     weight = torch.randn(20_000)
     law, layout = Law.of(0.4, weight.device, weight.dtype), Layout.elements(20_000)
     expected = drop_weight(weight, KEY, law, layout)
+    plain(False)
 
     def broken(*args):
         raise compiler_failures()[name]
@@ -193,11 +202,13 @@ def test_fallback_warns_once_and_gives_the_same_bits(name: str, plain, monkeypat
     assert not engine.compile_enabled()
 
 
-def test_fallback_where_torch_compile_itself_refuses(monkeypatch) -> None:
+def test_fallback_where_torch_compile_itself_refuses(plain, monkeypatch) -> None:
     """On a Python that torch does not support yet, `torch.compile(...)` raises when called."""
+    plain()
     weight = torch.randn(20_000)
     law = Law.of(0.4, weight.device, weight.dtype)
     expected = drop_weight(weight, KEY, law, Layout.elements(20_000))
+    plain(False)
     monkeypatch.setattr(engine, "_compiled", {})
 
     def refuse(*args, **kwargs):
@@ -238,7 +249,7 @@ print(len(ours), ours[0].category.__name__ if ours else None, float(used[0].doub
         pytest.param({"TORCHINDUCTOR_CACHE_DIR": "{file}"}, id="no folder", marks=pytest.mark.slow),
     ],
 )
-def test_real_machine_without_a_working_compiler(broken: dict[str, str], tmp_path) -> None:
+def test_real_machine_without_a_working_compiler(broken, plain, tmp_path) -> None:
     file = tmp_path / "file"
     file.write_text("not a folder")
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
@@ -247,6 +258,7 @@ def test_real_machine_without_a_working_compiler(broken: dict[str, str], tmp_pat
         [sys.executable, "-c", NO_COMPILER], env=env, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
+    plain()
     weight = torch.arange(20_000.0)
     law = Law.of(0.4, weight.device, weight.dtype)
     expected = drop_weight(weight, KEY, law, Layout.elements(20_000))

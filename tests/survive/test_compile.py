@@ -177,7 +177,9 @@ class Twice(nn.Module):
         return [self.a(x), self.a(x), self.b(x)]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.compiler)]
+)
 def test_no_two_draws_are_merged(backend: str) -> None:
     """Common-subexpression elimination must leave each draw its own."""
     torch.manual_seed(0)
@@ -191,6 +193,7 @@ def test_no_two_draws_are_merged(backend: str) -> None:
             assert 0.3 < (first == second).float().mean() < 0.7
 
 
+@pytest.mark.compiler
 @torch._inductor.config.patch(fallback_random=True)
 @pytest.mark.parametrize(
     "subject",
@@ -212,6 +215,7 @@ def test_inductor_agrees_with_eager(subject: Subject) -> None:
     assert compiled.graphs == 1
 
 
+@pytest.mark.compiler
 def test_inductor_hashes_every_lane() -> None:
     """Shapes known to the compiler let it reason about the overflow of a loop index: once it left
     whole vectors unhashed. One graph for all sizes around the widths of its vectors."""
