@@ -126,6 +126,9 @@ REFUSALS = {
     ),
     "max-norm": Refusal(lambda: nn.Embedding(3, 3, max_norm=1.0), "max_norm", "without max_norm"),
     "sparse": Refusal(lambda: nn.Embedding(3, 3, sparse=True), "sparse", "sparse=False"),
+    "bag-max-norm": Refusal(
+        lambda: nn.EmbeddingBag(3, 3, max_norm=1.0), "max_norm", "without max_norm"
+    ),
     "unit": Refusal(
         Multiplies,
         "unit='input' has no meaning",
