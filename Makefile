@@ -10,8 +10,8 @@ SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' 
 .PHONY: help demo test test-all lint wheel clean
 
 help:
-	@echo "make demo      fine-tune a real checkpoint with DropConnect (about 6 minutes on 2 cores)"
-	@echo "make test      the tests (about 6 minutes on 2 cores)"
+	@echo "make demo      fine-tune a real checkpoint with DropConnect (about 5 minutes on 2 cores)"
+	@echo "make test      the tests (about 4 minutes on 2 cores)"
 	@echo "make test-all  the tests with the long sweeps"
 	@echo "make lint      ruff and mypy"
 	@echo "make wheel     build the wheel and check what is in it"
