@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -19,7 +19,6 @@ from surgery.api import (
     apply_dropconnect,
     dropconnect_sites,
     plan_dropconnect,
-    set_p,
     strip_dropconnect,
 )
 from surgery.checkpoint import (
@@ -33,7 +32,8 @@ from surgery.checkpoint import (
 )
 from surgery.config import DropConnectConfig
 from surgery.errors import SurgeryError
-from surgery.modules.operated import operated_modules
+from surgery.modules.operated import SiteState, operated_modules
+from surgery.plan import join
 from surgery.schedules import Schedule, make_schedule
 
 
@@ -49,7 +49,7 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         targets, p, exclude, config, **options: as for `surgery.apply_dropconnect`.
         schedule: `"constant"`, `"linear"` or `"cosine"` (falling to 0 at the end of training), or a
-            callable from progress in [0, 1] to p.
+            callable from progress in [0, 1] to a factor. It multiplies the p of every site.
         warmup: fraction of training, in [0, 1), over which p rises from 0.
         strip_at_end: take DropConnect out when training ends.
         anchors_from: where the checkpoint lies from which training resumes, if it is not in
@@ -76,23 +76,16 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
         self.targets = targets
         self.exclude = exclude
         self.config = (config or DropConnectConfig()).replace(p=p, **options)
-        self.schedule = make_schedule(schedule, p, warmup)
+        self.schedule = make_schedule(schedule, warmup)
         self.moves_p = schedule != "constant" or warmup > 0.0
         self.strip_at_end = strip_at_end
         self.anchors_from = anchors_from
-        self._p: float | None = None
+        self._full: dict[str, float] = {}
+        """p of each site before the schedule moved it."""
         self._looked_for_unused = False
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Apply, and after a resume take the anchors from the checkpoint."""
-        assert model is not None
         had_it = bool(dropconnect_sites(model))
         found = None
         if state.global_step > 0 and self._wants_anchors(model):
@@ -107,34 +100,19 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
             apply_dropconnect(model, self.targets, exclude=self.exclude, config=self.config)
         if found is not None:
             set_anchors(model, read_dropconnect(found)[1])
-        self._p = None
+        self._full = self._full or {name: state.config.p for name, state in _states(model)}
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Move p. With a constant schedule each site keeps the p of its own config."""
-        if not self.moves_p or model is None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+        """Move p: every site's own, by the same factor."""
+        if not self.moves_p:
             return
-        p = self.schedule(state.global_step / max(state.max_steps - 1, 1))
-        if p != self._p:
-            set_p(model, p)
-            self._p = p
+        factor = self.schedule(state.global_step / max(state.max_steps - 1, 1))
+        for name, site in _states(model):
+            site.set_p(self._full[name] * factor)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """After the first step, warn of sites that never dropped anything."""
-        if self._looked_for_unused or model is None or args.torch_compile:
+        if self._looked_for_unused or args.torch_compile:
             return
         if any(site.p > 0 for site in dropconnect_sites(model)):
             self._looked_for_unused = True
@@ -147,47 +125,27 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
                 )
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, *, model: Any, logs: Any, **_: Any
     ) -> None:
         """Put p beside the loss, for the callbacks that come after this one and for the history."""
-        if model is None or not logs or "loss" not in logs:
+        if "loss" not in logs:
             return
         sites = dropconnect_sites(model)
         if sites:
             logs["dropconnect_p"] = state.log_history[-1]["dropconnect_p"] = max(s.p for s in sites)
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Trainer writes the raw keys of a model that is no `PreTrainedModel`: make them plain."""
-        if model is None or not args.should_save or isinstance(model, PreTrainedModel):
+        if not args.should_save or isinstance(model, PreTrainedModel):
             return
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if dropconnect_sites(model) and (folder / SAFE_WEIGHTS_NAME).is_file():
             make_file_plain(model, folder / SAFE_WEIGHTS_NAME)
             save_dropconnect(model, folder)
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Strip, if asked to."""
-        if self.strip_at_end and model is not None and dropconnect_sites(model):
+        if self.strip_at_end and dropconnect_sites(model):
             strip_dropconnect(model)
 
     def _wants_anchors(self, model: nn.Module) -> bool:
@@ -199,20 +157,21 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
 
 def _unused(model: nn.Module) -> Iterator[str]:
     """Names of the sites that have never drawn a mask; of a tied site any user counts."""
-    drawn = {
-        id(module._parameters[state.raw])
-        for _, module in operated_modules(model)
-        for state in module._dropconnect.values()
-        if state.drawn
-    }
+    drawn = {name for name, state in _states(model) if state.drawn}
+    for site in dropconnect_sites(model):
+        if drawn.isdisjoint((site.name, *site.shared_with)):
+            yield site.name
+
+
+def _states(model: nn.Module) -> Iterator[tuple[str, SiteState]]:
+    """Every user of every site, with its plain name."""
     for name, module in operated_modules(model):
         for state in module._dropconnect.values():
-            if id(module._parameters[state.raw]) not in drawn:
-                yield f"{name}.{state.name}"
+            yield join(name, state.name), state
 
 
 def _resumed_checkpoint(
-    model: nn.Module, args: TrainingArguments, state: TrainerState, hint: str | Path | None
+    model: nn.Module, args: Any, state: Any, hint: str | Path | None
 ) -> Path | None:
     """The checkpoint that Trainer has just loaded. Trainer does not tell callbacks which one that is,
     so it is recognised by its weights, which are those of the model, bit for bit."""

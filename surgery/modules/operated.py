@@ -62,6 +62,8 @@ class SiteState:
     def set_p(self, p: float) -> None:
         """Change the drop probability. The law is made anew, so that a backward pass under way
         still uses the old one."""
+        if p == self.config.p:
+            return
         self.config = self.config.replace(p=p)
         if self.law is not None:
             self.law = Law.of(p, self.law.threshold.device, self.law.scale.dtype)

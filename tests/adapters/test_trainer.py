@@ -113,7 +113,7 @@ def test_save_total_limit_with_anchors(make: Any, trainer: Any) -> None:
         ("linear", 0.0, [0.4 * (1 - i / 5) for i in range(6)]),
         ("cosine", 0.0, [0.2 * (1 + math.cos(math.pi * i / 5)) for i in range(6)]),
         ("constant", 0.4, [0.0, 0.2, 0.4, 0.4, 0.4, 0.4]),
-        (lambda progress: progress / 2, 0.0, [i / 10 for i in range(6)]),
+        (lambda progress: progress / 2, 0.0, [0.4 * i / 10 for i in range(6)]),
     ],
     ids=["constant", "linear", "cosine", "warmup", "callable"],
 )
@@ -125,6 +125,14 @@ def test_schedule_moves_and_logs_p(
     run.train()
     logged = [entry["dropconnect_p"] for entry in run.state.log_history if "loss" in entry]
     assert logged == pytest.approx(expected, abs=1e-12)
+
+
+def test_schedule_keeps_the_proportion_between_sites(make: Any, trainer: Any) -> None:
+    model = make("bert")
+    targets = {"*.query": 0.4, "*.key": 0.2}
+    trainer(model, [DropConnectCallback(targets, schedule=lambda progress: 0.5)]).train()
+    assert {site.p for site in dropconnect_sites(model) if "query" in site.name} == {0.2}
+    assert {site.p for site in dropconnect_sites(model) if "key" in site.name} == {0.1}
 
 
 def test_strip_at_end(make: Any, trainer: Any) -> None:
