@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from .ops import draw_key
 from .plan import Plan
 from .prepare import Prepared, prepare
 from .select import Catalogue, Choice, select
-from .surgeon import current_plan, operate, undo
+from .surgeon import current_plan, operate, undo, unused_sites
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -70,7 +71,8 @@ def apply_dropconnect(
 
             Or a mapping of any of these to a p or a `DropConnectConfig` (the first match counts),
             or a `Plan`.
-        p: probability of dropping, in [0, 1]. Default 0.5.
+        p: probability of dropping, in [0, 1], of every target that does not bring its own. Default
+            0.5.
         exclude: what not to drop, in the same forms. A module's name excludes all it owns. Of a tied
             weight, the users that are not excluded drop.
         config: all options at once; `p` and `options` replace its fields.
@@ -84,7 +86,7 @@ def apply_dropconnect(
         NoMatchError: a pattern matches nothing; the message lists the nearest names.
         SurgeryError: a site cannot be operated on (already operated, quantised, sharded, read by
             nothing, ...); the message names the site, the rule and the fix.
-        ValueError, TypeError: an option has a wrong value.
+        ValueError, TypeError: an option has a wrong value, or is given twice.
 
     Example:
         >>> model = torch.nn.Sequential(OrderedDict(fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 2)))
@@ -106,8 +108,19 @@ def strip_dropconnect(model: Model) -> Model:
     Raises:
         NotOperatedError: no DropConnect is in place.
         SurgeryError: something else changed the class of a module since (`fully_shard`).
+
+    Warns (`UserWarning`) of sites that never dropped anything while others did: the model does not
+    use them, or uses them in a way that the plan did not see.
     """
+    trained = any(state.drawn for _, state in _in_place(model))
+    unused = unused_sites(model) if trained else []
     undo(model)
+    if unused:
+        warnings.warn(
+            f"{len(unused)} DropConnect sites never dropped anything, the first of them "
+            f"{unused[0]!r}: exclude them, or check how the model reads them",
+            stacklevel=2,
+        )
     return model
 
 
@@ -178,6 +191,8 @@ def _prepare(
     config: DropConnectConfig | None,
     options: dict[str, Any],
 ) -> Prepared:
+    if isinstance(targets, Plan) and (p is not None or config is not None or options):
+        raise ValueError("a Plan brings the p and the options of every site; give it alone")
     base = config if config is not None else DropConnectConfig()
     if p is not None:
         options = {"p": check_p(p), **options}

@@ -1,7 +1,7 @@
 """How other people's software plugs in: the entry-point group `surgery.plugins`.
 
 An entry point is named after a module of the library it adapts and points to a module of the adapter,
-which registers kinds (`surgery.modules.kinds.register_kind`) and mixins (`register_mixin`) when
+which registers kinds (`surgery.modules.kinds.register_kind`) and teaches savers (`surgery.savers`) when
 imported. It is imported only once the module it is named after has been: a model of a library that
 was never imported cannot exist, so `import surgery` stays light.
 """
@@ -11,12 +11,9 @@ from __future__ import annotations
 import sys
 from importlib.metadata import entry_points
 
-from torch import nn
-
 GROUP = "surgery.plugins"
 
 _loaded: set[str] = set()
-_mixins: list[tuple[type[nn.Module], type]] = []
 
 
 def load_plugins() -> None:
@@ -25,15 +22,3 @@ def load_plugins() -> None:
         if entry.value not in _loaded and entry.name in sys.modules:
             entry.load()
             _loaded.add(entry.value)
-
-
-def register_mixin(host: type[nn.Module], mixin: type) -> None:
-    """Give `mixin` to every module that is a `host` and contains a site, while DropConnect is in
-    place. Its methods come before those of the module's class."""
-    if (host, mixin) not in _mixins:
-        _mixins.append((host, mixin))
-
-
-def mixins_for(module: nn.Module) -> tuple[type, ...]:
-    """The mixins registered for a module's class."""
-    return tuple(mixin for host, mixin in _mixins if isinstance(module, host))

@@ -20,7 +20,7 @@ from .modules.operated import (
 )
 from .modules.reads import reads
 from .plan import Plan, Site, join
-from .plugins import load_plugins, mixins_for
+from .plugins import load_plugins
 from .select import Catalogue, Choice, select
 
 
@@ -31,7 +31,6 @@ class Change:
     module: nn.Module
     states: dict[str, SiteState] = field(default_factory=dict)
     draws: list[str] = field(default_factory=list)
-    mixins: tuple[type, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,6 @@ def prepare(model: nn.Module, targets: Any, exclude: Any, config: DropConnectCon
         if site is not None:
             sites.append(site)
     raise_all(problems)
-    _add_mixins(catalogue, changes)
     return Prepared(Plan(tuple(sites)), list(changes.values()))
 
 
@@ -230,18 +228,3 @@ def _missing(catalogue: Catalogue, choice: Choice) -> str:
 
 def _full(catalogue: Catalogue, choice: Choice) -> str:
     return join(catalogue.name(choice.module), choice.name)
-
-
-def _add_mixins(catalogue: Catalogue, changes: dict[int, Change]) -> None:
-    """Adapters' mixins, for every module that contains a site."""
-    touched = {
-        ".".join(parts[:depth])
-        for change in list(changes.values())
-        for name in catalogue.names[id(change.module)]
-        for parts in [name.split(".") if name else []]
-        for depth in range(len(parts) + 1)
-    }
-    for names, module in catalogue:
-        mixins = mixins_for(module) if touched.intersection(names) else ()
-        if mixins:
-            changes.setdefault(id(module), Change(module)).mixins = mixins

@@ -135,7 +135,7 @@ def _entries(targets: Any, config: DropConnectConfig) -> list[tuple[Any, DropCon
             for site in targets
             for name in (site.name, *site.shared_with)
         ]
-    if isinstance(targets, Mapping):
+    if isinstance(targets, Mapping) and targets:
         return [(target, _config_for(value, config)) for target, value in targets.items()]
     if isinstance(targets, (str, type)):
         return [(targets, config)]
@@ -167,8 +167,9 @@ def _resolve(catalogue: Catalogue, target: Any, where: str) -> Pairs:
         modules = [module for _, module in catalogue if isinstance(module, target)]
         return _weights_of(catalogue, modules, target.__name__, where)
     if target == ALL_LINEAR:
-        heads = {id(head) for head in _output_heads(catalogue.model)}
-        modules = [m for _, m in catalogue if kind_of(m).linear and id(m) not in heads]
+        left_out = {id(head) for head in _output_heads(catalogue.model)}
+        left_out |= {id(part) for part in _adapter_parts(catalogue.model)}
+        modules = [m for _, m in catalogue if kind_of(m).linear and id(m) not in left_out]
         return _weights_of(catalogue, modules, target, where)
     if not isinstance(target, str):
         raise SurgeryError(f"{where}: expected a pattern or a module class; got {target!r}")
@@ -242,6 +243,15 @@ def _output_heads(model: nn.Module) -> Iterator[nn.Module]:
             if isinstance(head, nn.Module):
                 yield from head.modules()
                 break
+
+
+def _adapter_parts(model: nn.Module) -> Iterator[nn.Module]:
+    """What PEFT has put beside the layers it adapts (`lora_A`, ...): not part of "all-linear"."""
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Module):
+            own = {id(part) for part in base.modules()}
+            yield from (part for part in module.modules() if id(part) not in own)
 
 
 def _no_match(catalogue: Catalogue, target: str, where: str) -> NoMatchError:

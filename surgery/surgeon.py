@@ -38,13 +38,11 @@ def operate(prepared: Prepared) -> None:
 
 
 def _new_class(change: Change) -> type[DropConnectModule]:
-    module, names, mixins = change.module, set(change.states), change.mixins
+    module, names = change.module, set(change.states)
     if isinstance(module, DropConnectModule):
-        _, old_names, old_mixins = module._dropconnect_class
-        names |= set(old_names)
-        mixins = tuple(dict.fromkeys((*old_mixins, *mixins)))
+        names |= set(module._dropconnect)
     ordered = tuple(name for name, _ in plain_parameters(module) if name in names)
-    return operated_class(plain_class(module), ordered, mixins)
+    return operated_class(plain_class(module), ordered)
 
 
 def _anchors(change: Change, known: dict[int, Tensor]) -> dict[str, Tensor]:
@@ -152,6 +150,22 @@ def current_plan(model: nn.Module) -> Plan:
                 twins = (*known.shared_with, join(name, state.name))
                 sites[id(parameter)] = dataclasses.replace(known, shared_with=twins)
     return Plan(tuple(sites.values()))
+
+
+def unused_sites(model: nn.Module) -> list[str]:
+    """Names of the sites that have never drawn a mask; of a tied site any user counts. Compiled forwards
+    do not count."""
+    drawn = {
+        join(name, state.name)
+        for name, module in operated_modules(model)
+        for state in module._dropconnect.values()
+        if state.drawn or state.config.p == 0.0
+    }
+    return [
+        site.name
+        for site in current_plan(model)
+        if drawn.isdisjoint((site.name, *site.shared_with))
+    ]
 
 
 def _drawn_by(catalogue: Catalogue) -> dict[int, list[str]]:

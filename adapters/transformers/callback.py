@@ -33,8 +33,8 @@ from surgery.checkpoint import (
 from surgery.config import DropConnectConfig
 from surgery.errors import SurgeryError
 from surgery.modules.operated import SiteState, operated_modules
-from surgery.plan import join
 from surgery.schedules import Schedule, make_schedule
+from surgery.surgeon import unused_sites
 
 
 class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
@@ -47,7 +47,8 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
     A resumed run goes on exactly; with `toward="pretrained"` the anchors are those of the checkpoint.
 
     Args:
-        targets, p, exclude, config, **options: as for `surgery.apply_dropconnect`.
+        targets, p, exclude, config, **options: as for `surgery.apply_dropconnect`; p is 0.1 unless
+            given here or by `config`.
         schedule: `"constant"`, `"linear"` or `"cosine"` (falling to 0 at the end of training), or a
             callable from progress in [0, 1] to a factor. It multiplies the p of every site.
         warmup: fraction of training, in [0, 1), over which p rises from 0.
@@ -63,7 +64,7 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self,
         targets: Any = "all-linear",
-        p: float = 0.1,
+        p: float | None = None,
         *,
         exclude: Any = None,
         config: DropConnectConfig | None = None,
@@ -75,13 +76,12 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.targets = targets
         self.exclude = exclude
-        self.config = (config or DropConnectConfig()).replace(p=p, **options)
+        base = config if config is not None else DropConnectConfig(p=0.1)
+        self.config = base.replace(**options if p is None else {"p": p, **options})
         self.schedule = make_schedule(schedule, warmup)
         self.moves_p = schedule != "constant" or warmup > 0.0
         self.strip_at_end = strip_at_end
         self.anchors_from = anchors_from
-        self._full: dict[str, float] = {}
-        """p of each site before the schedule moved it."""
         self._looked_for_unused = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
@@ -100,23 +100,22 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
             apply_dropconnect(model, self.targets, exclude=self.exclude, config=self.config)
         if found is not None:
             set_anchors(model, read_dropconnect(found)[1])
-        self._full = self._full or {name: state.config.p for name, state in _states(model)}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Move p: every site's own, by the same factor."""
         if not self.moves_p:
             return
         factor = self.schedule(state.global_step / max(state.max_steps - 1, 1))
-        for name, site in _states(model):
-            site.set_p(self._full[name] * factor)
+        for site in _states(model):
+            site.set_p(site.config.p, factor)
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """After the first step, warn of sites that never dropped anything."""
         if self._looked_for_unused or args.torch_compile:
             return
-        if any(site.p > 0 for site in dropconnect_sites(model)):
+        if any(site.p > 0 for site in _states(model)):
             self._looked_for_unused = True
-            unused = list(_unused(model))
+            unused = unused_sites(model)
             if unused:
                 warnings.warn(
                     f"{len(unused)} DropConnect sites were not used by the first training step, the "
@@ -130,9 +129,9 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
         """Put p beside the loss, for the callbacks that come after this one and for the history."""
         if "loss" not in logs:
             return
-        sites = dropconnect_sites(model)
-        if sites:
-            logs["dropconnect_p"] = state.log_history[-1]["dropconnect_p"] = max(s.p for s in sites)
+        p = max((site.p for site in _states(model)), default=None)
+        if p is not None:
+            logs["dropconnect_p"] = state.log_history[-1]["dropconnect_p"] = p
 
     def on_save(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Trainer writes the raw keys of a model that is no `PreTrainedModel`: make them plain."""
@@ -144,7 +143,9 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
             save_dropconnect(model, folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
-        """Strip, if asked to."""
+        """Give every site its full p again; strip, if asked to."""
+        for site in _states(model):
+            site.set_p(site.config.p)
         if self.strip_at_end and dropconnect_sites(model):
             strip_dropconnect(model)
 
@@ -155,19 +156,10 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
         return any(site.config.toward == "pretrained" for site in plan)
 
 
-def _unused(model: nn.Module) -> Iterator[str]:
-    """Names of the sites that have never drawn a mask; of a tied site any user counts."""
-    drawn = {name for name, state in _states(model) if state.drawn}
-    for site in dropconnect_sites(model):
-        if drawn.isdisjoint((site.name, *site.shared_with)):
-            yield site.name
-
-
-def _states(model: nn.Module) -> Iterator[tuple[str, SiteState]]:
-    """Every user of every site, with its plain name."""
-    for name, module in operated_modules(model):
-        for state in module._dropconnect.values():
-            yield join(name, state.name), state
+def _states(model: nn.Module) -> Iterator[SiteState]:
+    """Every user of every site."""
+    for _, module in operated_modules(model):
+        yield from module._dropconnect.values()
 
 
 def _resumed_checkpoint(

@@ -10,6 +10,7 @@ The module object stays; hooks, attributes and `isinstance` keep working. In the
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..caching import cached
-from ..config import DropConnectConfig
+from ..config import DropConnectConfig, check_p
 from ..ops import Law, Layout, draw_key, drop_weight
+from ..plugins import load_plugins
 from ..recompute import Recipe, address_of, can_recompute, recompute_masked_weights
 
 
@@ -48,6 +50,8 @@ class SiteState:
         self.raw = raw_name(name)
         self.live = f"_{name}_live"
         self.anchor = anchor_name(name) if config.toward == "pretrained" else None
+        self.factor = 1.0
+        """What a schedule multiplies the p of the config by, for now."""
         self.law: Law | None = None
         # Copies, because a compiled graph is guarded by what its trace reads, and `set_p` must pass.
         self.samples = config.inference == "sample"
@@ -59,20 +63,30 @@ class SiteState:
         self.held: tuple[Any, Tensor] | None = None
         """While masks are held: (what the masked weight was computed from, the masked weight)."""
 
-    def set_p(self, p: float) -> None:
-        """Change the drop probability. The law is made anew, so that a backward pass under way
-        still uses the old one."""
-        if p == self.config.p:
+    @property
+    def p(self) -> float:
+        """The drop probability now."""
+        return self.config.p * self.factor
+
+    def set_p(self, p: float, factor: float = 1.0) -> None:
+        """Change the drop probability to `p * factor`. The law is made anew, so that a backward pass
+        under way still uses the old one."""
+        if (p, factor) == (self.config.p, self.factor):
             return
-        self.config = self.config.replace(p=p)
+        check_p(p * factor)
+        self.config, self.factor = self.config.replace(p=p), factor
         if self.law is not None:
-            self.law = Law.of(p, self.law.threshold.device, self.law.scale.dtype)
+            self.law = Law.of(self.p, self.law.threshold.device, self.law.scale.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy does not hold masks: it is in nobody's `hold_masks`."""
+        return {**self.__dict__, "held_key": None, "held": None}
 
     def law_for(self, raw: Tensor, keep: bool = True) -> Law:
         """The law on the weight's device; computed again when the weight has moved."""
         law = self.law
         if law is None or not law.fits(raw):
-            law = Law.of(self.config.p, raw.device, raw.dtype)
+            law = Law.of(self.p, raw.device, raw.dtype)
             if keep and type(law.threshold) is Tensor:  # not a fake one, of a trace
                 self.law = law
         return law
@@ -90,7 +104,7 @@ class SiteState:
         compiled graph it is data, so that it can change without recompiling."""
         if not training and not self.samples:
             return False
-        return torch.compiler.is_compiling() or self.config.p > 0.0
+        return torch.compiler.is_compiling() or self.p > 0.0
 
 
 class DropConnectModule(nn.Module):
@@ -105,8 +119,17 @@ class DropConnectModule(nn.Module):
     _dropconnect_draws: tuple[str, ...]
     """Relative names of descendants whose weights this module's forward reads itself."""
 
-    _dropconnect_class: tuple[type[nn.Module], tuple[str, ...], tuple[type, ...]]
+    _dropconnect_class: tuple[type[nn.Module], tuple[str, ...]]
     """Arguments of `operated_class` that made this class."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """`type(module)(...)` is a new module like the original: a plain one."""
+        if args or kwargs:
+            return cls._dropconnect_class[0](*args, **kwargs)
+        return object.__new__(cls)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not passed on: a registry of classes must not see this one."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Assigning a `Parameter` to a plain name (tying, resizing) replaces the raw one."""
@@ -148,30 +171,27 @@ class DropConnectModule(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
-        parts += [f"{s.name}: dropconnect p={s.config.p:g}" for s in self._dropconnect.values()]
+        parts += [f"{s.name}: dropconnect p={s.p:g}" for s in self._dropconnect.values()]
         return ", ".join(part for part in parts if part)
 
 
-def _new_operated(base: type[nn.Module], names: tuple[str, ...], mixins: tuple[type, ...]) -> Any:
-    cls = operated_class(base, names, mixins)
-    return cls.__new__(cls)
+def _new_operated(base: type[nn.Module], names: tuple[str, ...]) -> Any:
+    load_plugins()  # a model that was unpickled must save as one that was operated on here
+    return object.__new__(operated_class(base, names))
 
 
 @cached
-def operated_class(
-    base: type[nn.Module], names: tuple[str, ...], mixins: tuple[type, ...] = ()
-) -> type[DropConnectModule]:
+def operated_class(base: type[nn.Module], names: tuple[str, ...]) -> type[DropConnectModule]:
     """The subclass of `base` whose parameters `names` are operated.
 
     It has the name of `base`, which other libraries look at (`config.architectures`, accelerate's
-    `no_split_module_classes`). `mixins` come before `base` in the method order; they are how an
-    adapter adds to a class (see `surgery.plugins`).
+    `no_split_module_classes`). Called with arguments, it makes a plain `base`.
     """
     body: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "_dropconnect_class": (base, names, mixins),
+        "_dropconnect_class": (base, names),
     }
     for name in names:
         body[name] = _weight_property(name)
@@ -180,7 +200,7 @@ def operated_class(
         body["_flat_weights"] = property(_flat_weights, _ignore_flat_weights)
         # Dynamo runs RNNs eagerly; without this it would compile each helper of `_forward` alone.
         body["forward"] = torch.compiler.disable(body["forward"])  # type: ignore[no-untyped-call]
-    return type(base.__name__, (DropConnectModule, *mixins, base), body)
+    return type(base.__name__, (DropConnectModule, base), body)
 
 
 def _weight_property(name: str) -> property:
@@ -216,7 +236,8 @@ def _ignore_flat_weights(self: Any, value: Any) -> None:
 def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        opened = _open(self)
+        # Somebody may have kept the bound method from before strip_dropconnect (accelerate does).
+        opened = _open(self) if "_dropconnect" in self.__dict__ else None
         if not opened:
             return base.forward(self, *args, **kwargs)
         try:
@@ -229,6 +250,8 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
             for module, state, _ in opened:
                 object.__setattr__(module, state.live, None)
 
+    del forward.__wrapped__  # accelerate would unwrap to a forward that does not drop
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     return forward
 
 
@@ -244,18 +267,22 @@ def _open(module: Any) -> _Opened:
         for path in module._dropconnect_draws:
             child = module
             for part in path.split("."):
-                child = getattr(child, part)
-            if not any(
-                _is_sharded(getattr(child, state.raw)) for state in child._dropconnect.values()
-            ):
-                _open_own(
-                    child, opened
-                )  # else it is gathered, and draws, in the child's own forward
+                child = getattr(child, part, None)
+            if _draws_here(child):
+                _open_own(child, opened)
     except BaseException:
         for owner, state, _ in opened:
             object.__setattr__(owner, state.live, None)
         raise
     return opened
+
+
+def _draws_here(child: Any) -> bool:
+    """Whether a parent draws for this child: not if it was replaced or stripped since, nor while it is
+    sharded, since then it is gathered, and draws, in its own forward."""
+    if not isinstance(child, DropConnectModule):
+        return False
+    return not any(_is_sharded(getattr(child, s.raw)) for s in child._dropconnect.values())
 
 
 def _open_own(module: Any, opened: _Opened) -> None:

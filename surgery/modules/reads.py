@@ -90,6 +90,8 @@ def _methods(cls: type, name: str) -> list[Callable[..., Any]]:
         if base in (nn.Module, object):
             continue
         function = base.__dict__.get(name)
+        if isinstance(function, property):
+            function = function.fget
         if inspect.isfunction(function):
             found.append(inspect.unwrap(function))
     return found
@@ -128,47 +130,62 @@ def _loops(target: ast.expr, call: ast.Call) -> list[tuple[ast.expr, ast.expr]]:
             return []
 
 
+Chain = tuple[str, ...]
+
+
 class _Visitor(ast.NodeVisitor):
     def __init__(self, self_name: str) -> None:
-        self.self_name = self_name
-        self.chains: set[tuple[str, ...]] = set()
-        self.aliases: dict[str, tuple[str, ...]] = {}
+        self.chains: set[Chain] = set()
+        self.aliases: dict[str, set[Chain]] = {self_name: {()}}
+        """What a local name may stand for; order of execution is not looked at."""
         self.computed = False
 
-    def chain(self, node: ast.expr) -> tuple[str, ...] | None:
-        """The chain of an expression such as `self.a[i].b`, or None if it does not start at self."""
-        if isinstance(node, ast.Name):
-            return () if node.id == self.self_name else self.aliases.get(node.id)
-        if isinstance(node, ast.Attribute):
-            base = self.chain(node.value)
-            return None if base is None else (*base, node.attr)
-        if isinstance(node, ast.Subscript):
-            base = self.chain(node.value)
-            if not base:
-                return None
-            index = node.slice
-            fixed = isinstance(index, ast.Constant) and isinstance(index.value, int)
-            return (*base, str(index.value) if fixed else ANY)  # type: ignore[attr-defined]
-        return None
+    def chains_of(self, node: ast.expr) -> set[Chain]:
+        """The chains that an expression such as `self.a[i].b` may be; empty if none starts at self."""
+        match node:
+            case ast.Name(id=name):
+                return self.aliases.get(name, set())
+            case ast.Attribute(value=owner, attr=name):
+                return {(*chain, name) for chain in self.chains_of(owner)}
+            case ast.Subscript(value=owner, slice=index):
+                return {_item(chain, index) for chain in self.chains_of(owner) if chain}
+            case ast.IfExp(body=one, orelse=other):
+                return self.chains_of(one) | self.chains_of(other)
+            case ast.NamedExpr(value=value):
+                return self.chains_of(value)
+            case ast.Call(
+                func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=str(name)), *_]
+            ):
+                return {(*chain, name) for chain in self.chains_of(owner)}
+            case ast.Call(
+                func=ast.Attribute(value=owner, attr="get_submodule" | "get_parameter"),
+                args=[ast.Constant(value=str(path))],
+            ):
+                return {(*chain, *path.split(".")) for chain in self.chains_of(owner)}
+            case _:
+                return set()
 
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        self._expression(node)
-
-    def visit_Subscript(self, node: ast.Subscript) -> None:
-        self._expression(node)
-        self.visit(node.slice)
-
-    def _expression(self, node: ast.Attribute | ast.Subscript) -> None:
-        chain = self.chain(node)
-        if chain:
-            self.chains.add(chain)
-        else:
-            self.visit(node.value)
+    def visit(self, node: ast.AST) -> None:
+        """Record the longest chains; what is inside one is not looked at again, but for indices."""
+        found: set[Chain] = set()
+        if isinstance(node, ast.expr) and not isinstance(getattr(node, "ctx", None), ast.Store):
+            found = {chain for chain in self.chains_of(node) if chain}
+        self.chains |= found
+        if found and isinstance(node, (ast.Attribute, ast.Name)):
+            if isinstance(node, ast.Attribute) and not isinstance(
+                node.value, (ast.Attribute, ast.Name)
+            ):
+                self.visit(node.value)
+            return
+        super().visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        chain = self.chain(node.value)
-        if chain and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            self.aliases[node.targets[0].id] = chain
+        for target in node.targets:
+            self._assign(target, node.value)
+        self.generic_visit(node)
+
+    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
+        self._assign(node.target, node.value)
         self.generic_visit(node)
 
     def visit_For(self, node: ast.For) -> None:
@@ -187,22 +204,48 @@ class _Visitor(ast.NodeVisitor):
 
     visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _comprehension
 
+    def visit_Call(self, node: ast.Call) -> None:
+        match node.func:
+            case ast.Name(id="getattr") if not self.chains_of(node):
+                self.computed = True
+            case ast.Name(id="vars"):
+                self.computed = True
+            case ast.Attribute(value=owner, attr="parameters" | "named_parameters"):
+                self.computed = self.computed or bool(self.chains_of(owner))
+        self.generic_visit(node)
+
+    def _assign(self, target: ast.expr, value: ast.expr) -> None:
+        """Alias `a` in `a = self.b`, and each name in `a, b = self.c, self.d`."""
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for part, source in zip(target.elts, value.elts):
+                self._assign(part, source)
+        elif isinstance(target, ast.Name):
+            self._alias(target.id, self.chains_of(value))
+
     def _bind(self, target: ast.expr, iterable: ast.expr) -> None:
         """Alias the names of a loop over something of self, also inside zip, enumerate, ..."""
         if isinstance(iterable, ast.Call):
             for part, source in _loops(target, iterable):
                 self._bind(part, source)
-            return
-        chain = self.chain(iterable)
-        if chain and isinstance(target, ast.Name):
-            self.aliases[target.id] = (*chain, ANY)
+        elif isinstance(iterable, (ast.Tuple, ast.List)):
+            for source in iterable.elts:
+                self._assign(target, source)
+        elif isinstance(target, ast.Name):
+            items = {(*chain, ANY) for chain in self.chains_of(iterable) if chain}
+            self._alias(target.id, items)
 
-    def visit_Call(self, node: ast.Call) -> None:
-        named = node.func.id if isinstance(node.func, ast.Name) else None
-        if named in ("getattr", "vars") or self._lists_parameters(node.func):
-            self.computed = True
-        self.generic_visit(node)
+    def _alias(self, name: str, chains: set[Chain]) -> None:
+        found = {chain for chain in chains if chain}
+        if found:
+            self.aliases.setdefault(name, set()).update(found)
 
-    def _lists_parameters(self, function: ast.expr) -> bool:
-        chain = self.chain(function)
-        return bool(chain) and chain[-1] in ("parameters", "named_parameters")  # type: ignore[index]
+
+def _item(chain: Chain, index: ast.expr) -> Chain:
+    """The chain of `<chain>[index]`; `self._modules["fc"]` is `self.fc`."""
+    fixed = index.value if isinstance(index, ast.Constant) else None
+    if isinstance(fixed, str):
+        return (*chain[:-1], fixed) if chain[-1] in _TABLES else (*chain, fixed)
+    return (*chain, str(fixed) if isinstance(fixed, int) and fixed >= 0 else ANY)
+
+
+_TABLES = ("_modules", "_parameters")

@@ -121,6 +121,31 @@ def test_given_state_dict_is_renamed(make: Any, logits: Any, tmp_path: Path) -> 
     assert not info["unexpected_keys"]
 
 
+@pytest.mark.parametrize("part", ["bert", "bert.encoder"])
+def test_operating_on_a_part_saves_the_whole_plain(
+    make: Any, logits: Any, tmp_path: Path, part: str
+) -> None:
+    model = make("bert")
+    apply_dropconnect(model.get_submodule(part), "all-linear", p=0.3)
+    model.save_pretrained(tmp_path)
+    loaded, info = type(make("bert")).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_unpickled_model_saves_plain_in_a_fresh_process(make: Any, tmp_path: Path) -> None:
+    torch.save(apply_dropconnect(make("bert"), "all-linear", p=0.3), tmp_path / "model.pt")
+    code = (
+        "import sys, torch\n"
+        "torch.load(sys.argv[1] + '/model.pt', weights_only=False).save_pretrained(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    _, info = type(make("bert")).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
 def test_submodel_saves_plain_too(make: Any, tmp_path: Path) -> None:
     model = apply_dropconnect(make("bert"), "all-linear", p=0.3)
     model.bert.save_pretrained(tmp_path)

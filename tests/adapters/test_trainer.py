@@ -8,10 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from surgery import SurgeryError, apply_dropconnect, dropconnect_sites, plain_state_dict
+from surgery import (
+    DropConnectConfig,
+    SurgeryError,
+    apply_dropconnect,
+    dropconnect_sites,
+    load_dropconnect,
+    plain_state_dict,
+    strip_dropconnect,
+)
 from surgery.adapters.transformers import DropConnectCallback
 from surgery.checkpoint import ANCHORS_FILE, PLAN_FILE, anchors
 
@@ -128,11 +137,50 @@ def test_schedule_moves_and_logs_p(
 
 
 def test_schedule_keeps_the_proportion_between_sites(make: Any, trainer: Any) -> None:
-    model = make("bert")
+    model, seen = make("bert"), set[tuple[float, float]]()
+
+    class Look(transformers.TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            attention = model.bert.encoder.layer[0].attention.self
+            seen.add(
+                tuple(part._dropconnect["weight"].p for part in (attention.query, attention.key))
+            )
+
     targets = {"*.query": 0.4, "*.key": 0.2}
-    trainer(model, [DropConnectCallback(targets, schedule=lambda progress: 0.5)]).train()
-    assert {site.p for site in dropconnect_sites(model) if "query" in site.name} == {0.2}
-    assert {site.p for site in dropconnect_sites(model) if "key" in site.name} == {0.1}
+    callback = DropConnectCallback(targets, schedule=lambda progress: 0.5)
+    trainer(model, [callback, Look()]).train()
+    assert seen == {(0.2, 0.1)}
+    assert {site.p for site in dropconnect_sites(model)} == {0.4, 0.2}
+
+
+def test_schedules_do_not_compound(make: Any, trainer: Any) -> None:
+    """A second training starts from the full p, and so does what a checkpoint restores."""
+    model = make("bert")
+    first = trainer(
+        model, [DropConnectCallback(p=0.4, schedule="linear")], save_strategy="steps", save_steps=3
+    )
+    first.train()
+    folder = Path(first.args.output_dir) / "checkpoint-3"
+    assert {site.p for site in dropconnect_sites(load_dropconnect(make("bert"), folder))} == {0.4}
+    second = trainer(model, [DropConnectCallback(schedule="linear")])
+    second.train()
+    logged = [row["dropconnect_p"] for row in second.state.log_history if "loss" in row]
+    assert logged == pytest.approx([0.4 * (1 - i / 5) for i in range(6)], abs=1e-12)
+
+
+def test_config_brings_its_own_p() -> None:
+    assert DropConnectCallback().config.p == 0.1
+    assert DropConnectCallback(config=DropConnectConfig(p=0.3)).config.p == 0.3
+    assert DropConnectCallback(p=0.2, config=DropConnectConfig(p=0.3)).config.p == 0.2
+
+
+def test_bf16_then_strip(make: Any, trainer: Any) -> None:
+    """accelerate keeps the bound forward from before strip_dropconnect."""
+    model = apply_dropconnect(make("bert"), "all-linear", p=0.2)
+    run = trainer(model, bf16=True)
+    run.train()
+    strip_dropconnect(model)
+    assert "eval_loss" in run.evaluate()
 
 
 def test_strip_at_end(make: Any, trainer: Any) -> None:

@@ -112,11 +112,65 @@ class Metadata(Base):
 
 class Computed(Base):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, getattr(self, "table"))  # noqa: B009
+        return F.linear(x, getattr(self, "ta" + "ble"))
+
+
+class Property(Base):
+    @property
+    def w(self) -> Tensor:
+        return self.proj.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w)
+
+
+class Ternary(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        proj = self.proj if self.training else self.other
+        return F.linear(x, proj.weight)
+
+
+class Pair(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.other, self.proj
+        return F.linear(x, first(x) * second.weight)
+
+
+class Walrus(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, w.weight) if (w := self.proj) is not None else x
+
+
+class LiteralLoop(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(F.linear(x, part.weight) for part in (self.proj, self.other))
+
+
+class Named(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, getattr(self, "proj").weight)  # noqa: B009
+
+
+class Submodule(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.get_submodule("proj").weight)
+
+
+class Table(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._modules["proj"].weight)
 
 
 PROJ = ("proj", "weight")
 READERS = {
+    "property": (Property, PROJ),
+    "ternary": (Ternary, PROJ),
+    "pair": (Pair, PROJ),
+    "walrus": (Walrus, PROJ),
+    "literal-loop": (LiteralLoop, PROJ),
+    "getattr": (Named, PROJ),
+    "get-submodule": (Submodule, PROJ),
+    "module-table": (Table, PROJ),
     "direct": (Direct, PROJ),
     "alias": (Alias, PROJ),
     "in-method": (InMethod, PROJ),

@@ -123,7 +123,7 @@ def test_exclude(targets: Any, exclude: Any, expected: list[str]) -> None:
 def test_mapping_to_p_and_config() -> None:
     config = DropConnectConfig(p=0.9, unit="output")
     targets = {"blocks.0.*": 0.1, "*.fc1": config, nn.Linear: 0.3}
-    plan = plan_dropconnect(Model(), targets, p=0.5, toward="pretrained")
+    plan = plan_dropconnect(Model(), targets, toward="pretrained")
     found = {site.name: (site.p, site.config.unit, site.config.toward) for site in plan}
     assert found == {
         "fc1.weight": (0.9, "output", "zero"),
@@ -207,3 +207,9 @@ def test_names_with_glob_characters_are_reached_by_regex() -> None:
     model.add_module("a[0]", nn.Linear(2, 2))
     assert [site.name for site in plan_dropconnect(model, r"re:a\[0\]")] == ["a[0].weight"]
     assert torch.is_tensor(model.get_parameter("a[0].weight"))
+
+
+def test_a_plan_is_given_alone() -> None:
+    plan = plan_dropconnect(Model(), nn.Linear, p=0.5)
+    with pytest.raises(ValueError, match=r"a Plan brings the p and the options .* give it alone"):
+        plan_dropconnect(Model(), plan, p=0.9)
