@@ -153,8 +153,8 @@ def current_plan(model: nn.Module) -> Plan:
 
 
 def unused_sites(model: nn.Module) -> list[str]:
-    """Names of the sites that have never drawn a mask; of a tied site any user counts. Compiled forwards
-    do not count."""
+    """Names of the sites that should drop and have never drawn a mask. Of a tied site any user counts;
+    compiled forwards do not count."""
     drawn = {
         join(name, state.name)
         for name, module in operated_modules(model)
