@@ -7,6 +7,8 @@ apply_dropconnect(model, targets=["*.fc*"], p=0.3)   # in place; returns the mod
 strip_dropconnect(model)                             # the plain model again, bit for bit
 """
 
+from pathlib import Path
+
 from .api import (
     apply_dropconnect,
     dropconnect_sites,
@@ -22,6 +24,12 @@ from .modules import DropConnectModule
 from .plan import Plan, Site
 
 __version__ = "0.1.0"
+
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "pyproject.toml").is_file() and (_checkout / "adapters").is_dir():
+    # Python was started in a checkout and found this folder before the installed package: let it find
+    # `surgery.adapters` and `surgery.transforms`, which lie beside this folder there.
+    __path__.append(str(_checkout))
 
 __all__ = [
     "DropConnectConfig",

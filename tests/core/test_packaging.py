@@ -137,3 +137,13 @@ def test_public_names_exist_and_are_documented() -> None:
 def test_version_and_types_are_shipped() -> None:
     assert surgery.__version__
     assert (Path(surgery.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", ["surgery.adapters", "surgery.transforms"])
+def test_python_started_in_a_checkout_finds_all_folders(name: str) -> None:
+    """There `import surgery` finds the folder of the checkout, which holds the core only."""
+    code = f"import surgery, {name}; print(surgery.__file__)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert Path(run.stdout.strip()) == ROOT / "surgery" / "__init__.py"
