@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .config import DropConnectConfig, check_p
 from .errors import NotOperatedError
 from .modules.kinds import kind_of
-from .modules.operated import DropConnectModule, SiteState, operated_modules
+from .modules.operated import DropConnectModule, operated_modules
+from .modules.state import SiteState
 from .ops import draw_key
 from .plan import Plan
 from .prepare import Prepared, prepare

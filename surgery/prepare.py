@@ -13,12 +13,11 @@ from .errors import raise_all
 from .modules.kinds import SEPARATE_PROJECTIONS, follows_weight, kind_of, layout_of
 from .modules.operated import (
     DropConnectModule,
-    SiteState,
     plain_class,
     plain_parameters,
-    raw_name,
 )
 from .modules.reads import reads
+from .modules.state import SiteState, raw_name
 from .plan import Plan, Site, join
 from .plugins import load_plugins
 from .select import Catalogue, Choice, select

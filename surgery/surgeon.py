@@ -17,13 +17,12 @@ from .config import DropConnectConfig
 from .errors import NotOperatedError, raise_all
 from .modules.operated import (
     DropConnectModule,
-    SiteState,
     operated_class,
     operated_modules,
     plain_class,
     plain_parameters,
-    raw_name,
 )
+from .modules.state import SiteState, raw_name
 from .plan import Plan, Site, join
 from .prepare import Change, Prepared, prepare
 from .select import Catalogue

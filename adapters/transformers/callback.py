@@ -32,7 +32,8 @@ from surgery.checkpoint import (
 )
 from surgery.config import DropConnectConfig
 from surgery.errors import SurgeryError
-from surgery.modules.operated import SiteState, operated_modules
+from surgery.modules.operated import operated_modules
+from surgery.modules.state import SiteState
 from surgery.schedules import Schedule, make_schedule
 from surgery.surgeon import unused_sites
 

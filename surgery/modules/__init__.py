@@ -1,6 +1,7 @@
 """Modules: their kinds, what they read, and how an operated one behaves."""
 
 from .kinds import Axes, Kind, kind_of, register_kind
-from .operated import DropConnectModule, SiteState
+from .operated import DropConnectModule
+from .state import SiteState
 
 __all__ = ["Axes", "DropConnectModule", "Kind", "SiteState", "kind_of", "register_kind"]

@@ -1,0 +1,94 @@
+"""What an operated module knows of each of its sites, beside the parameter itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import DropConnectConfig, check_p
+from ..ops import Law, Layout
+
+
+def raw_name(name: str) -> str:
+    """Name of the stored parameter while DropConnect is in place."""
+    return f"{name}_raw"
+
+
+def anchor_name(name: str) -> str:
+    """Name of the buffer that holds the pretrained weight, for `toward="pretrained"`."""
+    return f"{name}_anchor"
+
+
+class SiteState:
+    """What one module knows of one of its operated parameters. Holds no parameter itself."""
+
+    def __init__(
+        self, name: str, kind: str, config: DropConnectConfig, layout: Layout, follows: str | None
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.config = config
+        self.layout = layout
+        self.follows = follows
+        """Name of the parameter in this module whose key this one uses (a bias whose mask is that
+        of its weight), or None."""
+        self.raw = raw_name(name)
+        self.live = f"_{name}_live"
+        self.anchor = anchor_name(name) if config.toward == "pretrained" else None
+        self.factor = 1.0
+        """What a schedule multiplies the p of the config by, for now."""
+        self.law: Law | None = None
+        # Copies, because a compiled graph is guarded by what its trace reads, and `set_p` must pass.
+        self.samples = config.inference == "sample"
+        self.independent = config.ranks == "independent"
+        self.drawn = False
+        """Whether a mask was ever drawn in eager mode: False after a training step means that the
+        weight is not used the way the plan thinks."""
+        self.held_key: Tensor | None = None
+        self.held: tuple[Any, Tensor] | None = None
+        """While masks are held: (what the masked weight was computed from, the masked weight)."""
+
+    @property
+    def p(self) -> float:
+        """The drop probability now."""
+        return self.config.p * self.factor
+
+    def set_p(self, p: float, factor: float = 1.0) -> None:
+        """Change the drop probability to `p * factor`. The law is made anew, so that a backward pass
+        under way still uses the old one."""
+        if (p, factor) == (self.config.p, self.factor):
+            return
+        check_p(p * factor)
+        self.config, self.factor = self.config.replace(p=p), factor
+        if self.law is not None:
+            self.law = Law.of(self.p, self.law.threshold.device, self.law.scale.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy does not hold masks: it is in nobody's `hold_masks`."""
+        return {**self.__dict__, "held_key": None, "held": None}
+
+    def law_for(self, raw: Tensor, keep: bool = True) -> Law:
+        """The law on the weight's device; computed again when the weight has moved."""
+        law = self.law
+        if law is None or not law.fits(raw):
+            law = Law.of(self.p, raw.device, raw.dtype)
+            if keep and type(law.threshold) is Tensor:  # not a fake one, of a trace
+                self.law = law
+        return law
+
+    @property
+    def rank(self) -> int:
+        """The process rank that is mixed into keys; 0 outside of distributed training."""
+        dist = torch.distributed
+        if not self.independent or not dist.is_available() or not dist.is_initialized():
+            return 0
+        return dist.get_rank()
+
+    def active(self, training: bool) -> bool:
+        """Whether a forward drops anything. The value of p is looked at in eager mode only: in a
+        compiled graph it is data, so that it can change without recompiling."""
+        if not training and not self.samples:
+            return False
+        return torch.compiler.is_compiling() or self.p > 0.0
