@@ -17,6 +17,7 @@ from .config import DropConnectConfig
 from .errors import NotOperatedError, raise_all
 from .modules.operated import (
     DropConnectModule,
+    drawn_children,
     operated_class,
     operated_modules,
     plain_class,
@@ -172,8 +173,8 @@ def _drawn_by(catalogue: Catalogue) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for _, module in catalogue:
         if isinstance(module, DropConnectModule):
-            for path in module._dropconnect_draws:
-                found.setdefault(id(module.get_submodule(path)), []).append(catalogue.name(module))
+            for child in drawn_children(module):
+                found.setdefault(id(child), []).append(catalogue.name(module))
     return found
 
 

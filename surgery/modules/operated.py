@@ -113,7 +113,7 @@ def operated_class(base: type[nn.Module], names: tuple[str, ...]) -> type[DropCo
     for name in names:
         body[name] = _weight_property(name)
     body["forward"] = _forward(base)
-    if isinstance(base, type) and issubclass(base, nn.RNNBase):
+    if issubclass(base, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, _ignore_flat_weights)
         # Dynamo runs RNNs eagerly; without this it would compile each helper of `_forward` alone.
         body["forward"] = torch.compiler.disable(body["forward"])  # type: ignore[no-untyped-call]
@@ -181,11 +181,8 @@ def _open(module: Any) -> _Opened:
     opened: _Opened = []
     try:
         _open_own(module, opened)
-        for path in module._dropconnect_draws:
-            child = module
-            for part in path.split("."):
-                child = getattr(child, part, None)
-            if _draws_here(child):
+        for child in drawn_children(module):
+            if not _any_sharded(child):
                 _open_own(child, opened)
     except BaseException:
         for owner, state, _ in opened:
@@ -194,12 +191,20 @@ def _open(module: Any) -> _Opened:
     return opened
 
 
-def _draws_here(child: Any) -> bool:
-    """Whether a parent draws for this child: not if it was replaced or stripped since, nor while it is
-    sharded, since then it is gathered, and draws, in its own forward."""
-    if not isinstance(child, DropConnectModule):
-        return False
-    return not any(_is_sharded(getattr(child, s.raw)) for s in child._dropconnect.values())
+def drawn_children(module: DropConnectModule) -> Iterator[DropConnectModule]:
+    """The descendants whose weights this module's forward reads itself; not those that were replaced,
+    removed or stripped since."""
+    for path in module._dropconnect_draws:
+        child: Any = module
+        for part in path.split("."):
+            child = getattr(child, part, None)
+        if isinstance(child, DropConnectModule):
+            yield child
+
+
+def _any_sharded(child: DropConnectModule) -> bool:
+    """Whether a child is sharded now: then it is gathered, and draws, in its own forward."""
+    return any(_is_sharded(getattr(child, state.raw)) for state in child._dropconnect.values())
 
 
 def _open_own(module: Any, opened: _Opened) -> None:

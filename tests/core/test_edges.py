@@ -55,6 +55,15 @@ def test_replaced_child_of_a_reader_runs_plain() -> None:
     assert torch.equal(model(x), F.linear(x, model.fc.weight))
 
 
+def test_a_model_whose_drawn_child_was_removed_can_be_stripped() -> None:
+    model = nn.Sequential(Reader(), nn.Linear(8, 8))
+    apply_dropconnect(model, nn.Linear, p=0.5)
+    del model[0].fc
+    assert [site.name for site in dropconnect_sites(model)] == ["1.weight"]
+    strip_dropconnect(model)
+    assert type(model[0]) is Reader
+
+
 def test_stripped_child_of_a_reader_runs_plain() -> None:
     attention = apply_dropconnect(nn.MultiheadAttention(8, 2), nn.MultiheadAttention, p=0.5)
     strip_dropconnect(attention.out_proj)
