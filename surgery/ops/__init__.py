@@ -1,6 +1,9 @@
 """The operations: random bits, masks, and the masked weight. Tensors in, tensors out; no modules."""
 
-from .hash import draw_key, hash_bits, key_from_seed
+from .example import example_linear, example_vector
+from .expect import expectation, expectation_by_draws, register_closed_form
+from .gaussian import gaussian_sample, linear_moments, moments_of
+from .hash import draw_key, example_keys, hash_bits, key_from_seed
 from .mask import Law, Layout, drop_weight, keep_mask, masked_formula
 
 __all__ = [
@@ -8,8 +11,17 @@ __all__ = [
     "Layout",
     "draw_key",
     "drop_weight",
+    "example_keys",
+    "example_linear",
+    "example_vector",
+    "expectation",
+    "expectation_by_draws",
+    "gaussian_sample",
     "hash_bits",
     "keep_mask",
     "key_from_seed",
+    "linear_moments",
     "masked_formula",
+    "moments_of",
+    "register_closed_form",
 ]

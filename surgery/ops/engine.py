@@ -28,7 +28,7 @@ CHUNK = 1 << 16
 """The plain formula works on this many weights at a time: its int32 temporaries stay in cache."""
 
 _lock = threading.Lock()
-_compiled: dict[Formula, Formula] = {}
+_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 _broken = False
 
 
@@ -36,6 +36,11 @@ def compile_enabled() -> bool:
     """Whether formulas are compiled: not switched off by `DROPCONNECT_COMPILE=0`, nor found not to
     work on this machine."""
     return not _broken and os.environ.get("DROPCONNECT_COMPILE", "1") != "0"
+
+
+def is_traced() -> bool:
+    """Whether the calling code is being traced, by `torch.compile` or by a `torch.func` transform."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def run(
@@ -48,18 +53,30 @@ def run(
     mask: tuple[int, ...] | None,
 ) -> Tensor:
     """Evaluate `formula` on these arguments; see `surgery.ops.mask.masked_formula` for them."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return formula(weight, anchor, key, threshold, scale, mask)
-    if weight.numel() >= SMALL and _is_plain(weight) and compile_enabled():
+    args = (weight, anchor, key, threshold, scale, mask)
+    if is_traced():
+        return formula(*args)
+    used: Tensor | None = run_compiled(formula, weight, weight.numel(), args)
+    if used is not None:
+        return used
+    if mask is None:
+        return _in_chunks(formula, weight, anchor, key, threshold, scale)
+    return formula(*args)
+
+
+def run_compiled(
+    formula: Callable[..., Any], weight: Tensor, entries: int, args: tuple[Any, ...]
+) -> Any:
+    """`formula(*args)`, compiled; None where compiling does not work, or is not worth it for so many
+    mask entries. `weight` is the argument that says where it runs."""
+    if entries >= SMALL and _is_plain(weight) and compile_enabled():
         try:
-            return _compile(formula)(weight, anchor, key, threshold, scale, mask)
+            return _compile(formula)(*args)
         except Exception as error:
             if not _is_of_compiler(error):
                 raise
             _give_up(error)
-    if mask is None:
-        return _in_chunks(formula, weight, anchor, key, threshold, scale)
-    return formula(weight, anchor, key, threshold, scale, mask)
+    return None
 
 
 def _is_plain(weight: Tensor) -> bool:
@@ -86,7 +103,7 @@ def _in_chunks(
     return used
 
 
-def _compile(formula: Formula) -> Formula:
+def _compile(formula: Callable[..., Any]) -> Callable[..., Any]:
     """The compiled formula. `torch.compile` imports triton when called, so it is called late."""
     compiled = _compiled.get(formula)
     if compiled is None:
@@ -100,7 +117,7 @@ class _NoCompiler(RuntimeError):
     """`torch.compile` could not even be called."""
 
 
-def _make_compiled(formula: Formula) -> Formula:
+def _make_compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
     try:
         with warnings.catch_warnings():
             # where warnings are errors, torch's own deprecations would look like a broken compiler

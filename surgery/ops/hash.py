@@ -76,6 +76,17 @@ def advance_key(key: Tensor, start: int) -> Tensor:
     return key + torch.tensor(words, dtype=torch.int32, device=key.device)
 
 
+def example_keys(key: Tensor, examples: int, entries: int) -> Tensor:
+    """The key of each example: int32, shape (examples, 2).
+
+    Example e starts at index `e * entries`, so its key is `advance_key(key, e * entries)`: the masks of
+    all examples together are the mask of one weight of that many times the entries.
+    """
+    starts = torch.arange(examples, dtype=torch.int64, device=key.device) * entries
+    low, high = starts & 0xFFFFFFFF, starts >> 32
+    return key + torch.stack([spread(low), spread(high)], dim=1)
+
+
 def _scramble(seed: int) -> tuple[int, int]:
     """Two 32-bit words from any integer: one step of splitmix64 (Steele, Lea and Flood 2014)."""
     z = (seed + 0x9E3779B97F4A7C15) & _MASK64

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .engine import run
+from .engine import is_traced, run
 from .hash import advance_key, mix, spread
 
 SEGMENT = 1 << 30
@@ -243,7 +243,7 @@ def drop_weight(
     """
     if _compiles_backward() and layout.entries <= SEGMENT:
         return _recomputed_in_graph(weight, anchor, key, law, layout)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_traced():
         return _evaluate(weight, anchor, key, law.threshold, law.scale, layout)
     used: Tensor = _DropWeight.apply(  # type: ignore[no-untyped-call]
         weight, anchor, key, law.threshold, law.scale, layout

@@ -1,0 +1,206 @@
+"""The expectation of an activation over a Gaussian pre-activation: E[f(u)] for u ~ N(mean, var).
+
+A closed form where one is known (`register_closed_form`), else Gauss-Hermite quadrature, or the
+samples that the paper draws (Wan et al. 2013, section 4, algorithm 2).
+
+The closed forms of piecewise linear functions are `f(mean)` plus, for each kink, its change of slope
+times `excess(mean - kink, var)`: exact at var = 0, and without cancellation in the tails.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .engine import CHUNK, is_traced
+from .gaussian import gaussian_sample, safe_sqrt
+
+Function = Callable[[Tensor], Tensor]
+ClosedForm = Callable[[Function, Tensor, Tensor], Tensor]
+"""`form(f, mean, var)`, which may evaluate f to learn its slopes and limits."""
+
+_FORMS: dict[str, ClosedForm] = {}
+_NAMES: dict[Any, str] = {}
+
+NODES = 64
+"""Nodes of the quadrature; the outer ones, of weight below 1e-17, are left out."""
+
+
+def register_closed_form(name: str, form: ClosedForm, *spellings: Any) -> None:
+    """Make `expectation` use a closed form.
+
+    Args:
+        name: what callers may call the function.
+        form: the expectation, for float32 or float64 mean and var of one shape.
+        spellings: functions, and classes of modules, that are this function.
+    """
+    _FORMS[name] = form
+    _NAMES.update(dict.fromkeys(spellings, name))
+
+
+def expectation(f: Function, mean: Tensor, var: Tensor, name: str | None = None) -> Tensor:
+    """E[f(u)] for u ~ N(mean, var), entry by entry.
+
+    Args:
+        f: an elementwise function.
+        mean, var: the same shape; var is at least 0.
+        name: of a closed form; None looks f up. A name without a closed form is ignored.
+
+    Returns:
+        the shape and dtype of `mean`, computed in at least float32; at var = 0 it is f(mean). Where a
+        gradient by var would be infinite or 0 / 0, at var = 0, it is 0.
+    """
+    wide = torch.promote_types(mean.dtype, torch.float32)
+    args = f, mean.to(wide), var.to(wide)
+    form = _FORMS.get(name or _name_of(f) or "")
+    expected: Tensor = _quadrature(*args) if form is None else form(*args)
+    return expected.to(mean.dtype)
+
+
+def expectation_by_draws(f: Function, mean: Tensor, var: Tensor, samples: int) -> Tensor:
+    """The mean of f over `samples` draws from N(mean, var): the inference of the paper.
+
+    Draws come from torch's generator; few enough of them are held at a time that a small tensor needs
+    few calls and a large one little memory.
+
+    Raises:
+        ValueError: samples is not positive.
+    """
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    wide = torch.promote_types(mean.dtype, torch.float32)
+    rows = mean.reshape(1) if mean.dim() == 0 else mean
+    spread = var.reshape(rows.shape)
+    at_once = max(1, min(samples, CHUNK // max(1, mean.numel())))
+    total = torch.zeros_like(rows, dtype=wide)
+    for start in range(0, samples, at_once):
+        count = min(at_once, samples - start)
+        # along the first dimension, so that f still finds channels where it expects them
+        repeats = (count, *(1,) * (rows.dim() - 1))
+        drawn = f(gaussian_sample(rows.repeat(repeats), spread.repeat(repeats)))
+        total = total + drawn.view(count, *rows.shape).sum(0, dtype=wide)
+    return (total / samples).to(mean.dtype).view(mean.shape)
+
+
+def _name_of(f: Function) -> str | None:
+    if getattr(f, "approximate", "none") != "none":  # nn.GELU(approximate="tanh")
+        return None
+    return _NAMES.get(type(f) if isinstance(f, nn.Module) else f)
+
+
+def _gauss_hermite(count: int) -> tuple[tuple[float, float], ...]:
+    """Nodes and weights for the standard normal (Golub and Welsch 1969): the eigenvalues of the
+    Jacobi matrix, and the squared first entries of its eigenvectors."""
+    off = torch.arange(1, count, dtype=torch.float64).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    weights = vectors[0].square()
+    found = zip(nodes.tolist(), weights.tolist())
+    return tuple((node, weight) for node, weight in found if weight > 1e-17)
+
+
+_RULE = _gauss_hermite(NODES)
+
+
+def _quadrature(f: Function, mean: Tensor, var: Tensor) -> Tensor:
+    """f(mean) plus the weighted differences to it, a node at a time, in forward and backward."""
+    sd = safe_sqrt(var)
+    value = f(mean)
+    recompute = not is_traced() and torch.is_grad_enabled()
+    recompute = recompute and (mean.requires_grad or var.requires_grad)
+
+    def at(mean: Tensor, sd: Tensor, node: float, weight: float) -> Tensor:
+        return weight * f(mean + node * sd)
+
+    total = torch.zeros_like(value)
+    for node, weight in _RULE:
+        if recompute:
+            args = (at, mean, sd, node, weight)
+            part: Tensor = checkpoint(*args, use_reentrant=False, preserve_rng_state=False)
+        else:
+            part = at(mean, sd, node, weight)
+        total = total + (part - weight * value)
+    return value + total
+
+
+def _density(z: Tensor) -> Tensor:
+    return torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+
+
+def _cdf(z: Tensor) -> Tensor:
+    probability: Tensor = torch.special.ndtr(z)
+    return probability
+
+
+def _score(mean: Tensor, sd: Tensor) -> Tensor:
+    """mean / sd, within the 50 beyond which nothing is left of the density; anything where sd is 0."""
+    return (mean / torch.where(sd > 0, sd, 1)).clamp(-50, 50)
+
+
+def excess(mean: Tensor, var: Tensor) -> Tensor:
+    """What a kink adds: E[relu(u)] - relu(mean) for u ~ N(mean, var), the same for relu(-u).
+
+    It is sd * g(|mean| / sd) with g(t) = phi(t) - t * Phi(-t), here by erfcx, whose tail does not
+    vanish. At mean = 0 its slope is that on the left, which completes torch's slope of relu, 0.
+    """
+    sd = safe_sqrt(var)
+    z = _score(mean, sd)
+    t = torch.where(mean > 0, z, -z)
+    mills = math.sqrt(math.pi / 2) * torch.special.erfcx(t / math.sqrt(2))
+    found: Tensor = sd * _density(t) * (1 - t * mills)
+    return found
+
+
+def _identity(f: Function, mean: Tensor, var: Tensor) -> Tensor:
+    return mean
+
+
+def _rectified(f: Function, mean: Tensor, var: Tensor) -> Tensor:
+    """Of any f that is linear on either side of 0; its slopes are f(1) and -f(-1)."""
+    one = mean.new_ones(())
+    return f(mean) + (f(one) + f(-one)) * excess(mean, var)
+
+
+def _clipped(mean: Tensor, var: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """E[u clamped to an interval]. Slopes at its ends are those on the left, as in `excess`."""
+    clipped = torch.where(mean > high, high, torch.where(mean > low, mean, low))
+    return clipped + excess(mean - low, var) - excess(mean - high, var)
+
+
+def _clamped(f: Function, mean: Tensor, var: Tensor) -> Tensor:
+    """Of any f that clamps to an interval, which its limits tell."""
+    far = mean.new_full((), math.inf)
+    return _clipped(mean, var, f(-far), f(far))
+
+
+def _hard_sigmoid(f: Function, mean: Tensor, var: Tensor) -> Tensor:
+    return _clipped(mean + 3, var, 0.0, 6.0) / 6
+
+
+def _hard_swish(f: Function, mean: Tensor, var: Tensor) -> Tensor:
+    """u * h(u) / 6 with h = relu6(u + 3); E[u h(u)] = mean E[h(u)] + var E[h'(u)] (Stein)."""
+    sd = safe_sqrt(var)
+    low, high = (_cdf(_score(mean + kink, sd)) for kink in (3, -3))
+    return (mean * _clipped(mean + 3, var, 0.0, 6.0) + var * (low - high)) / 6
+
+
+def _gelu(f: Function, mean: Tensor, var: Tensor) -> Tensor:
+    """u * Phi(u), where E[Phi(u)] = Phi(mean / sqrt(1 + var)); then Stein as above."""
+    sd = (1 + var).sqrt()
+    z = mean / sd
+    return mean * _cdf(z) + var / sd * _density(z)
+
+
+register_closed_form("identity", _identity, nn.Identity)
+register_closed_form("relu", _rectified, nn.ReLU, torch.relu, torch.relu_, F.relu, F.relu_)
+register_closed_form("leaky_relu", _rectified, nn.LeakyReLU, F.leaky_relu)
+register_closed_form("relu6", _clamped, nn.ReLU6, F.relu6)
+register_closed_form("hardtanh", _clamped, nn.Hardtanh, F.hardtanh)
+register_closed_form("hardsigmoid", _hard_sigmoid, nn.Hardsigmoid, F.hardsigmoid)
+register_closed_form("hardswish", _hard_swish, nn.Hardswish, F.hardswish)
+register_closed_form("gelu", _gelu, nn.GELU, F.gelu)

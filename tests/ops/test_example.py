@@ -1,0 +1,437 @@
+"""A mask for each example: against the masked weights of all examples, held at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgery.ops import (
+    Law,
+    Layout,
+    drop_weight,
+    example_keys,
+    example_linear,
+    example_product,
+    example_vector,
+    keep_mask,
+    key_from_seed,
+)
+from surgery.ops.hash import advance_key
+from tests.ops.reference import example_weights
+
+CPU = torch.device("cpu")
+KEY = key_from_seed(41)
+UNITS = ["element", "input", "output", "tensor"]
+units = pytest.mark.parametrize("unit", UNITS)
+towards = pytest.mark.parametrize("anchored", [False, True], ids=["zero", "pretrained"])
+SHAPES = {"1x1x1x1": (1, 1, 1, 1), "3x1x5x4": (3, 1, 5, 4), "4x7x6x3": (4, 7, 6, 3)}
+"""Examples x rows x in x out."""
+COMPILED = {"rows drawn inside": (12, 1, 48, 40), "blocks": (5, 6, 48, 40)}
+"""Large enough to compile."""
+
+
+def law(p: float, dtype: torch.dtype = torch.float64) -> Law:
+    return Law.of(p, CPU, dtype)
+
+
+def tensors(sizes: tuple[int, ...], anchored: bool, dtype: torch.dtype = torch.float64):
+    examples, rows, inputs, outputs = sizes
+    x = torch.randn(examples, rows, inputs).to(dtype).requires_grad_()
+    weight = torch.randn(outputs, inputs).to(dtype).requires_grad_()
+    return x, weight, torch.randn(outputs, inputs).to(dtype) if anchored else None
+
+
+def naive(x: Tensor, weight: Tensor, rule: Law, unit: str, anchor: Tensor | None) -> Tensor:
+    return x @ example_weights(weight, len(x), KEY, rule, unit, anchor).mT
+
+
+def check(sizes, unit: str, anchored: bool, p: float, dtype=torch.float64) -> None:
+    x, weight, anchor = tensors(sizes, anchored, dtype)
+    rule = law(p, dtype)
+    found = example_linear(x, weight, KEY, rule, unit, anchor)
+    expected = naive(x, weight, rule, unit, anchor)
+    direction = torch.randn_like(found)
+    step = 200 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, expected, rtol=step, atol=step)
+    for a, b in zip(*(torch.autograd.grad(y, (x, weight), direction) for y in (found, expected))):
+        torch.testing.assert_close(a, b, rtol=step, atol=step)
+
+
+@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
+@units
+@towards
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_against_all_weights_at_once(sizes, unit: str, anchored: bool, p: float) -> None:
+    check(sizes, unit, anchored, p)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("sizes", COMPILED.values(), ids=COMPILED)
+@towards
+def test_compiled_against_all_weights_at_once(sizes, anchored: bool) -> None:
+    check(sizes, "element", anchored, 0.3, torch.float32)
+
+
+@pytest.mark.parametrize("sizes", COMPILED.values(), ids=COMPILED)
+@towards
+def test_plain_against_all_weights_at_once(sizes, anchored: bool, monkeypatch) -> None:
+    """Without a compiler, and with blocks of some rows of one example, or of several examples."""
+    monkeypatch.setenv("DROPCONNECT_COMPILE", "0")
+    for chunk in (100, 1 << 13, 1 << 16):
+        monkeypatch.setattr(example_product, "CHUNK", chunk)
+        check(sizes, "element", anchored, 0.3)
+
+
+@units
+def test_gradcheck(unit: str) -> None:
+    for anchored in (False, True):
+        x, weight, anchor = tensors((3, 2, 4, 3), anchored)
+
+        def layer(x, weight, anchor=anchor):
+            return example_linear(x, weight, KEY, law(0.4), unit, anchor).sin()
+
+        assert torch.autograd.gradcheck(layer, (x, weight))
+        assert torch.autograd.gradgradcheck(layer, (x, weight))
+
+
+@units
+@towards
+def test_a_single_example_has_the_mask_of_the_whole_weight(unit: str, anchored: bool) -> None:
+    """Bit for bit: each row of the product of the unit matrix is a row of the masked weight."""
+    _, weight, anchor = tensors((1, 1, 8, 5), anchored, torch.float32)
+    own = {"element": (0, 1), "input": (1,), "output": (0,), "tensor": ()}[unit]
+    layout = Layout.shared((5, 8), own) if unit != "element" else Layout.elements(40)
+    expected = drop_weight(weight, KEY, law(0.5, torch.float32), layout, anchor)
+    x = torch.eye(8)[None]
+    found = example_linear(x, weight, KEY, law(0.5, torch.float32), unit, anchor)
+    if anchor is None:
+        assert torch.equal(found[0].t(), expected)
+    else:  # the cheap forms add two products
+        torch.testing.assert_close(found[0].t(), expected)
+
+
+@units
+def test_p_zero_is_the_plain_layer_and_p_one_the_anchor(unit: str) -> None:
+    x, weight, anchor = tensors((3, 2, 8, 5), True, torch.float32)
+    one, zero = law(1.0, torch.float32), law(0.0, torch.float32)
+    exact = unit != "element"  # the product of each example is rounded in its own order
+    compare = torch.equal if exact else torch.allclose
+    for towards in (None, anchor):
+        assert compare(example_linear(x, weight, KEY, zero, unit, towards), F.linear(x, weight))
+    dropped = example_linear(x, weight, KEY, one, unit, anchor)
+    assert compare(dropped, F.linear(x, anchor))
+    assert torch.equal(example_linear(x, weight, KEY, one, unit), torch.zeros(3, 2, 5))
+
+
+def test_strides_do_not_matter() -> None:
+    """transformers' Conv1D passes the transpose of its weight."""
+    x, weight, _ = tensors((3, 2, 8, 5), False)
+    stored = weight.detach().t().contiguous().requires_grad_()
+    found = example_linear(x, stored.t(), KEY, law(0.3), "element")
+    expected = example_linear(x, weight, KEY, law(0.3), "element")
+    assert torch.equal(found, expected)
+    (gradient,) = torch.autograd.grad(found.sum(), stored)
+    assert torch.equal(gradient.t(), torch.autograd.grad(expected.sum(), weight)[0])
+
+
+@pytest.mark.parametrize("entries", [1, 7, 1 << 20, (1 << 31) + 3, (1 << 40) + 5], ids=str)
+def test_keys_are_those_of_consecutive_parts(entries: int) -> None:
+    keys = example_keys(KEY, 70, entries)
+    assert keys.dtype == torch.int32
+    assert torch.equal(keys, torch.stack([advance_key(KEY, e * entries) for e in range(70)]))
+
+
+def test_examples_have_different_masks(check_mean) -> None:
+    weight, x = torch.randn(4, 6).double(), torch.randn(1, 1, 6).double().expand(50, 1, 6)
+    products = example_linear(x, weight, KEY, law(0.5), "element")
+    assert len(products.flatten(1).unique(dim=0)) == 50
+    seeds = iter(range(2000))
+
+    def draw() -> Tensor:
+        return example_linear(x[:3], weight, key_from_seed(next(seeds)), law(0.5), "element")
+
+    check_mean(draw, F.linear(x[:3], weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 1, 64, 8), (2, 6, 64, 8)], ids=str)
+def test_narrow_dtypes(dtype: torch.dtype, sizes) -> None:
+    x, weight, anchor = tensors(sizes, True, dtype)
+    found = example_linear(x, weight, KEY, law(0.3, dtype), "element", anchor)
+    wide = [t.detach().float().requires_grad_() for t in (x, weight)]
+    rule = law(0.3, torch.float32)
+    expected = naive(*wide, rule, "element", anchor.float())
+    assert found.dtype == dtype
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.float(), expected, rtol=4 * step, atol=16 * step)
+    direction = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, (x, weight), direction)
+    exact = torch.autograd.grad(expected, wide, direction.float())
+    for a, b in zip(gradients, exact):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.float(), b, rtol=4 * step, atol=16 * step)
+
+
+@units
+def test_autocast_computes_in_its_dtype(unit: str) -> None:
+    x, weight, _ = tensors((3, 2, 8, 5), False, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = example_linear(x, weight, KEY, law(0.3, torch.float32), unit)
+    assert found.dtype == torch.bfloat16
+    found.sum().backward()
+    assert x.grad.dtype == weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "neither"])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_only_the_gradients_that_are_wanted(wanted: str, rows: int) -> None:
+    x, weight, _ = tensors((3, rows, 8, 5), False)
+    rule = law(0.3)
+    both = torch.autograd.grad(example_linear(x, weight, KEY, rule, "element").sum(), (x, weight))
+    x.requires_grad_(wanted == "x")
+    weight.requires_grad_(wanted == "weight")
+    product = example_linear(x, weight, KEY, rule, "element")
+    assert product.requires_grad == (wanted != "neither")
+    if wanted != "neither":
+        product.sum().backward()
+        assert x.grad is None or torch.equal(x.grad, both[0])
+        assert weight.grad is None or torch.equal(weight.grad, both[1])
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 4, 3), (2, 0, 4, 3), (2, 2, 0, 3), (2, 2, 4, 0)], ids=str)
+@units
+def test_empty(sizes, unit: str) -> None:
+    x, weight, _ = tensors(sizes, False)
+    product = example_linear(x, weight, KEY, law(0.5), unit)
+    assert product.shape == (sizes[0], sizes[1], sizes[3])
+    assert not product.any()
+    product.sum().backward()
+    assert not x.grad.any()
+    assert not weight.grad.any()
+
+
+def test_bad_arguments() -> None:
+    rule = law(0.5)
+    with pytest.raises(ValueError, match=r"\(examples, rows, in\).*got \(3, 4\) and \(2, 4\)"):
+        example_linear(torch.zeros(3, 4), torch.zeros(2, 4), KEY, rule, "element")
+    with pytest.raises(ValueError, match=r"got \(3, 1, 5\) and \(2, 4\)"):
+        example_linear(torch.zeros(3, 1, 5), torch.zeros(2, 4), KEY, rule, "element")
+    with pytest.raises(ValueError, match=r"anchor has shape \(4,\), its weight \(2, 4\)"):
+        example_linear(torch.zeros(3, 1, 4), torch.zeros(2, 4), KEY, rule, "input", torch.ones(4))
+    with pytest.raises(ValueError, match=r"x is torch\.float32 and the weight torch\.float64"):
+        example_linear(torch.zeros(3, 1, 4), torch.zeros(2, 4).double(), KEY, rule, "element")
+    huge = torch.zeros(1 << 17, device="meta").expand(1 << 16, 1 << 17)
+    x = torch.zeros(1, 1, 1 << 17, device="meta")
+    with pytest.raises(ValueError, match=r'8589934592 entries.*use sampling="batch"'):
+        example_linear(x, huge, KEY, rule, "element")
+
+
+@units
+@towards
+def test_vector(unit: str, anchored: bool) -> None:
+    bias = torch.randn(5).double().requires_grad_()
+    anchor = torch.randn(5).double() if anchored else None
+    found = example_vector(bias, KEY, law(0.5), unit, 6, anchor)
+    entries = 5 if unit in ("element", "output") else 1
+    mask = keep_mask((6, entries), KEY, law(0.5).threshold).expand(6, 5)
+    towards = torch.zeros(5).double() if anchor is None else anchor
+    expected = towards + mask * (bias - towards) * 2
+    torch.testing.assert_close(found, expected)
+    assert torch.autograd.gradcheck(
+        lambda b: example_vector(b, KEY, law(0.5), unit, 6, anchor), bias
+    )
+
+
+@pytest.mark.parametrize("unit", ["output", "tensor"])
+def test_vector_shares_the_mask_of_its_weight(unit: str) -> None:
+    """With the weight's key, a layer's row and its bias are dropped together."""
+    x, weight, _ = tensors((6, 3, 4, 5), False)
+    bias = torch.randn(5).double()
+    found = example_linear(x, weight, KEY, law(0.5), unit)
+    found = found + example_vector(bias, KEY, law(0.5), unit, 6)[:, None]
+    keep = keep_mask((6, 1, 5 if unit == "output" else 1), KEY, law(0.5).threshold)
+    torch.testing.assert_close(found, keep * F.linear(x, weight, bias) * 2)
+
+
+# equalities with other methods
+
+
+def test_input_unit_is_dropout() -> None:
+    x, weight, _ = tensors((50, 1, 20, 5), False)
+    keep = keep_mask((50, 1, 20), KEY, law(0.5).threshold)
+    assert torch.equal(
+        example_linear(x, weight, KEY, law(0.5), "input"), F.linear(x * keep * 2, weight)
+    )
+
+
+def test_tensor_unit_is_stochastic_depth() -> None:
+    x, weight, _ = tensors((50, 3, 20, 5), False)
+    keep = keep_mask((50, 1, 1), KEY, law(0.5).threshold)
+    branch = F.linear(x, weight)
+    assert torch.equal(example_linear(x, weight, KEY, law(0.5), "tensor"), branch * (keep * 2.0))
+
+
+# what is kept, and how it is traced
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_backward_keeps_the_input_the_weight_and_the_key(rows: int) -> None:
+    x, weight, _ = tensors((8, rows, 12, 10), False)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        example_linear(x, weight, KEY, law(0.5), "element")
+    assert sorted(tensor.numel() for tensor in kept) == sorted([x.numel(), weight.numel(), 2, 1, 1])
+
+
+def test_a_weight_changed_before_backward_is_noticed() -> None:
+    x, weight, _ = tensors((2, 1, 4, 3), False)
+    product = example_linear(x, weight, KEY, law(0.5), "element")
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+MEMORY = """
+import sys, torch
+import torch.nn.functional as F
+from surgery.ops import Law, example_linear, key_from_seed
+
+def status(name):
+    for line in open("/proc/self/status"):
+        if line.startswith(name):
+            return int(line.split()[1]) / 1024
+
+def step():
+    x.grad = weight.grad = None
+    for f in layers[sys.argv[1]]:
+        f().sum().backward()
+
+x = torch.randn(128, 1, 1024, requires_grad=True)
+weight = torch.randn(1024, 1024, requires_grad=True)
+law, key = Law.of(0.5, x.device, x.dtype), key_from_seed(1)
+layers = {"plain": [lambda: F.linear(x, weight)],
+          "example": [lambda: example_linear(x, weight, key, law, "element")]}
+step()
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+step()
+print(status("VmHWM") - before, 4.0 + 4.0 + 2.0)
+"""
+"""Peak of a step beside what is there, in MB; and what a plain layer has: weight, gradient, x, y."""
+
+
+@pytest.mark.compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_under_twice_that_of_a_plain_layer() -> None:
+    """128 examples of 1024 x 1024: all their weights would be 512 MB, their masks 128 MB."""
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY, "example"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    extra, plain = map(float, result.stdout.split())
+    assert extra < plain
+
+
+@units
+def test_compiles_into_one_graph(unit: str) -> None:
+    x, weight, anchor = tensors((4, 6, 8, 5), True)
+
+    def layer(x, weight):
+        return example_linear(x.tanh(), weight, KEY, rule, unit, anchor).sin()
+
+    rule = law(0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of what it traces
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        results = [
+            (y, *torch.autograd.grad(y.sum(), (x, weight)))
+            for y in (compiled(x, weight), layer(x, weight))
+        ]
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_compiled_graph_holds_no_weight_of_an_example() -> None:
+    """No tensor of the graphs of forward and backward has examples x out x in entries."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    x, weight, _ = tensors((7, 3, 11, 13), False)
+    rule, sizes = law(0.5), []
+
+    def inspect(graph, inputs):
+        for node in graph.graph.nodes:
+            for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+                if isinstance(value, Tensor):
+                    sizes.append(value.numel())
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=inspect, bw_compiler=inspect)
+    compiled = torch.compile(
+        lambda: example_linear(x, weight, KEY, rule, "element"), fullgraph=True, backend=backend
+    )
+    compiled().sum().backward()
+    assert max(sizes) == max(x.numel(), weight.numel(), 7 * 3 * 13)
+
+
+def test_exports_as_one_node() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x, weight, key, threshold, scale):
+            return example_linear(x, weight, key, Law(threshold, scale), "element")
+
+    x, weight, _ = tensors((4, 6, 8, 5), False)
+    args = (x.detach(), weight.detach(), KEY, law(0.5).threshold, law(0.5).scale)
+    graph = torch.export.export(Layer(), args, strict=False).graph
+    called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert called == ["surgery.example_product.default"]
+
+
+@towards
+def test_operators_are_registered_correctly(anchored: bool) -> None:
+    x, weight, anchor = tensors((3, 2, 4, 5), anchored)
+    args = (x, weight, anchor, KEY, law(0.5).threshold, law(0.5).scale)
+    torch.library.opcheck(torch.ops.surgery.example_product.default, args)
+    grad = torch.randn(3, 2, 5).double().requires_grad_()
+    for wanted in [(True, True), (False, True), (True, False)]:
+        backward = torch.ops.surgery.example_product_backward.default
+        torch.library.opcheck(backward, (grad, *args, *wanted))
+
+
+@units
+@towards
+def test_functional_transforms(unit: str, anchored: bool) -> None:
+    x, weight, anchor = tensors((3, 2, 4, 5), anchored)
+    x = x.detach()
+
+    def loss(weight):
+        return example_linear(x, weight, KEY, law(0.5), unit, anchor).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(weight), weight)
+    weight = weight.detach()
+    torch.testing.assert_close(torch.func.grad(loss)(weight), expected)
+    both = torch.stack([weight, 2 * weight])
+    gradients = torch.func.vmap(torch.func.grad(loss))(both)
+    torch.testing.assert_close(gradients[0], expected)
+    torch.testing.assert_close(gradients[1], torch.func.grad(loss)(2 * weight))
+
+
+def test_meta_tensors() -> None:
+    x = torch.empty(2, 3, 4, device="meta", requires_grad=True)
+    weight = torch.empty(5, 4, device="meta", requires_grad=True)
+    rule = Law.of(0.5, weight.device, weight.dtype)
+    product = example_linear(x, weight, KEY.to("meta"), rule, "element")
+    assert product.shape == (2, 3, 5)
+    product.sum().backward()
+    assert weight.grad.shape == (5, 4)
