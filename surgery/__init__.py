@@ -20,8 +20,10 @@ from .api import (
 from .checkpoint import load_dropconnect, plain_state_dict, save_dropconnect
 from .config import DropConnectConfig
 from .errors import NoMatchError, NotOperatedError, SurgeryError
+from .inference import set_inference
 from .modules import DropConnectModule
-from .plan import Plan, Site
+from .plan import Plan, Site, Use
+from .predict import MCPrediction, mc_predict
 
 __version__ = "0.1.0"
 
@@ -34,18 +36,22 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "adapters").is_dir(
 __all__ = [
     "DropConnectConfig",
     "DropConnectModule",
+    "MCPrediction",
     "NoMatchError",
     "NotOperatedError",
     "Plan",
     "Site",
     "SurgeryError",
+    "Use",
     "apply_dropconnect",
     "dropconnect_sites",
     "hold_masks",
     "load_dropconnect",
+    "mc_predict",
     "plain_state_dict",
     "plan_dropconnect",
     "save_dropconnect",
+    "set_inference",
     "set_p",
     "strip_dropconnect",
 ]

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from .config import DropConnectConfig, check_p
 from .errors import NotOperatedError
+from .finder import Seen, look
 from .modules.kinds import kind_of
-from .modules.operated import DropConnectModule, operated_modules
+from .modules.places import Place, places, states_of
 from .modules.state import SiteState
 from .ops import draw_key
 from .plan import Plan
+from .plugins import load_plugins
 from .prepare import Prepared, prepare
 from .select import Catalogue, Choice, select
 from .surgeon import current_plan, operate, undo, unused_sites
@@ -30,13 +32,18 @@ def plan_dropconnect(
     *,
     exclude: Any = None,
     config: DropConnectConfig | None = None,
+    example_inputs: Any = None,
     **options: Any,
 ) -> Plan:
     """The sites that `apply_dropconnect` with the same arguments would operate on.
 
-    Changes nothing. Arguments and errors are those of `apply_dropconnect`.
+    Changes nothing. Arguments and errors are those of `apply_dropconnect`. With `example_inputs`, and
+    for a transformers model on a dummy batch without, the model runs once, and the plan says which
+    operations use each weight and which activation follows (`Site.uses`).
     """
-    return _prepare(model, targets, p, exclude, config, options).plan
+    load_plugins()
+    seen = look(model, example_inputs)
+    return _prepare(model, targets, p, exclude, config, options, seen).plan
 
 
 def apply_dropconnect(
@@ -46,6 +53,7 @@ def apply_dropconnect(
     *,
     exclude: Any = None,
     config: DropConnectConfig | None = None,
+    example_inputs: Any = None,
     **options: Any,
 ) -> Model:
     """Put DropConnect on the weights that `targets` names, in place.
@@ -77,8 +85,12 @@ def apply_dropconnect(
         exclude: what not to drop, in the same forms. A module's name excludes all it owns. Of a tied
             weight, the users that are not excluded drop.
         config: all options at once; `p` and `options` replace its fields.
-        **options: fields of `DropConnectConfig`: `unit`, `toward`, `sampling`, `inference`, `bias`,
-            `ranks`.
+        example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments to
+            run the model with once, in `eval()`, before anything is changed. What is seen (a weight
+            that a helper function reads, where the batch lies, what follows a weight) is then
+            checked before surgery instead of at the first forward.
+        **options: fields of `DropConnectConfig`: `unit`, `toward`, `sampling`, `example_dim`,
+            `inference`, `samples`, `bias`, `ranks`.
 
     Returns:
         the same model.
@@ -93,7 +105,9 @@ def apply_dropconnect(
         >>> model = torch.nn.Sequential(OrderedDict(fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 2)))
         >>> apply_dropconnect(model, targets=["*.fc*"], p=0.3)
     """
-    operate(_prepare(model, targets, p, exclude, config, options))
+    load_plugins()
+    seen = None if example_inputs is None else look(model, example_inputs)
+    operate(_prepare(model, targets, p, exclude, config, options, seen))
     return model
 
 
@@ -113,7 +127,7 @@ def strip_dropconnect(model: Model) -> Model:
     Warns (`UserWarning`) of sites that never dropped anything while others did: the model does not
     use them, or uses them in a way that the plan did not see.
     """
-    trained = any(state.drawn for _, state in _in_place(model))
+    trained = any(place.state.drawn for place in places(model))
     unused = unused_sites(model) if trained else []
     undo(model)
     if unused:
@@ -142,7 +156,7 @@ def set_p(model: nn.Module, p: float, targets: Any = None) -> None:
         NotOperatedError: the model, or a parameter that `targets` names, has no DropConnect.
     """
     value = check_p(p)
-    for state in _states(model, targets):
+    for state in states_named(model, targets):
         state.set_p(value)
 
 
@@ -163,25 +177,26 @@ def hold_masks(model: nn.Module) -> Iterator[None]:
         NotOperatedError: no DropConnect is in place.
         RuntimeError: masks are already held.
     """
-    states = _in_place(model)
-    if not states:
+    found = list(places(model))
+    if not found:
         raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place to hold")
-    if any(state.held_key is not None for _, state in states):
+    if any(place.state.held_key is not None for place in found):
         raise RuntimeError("hold_masks is already active on this model; leave that context first")
-    for module, state in states:
-        state.held_key = _key_to_hold(module, state)
+    for place in found:
+        place.state.held_key = _key_to_hold(place)
     try:
         yield
     finally:
-        for _, state in states:
-            state.held_key = state.held = None
+        for place in found:
+            place.state.held_key = place.state.held = None
 
 
-def _key_to_hold(module: DropConnectModule, state: SiteState) -> Tensor:
-    leader = module._dropconnect.get(state.follows) if state.follows is not None else None
+def _key_to_hold(place: Place) -> Tensor:
+    follows = place.state.follows
+    leader = states_of(place.owner).get(follows) if follows is not None else None
     if leader is not None and leader.held_key is not None:
         return leader.held_key
-    return draw_key(getattr(module, state.raw).device, state.rank)
+    return draw_key(place.raw.device, place.state.rank)
 
 
 def _prepare(
@@ -191,33 +206,26 @@ def _prepare(
     exclude: Any,
     config: DropConnectConfig | None,
     options: dict[str, Any],
+    seen: Seen | None,
 ) -> Prepared:
     if isinstance(targets, Plan) and (p is not None or config is not None or options):
         raise ValueError("a Plan brings the p and the options of every site; give it alone")
     base = config if config is not None else DropConnectConfig()
     if p is not None:
         options = {"p": check_p(p), **options}
-    return prepare(model, targets, exclude, base.replace(**options) if options else base)
+    return prepare(model, targets, exclude, base.replace(**options) if options else base, seen)
 
 
-def _in_place(model: nn.Module) -> list[tuple[DropConnectModule, SiteState]]:
-    return [
-        (module, state)
-        for _, module in operated_modules(model)
-        for state in module._dropconnect.values()
-    ]
-
-
-def _states(model: nn.Module, targets: Any) -> list[SiteState]:
+def states_named(model: nn.Module, targets: Any) -> list[SiteState]:
     """The states of the sites that `targets` names: of a tied weight, those of all its users."""
-    every = _in_place(model)
+    every = list(places(model))
     if not every:
         raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place")
     if targets is None:
-        return [state for _, state in every]
+        return [place.state for place in every]
     choices, _ = select(Catalogue(model), targets, None, DropConnectConfig())
     named = {key for choice in choices for key in _parameters(choice)}
-    found = [state for module, state in every if id(getattr(module, state.raw)) in named]
+    found = [place.state for place in every if id(place.raw) in named]
     if not found:
         raise NotOperatedError(f"targets={targets!r} names weights, but none has DropConnect")
     return found
@@ -225,11 +233,11 @@ def _states(model: nn.Module, targets: Any) -> list[SiteState]:
 
 def _parameters(choice: Choice) -> Iterator[int]:
     """Ids of the operated parameter that was chosen and of the bias that drops with it."""
-    states = getattr(choice.module, "_dropconnect", {})
+    states = states_of(choice.module)
     state = states.get(choice.name)
     if state is None:
         return
     yield id(getattr(choice.module, state.raw))
-    bias = states.get(kind_of(choice.module).bias(choice.name)) if state.config.bias else None
+    bias = states.get(kind_of(choice.module).bias(choice.name) or "") if state.config.bias else None
     if bias is not None:
         yield id(getattr(choice.module, bias.raw))

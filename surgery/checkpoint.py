@@ -10,8 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 from .api import apply_dropconnect
 from .config import FORMAT_VERSION
 from .errors import NotOperatedError, SurgeryError
-from .modules.operated import DropConnectModule
+from .files import whole_file
+from .modules.places import places
 from .plan import Plan, join
 from .surgeon import current_plan
 
@@ -37,12 +37,11 @@ Value = TypeVar("Value")
 def plain_keys(model: nn.Module) -> dict[str, str | None]:
     """The plain name of every key that DropConnect adds to `state_dict()`; None for anchors."""
     keys: dict[str, str | None] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, DropConnectModule):
-            for state in module._dropconnect.values():
-                keys[join(name, state.raw)] = join(name, state.name)
-                if state.anchor is not None:
-                    keys[join(name, state.anchor)] = None
+    for place in places(model, remove_duplicate=False):
+        state = place.state
+        keys[join(place.name, state.raw)] = join(place.name, state.name)
+        if state.anchor is not None:
+            keys[join(place.name, state.anchor)] = None
     return keys
 
 
@@ -64,14 +63,9 @@ def plain_state_dict(
 
 def anchors(model: nn.Module) -> dict[str, Tensor]:
     """The anchors by the plain name of their weight; a tied one once."""
-    found: dict[str, Tensor] = {}
-    for site in current_plan(model):
-        if site.config.toward == "pretrained":
-            module = model.get_submodule(site.module)
-            assert isinstance(module, DropConnectModule)
-            state = module._dropconnect[site.parameter]
-            found[site.name] = getattr(module, str(state.anchor))
-    return found
+    sites = {site.name for site in current_plan(model)}
+    found = {join(place.name, place.state.name): place.anchor for place in places(model)}
+    return {name: anchor for name, anchor in found.items() if name in sites and anchor is not None}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -89,7 +83,7 @@ def make_file_plain(model: nn.Module, path: Path) -> None:
     with safe_open(path, framework="pt") as stored:
         metadata = stored.metadata()
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    with _whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         save_file(plain_state_dict(model, tensors), temporary, metadata)
 
 
@@ -109,10 +103,10 @@ def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> Non
     kept = anchors(model)
     form: dict[str, Any] = {"version": FORMAT_VERSION, "plan": plan.to_json(), "anchors": None}
     with contextlib.ExitStack() as files:  # both are written before either replaces an old one
-        plan_path = files.enter_context(_whole_file(folder / PLAN_FILE))
+        plan_path = files.enter_context(whole_file(folder / PLAN_FILE))
         if kept:
             form["anchors"] = {"file": ANCHORS_FILE, "sha256": digest(kept)}
-            path = files.enter_context(_whole_file(folder / ANCHORS_FILE))
+            path = files.enter_context(whole_file(folder / ANCHORS_FILE))
             save_file({name: tensor.contiguous() for name, tensor in kept.items()}, path)
         Path(plan_path).write_text(json.dumps(form, indent=1) + "\n", encoding="utf-8")
     if not kept:
@@ -175,21 +169,3 @@ def read_dropconnect(directory: str | os.PathLike[str]) -> tuple[Plan, dict[str,
     if digest(kept) != expected:
         raise SurgeryError(f"{file} is damaged: its content does not match {PLAN_FILE}")
     return plan, kept
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[str]:
-    """A temporary path beside `path`, which replaces it once it is written and on disk."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

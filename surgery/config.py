@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 
 Unit = Literal["element", "input", "output", "tensor"]
 Toward = Literal["zero", "pretrained"]
-Sampling = Literal["batch"]
-Inference = Literal["mean", "sample"]
+Sampling = Literal["batch", "example", "gaussian"]
+Inference = Literal["mean", "moments", "sample"]
 Ranks = Literal["independent", "same"]
 
 FORMAT_VERSION = 1
@@ -51,11 +51,23 @@ class DropConnectConfig:
     """Where a dropped weight goes: `"zero"`, or `"pretrained"`, its value at surgery (mixout)."""
 
     sampling: Sampling = "batch"
-    """How often a mask is drawn: `"batch"`, one for each forward call of the module."""
+    """How often a mask is drawn: `"batch"`, one for each forward call of the module; `"example"`, one
+    for each example (the paper); `"gaussian"`, each pre-activation of each example from the Gaussian
+    that has its mean and variance (local reparameterisation, Kingma et al. 2015)."""
+
+    example_dim: int | Literal["all"] = 0
+    """For `sampling="example"`: the dimension of the input along which the examples lie. All that lies
+    along the others, the tokens of a sequence, shares its example's mask. `"all"`: every token has
+    its own."""
 
     inference: Inference = "mean"
-    """What `eval()` does: `"mean"` uses the weight as it is, `"sample"` keeps dropping
-    (MC-DropConnect)."""
+    """What `eval()` does: `"mean"` uses the weight as it is; `"moments"` passes the mean and variance
+    of the pre-activation through the activation that follows (Wan et al. 2013, section 3.2);
+    `"sample"` keeps dropping (MC-DropConnect)."""
+
+    samples: int | None = None
+    """For `inference="moments"`: take that many draws from the Gaussian, as the paper does. None
+    computes the expectation."""
 
     bias: bool = False
     """Drop the bias that goes with the weight too (the paper's figures drop it, its code does not)."""
@@ -73,10 +85,49 @@ class DropConnectConfig:
             if value not in allowed:
                 names = ", ".join(repr(choice) for choice in allowed)
                 raise ValueError(f"{field} must be one of {names}; got {value!r}")
+        self._check_example_dim()
+        self._check_samples()
+        if self.sampling == "gaussian" and self.unit in ("input", "tensor"):
+            raise ValueError(
+                f'sampling="gaussian" draws every pre-activation by itself, but unit={self.unit!r} '
+                'drops several together; use sampling="example"'
+            )
+
+    def _check_example_dim(self) -> None:
+        dim = self.example_dim
+        if dim != "all" and (isinstance(dim, bool) or not isinstance(dim, int)):
+            raise ValueError(f"example_dim must be a dimension of the input or 'all'; got {dim!r}")
+        if dim != 0 and self.sampling != "example":
+            raise ValueError(
+                f"example_dim={dim!r} says where examples lie for sampling='example'; it has no "
+                f"meaning for sampling={self.sampling!r}"
+            )
+
+    def _check_samples(self) -> None:
+        count = self.samples
+        if count is None:
+            return
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"samples must be a positive number of draws or None; got {count!r}")
+        if self.inference != "moments":
+            raise ValueError(
+                f"samples={count} is the number of draws of inference='moments'; it has no meaning for "
+                f"inference={self.inference!r}"
+            )
 
     def replace(self, **changes: Any) -> DropConnectConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
+
+    def options(self) -> dict[str, Any]:
+        """The fields but p and bias whose value is not the default: what is worth showing."""
+        default = DropConnectConfig()
+        named = [field.name for field in dataclasses.fields(self)]
+        return {
+            name: getattr(self, name)
+            for name in named
+            if name not in ("p", "bias") and getattr(self, name) != getattr(default, name)
+        }
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict with every field and the version of the form."""

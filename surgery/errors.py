@@ -17,7 +17,9 @@ class NotOperatedError(SurgeryError):
     """The call needs a model with DropConnect in place, and this one has none (or not there)."""
 
 
-def raise_all(problems: Iterable[str], *, shown: int = 8) -> None:
+def raise_all(
+    problems: Iterable[str], action: str = "put DropConnect in place", *, shown: int = 8
+) -> None:
     """Raise one `SurgeryError` that lists every problem; do nothing if there is none."""
     found = list(problems)
     if not found:
@@ -25,5 +27,5 @@ def raise_all(problems: Iterable[str], *, shown: int = 8) -> None:
     lines = [f"  - {problem}" for problem in found[:shown]]
     if len(found) > shown:
         lines.append(f"  - ... and {len(found) - shown} more")
-    head = "cannot put DropConnect in place; the model is unchanged:"
+    head = f"cannot {action}; the model is unchanged:"
     raise SurgeryError("\n".join([head, *lines]))

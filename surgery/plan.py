@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, overload
 
 from .config import FORMAT_VERSION, DropConnectConfig
@@ -13,6 +13,26 @@ from .config import FORMAT_VERSION, DropConnectConfig
 def join(module: str, name: str) -> str:
     """Dotted name of `name` inside `module`; the root module is the empty string."""
     return f"{module}.{name}" if module else name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """One way in which a model uses a parameter, found by `surgery.transforms.find`."""
+
+    op: str
+    """The operation: `linear`, `addmm`, `matmul`, `conv`, `lstm`, `embedding`, `grouped_mm`, ..."""
+
+    by: str
+    """Dotted name of the module whose own forward runs the operation; `""` is the model itself."""
+
+    times: int = 1
+    """How often, in one forward of the model."""
+
+    activation: str | None = None
+    """The activation that follows (`relu`, `gelu_new`, `silu`, ...), or None."""
+
+    def __str__(self) -> str:
+        return self.op if self.times == 1 else f"{self.times} {self.op}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +61,10 @@ class Site:
     """Dotted names of the parent modules that read the weight themselves, so that the mask is drawn
     when *their* forward is called. Empty for the usual case: the owner's own forward."""
 
+    uses: tuple[Use, ...] = ()
+    """Which operations use the weight, and which activation follows, if the model was looked at while
+    it ran (`example_inputs`, or a transformers model); else empty."""
+
     @property
     def name(self) -> str:
         """Dotted name of the parameter in the plain model."""
@@ -65,6 +89,7 @@ class Site:
             "config": self.config.to_json(),
             "shared_with": list(self.shared_with),
             "drawn_by": list(self.drawn_by),
+            "uses": [asdict(use) for use in self.uses],
         }
 
     @classmethod
@@ -77,6 +102,7 @@ class Site:
             config=DropConnectConfig.from_json(form["config"]),
             shared_with=tuple(form["shared_with"]),
             drawn_by=tuple(form["drawn_by"]),
+            uses=tuple(Use(**use) for use in form.get("uses", ())),
         )
 
 
@@ -111,8 +137,9 @@ class Plan:
         return sum(site.numel for site in self.sites)
 
     def __str__(self) -> str:
-        rows: list[Sequence[str]] = [("site", "kind", "shape", "p", "options", "notes")]
-        rows += [_row(site) for site in self.sites]
+        rows: list[Sequence[str]] = [_HEAD, *(_row(site) for site in self.sites)]
+        if not any(site.uses for site in self.sites):
+            rows = [(*row[:3], *row[5:]) for row in rows]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * w for w in widths).rstrip())
@@ -134,14 +161,17 @@ class Plan:
         return cls(tuple(Site.from_json(site) for site in form["sites"]))
 
 
+_HEAD = ("site", "kind", "shape", "used by", "then", "p", "options", "notes")
+
+
 def _row(site: Site) -> Sequence[str]:
-    default = DropConnectConfig()
-    options = [
-        f"{field}={getattr(site.config, field)}"
-        for field in ("unit", "toward", "inference", "ranks")
-        if getattr(site.config, field) != getattr(default, field)
-    ]
+    options = [f"{name}={value}" for name, value in site.config.options().items()]
+    used_by = ", ".join(dict.fromkeys(map(str, site.uses)))
+    then = ", ".join(dict.fromkeys(use.activation or "-" for use in site.uses))
     notes = [f"tied with {name}" for name in site.shared_with]
     notes += [f"drawn by {name or '(root)'}" for name in site.drawn_by]
     shape = "x".join(str(size) for size in site.shape) or "scalar"
-    return (site.name, site.kind, shape, f"{site.p:g}", ", ".join(options), ", ".join(notes))
+    return (
+        *(site.name, site.kind, shape, used_by, then, f"{site.p:g}"),
+        *(", ".join(options), ", ".join(notes)),
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,12 +11,11 @@ from torch import Tensor, nn
 
 from .config import DropConnectConfig
 from .errors import raise_all
+from .finder import Seen
+from .graphs import Survey
 from .modules.kinds import SEPARATE_PROJECTIONS, follows_weight, kind_of, layout_of
-from .modules.operated import (
-    DropConnectModule,
-    plain_class,
-    plain_parameters,
-)
+from .modules.operated import WRAPPERS, plain_class
+from .modules.places import plain_parameters, states_of
 from .modules.reads import reads
 from .modules.state import SiteState, raw_name
 from .plan import Plan, Site, join
@@ -29,7 +29,11 @@ class Change:
 
     module: nn.Module
     states: dict[str, SiteState] = field(default_factory=dict)
+    in_graph: bool = False
+    """Whether only nodes of a graph read the parameters: then the class stays."""
     draws: list[str] = field(default_factory=list)
+    scope: bool = False
+    """Whether its forward is one that a site inside needs to know of; see `surgery.moments`."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,22 @@ class Prepared:
 
     plan: Plan
     changes: list[Change]
+    graphs: Survey | None = None
+    """What the graphs in the model read, if it has any."""
 
 
-def prepare(model: nn.Module, targets: Any, exclude: Any, config: DropConnectConfig) -> Prepared:
+def prepare(
+    model: nn.Module,
+    targets: Any,
+    exclude: Any,
+    config: DropConnectConfig,
+    seen: Seen | None = None,
+) -> Prepared:
     """Select, group ties, and validate every site. Changes nothing.
+
+    Args:
+        model, targets, exclude, config: see `surgery.apply_dropconnect`.
+        seen: what a run of the model showed, if there was one.
 
     Raises:
         SurgeryError: the first reason, or all the reasons, why the plan cannot be carried out.
@@ -51,6 +67,7 @@ def prepare(model: nn.Module, targets: Any, exclude: Any, config: DropConnectCon
     load_plugins()
     catalogue = Catalogue(model)
     choices, excluded = select(catalogue, targets, exclude, config)
+    known = Known(targets if isinstance(targets, Plan) else None, seen)
     ties = _ties(catalogue)
     changes: dict[int, Change] = {}
     sites: list[Site] = []
@@ -74,12 +91,15 @@ def prepare(model: nn.Module, targets: Any, exclude: Any, config: DropConnectCon
             Choice(module, name, choice.config)
             for module, name in ties[id(parameter)]
             if (id(module), name) not in {(id(choice.module), choice.name), *excluded}
+            and (not is_in_graph(catalogue, module) or _is_read(catalogue, module, name))
         ]
-        site = _site(catalogue, users, parameter, changes, problems)
+        site = _site(catalogue, users, parameter, changes, problems, known)
         if site is not None:
             sites.append(site)
-    raise_all(problems)
-    return Prepared(Plan(tuple(sites)), list(changes.values()))
+    raise_all(problems or _lone_biases(changes))
+    if seen is not None:
+        sites = [replace(site, uses=seen.uses.get(site.name, ())) for site in sites]
+    return Prepared(Plan(tuple(sites)), list(changes.values()), catalogue.graphs)
 
 
 def _site(
@@ -88,18 +108,28 @@ def _site(
     parameter: Tensor,
     changes: dict[int, Change],
     problems: list[str],
+    known: Known,
 ) -> Site | None:
     """Record the changes of one site with all its users; add what is wrong to `problems`."""
-    known = len(problems)
+    before = len(problems)
     drawn_by: list[str] = []
     for user in users:
-        parents = _readers(catalogue, user)
-        problem = _problem(user, parameter, [parent for parent, _ in parents])
+        full = _full(catalogue, user)
+        parents = _readers(catalogue, user, known.readers(full))
+        problem = _problem(user, parameter, [parent for parent, _ in parents], catalogue.graphs)
+        problem = problem or known.problem(full, user.config)
         if problem is not None:
             problems.append(f"{_full(catalogue, user)} ({type(user.module).__name__}): {problem}")
             continue
         change = changes.setdefault(id(user.module), Change(user.module))
-        change.states[user.name] = _state(user, parameter)
+        change.in_graph = is_in_graph(catalogue, user.module)
+        change.states[user.name] = _state(catalogue, user, parameter, parents)
+        for reader in catalogue.graphs.readers(user.module) if catalogue.graphs else ():
+            if catalogue.name(reader) not in drawn_by:
+                drawn_by.append(catalogue.name(reader))
+        if needs_scope(user.config):
+            for module in enclosing(catalogue, user.module):
+                changes.setdefault(id(module), Change(module)).scope = True
         for parent, path in parents:
             draws = changes.setdefault(id(parent), Change(parent)).draws
             if path not in draws:
@@ -107,13 +137,13 @@ def _site(
             name = catalogue.name(parent)
             if name not in drawn_by:
                 drawn_by.append(name)
-    if len(problems) > known:
+    if len(problems) > before:
         return None
     first = users[0]
     return Site(
         module=catalogue.name(first.module),
         parameter=first.name,
-        kind=kind_of(first.module).name,
+        kind=changes[id(first.module)].states[first.name].kind,
         shape=tuple(parameter.shape),
         config=first.config,
         shared_with=tuple(_full(catalogue, user) for user in users[1:]),
@@ -121,7 +151,58 @@ def _site(
     )
 
 
-def _state(user: Choice, parameter: Tensor) -> SiteState:
+@dataclass(frozen=True)
+class Known:
+    """What is known of how the model uses its weights: from a plan made before, and from a run."""
+
+    plan: Plan | None
+    seen: Seen | None
+
+    def readers(self, name: str) -> set[str]:
+        """Modules whose forward reads a parameter."""
+        found = set() if self.seen is None else set(self.seen.readers(name))
+        for site in self.plan or ():
+            if name in (site.name, *site.shared_with):
+                found.update(site.drawn_by)
+        return found
+
+    def problem(self, name: str, config: DropConnectConfig) -> str | None:
+        """Why a run of the model does not allow this, or None."""
+        return None if self.seen is None else self.seen.problem(name, config)
+
+
+def is_in_graph(catalogue: Catalogue, module: nn.Module) -> bool:
+    """Whether only nodes of a graph read the module's parameters."""
+    return catalogue.graphs is not None and catalogue.graphs.owns(module)
+
+
+def _is_read(catalogue: Catalogue, module: nn.Module, name: str) -> bool:
+    return catalogue.graphs is not None and catalogue.graphs.is_read(module, name)
+
+
+def needs_scope(config: DropConnectConfig) -> bool:
+    """Whether a site must know the outermost forward that it is part of."""
+    return config.sampling == "example" or config.inference == "moments"
+
+
+def enclosing(catalogue: Catalogue, module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that contain one, whose forward can be followed."""
+    for full in catalogue.names[id(module)]:
+        parts = full.split(".") if full else []
+        for depth in range(len(parts)):
+            parent = catalogue.model.get_submodule(".".join(parts[:depth]))
+            followed = not isinstance(parent, torch.jit.ScriptModule)
+            if (
+                followed
+                and not is_in_graph(catalogue, parent)
+                and type(parent).__name__ not in WRAPPERS
+            ):
+                yield parent
+
+
+def _state(
+    catalogue: Catalogue, user: Choice, parameter: Tensor, parents: list[tuple[nn.Module, str]]
+) -> SiteState:
     module, name, config = user.module, user.name, user.config
     kind = kind_of(module)
     layout = layout_of(module, name, parameter, config.unit)
@@ -130,7 +211,14 @@ def _state(user: Choice, parameter: Tensor) -> SiteState:
     if follows_weight(config.unit):
         weights = [weight for weight, _ in plain_parameters(module) if kind.bias(weight) == name]
         follows = weights[0] if weights else None
-    state = SiteState(name, kind.name, config, layout, follows)
+    product, kind_name = None, kind.name
+    if catalogue.graphs is not None and is_in_graph(catalogue, module):
+        product = catalogue.graphs.product(module, name)
+        kind_name = catalogue.graphs.kind(module, name)
+    elif name == "weight" and not parents:
+        product = kind.product(plain_class(module))
+    full = _full(catalogue, user)
+    state = SiteState(name, kind_name, config, layout, follows, full, product)
     state.law_for(parameter)
     return state
 
@@ -145,32 +233,36 @@ def _ties(catalogue: Catalogue) -> dict[int, list[tuple[nn.Module, str]]]:
     return users
 
 
-def _readers(catalogue: Catalogue, user: Choice) -> list[tuple[nn.Module, str]]:
-    """Ancestors whose own forward reads this weight, each with the relative name of the owner."""
+def _readers(catalogue: Catalogue, user: Choice, known: set[str]) -> list[tuple[nn.Module, str]]:
+    """Ancestors whose own forward reads this weight (by their source, or `known` to do so), each with
+    the relative name of the owner."""
     found: dict[tuple[int, str], tuple[nn.Module, str]] = {}
     for full in catalogue.names[id(user.module)]:
         parts = full.split(".") if full else []
         for depth in range(len(parts)):
-            ancestor = catalogue.model.get_submodule(".".join(parts[:depth]))
+            name = ".".join(parts[:depth])
+            ancestor = catalogue.model.get_submodule(name)
             path = parts[depth:]
-            if reads(plain_class(ancestor)).reads((*path, user.name)):
+            if is_in_graph(catalogue, ancestor):
+                continue
+            if name in known or reads(plain_class(ancestor)).reads((*path, user.name)):
                 relative = ".".join(path)
                 found[id(ancestor), relative] = (ancestor, relative)
     return list(found.values())
 
 
-def _problem(user: Choice, parameter: Tensor, parents: list[nn.Module]) -> str | None:
+def _problem(
+    user: Choice, parameter: Tensor, parents: list[nn.Module], graphs: Survey | None
+) -> str | None:
     """Why this parameter cannot be operated on and what to do about it, or None."""
     module, name, config = user.module, user.name, user.config
-    if isinstance(module, DropConnectModule) and name in module._dropconnect:
+    if name in states_of(module):
         return (
             "DropConnect is already in place here; call strip_dropconnect first, or exclude it. "
             "set_p changes p"
         )
     if isinstance(module, torch.jit.ScriptModule):
         return "a scripted module cannot be operated on; apply before torch.jit.script"
-    if isinstance(module, torch.fx.GraphModule):
-        return "the weight is read by a traced graph; apply to the model before tracing it"
     for reader in (module, *parents):
         if "forward" in reader.__dict__:
             return (
@@ -197,6 +289,11 @@ def _problem(user: Choice, parameter: Tensor, parents: list[nn.Module]) -> str |
             return 'it has no value yet to go toward; load the weights before toward="pretrained"'
     kind = kind_of(module)
     refused = kind.refuse(module, name)
+    if refused is None and graphs is not None:
+        refused = graphs.problem(module, name, config)
+    in_graph = graphs is not None and graphs.owns(module)
+    if refused is None and not in_graph:
+        refused = _no_product(user, parents)
     if refused is not None:
         return refused
     if layout_of(module, name, parameter, config.unit) is None:
@@ -207,12 +304,74 @@ def _problem(user: Choice, parameter: Tensor, parents: list[nn.Module]) -> str |
             "masks; use bias=False"
         )
     own = reads(plain_class(module))
-    if kind.name == "other" and not parents and own.complete and not own.reads((name,)):
+    if (
+        not in_graph
+        and kind.name == "other"
+        and not parents
+        and own.complete
+        and not own.reads((name,))
+    ):
         return (
             f"neither {type(module).__name__}.forward nor a parent's reads it as an attribute, so "
             "a mask would never act; name the module that uses it"
         )
     return None
+
+
+def _no_product(user: Choice, parents: list[nn.Module]) -> str | None:
+    """Why this site cannot be sampled per example, or its moments be had, if it is to be."""
+    config = user.config
+    mode = next((f"sampling={m!r}" for m in ("example", "gaussian") if config.sampling == m), None)
+    if mode is None and config.inference == "moments":
+        mode = "inference='moments'"
+    if mode is None:
+        return None
+    cls, kind = plain_class(user.module), kind_of(user.module)
+    instead = "sampling='batch' and inference='mean' or 'sample'"
+    if parents:
+        return (
+            f"{mode} replaces the product in its own forward, but {type(parents[0]).__name__} reads "
+            f"the weight itself; use {instead} for it"
+        )
+    product = kind.product(cls)
+    if product is None:
+        return (
+            f"{mode} needs a forward that is a product of input and weight, and that of "
+            f"{cls.__name__} is not known to be one; use {instead} for it"
+        )
+    if user.name == kind.bias("weight"):
+        return None if config.bias else f"{mode} drops a bias with its weight only; use bias=True"
+    if user.name != "weight":
+        return f"{mode} is for the weight of {cls.__name__} only; use {instead} for it"
+    if not product.is_matrix and config.unit == "element" and config.sampling == "example":
+        return (
+            "sampling='example' would need a filter bank for every example; use unit='input', 'output' "
+            "or 'tensor', or sampling='gaussian', or sampling='batch'"
+        )
+    if not product.is_matrix and config.unit == "input" and config.inference == "moments":
+        return (
+            "with unit='input' one mask entry multiplies every position of a kernel, and that variance "
+            "is not known; use another unit, or inference='sample'"
+        )
+    return None
+
+
+def _lone_biases(changes: dict[int, Change]) -> list[str]:
+    """Biases that nothing but the product with their weight could drop, where that weight is not
+    dropped in the same way."""
+    problems = []
+    for change in changes.values():
+        bias = None if change.in_graph else change.states.get("bias")
+        weight = {**states_of(change.module), **change.states}.get("weight")
+        if bias is None or (bias.sampling == "batch" and bias.inference != "moments"):
+            continue
+        if weight is None or (weight.sampling, weight.inference) != (bias.sampling, bias.inference):
+            problems.append(
+                f"{bias.site} ({type(change.module).__name__}): sampling={bias.sampling!r} with "
+                f"inference={bias.inference!r} drops a bias with its weight only, and the weight has "
+                "not the same options; name the weight, whose bias=True takes the bias along"
+            )
+    return problems
 
 
 def _missing(catalogue: Catalogue, choice: Choice) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .checkpoint import plain_state_dict, save_dropconnect
-from .modules.operated import operated_modules
+from .modules.places import places
 from .surgeon import can_undo, reapplied, suspended
 
 Method = Callable[..., Any]
@@ -74,4 +74,4 @@ def resizes_plain(resize: Method) -> Method:
 
 
 def _operated(model: Any) -> bool:
-    return next(operated_modules(model), None) is not None
+    return next(places(model), None) is not None

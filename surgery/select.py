@@ -13,8 +13,9 @@ from torch import nn
 
 from .config import DropConnectConfig, check_p
 from .errors import NoMatchError, SurgeryError
+from .graphs import graph_surgeon
 from .modules.kinds import kind_of
-from .modules.operated import plain_parameters
+from .modules.places import plain_parameters
 from .plan import Plan, join
 
 ALL_LINEAR = "all-linear"
@@ -35,6 +36,9 @@ class Catalogue:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        surgeon = graph_surgeon(model)
+        self.graphs = None if surgeon is None else surgeon.survey(model)
+        """What the graphs in the model read; None if it has none."""
         self.modules: dict[int, nn.Module] = {}
         self.names: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):

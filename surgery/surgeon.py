@@ -8,36 +8,48 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from .config import DropConnectConfig
 from .errors import NotOperatedError, raise_all
+from .graphs import GraphSurgeon, Nodes, Survey, graph_owners, graph_surgeon
 from .modules.operated import (
     DropConnectModule,
     drawn_children,
     operated_class,
     operated_modules,
     plain_class,
-    plain_parameters,
 )
+from .modules.places import places, plain_parameters, set_state, states_of
 from .modules.state import SiteState, raw_name
 from .plan import Plan, Site, join
-from .prepare import Change, Prepared, prepare
+from .prepare import Change, Prepared, enclosing, needs_scope, prepare
 from .select import Catalogue
+
+_Todo = tuple[Change, type[DropConnectModule] | None, dict[str, Tensor]]
+"""A change, the class that the module gets (None: only nodes of a graph read it), its anchors."""
 
 
 def operate(prepared: Prepared) -> None:
     """Carry out a prepared plan. Everything that can fail comes before the first change."""
     anchors: dict[int, Tensor] = {}
     todo = [(change, _new_class(change), _anchors(change, anchors)) for change in prepared.changes]
+    _carry_out(todo, prepared.graphs, {})
+
+
+def _carry_out(todo: Sequence[_Todo], graphs: Survey | None, nodes: Nodes) -> None:
     for change, cls, its_anchors in todo:
         _swap(change, cls, its_anchors)
+    if graphs is not None:
+        graphs.insert([(change.module, change.states) for change, _, _ in todo], nodes)
 
 
-def _new_class(change: Change) -> type[DropConnectModule]:
+def _new_class(change: Change) -> type[DropConnectModule] | None:
+    if change.in_graph:
+        return None
     module, names = change.module, set(change.states)
     if isinstance(module, DropConnectModule):
         names |= set(module._dropconnect)
@@ -58,18 +70,26 @@ def _anchors(change: Change, known: dict[int, Tensor]) -> dict[str, Tensor]:
     return anchors
 
 
-def _swap(change: Change, cls: type[DropConnectModule], anchors: dict[str, Tensor]) -> None:
+def _swap(change: Change, cls: type[DropConnectModule] | None, anchors: dict[str, Tensor]) -> None:
+    if cls is not None:
+        _swap_class(change, cls)
+    _rename(change.module._parameters, {name: raw_name(name) for name in change.states})
+    for name, anchor in anchors.items():
+        change.module.register_buffer(name, anchor)
+
+
+def _swap_class(change: Change, cls: type[DropConnectModule]) -> None:
     module: Any = change.module
     states = {**module.__dict__.get("_dropconnect", {}), **change.states}
     draws = (*module.__dict__.get("_dropconnect_draws", ()), *change.draws)
     module.__class__ = cls
     module.__dict__["_dropconnect"] = {name: states[name] for name in cls._dropconnect_class[1]}
     module.__dict__["_dropconnect_draws"] = tuple(dict.fromkeys(draws))
+    module.__dict__["_dropconnect_scope"] = (
+        module.__dict__.get("_dropconnect_scope", False) or change.scope
+    )
     for state in change.states.values():
         module.__dict__[state.live] = None
-    _rename(module._parameters, {name: raw_name(name) for name in change.states})
-    for name, anchor in anchors.items():
-        module.register_buffer(name, anchor)
     module.__dict__.pop("_flat_weights", None)
 
 
@@ -80,23 +100,43 @@ def _rename(parameters: dict[str, Any], names: dict[str, str]) -> None:
     parameters.update(renamed)
 
 
-def undo(model: nn.Module) -> None:
-    """Take DropConnect out of every module.
+def undo(model: nn.Module) -> Nodes:
+    """Take DropConnect out of every module and graph; returns what the nodes of graphs called.
 
     Raises:
         NotOperatedError: there is none in place.
-        SurgeryError: a module's class was changed again since; the model is unchanged.
+        SurgeryError: a module's class was changed again since, or a node; the model is unchanged.
     """
     modules = [module for _, module in operated_modules(model)]
-    if not modules:
+    in_graphs = [(owner, states_of(owner)) for owner in _owners_in_graphs(model)]
+    if not modules and not in_graphs:
         raise NotOperatedError(
             f"{type(model).__name__} has no DropConnect in place; there is nothing to strip"
         )
-    raise_all(
-        problem for name, module in operated_modules(model) if (problem := _stuck(name, module))
-    )
+    surgeon = graph_surgeon(model)
+    raise_all(_all_stuck(model, surgeon), "take DropConnect out")
+    for owner, states in in_graphs:
+        _plain_names(owner, states)
+    nodes = {} if surgeon is None else surgeon.remove(model)
     for module in modules:
         _unswap(module)
+    return nodes
+
+
+def _owners_in_graphs(model: nn.Module) -> list[nn.Module]:
+    """The modules that only graphs read."""
+    owners = [owner for _, owner, _ in graph_owners(model)]
+    return [owner for owner in owners if not isinstance(owner, DropConnectModule)]
+
+
+def _all_stuck(model: nn.Module, surgeon: GraphSurgeon | None) -> Iterator[str]:
+    """Why DropConnect cannot be taken out now."""
+    for name, module in operated_modules(model):
+        problem = _stuck(name, module)
+        if problem is not None:
+            yield problem
+    if surgeon is not None:
+        yield from surgeon.stuck(model)
 
 
 def _stuck(name: str, module: DropConnectModule) -> str | None:
@@ -110,14 +150,19 @@ def _stuck(name: str, module: DropConnectModule) -> str | None:
     return None
 
 
-def _unswap(module: Any) -> None:
-    states = module._dropconnect
+def _plain_names(module: nn.Module, states: dict[str, SiteState]) -> None:
     _rename(module._parameters, {state.raw: state.name for state in states.values()})
     for state in states.values():
-        del module.__dict__[state.live]
         if state.anchor is not None:
             del module._buffers[state.anchor]
-    del module.__dict__["_dropconnect"], module.__dict__["_dropconnect_draws"]
+
+
+def _unswap(module: Any) -> None:
+    _plain_names(module, module._dropconnect)
+    for state in module._dropconnect.values():
+        del module.__dict__[state.live]
+    for name in ("_dropconnect", "_dropconnect_draws", "_dropconnect_scope"):
+        del module.__dict__[name]
     module.__class__ = module._dropconnect_class[0]
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
@@ -125,30 +170,25 @@ def _unswap(module: Any) -> None:
 
 def current_plan(model: nn.Module) -> Plan:
     """The sites that are in place, in model order; empty if there are none."""
-    catalogue = Catalogue(model)
-    drawn_by = _drawn_by(catalogue)
+    drawn_by = _drawn_by(Catalogue(model))
     sites: dict[int, Site] = {}
-    for _, module in catalogue:
-        if not isinstance(module, DropConnectModule):
+    for place in places(model):
+        state, parameter = place.state, place.raw
+        if parameter is None:
             continue
-        name = catalogue.name(module)
-        for state in module._dropconnect.values():
-            parameter = module._parameters[state.raw]
-            if parameter is None:
-                continue
-            known = sites.get(id(parameter))
-            if known is None:
-                sites[id(parameter)] = Site(
-                    module=name,
-                    parameter=state.name,
-                    kind=state.kind,
-                    shape=tuple(parameter.shape),
-                    config=state.config,
-                    drawn_by=tuple(drawn_by.get(id(module), ())),
-                )
-            else:
-                twins = (*known.shared_with, join(name, state.name))
-                sites[id(parameter)] = dataclasses.replace(known, shared_with=twins)
+        known = sites.get(id(parameter))
+        if known is None:
+            sites[id(parameter)] = Site(
+                module=place.name,
+                parameter=state.name,
+                kind=state.kind,
+                shape=tuple(parameter.shape),
+                config=state.config,
+                drawn_by=tuple(drawn_by.get(id(place.owner), ())),
+            )
+        else:
+            twins = (*known.shared_with, join(place.name, state.name))
+            sites[id(parameter)] = dataclasses.replace(known, shared_with=twins)
     return Plan(tuple(sites.values()))
 
 
@@ -156,10 +196,9 @@ def unused_sites(model: nn.Module) -> list[str]:
     """Names of the sites that should drop and have never drawn a mask. Of a tied site any user counts;
     compiled forwards do not count."""
     drawn = {
-        join(name, state.name)
-        for name, module in operated_modules(model)
-        for state in module._dropconnect.values()
-        if state.drawn or state.config.p == 0.0
+        join(place.name, place.state.name)
+        for place in places(model)
+        if place.state.drawn or place.state.config.p == 0.0
     }
     return [
         site.name
@@ -175,28 +214,33 @@ def _drawn_by(catalogue: Catalogue) -> dict[int, list[str]]:
         if isinstance(module, DropConnectModule):
             for child in drawn_children(module):
                 found.setdefault(id(child), []).append(catalogue.name(module))
+        for reader in catalogue.graphs.readers(module) if catalogue.graphs else ():
+            found.setdefault(id(module), []).append(catalogue.name(reader))
     return found
 
 
 def can_undo(model: nn.Module) -> bool:
     """Whether DropConnect is in place and `undo` would succeed."""
-    modules = list(operated_modules(model))
-    return bool(modules) and not any(_stuck(name, module) for name, module in modules)
+    problem = next(_all_stuck(model, graph_surgeon(model)), None)
+    return next(places(model), None) is not None and problem is None
 
 
 @contextlib.contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
     """The plain model for a while. Inside, values may change but modules may not."""
-    kept = [
+    kept: list[_Todo] = [
         (_as_change(module), type(module), _buffers(module))
         for _, module in operated_modules(model)
     ]
-    undo(model)
+    kept += [
+        (Change(owner, states_of(owner), in_graph=True), None, _buffers(owner))
+        for owner in _owners_in_graphs(model)
+    ]
+    nodes = undo(model)
     try:
         yield
     finally:
-        for change, cls, anchors in kept:
-            _swap(change, cls, anchors)
+        _carry_out(kept, Catalogue(model).graphs, nodes)
 
 
 @contextlib.contextmanager
@@ -205,8 +249,9 @@ def reapplied(model: nn.Module) -> Iterator[None]:
     Inside, weights may be resized and modules replaced, as resizing an embedding does."""
     plan = current_plan(model)
     kept = [
-        (name, dict(module._dropconnect), _buffers(module))
-        for name, module in operated_modules(model)
+        (name, dict(states_of(module)), _buffers(module))
+        for name, module in model.named_modules()
+        if states_of(module)
     ]
     undo(model)
     try:
@@ -218,21 +263,43 @@ def reapplied(model: nn.Module) -> Iterator[None]:
                 _put_back(model.get_submodule(name), state, anchors)
 
 
+def rescope(model: nn.Module) -> None:
+    """Let exactly those modules follow their forward whose sites need it now."""
+    catalogue = Catalogue(model)
+    wanted: dict[int, nn.Module] = {}
+    for place in places(model):
+        if needs_scope(place.state.config):
+            wanted.update((id(module), module) for module in enclosing(catalogue, place.owner))
+    todo = [Change(module, scope=True) for module in wanted.values() if not _has_scope(module)]
+    for change, cls in [(change, _new_class(change)) for change in todo]:
+        _swap(change, cls, {})
+    for _, module in list(operated_modules(model)):
+        if module._dropconnect_scope and id(module) not in wanted:
+            module.__dict__["_dropconnect_scope"] = False
+            if not module._dropconnect and not module._dropconnect_draws:
+                _unswap(module)
+
+
+def _has_scope(module: nn.Module) -> bool:
+    return isinstance(module, DropConnectModule) and module._dropconnect_scope
+
+
 def _as_change(module: DropConnectModule) -> Change:
-    return Change(module, dict(module._dropconnect), list(module._dropconnect_draws))
+    states, draws = dict(module._dropconnect), list(module._dropconnect_draws)
+    return Change(module, states, draws=draws, scope=module._dropconnect_scope)
 
 
-def _buffers(module: DropConnectModule) -> dict[str, Tensor]:
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
     """The anchors of a module, by buffer name."""
-    names = [state.anchor for state in module._dropconnect.values() if state.anchor is not None]
+    names = [state.anchor for state in states_of(module).values() if state.anchor is not None]
     return {name: getattr(module, name) for name in names}
 
 
 def _put_back(module: Any, old: SiteState, anchors: dict[str, Tensor]) -> None:
     """The state and the anchor as they were. If the weight was resized along its first dimension,
     rows that stayed keep their anchor; new rows keep the one just made, their value now."""
-    if module._dropconnect[old.name].layout == old.layout:
-        module._dropconnect[old.name] = old
+    if states_of(module)[old.name].layout == old.layout:
+        set_state(module, old)
     if old.anchor is None:
         return
     before, now = anchors[old.anchor], module._buffers[old.anchor]

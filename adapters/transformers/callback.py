@@ -32,7 +32,7 @@ from surgery.checkpoint import (
 )
 from surgery.config import DropConnectConfig
 from surgery.errors import SurgeryError
-from surgery.modules.operated import operated_modules
+from surgery.modules.places import places
 from surgery.modules.state import SiteState
 from surgery.schedules import Schedule, make_schedule
 from surgery.surgeon import unused_sites
@@ -159,8 +159,8 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
 
 def _states(model: nn.Module) -> Iterator[SiteState]:
     """Every user of every site."""
-    for _, module in operated_modules(model):
-        yield from module._dropconnect.values()
+    for place in places(model):
+        yield place.state
 
 
 def _resumed_checkpoint(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from surgery.modules.kinds import LINEAR, columns, register_kind
+from surgery.modules.kinds import LINEAR, columns, product_of, register_kind
+from surgery.modules.product import COLUMN_PRODUCT
 from surgery.savers import resizes_plain, teach, writes_plain
 
 
@@ -13,4 +14,5 @@ def register() -> None:
     """Tell the core about transformers, and `PreTrainedModel` about operated modules."""
     teach(PreTrainedModel, "save_pretrained", writes_plain)
     teach(PreTrainedModel, "resize_token_embeddings", resizes_plain)
-    register_kind(LINEAR.but(name="conv1d", classes=(Conv1D,), axes=columns))
+    product = product_of(Conv1D, product=COLUMN_PRODUCT)
+    register_kind(LINEAR.but(name="conv1d", classes=(Conv1D,), axes=columns, product=product))

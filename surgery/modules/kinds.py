@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from ..config import Unit
 from ..ops import Layout
-from .operated import plain_parameters
+from .places import plain_parameters
+from .product import LINEAR_PRODUCT, Product, conv_product
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Kind:
     refuse: Callable[[nn.Module, str], str | None] = lambda module, name: None
     """Why this parameter of this module cannot be operated on and what to do, or None."""
 
+    product: Callable[[type[nn.Module]], Product | None] = lambda cls: None
+    """How the forward of a plain class computes its pre-activation from `weight` and `bias`; None if
+    it is no product of input and weight, or its forward is not known. Per-example masks, Gaussian
+    noise and moments need it."""
+
     linear: bool = False
     """Whether the target `"all-linear"` takes it."""
 
@@ -66,12 +73,21 @@ def register_kind(kind: Kind) -> None:
     _kinds.insert(0, kind)
 
 
+_kind_of_one: WeakKeyDictionary[nn.Module, Kind] = WeakKeyDictionary()
+
+
+def set_kind(module: nn.Module, kind: Kind) -> None:
+    """Say the kind of one module object whose class does not tell it: whose parameters are read by
+    the nodes of a graph. The kind must not refer to the module."""
+    _kind_of_one[module] = kind
+
+
 def kind_of(module: nn.Module) -> Kind:
     """The kind of a module; `OTHER` if none was registered for its class."""
     for kind in _kinds:
         if isinstance(module, kind.classes):
             return kind
-    return OTHER
+    return _kind_of_one.get(module, OTHER)
 
 
 def layout_of(module: nn.Module, name: str, weight: Tensor, unit: Unit) -> Layout | None:
@@ -91,6 +107,22 @@ def follows_weight(unit: Unit) -> bool:
     return unit in ("output", "tensor")
 
 
+def product_of(*known: type[nn.Module], product: Product) -> Callable[..., Product | None]:
+    """For `Kind.product`: `product` for classes whose forward is that of a class in `known`."""
+
+    def of(cls: type[nn.Module]) -> Product | None:
+        return product if any(cls.forward is one.forward for one in known) else None
+
+    return of
+
+
+def _conv_product_of(cls: type[nn.Module]) -> Product | None:
+    for spatial, conv in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), start=1):
+        if cls.forward is conv.forward:
+            return conv_product(spatial)
+    return None
+
+
 def _weight(module: nn.Module) -> Sequence[str]:
     return ("weight",)
 
@@ -100,7 +132,7 @@ def _bias(name: str) -> str | None:
     return name.replace("weight", "bias") if "weight" in name else None
 
 
-def _rows(name: str, weight: Tensor) -> Axes | None:
+def rows(name: str, weight: Tensor) -> Axes | None:
     """A matrix with outputs along rows, or a vector of outputs."""
     if weight.ndim == 1:
         return Axes(tuple(weight.shape), input=(), output=(0,))
@@ -108,34 +140,38 @@ def _rows(name: str, weight: Tensor) -> Axes | None:
 
 
 def _matrix(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
-    return _rows(name, weight)
+    return rows(name, weight)
 
 
 def columns(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
     """A matrix with inputs along rows (Embedding: a word is an input; transformers' Conv1D)."""
     if weight.ndim != 2:
-        return _rows(name, weight)
+        return rows(name, weight)
     return Axes(tuple(weight.shape), input=(0,), output=(1,))
 
 
-def _conv(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
-    """Views (group, output in group, input in group, kernel)."""
-    if weight.ndim == 1:
-        return _rows(name, weight)
-    groups = module.groups
-    assert isinstance(groups, int)
+def conv_axes(weight: Tensor, groups: int, transposed: bool) -> Axes:
+    """Of a filter bank, viewed as (group, output in group, input in group, kernel)."""
     first, second = weight.shape[:2]
     kernel = weight.numel() // max(first * second, 1)
     view = (groups, first // groups, second, kernel)
-    if getattr(module, "transposed", False):
+    if transposed:
         return Axes(view, input=(0, 1), output=(0, 2))
     return Axes(view, input=(0, 2), output=(0, 1))
+
+
+def _conv(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
+    if weight.ndim == 1:
+        return rows(name, weight)
+    groups = module.groups
+    assert isinstance(groups, int)
+    return conv_axes(weight, groups, bool(getattr(module, "transposed", False)))
 
 
 def _attention(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
     """The packed projection is three matrices on top of each other: query, key and value."""
     if not name.startswith("in_proj_"):
-        return _rows(name, weight)
+        return rows(name, weight)
     if weight.ndim == 1:
         return Axes((3, weight.shape[0] // 3), input=(0,), output=(0, 1))
     return Axes((3, weight.shape[0] // 3, weight.shape[1]), input=(0, 2), output=(0, 1))
@@ -191,12 +227,25 @@ _CONVOLUTIONS = (
 )
 
 LINEAR = Kind(
-    name="linear", classes=(nn.Linear,), weights=_weight, axes=_matrix, bias=_bias, linear=True
+    name="linear",
+    classes=(nn.Linear,),
+    weights=_weight,
+    axes=_matrix,
+    bias=_bias,
+    product=product_of(nn.Linear, product=LINEAR_PRODUCT),
+    linear=True,
 )
 
 for _kind in (
     LINEAR,
-    Kind(name="conv", classes=_CONVOLUTIONS, weights=_weight, axes=_conv, bias=_bias),
+    Kind(
+        name="conv",
+        classes=_CONVOLUTIONS,
+        weights=_weight,
+        axes=_conv,
+        bias=_bias,
+        product=_conv_product_of,
+    ),
     Kind(
         name="embedding",
         classes=(nn.Embedding, nn.EmbeddingBag),

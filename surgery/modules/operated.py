@@ -18,10 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from ..caching import cached
-from ..ops import Law, draw_key, drop_weight
+from ..ops import draw_key
 from ..plugins import load_plugins
-from ..recompute import Recipe, address_of, can_recompute, recompute_masked_weights
+from ..recompute import Recipe, address_of, recompute_masked_weights
+from ..scope import run_in_scope
+from .masking import check_anchor, is_sharded, masked_weight
+from .products import Factor, product_forward
 from .state import SiteState, raw_name
+
+WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
+"""Classes, told by name because importing them is slow, that only pass on to the one module inside."""
 
 
 class DropConnectModule(nn.Module):
@@ -35,6 +41,9 @@ class DropConnectModule(nn.Module):
 
     _dropconnect_draws: tuple[str, ...]
     """Relative names of descendants whose weights this module's forward reads itself."""
+
+    _dropconnect_scope: bool
+    """Whether a site inside needs to know the outermost forward; see `surgery.moments`."""
 
     _dropconnect_class: tuple[type[nn.Module], tuple[str, ...]]
     """Arguments of `operated_class` that made this class."""
@@ -154,22 +163,70 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Somebody may have kept the bound method from before strip_dropconnect (accelerate does).
-        opened = _open(self) if "_dropconnect" in self.__dict__ else None
-        if not opened:
+        if "_dropconnect" not in self.__dict__:
             return base.forward(self, *args, **kwargs)
-        try:
-            recipes = _recipes(opened)
-            if recipes:
-                with recompute_masked_weights(recipes):
-                    return base.forward(self, *args, **kwargs)
-            return base.forward(self, *args, **kwargs)
-        finally:
-            for module, state, _ in opened:
-                object.__setattr__(module, state.live, None)
+        if self._dropconnect_scope:
+            return run_in_scope(functools.partial(_dropping, base, self), args, kwargs)
+        return _dropping(base, self, *args, **kwargs)
 
+    # A code object of its own, because dynamo limits recompilations for each of them.
+    forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined]
     del forward.__wrapped__  # accelerate would unwrap to a forward that does not drop
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     return forward
+
+
+def _dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> Any:
+    """One forward of the original class, with its masks."""
+    opened = _open(module)
+    weight = _product_site(module)
+    if weight is not None:
+        forward = functools.partial(_by_product, module, weight)
+    else:
+        forward = functools.partial(base.forward, module)
+    if not opened:
+        return forward(*args, **kwargs)
+    try:
+        recipes = _recipes(opened)
+        if recipes:
+            with recompute_masked_weights(recipes):
+                return forward(*args, **kwargs)
+        return forward(*args, **kwargs)
+    finally:
+        for owner, state, _ in opened:
+            object.__setattr__(owner, state.live, None)
+
+
+def _product_site(module: DropConnectModule) -> SiteState | None:
+    """The weight of this module, if its product is to be replaced in this forward."""
+    for state in module._dropconnect.values():
+        if state.product is not None and state.mode(module.training) not in (None, "batch"):
+            return state
+    return None
+
+
+def _by_product(module: Any, state: SiteState, *args: Tensor, **kwargs: Tensor) -> Any:
+    """What the forward of a module with a product would return, with the paper's masks or moments."""
+    (x,) = (*args, *kwargs.values())  # the name of the input differs from class to class
+    weight = Factor(getattr(module, state.raw), state, _anchor(module, state))
+    mode = state.mode(module.training)
+    assert state.product is not None
+    assert mode is not None
+    return product_forward(state.product, module, x, weight, _bias(module), mode)
+
+
+def _bias(module: Any) -> Factor | None:
+    """The bias as a forward finds it: dropped by the product, or masked by now, or plain."""
+    state = module._dropconnect.get("bias")
+    if state is not None and state.mode(module.training) not in (None, "batch"):
+        return Factor(getattr(module, state.raw), state, _anchor(module, state))
+    return None if module.bias is None else Factor(module.bias)
+
+
+def _anchor(module: Any, state: SiteState) -> Any:
+    anchor = None if state.anchor is None else getattr(module, state.anchor)
+    check_anchor(state, getattr(module, state.raw), anchor)
+    return anchor
 
 
 _Opened = list[tuple[Any, SiteState, Any]]
@@ -204,16 +261,19 @@ def drawn_children(module: DropConnectModule) -> Iterator[DropConnectModule]:
 
 def _any_sharded(child: DropConnectModule) -> bool:
     """Whether a child is sharded now: then it is gathered, and draws, in its own forward."""
-    return any(_is_sharded(getattr(child, state.raw)) for state in child._dropconnect.values())
+    return any(is_sharded(getattr(child, state.raw)) for state in child._dropconnect.values())
 
 
 def _open_own(module: Any, opened: _Opened) -> None:
     keys: dict[str, Tensor] = {}
     for state in module._dropconnect.values():
-        if module.__dict__[state.live] is not None or not state.active(module.training):
+        mode = state.mode(module.training)
+        if module.__dict__[state.live] is not None or mode is None:
             continue
         if not torch.compiler.is_compiling():
             state.drawn = True
+        if mode != "batch":
+            continue
         raw = getattr(module, state.raw)
         if state.held_key is not None:
             key = state.held_key
@@ -227,58 +287,9 @@ def _open_own(module: Any, opened: _Opened) -> None:
         opened.append((module, state, recipe))
 
 
-def _used(module: Any, state: SiteState, raw: Tensor, key: Tensor) -> tuple[Tensor, Any]:
-    """The masked weight, and the recipe to compute it again."""
-    if _is_sharded(raw):
-        raise RuntimeError(
-            f"{state.raw!r} of {type(module).__name__} is sharded (a DTensor) while a forward reads "
-            "it. Masks need the whole weight: shard with fully_shard on the module whose forward "
-            "reads the weight, or on one that contains it; tensor parallelism is not supported."
-        )
-    law = state.law_for(raw, keep=not getattr(module, "_is_replica", False))
-    anchor = None if state.anchor is None else getattr(module, state.anchor)
-    if anchor is not None and anchor.shape != raw.shape:
-        raise RuntimeError(
-            f"{state.name!r} has shape {tuple(raw.shape)} but its pretrained anchor has "
-            f"{tuple(anchor.shape)}: the weight was resized after apply_dropconnect. Strip first, "
-            "resize, and apply again."
-        )
-    if state.held_key is not None and not torch.compiler.is_compiling():
-        return _held(state, raw, key, law, anchor), None
-    used = drop_weight(raw, key, law, state.layout, anchor)
-    if not can_recompute():
-        return _as_if_trained(used, raw), None
-
-    def rebuild() -> Tensor:
-        return drop_weight(raw.detach(), key, law, state.layout, anchor)
-
-    return used, Recipe(raw, raw._version, rebuild, state.name, used._version)
-
-
-def _is_sharded(weight: Any) -> bool:
-    """Whether it is a DTensor; told by the name because importing that class is slow."""
-    return type(weight).__name__ == "DTensor"
-
-
-def _as_if_trained(used: Tensor, raw: Tensor) -> Tensor:
-    """Under `no_grad` a parameter still requires grad, and kernels are chosen by that (`matmul` folds
-    a batch or not): a masked weight that differed would round differently when a reentrant checkpoint
-    recomputes with gradients."""
-    if torch.is_grad_enabled() or not raw.requires_grad:
-        return used
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return used
-    return used.detach().requires_grad_()
-
-
-def _held(state: SiteState, raw: Tensor, key: Tensor, law: Law, anchor: Tensor | None) -> Tensor:
-    """While masks are held, the masked weight is kept too, for as long as what it depends on stays:
-    a loop over a cell computes it once, and autograd adds up its gradient once."""
-    source = (id(raw), raw._version, id(law), torch.is_grad_enabled())
-    if state.held is None or state.held[0] != source:
-        used = drop_weight(raw, key, law, state.layout, anchor)
-        state.held = (source, _as_if_trained(used, raw))
-    return state.held[1]
+def _used(module: Any, state: SiteState, raw: Tensor, key: Tensor) -> tuple[Tensor, Recipe | None]:
+    keep_law = not getattr(module, "_is_replica", False)
+    return masked_weight(state, raw, _anchor(module, state), key, keep_law)
 
 
 def _recipes(opened: _Opened) -> dict[int, Recipe]:
@@ -299,17 +310,15 @@ def operated_modules(model: nn.Module) -> Iterator[tuple[str, DropConnectModule]
             yield name, module
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` and data-parallel wrappers."""
+    while type(model).__name__ in WRAPPERS:
+        model = next(model.children())
+    return model
+
+
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class the module has without DropConnect."""
     if isinstance(module, DropConnectModule):
         return module._dropconnect_class[0]
     return type(module)
-
-
-def plain_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    """The module's own parameters under their plain names, in order."""
-    raw = {}
-    if isinstance(module, DropConnectModule):
-        raw = {state.raw: state.name for state in module._dropconnect.values()}
-    for name, parameter in module._parameters.items():
-        yield raw.get(name, name), parameter

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config import DropConnectConfig, check_p
+from ..config import DropConnectConfig, Inference, Sampling, check_p
 from ..ops import Law, Layout
+from .product import Product
 
 
 def raw_name(name: str) -> str:
@@ -21,13 +22,34 @@ def anchor_name(name: str) -> str:
     return f"{name}_anchor"
 
 
+class Group(NamedTuple):
+    """A batch made of repetitions of one batch, each with its own masks."""
+
+    samples: int
+    rows: int
+    """Size of the whole batch."""
+
+
+class NotGrouped(RuntimeError):
+    """A site got an input whose first dimension is not the batch."""
+
+
 class SiteState:
     """What one module knows of one of its operated parameters. Holds no parameter itself."""
 
     def __init__(
-        self, name: str, kind: str, config: DropConnectConfig, layout: Layout, follows: str | None
+        self,
+        name: str,
+        kind: str,
+        config: DropConnectConfig,
+        layout: Layout,
+        follows: str | None,
+        site: str,
+        product: Product | None = None,
     ) -> None:
         self.name = name
+        self.site = site
+        """Full name of the parameter in the model that surgery was done on, for messages."""
         self.kind = kind
         self.config = config
         self.layout = layout
@@ -41,8 +63,20 @@ class SiteState:
         """What a schedule multiplies the p of the config by, for now."""
         self.law: Law | None = None
         # Copies, because a compiled graph is guarded by what its trace reads, and `set_p` must pass.
-        self.samples = config.inference == "sample"
+        self.unit = config.unit
+        self.sampling = config.sampling
+        self.example_dim = config.example_dim
+        self.inference = config.inference
+        self.draws = config.samples
         self.independent = config.ranks == "independent"
+        self.product = product
+        """How the module computes its pre-activation, if this is the weight of a product."""
+        self.with_weight = config.bias and "bias" in name
+        """Whether this is a bias that is dropped with its weight."""
+        self.settled = False
+        """Whether a graph that this site is part of settles what it returns; see `surgery.moments`."""
+        self.group: Group | None = None
+        """While `mc_predict` runs several samples in one batch."""
         self.drawn = False
         """Whether a mask was ever drawn in eager mode: False after a training step means that the
         weight is not used the way the plan thinks."""
@@ -67,7 +101,7 @@ class SiteState:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy does not hold masks: it is in nobody's `hold_masks`."""
-        return {**self.__dict__, "held_key": None, "held": None}
+        return {**self.__dict__, "held_key": None, "held": None, "group": None}
 
     def law_for(self, raw: Tensor, keep: bool = True) -> Law:
         """The law on the weight's device; computed again when the weight has moved."""
@@ -86,9 +120,23 @@ class SiteState:
             return 0
         return dist.get_rank()
 
-    def active(self, training: bool) -> bool:
-        """Whether a forward drops anything. The value of p is looked at in eager mode only: in a
-        compiled graph it is data, so that it can change without recompiling."""
-        if not training and not self.samples:
-            return False
-        return torch.compiler.is_compiling() or self.p > 0.0
+    @property
+    def has_moments(self) -> bool:
+        """Whether mean and variance of the pre-activation are known in closed form."""
+        return self.product is not None and (self.product.is_matrix or self.unit != "input")
+
+    def set_inference(self, inference: Inference, draws: int | None) -> None:
+        """Change what `eval()` does."""
+        self.config = self.config.replace(inference=inference, samples=draws)
+        self.inference, self.draws = inference, draws
+
+    def mode(self, training: bool) -> Sampling | Literal["moments"] | None:
+        """What a forward does: how it samples, `"moments"`, or None for nothing. The value of p is
+        looked at in eager mode only: in a compiled graph it is data, so that it can change without
+        recompiling."""
+        if not torch.compiler.is_compiling() and self.p == 0.0:
+            return None
+        if training or self.inference == "sample":
+            grouped = self.group is not None and self.sampling == "batch"
+            return "example" if grouped else self.sampling
+        return "moments" if self.inference == "moments" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import ChainMap
 
 import pytest
 from hypothesis import given
@@ -13,15 +14,25 @@ from hypothesis import strategies as st
 from surgery import DropConnectConfig
 from surgery.config import FORMAT_VERSION
 
-configs = st.builds(
-    DropConnectConfig,
+samplings = st.one_of(
+    st.just({"sampling": "batch"}),
+    st.builds(dict, sampling=st.just("example"), example_dim=st.integers(-3, 3) | st.just("all")),
+    st.builds(dict, sampling=st.just("gaussian"), unit=st.sampled_from(["element", "output"])),
+)
+inferences = st.one_of(
+    st.builds(dict, inference=st.sampled_from(["mean", "sample"])),
+    st.builds(dict, inference=st.just("moments"), samples=st.none() | st.integers(1, 99)),
+)
+others = st.builds(
+    dict,
     p=st.floats(0, 1),
     unit=st.sampled_from(["element", "input", "output", "tensor"]),
     toward=st.sampled_from(["zero", "pretrained"]),
-    sampling=st.just("batch"),
-    inference=st.sampled_from(["mean", "sample"]),
     bias=st.booleans(),
     ranks=st.sampled_from(["independent", "same"]),
+)
+configs = st.builds(
+    lambda *parts: DropConnectConfig(**dict(ChainMap(*parts))), samplings, inferences, others
 )
 
 
@@ -31,7 +42,9 @@ def test_defaults() -> None:
         "unit": "element",
         "toward": "zero",
         "sampling": "batch",
+        "example_dim": 0,
         "inference": "mean",
+        "samples": None,
         "bias": False,
         "ranks": "independent",
     }
@@ -63,8 +76,8 @@ def test_p_becomes_a_float(p: int) -> None:
     [
         ("unit", "'element', 'input', 'output', 'tensor'"),
         ("toward", "'zero', 'pretrained'"),
-        ("sampling", "'batch'"),
-        ("inference", "'mean', 'sample'"),
+        ("sampling", "'batch', 'example', 'gaussian'"),
+        ("inference", "'mean', 'moments', 'sample'"),
         ("ranks", "'independent', 'same'"),
     ],
 )
@@ -84,6 +97,48 @@ def test_unhashable_choice(value: object) -> None:
 def test_bias_is_a_bool(bias: object) -> None:
     with pytest.raises(TypeError, match="bias must be True or False; got"):
         DropConnectConfig(bias=bias)
+
+
+@pytest.mark.parametrize("dim", [None, "rows", 1.0, True], ids=repr)
+def test_example_dim_is_a_dimension(dim: object) -> None:
+    with pytest.raises(
+        ValueError, match="example_dim must be a dimension of the input or 'all'; got"
+    ):
+        DropConnectConfig(sampling="example", example_dim=dim)
+
+
+@pytest.mark.parametrize("sampling", ["batch", "gaussian"])
+def test_example_dim_goes_with_example(sampling: str) -> None:
+    message = f"example_dim='all' says where .* no meaning for sampling='{sampling}'"
+    with pytest.raises(ValueError, match=message):
+        DropConnectConfig(sampling=sampling, example_dim="all")
+
+
+@pytest.mark.parametrize("count", [0, -1, True, 2.0, "10"], ids=repr)
+def test_samples_is_a_positive_number(count: object) -> None:
+    with pytest.raises(ValueError, match="samples must be a positive number of draws or None; got"):
+        DropConnectConfig(inference="moments", samples=count)
+
+
+@pytest.mark.parametrize("inference", ["mean", "sample"])
+def test_samples_go_with_moments(inference: str) -> None:
+    message = f"samples=10 .* no meaning for inference='{inference}'"
+    with pytest.raises(ValueError, match=message):
+        DropConnectConfig(inference=inference, samples=10)
+
+
+@pytest.mark.parametrize("unit", ["input", "tensor"])
+def test_gaussian_noise_is_for_single_pre_activations(unit: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"unit='{unit}' drops several together; use sampling=.example"
+    ):
+        DropConnectConfig(sampling="gaussian", unit=unit)
+
+
+def test_form_of_an_older_release_is_read() -> None:
+    form = DropConnectConfig(p=0.1).to_json()
+    del form["example_dim"], form["samples"]
+    assert DropConnectConfig.from_json(form) == DropConnectConfig(p=0.1)
 
 
 def test_frozen_keyword_only_and_hashable() -> None:

@@ -346,7 +346,7 @@ def test_traced_graph_that_reads_the_child(keys) -> None:
     assert [site.drawn_by for site in dropconnect_sites(graph)] == [("",)]
     x = torch.randn(2, 4)
     output = graph(x)
-    used = masked(graph.proj.weight, keep(keys[0], 0.5, 4, 4), 0.5)
+    used = masked(graph.proj.weight_raw, keep(keys[0], 0.5, 4, 4), 0.5)
     assert torch.equal(output, F.linear(x, used, graph.proj.bias))
 
 

@@ -11,7 +11,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from surgery import apply_dropconnect
-from surgery.modules import operated
+from surgery.modules import masking
 
 from .helpers import keep, masked, plain_parameter
 
@@ -31,14 +31,14 @@ def batch() -> Tensor:
 def masked_weights(monkeypatch) -> list[StorageWeakRef]:
     """The storage of every masked weight that is made."""
     made: list[StorageWeakRef] = []
-    drop = operated.drop_weight
+    drop = masking.drop_weight
 
     def spy(*args, **kwargs):
         used = drop(*args, **kwargs)
         made.append(StorageWeakRef(used.untyped_storage()))
         return used
 
-    monkeypatch.setattr(operated, "drop_weight", spy)
+    monkeypatch.setattr(masking, "drop_weight", spy)
     return made
 
 

@@ -105,13 +105,6 @@ class Refusal:
 PRETRAINED = {"toward": "pretrained"}
 REFUSALS = {
     "twice": Refusal(operated, "already in place", "strip_dropconnect first, or exclude it"),
-    "traced": Refusal(
-        lambda: torch.fx.symbolic_trace(Multiplies()),
-        "read by a traced graph",
-        "before tracing",
-        targets="site.experts",
-        site="site.experts",
-    ),
     "replaced-forward": Refusal(replaced_forward, "replaced on the instance", "apply before"),
     "lazy": Refusal(lambda: nn.LazyLinear(3), "has no shape yet", "run the model once"),
     "subclass": Refusal(special, "the weight is a Wrapped", "apply before fully_shard"),

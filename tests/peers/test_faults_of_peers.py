@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from surgery import apply_dropconnect, dropconnect_sites, plain_state_dict, strip_dropconnect
-from surgery.modules import operated
+from surgery.modules import masking
 from surgery.ops import hash_bits
 
 
@@ -285,9 +285,9 @@ class TestParametrize:
     def test_an_lstm_step_masks_each_weight_more_than_once(self, monkeypatch) -> None:
         """What makes its LSTM step 1.5 times as slow: here one masked weight per site and step."""
         made = []
-        drop = operated.drop_weight
+        drop = masking.drop_weight
         monkeypatch.setattr(
-            operated, "drop_weight", lambda *args: (made.append(args), drop(*args))[1]
+            masking, "drop_weight", lambda *args: (made.append(args), drop(*args))[1]
         )
         weight_dropped()(SEQUENCE)
         assert len(made) == 4

@@ -1,0 +1,101 @@
+"""How the core reaches graph surgery, which lives in `surgery.transforms` and which it may not import.
+
+A parameter that is read by a `get_attr` node of a `torch.fx.GraphModule` is operated on in the graph.
+The plugin of `torch.fx` registers a `GraphSurgeon` here when a plan is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from .config import DropConnectConfig
+from .errors import SurgeryError
+from .modules.node import DropConnect
+from .modules.product import Product
+from .modules.state import SiteState
+from .plugins import load_plugins
+
+Nodes = dict[tuple[int, str], DropConnect]
+"""DropConnect modules by (id of the owner, name of the weight)."""
+
+
+class Survey(Protocol):
+    """What the graphs in a model read and call; changes nothing until `insert`."""
+
+    def owns(self, module: nn.Module) -> bool:
+        """Whether only nodes of a graph read the module's parameters: its forward never runs."""
+
+    def is_read(self, module: nn.Module, name: str) -> bool:
+        """Whether a node reads the parameter under this name."""
+
+    def readers(self, module: nn.Module) -> list[nn.Module]:
+        """The other modules whose graphs read a parameter of this one."""
+
+    def kind(self, module: nn.Module, name: str) -> str:
+        """How the graph reads a parameter: name of a kind."""
+
+    def product(self, module: nn.Module, name: str) -> Product | None:
+        """The product that one node makes of a weight, if that is all that is done with it."""
+
+    def problem(self, module: nn.Module, name: str, config: DropConnectConfig) -> str | None:
+        """Why the graphs do not allow this, naming the node, and what to do about it; or None."""
+
+    def insert(
+        self, states: Sequence[tuple[nn.Module, Mapping[str, SiteState]]], nodes: Nodes
+    ) -> None:
+        """Put the nodes of these sites in. Cannot fail after `problem` said None for every site.
+
+        Args:
+            states: of the parameters, by module. Their parameters are renamed already.
+            nodes: modules to use again, as `GraphSurgeon.remove` returned them.
+        """
+
+
+class GraphSurgeon(Protocol):
+    """Graph surgery on every `GraphModule` in a model."""
+
+    def survey(self, model: nn.Module) -> Survey:
+        """Look at all graphs."""
+
+    def stuck(self, model: nn.Module) -> list[str]:
+        """Why the nodes cannot be taken out: they were edited since."""
+
+    def remove(self, model: nn.Module) -> Nodes:
+        """Take every node out, when the parameters that only graphs read have their plain names;
+        returns what the nodes called. Cannot fail if `stuck` found nothing."""
+
+
+_surgeons: list[GraphSurgeon] = []
+
+
+def register_graph_surgeon(surgeon: GraphSurgeon) -> None:
+    """Called by the plugin."""
+    _surgeons[:] = [surgeon]
+
+
+def graph_surgeon(model: nn.Module) -> GraphSurgeon | None:
+    """The surgeon for the graphs in `model`; None if it has no graph.
+
+    Raises:
+        SurgeryError: it has graphs, and the plugin is not installed.
+    """
+    graphs = (torch.fx.GraphModule, DropConnect)
+    if not any(isinstance(module, graphs) for module in model.modules()):
+        return None
+    if not _surgeons:
+        load_plugins()
+    if not _surgeons:
+        raise SurgeryError("the model has traced graphs, and surgery.transforms is not installed")
+    return _surgeons[0]
+
+
+def graph_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[DropConnect]]]:
+    """Names and modules beside whose parameters DropConnect nodes lie, and these."""
+    for name, module in model.named_modules():
+        nodes = [child for child in module._modules.values() if isinstance(child, DropConnect)]
+        if nodes:
+            yield name, module, nodes

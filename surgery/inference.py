@@ -1,0 +1,72 @@
+"""What `eval()` does, changed on a model that is already operated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .api import states_named
+from .config import Inference
+from .errors import SurgeryError
+from .modules.operated import unwrapped
+from .modules.state import SiteState
+from .surgeon import rescope
+
+
+class set_inference:
+    """Change what `eval()` does, in place; as a context manager, until exit.
+
+        set_inference(model, "moments")                 # from now on
+        with set_inference(model, "sample"):            # only inside
+            ...
+
+    Args:
+        model: operated; compiled models recompile once for each mode.
+        mode: `"mean"` (the weight as it is), `"moments"` (mean and variance of the pre-activation,
+            through the activation that follows; Wan et al. 2013, section 3.2) or `"sample"` (keep
+            dropping).
+        samples: for `"moments"`, estimate the expectation by that many draws, as the paper does; None
+            computes it.
+        targets: which sites, as in `apply_dropconnect`; None means all.
+
+    Raises:
+        NotOperatedError: the model, or a parameter that `targets` names, has no DropConnect.
+        SurgeryError: `"moments"` for a site that is not the weight of a linear layer or convolution;
+            the model is unchanged.
+        ValueError: the mode is unknown, or `samples` does not go with it.
+    """
+
+    def __init__(
+        self, model: nn.Module, mode: Inference, samples: int | None = None, targets: Any = None
+    ) -> None:
+        self._model = unwrapped(model)
+        states = states_named(model, targets)
+        for state in states:
+            state.config.replace(
+                inference=mode, samples=samples
+            )  # raises if they do not go together
+        if mode == "moments":
+            _check_products(states)
+        self._before = [(state, state.inference, state.draws) for state in states]
+        for state in states:
+            state.set_inference(mode, samples)
+        rescope(self._model)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: Any) -> None:
+        for state, mode, samples in self._before:
+            state.set_inference(mode, samples)
+        rescope(self._model)
+
+
+def _check_products(states: list[SiteState]) -> None:
+    without = [state.site for state in states if not (state.has_moments or state.with_weight)]
+    if without:
+        raise SurgeryError(
+            "inference='moments' needs a forward that is a product of input and weight, and for a "
+            f"convolution another unit than 'input'; {len(without)} sites are none, the first of them "
+            f"{without[0]!r}. Name the others in targets, or use 'sample'. The model is unchanged"
+        )

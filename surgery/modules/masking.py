@@ -1,0 +1,83 @@
+"""The weight that one forward call uses, and how autograd can have it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import Law, drop_weight
+from ..recompute import Recipe, can_recompute
+from .state import SiteState
+
+
+def masked_weight(
+    state: SiteState, raw: Tensor, anchor: Tensor | None, key: Tensor, keep_law: bool = True
+) -> tuple[Tensor, Recipe | None]:
+    """The masked weight, and the recipe to compute it again.
+
+    Args:
+        state: of the site.
+        raw: the stored parameter.
+        anchor: where dropped weights go; None is zero.
+        key: of the mask, int32, shape (2,).
+        keep_law: whether the law may be kept in the state.
+
+    Raises:
+        RuntimeError: the weight is sharded, or has not the shape of its anchor any more.
+    """
+    if is_sharded(raw):
+        raise RuntimeError(
+            f"{state.raw!r} (the site {state.site}) is sharded (a DTensor) while a forward reads "
+            "it. Masks need the whole weight: shard with fully_shard on the module whose forward "
+            "reads the weight, or on one that contains it; tensor parallelism is not supported."
+        )
+    check_anchor(state, raw, anchor)
+    law = state.law_for(raw, keep=keep_law)
+    if state.held_key is not None and not torch.compiler.is_compiling():
+        return _held(state, raw, key, law, anchor), None
+    used = drop_weight(raw, key, law, state.layout, anchor)
+    if not can_recompute():
+        return _as_if_trained(used, raw), None
+
+    def rebuild() -> Tensor:
+        return drop_weight(raw.detach(), key, law, state.layout, anchor)
+
+    return used, Recipe(raw, raw._version, rebuild, state.name, used._version)
+
+
+def check_anchor(state: SiteState, raw: Tensor, anchor: Tensor | None) -> None:
+    """Raise `RuntimeError` if the weight was resized and its anchor was not."""
+    if anchor is not None and anchor.shape != raw.shape:
+        raise RuntimeError(
+            f"{state.name!r} has shape {tuple(raw.shape)} but its pretrained anchor has "
+            f"{tuple(anchor.shape)}: the weight was resized after apply_dropconnect. Strip first, "
+            "resize, and apply again."
+        )
+
+
+def is_sharded(weight: Any) -> bool:
+    """Whether it is a DTensor; told by the name because importing that class is slow."""
+    return type(weight).__name__ == "DTensor"
+
+
+def _as_if_trained(used: Tensor, raw: Tensor) -> Tensor:
+    """Under `no_grad` a parameter still requires grad, and kernels are chosen by that (`matmul` folds
+    a batch or not): a masked weight that differed would round differently when a reentrant checkpoint
+    recomputes with gradients."""
+    if torch.is_grad_enabled() or not raw.requires_grad:
+        return used
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return used
+    return used.detach().requires_grad_()
+
+
+def _held(state: SiteState, raw: Tensor, key: Tensor, law: Law, anchor: Tensor | None) -> Tensor:
+    """While masks are held, the masked weight is kept too, for as long as what it depends on stays:
+    a loop over a cell computes it once, and autograd adds up its gradient once."""
+    source = (id(raw), raw._version, id(law), torch.is_grad_enabled())
+    if state.held is None or state.held[0] != source:
+        used = drop_weight(raw, key, law, state.layout, anchor)
+        state.held = (source, _as_if_trained(used, raw))
+    return state.held[1]

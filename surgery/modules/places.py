@@ -1,0 +1,71 @@
+"""Where DropConnect is in place: the one walk over the sites of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .node import DropConnect
+from .operated import DropConnectModule
+from .state import SiteState
+
+
+@dataclass(frozen=True)
+class Place:
+    """One operated parameter of one module. A tied weight has several."""
+
+    name: str
+    """Dotted name of the owner."""
+    owner: nn.Module
+    """The module that holds the raw parameter."""
+    state: SiteState
+
+    @property
+    def raw(self) -> Any:
+        """The raw parameter; None if it was removed since."""
+        return self.owner._parameters[self.state.raw]
+
+    @property
+    def anchor(self) -> Tensor | None:
+        """Where dropped weights go; None is zero."""
+        return None if self.state.anchor is None else self.owner._buffers[self.state.anchor]
+
+
+def states_of(module: nn.Module) -> dict[str, SiteState]:
+    """The states of a module's own parameters, by plain name; empty if none is operated."""
+    if isinstance(module, DropConnectModule):
+        return module._dropconnect
+    states: dict[str, SiteState] = {}
+    for child in module._modules.values():
+        if isinstance(child, DropConnect):
+            states.update(child.states)
+    if not states:
+        return states
+    place = {name: index for index, name in enumerate(module._parameters)}
+    return dict(sorted(states.items(), key=lambda item: place.get(item[1].raw, len(place))))
+
+
+def set_state(module: nn.Module, state: SiteState) -> None:
+    """Replace the state of one parameter of a module."""
+    if isinstance(module, DropConnectModule):
+        module._dropconnect[state.name] = state
+    for child in module._modules.values():
+        if isinstance(child, DropConnect) and state.name in child.states:
+            child.states[state.name] = state
+
+
+def places(model: nn.Module, remove_duplicate: bool = True) -> Iterator[Place]:
+    """Every operated parameter, in model order."""
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+        for state in states_of(module).values():
+            yield Place(name, module, state)
+
+
+def plain_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    """The module's own parameters under their plain names, in order."""
+    raw = {state.raw: state.name for state in states_of(module).values()}
+    for name, parameter in module._parameters.items():
+        yield raw.get(name, name), parameter

@@ -1,0 +1,219 @@
+"""The paper's own modes, for modules whose pre-activation is a product of input and weight.
+
+A mask per example, noise per pre-activation, and moments cannot be had by handing a masked weight to
+the module's forward: they replace that forward's product.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..moments import Gaussian
+from ..ops import Layout, draw_key, drop_weight
+from ..scope import in_scope, scope_shape, settle
+from .product import Product
+from .state import NotGrouped, SiteState
+
+
+class Factor(NamedTuple):
+    """A weight or a bias as it enters a product."""
+
+    raw: Tensor
+    state: SiteState | None = None
+    """None: it is not dropped."""
+    anchor: Tensor | None = None
+
+
+def product_forward(
+    product: Product,
+    module: nn.Module | None,
+    x: Tensor,
+    weight: Factor,
+    bias: Factor | None,
+    mode: str,
+) -> Any:
+    """The pre-activation of one forward call.
+
+    Args:
+        product: of the module or graph node.
+        module: what `product.run` is given.
+        x: the input; its features along `product.features`.
+        weight: a site.
+        bias: dropped with the weight, or not dropped, or None.
+        mode: `SiteState.mode` of the weight: `"example"`, `"gaussian"` or `"moments"`.
+
+    Returns:
+        a Tensor, or for `"moments"` a `Gaussian` where something above settles it.
+
+    Raises:
+        RuntimeError: the input has no example dimension, or not the one of the model's input.
+    """
+    state = weight.state
+    assert state is not None
+    x = settle(x)
+    if mode == "example":
+        return _per_example(product, module, x, weight, bias, state)
+    mean, variance = _moments(product, module, x, weight, bias, state)
+    if mode == "gaussian":
+        return ops.gaussian_sample(mean, variance)
+    if state.settled or in_scope():
+        return Gaussian.of(mean, variance, state.site, state.draws)
+    return mean
+
+
+def _moments(
+    product: Product,
+    module: nn.Module | None,
+    x: Tensor,
+    weight: Factor,
+    bias: Factor | None,
+    state: SiteState,
+) -> tuple[Tensor, Tensor]:
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return product.run(module, x, weight, bias)
+
+    return ops.moments_of(
+        run,
+        x,
+        weight.raw,
+        None if bias is None else bias.raw,
+        state.law_for(weight.raw),
+        state.unit,
+        anchor=weight.anchor,
+        bias_anchor=None if bias is None else bias.anchor,
+        drop_bias=bias is not None and bias.state is not None,
+    )
+
+
+def _per_example(
+    product: Product,
+    module: nn.Module | None,
+    x: Tensor,
+    weight: Factor,
+    bias: Factor | None,
+    state: SiteState,
+) -> Tensor:
+    key = _key(state, weight.raw)
+    dim = _example_dim(product, x, state)
+    if product.is_matrix:
+        return _matrix_per_example(product, x, weight, bias, state, key, dim)
+    return _channels_per_example(product, module, x, weight, bias, state, key)
+
+
+def _groups(state: SiteState) -> int | None:
+    """Into how many examples the batch is split, if not one for each row."""
+    return None if state.group is None or state.sampling != "batch" else state.group.samples
+
+
+def _key(state: SiteState, raw: Tensor) -> Tensor:
+    return draw_key(raw.device, state.rank) if state.held_key is None else state.held_key
+
+
+def _example_dim(product: Product, x: Tensor, state: SiteState) -> int | None:
+    """The dimension of the examples, counted from the start; None for all but the features."""
+    if state.group is not None and x.shape[0] != state.group.rows:
+        raise NotGrouped(state.site)
+    leading = x.ndim + product.features
+    if state.example_dim == "all" and (leading or product.is_matrix):
+        return None
+    wanted = 0 if state.example_dim == "all" else state.example_dim
+    dim = wanted if wanted >= 0 else x.ndim + wanted
+    if not 0 <= dim < leading:
+        raise RuntimeError(
+            f"{state.site}: sampling='example' finds examples along dimension {wanted} of its input, "
+            f"which has shape {tuple(x.shape)}: no such dimension comes before the features. Give it "
+            "a batch, or set example_dim"
+        )
+    outer = None if torch.compiler.is_compiling() else scope_shape()
+    # Batch first outside and second inside is right; so is the same place in both.
+    if outer and x.shape[dim] not in (outer[0], *outer[dim : dim + 1]):
+        raise RuntimeError(
+            f"{state.site}: sampling='example' takes dimension {wanted} of its input for the examples; "
+            f"it has size {x.shape[dim]} (shape {tuple(x.shape)}), but the model's input has shape "
+            f"{outer}. Set example_dim ('all': a mask for every row), or exclude this site"
+        )
+    return dim
+
+
+def _matrix_per_example(
+    product: Product,
+    x: Tensor,
+    weight: Factor,
+    bias: Factor | None,
+    state: SiteState,
+    key: Tensor,
+    dim: int | None,
+) -> Tensor:
+    matrix, anchor = weight.raw, weight.anchor
+    if product.columns:
+        matrix, anchor = matrix.t(), None if anchor is None else anchor.t()
+    law = state.law_for(weight.raw)
+    rows, leading = _rows(x, dim, _groups(state))
+    u = ops.example_linear(rows, matrix, key, law, state.unit, anchor)
+    if bias is not None:
+        u = u + _bias_per_example(bias, key, len(rows)).unsqueeze(1).to(u.dtype)
+    if dim is None:
+        return u.reshape(*leading, -1)
+    return u.reshape(*leading, u.shape[-1]).movedim(0, dim)
+
+
+def _rows(x: Tensor, dim: int | None, groups: int | None) -> tuple[Tensor, tuple[int, ...]]:
+    """The input as (examples, rows that share a mask, features), and its leading sizes with the
+    examples first."""
+    features = x.shape[-1]
+    if dim is None:
+        return x.reshape(-1, 1, features), tuple(x.shape[:-1])
+    first = x.movedim(dim, 0)
+    examples = first.shape[0] if groups is None else groups
+    size = math.prod(first.shape[:-1]) // max(examples, 1)
+    return first.reshape(examples, size, features), tuple(first.shape[:-1])
+
+
+def _bias_per_example(bias: Factor, key: Tensor, examples: int) -> Tensor:
+    """(examples, out), or (1, out) if it is not dropped."""
+    state = bias.state
+    if state is None:
+        return bias.raw.unsqueeze(0)
+    own = key if state.follows is not None else _key(state, bias.raw)
+    law = state.law_for(bias.raw)
+    return ops.example_vector(bias.raw, own, law, state.unit, examples, bias.anchor)
+
+
+def _channels_per_example(
+    product: Product,
+    module: nn.Module | None,
+    x: Tensor,
+    weight: Factor,
+    bias: Factor | None,
+    state: SiteState,
+    key: Tensor,
+) -> Tensor:
+    """A convolution whose masks lie on the channels of its input or of its output."""
+    law = state.law_for(weight.raw)
+    groups = _groups(state) or len(x)
+
+    def kept(values: Tensor) -> Tensor:
+        view = (groups, len(values) // max(groups, 1), *values.shape[1:])
+        return drop_weight(values, key, law, Layout.shared(view, own))
+
+    own = (0,) if state.unit == "tensor" else (0, 2)
+    if state.unit == "input":
+        dropped = kept(x)
+        u = product.run(module, dropped, weight.raw, None)
+        if weight.anchor is not None:
+            u = u + product.run(module, x - dropped, weight.anchor, None)
+    else:
+        u = kept(product.run(module, x, weight.raw, None))
+        if weight.anchor is not None:
+            towards = product.run(module, x, weight.anchor, None)
+            u = u + (towards - kept(towards))
+    if bias is None:
+        return u
+    added = _bias_per_example(bias, key, groups)
+    added = added.repeat_interleave(len(x) // max(len(added), 1), 0)
+    return u + added.reshape(len(x), u.shape[1], *(1,) * (u.ndim - 2)).to(u.dtype)

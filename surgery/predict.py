@@ -1,0 +1,295 @@
+"""Monte Carlo prediction: many forwards with masks, and what they say of the uncertainty."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import NotOperatedError, SurgeryError
+from .modules.places import Place, places
+from .modules.state import Group, NotGrouped
+
+ROWS = 256
+"""Default of `batch_size`: rows that run together."""
+
+
+@dataclass(frozen=True)
+class MCPrediction:
+    """What `mc_predict` found. `batch` is that of the inputs; logarithms are natural."""
+
+    mean: Tensor
+    """Mean of the outputs over the samples: the shape of the model's output."""
+
+    variance: Tensor
+    """Unbiased variance of the outputs over the samples, entry by entry: the same shape."""
+
+    probabilities: Tensor | None
+    """Mean of the class probabilities, the same shape; for one logit, of its class. None without
+    classes."""
+
+    entropy: Tensor | None
+    """Predictive entropy, that of `probabilities`: total uncertainty. The output's shape without the
+    class dimension."""
+
+    mutual_information: Tensor | None
+    """Between prediction and weights (BALD, Houlsby et al. 2011): the part of the entropy that comes
+    from not knowing the weights. The shape of `entropy`."""
+
+    samples: int
+    """Number of forwards for each input."""
+
+
+def mc_predict(
+    model: nn.Module,
+    inputs: Any,
+    samples: int = 32,
+    *,
+    seed: int | None = None,
+    class_dim: int | None = -1,
+    batch_size: int = ROWS,
+) -> MCPrediction:
+    """Predict by dropping at inference, `samples` times (MC-DropConnect).
+
+    Everything but DropConnect runs as in `eval()`. Each sample has masks of its own: one for the whole
+    batch where `sampling="batch"`, one for each example otherwise. Samples run together, as one bigger
+    batch, where every site is the weight of a linear layer whose input has the batch first; otherwise
+    one after the other.
+
+    Args:
+        model: operated. Its modes, training flags and gradients are as before afterwards.
+        inputs: a tensor (batch first), a tuple or list of positional arguments, or a mapping of
+            keyword arguments. Every tensor has the batch first, or no dimension.
+        samples: at least 2.
+        seed: seeds the draws, and leaves torch's generators as they were. None draws from them. The
+            same seed and `batch_size` give the same result.
+        class_dim: dimension of the classes in the output, for `probabilities`, `entropy` and
+            `mutual_information`; a size of 1 means one logit of a yes-or-no question. None if the
+            output holds no logits.
+        batch_size: about how many rows run together; halved when memory runs out.
+
+    Raises:
+        NotOperatedError: no DropConnect is in place.
+        SurgeryError: leading sizes of the inputs differ, or the output is neither a tensor nor has
+            `logits`, nor is a tuple that starts with a tensor.
+        ValueError: an argument is out of range.
+    """
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
+        raise ValueError(f"samples must be at least 2; got {samples!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive; got {batch_size!r}")
+    found = list(places(model))
+    if not found:
+        raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place to sample")
+    args, kwargs = _arguments(inputs)
+    rows = _batch_of(args, kwargs)
+    total = _Totals(class_dim)
+    with _sampling(model, found), _seeded(seed, found), torch.no_grad():
+        _run(model, found, args, kwargs, rows, samples, batch_size, total)
+    return total.result()
+
+
+def _run(
+    model: nn.Module,
+    found: list[Place],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rows: int,
+    samples: int,
+    batch_size: int,
+    total: _Totals,
+) -> None:
+    together = max(1, batch_size // rows) if all(_can_group(place) for place in found) else 1
+    left = samples
+    while left:
+        count = min(together, left)
+        try:
+            outputs = _forward(model, found, args, kwargs, rows, count)
+        except (NotGrouped, torch.OutOfMemoryError) as error:
+            if count == 1:
+                raise
+            together = 1 if isinstance(error, NotGrouped) else count // 2
+            continue
+        total.add(outputs.reshape(count, rows, *outputs.shape[1:]))
+        left -= count
+
+
+def _forward(
+    model: nn.Module,
+    found: list[Place],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rows: int,
+    count: int,
+) -> Tensor:
+    """The outputs of `count` samples: (count * rows, ...)."""
+    if count == 1:
+        return _logits(model(*args, **kwargs), rows)
+    for place in found:
+        place.state.group = Group(count, count * rows)
+    try:
+        outputs = model(
+            *(_repeated(value, count) for value in args),
+            **{name: _repeated(value, count) for name, value in kwargs.items()},
+        )
+    finally:
+        for place in found:
+            place.state.group = None
+    return _logits(outputs, count * rows)
+
+
+def _can_group(place: Place) -> bool:
+    """Whether a site can have several masks in one forward."""
+    state = place.state
+    if state.p == 0.0 or state.with_weight:
+        return True
+    if state.product is None or state.held_key is not None:
+        return False
+    return state.sampling != "batch" or state.product.is_matrix or state.unit != "element"
+
+
+def _repeated(value: Any, count: int) -> Any:
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    return value.repeat(count, *(1 for _ in value.shape[1:]))
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def _batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The leading size that all input tensors have."""
+    named = {**{f"inputs[{i}]": value for i, value in enumerate(args)}, **kwargs}
+    shapes = {k: tuple(v.shape) for k, v in named.items() if isinstance(v, Tensor) and v.ndim}
+    sizes = {shape[0] for shape in shapes.values()}
+    if len(sizes) != 1 or 0 in sizes:
+        described = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "no tensor"
+        raise SurgeryError(
+            f"every input tensor must have the batch as its first dimension; got {described}. Move the "
+            "batch there, or expand what all examples share"
+        )
+    return sizes.pop()
+
+
+def _logits(outputs: Any, rows: int) -> Tensor:
+    get = outputs.get if isinstance(outputs, Mapping) else partial(getattr, outputs)
+    found = get("logits", None)
+    if found is None:
+        found = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+    if not isinstance(found, Tensor):
+        raise SurgeryError(
+            f"the model returned a {type(outputs).__name__}; mc_predict needs a tensor, an output with "
+            "logits, or a tuple that starts with a tensor. Wrap the model so that it returns one"
+        )
+    if found.ndim == 0 or found.shape[0] != rows:
+        raise SurgeryError(
+            f"the output has shape {tuple(found.shape)}, but the batch has {rows} rows; it must "
+            "come first"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _sampling(model: nn.Module, found: list[Place]) -> Iterator[None]:
+    """`eval()` with every site dropping, for a while."""
+    flags = [(module, module.training) for module in model.modules()]
+    modes = [(place.state, place.state.inference, place.state.draws) for place in found]
+    try:
+        for module, _ in flags:
+            module.training = False
+        for state, _, _ in modes:
+            state.set_inference("sample", None)
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        for state, inference, draws in modes:
+            state.set_inference(inference, draws)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, found: list[Place]) -> Iterator[None]:
+    """Torch's generators seeded for a while, and then as they were."""
+    if seed is None:
+        yield
+        return
+    devices = {place.raw.device for place in found if place.raw.device.type != "cpu"}
+    kind = next((device.type for device in devices), "cuda")
+    with torch.random.fork_rng([d.index for d in devices], device_type=kind):
+        # Not those of accelerators that the model is not on: they are not put back.
+        (torch.manual_seed if devices else torch.default_generator.manual_seed)(seed)
+        yield
+
+
+class _Totals:
+    """Sums over samples, so that outputs need not be kept."""
+
+    def __init__(self, class_dim: int | None) -> None:
+        self.class_dim = class_dim
+        self.count = 0
+        self.mean: Any = 0.0
+        self.squares: Any = 0.0
+        """Sum of squared deviations from the mean (Chan, Golub and LeVeque 1983)."""
+        self.probabilities: Any = 0.0
+        self.entropies: Any = 0.0
+
+    def add(self, outputs: Tensor) -> None:
+        """`outputs` is (samples, batch, ...)."""
+        outputs = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+        n, mean = len(outputs), outputs.mean(0)
+        total = self.count + n
+        gap = mean - self.mean
+        self.squares = (
+            self.squares + ((outputs - mean) ** 2).sum(0) + gap**2 * (self.count * n / total)
+        )
+        self.mean = self.mean + gap * (n / total)
+        self.count = total
+        if self.class_dim is not None:
+            log_p = self._log_probabilities(outputs)
+            self.probabilities = self.probabilities + log_p.exp().sum(0)
+            self.entropies = self.entropies + _entropy(log_p, self._dim(outputs)).sum(0)
+
+    def _dim(self, outputs: Tensor) -> int:
+        """The class dimension of stacked outputs, counted from the end."""
+        assert self.class_dim is not None
+        ndim = outputs.ndim - 1
+        dim = self.class_dim if self.class_dim < 0 else self.class_dim - ndim
+        if not 1 - ndim <= dim <= -1:
+            raise ValueError(
+                f"class_dim={self.class_dim} is no dimension after the batch of an output of shape "
+                f"{tuple(outputs.shape[1:])}; give that of the classes, or None"
+            )
+        return dim
+
+    def _log_probabilities(self, outputs: Tensor) -> Tensor:
+        dim = self._dim(outputs)
+        if outputs.shape[dim] == 1:  # one logit: the other class has logit 0
+            outputs = torch.cat([torch.zeros_like(outputs), outputs], dim)
+        return outputs.log_softmax(dim)
+
+    def result(self) -> MCPrediction:
+        variance = self.squares / (self.count - 1)
+        if self.class_dim is None:
+            return MCPrediction(self.mean, variance, None, None, None, self.count)
+        dim = self._dim(self.mean[None])
+        probabilities = self.probabilities / self.count
+        entropy = _entropy(probabilities.log(), dim)
+        information = (entropy - self.entropies / self.count).clamp_min(0)
+        if self.mean.shape[dim] == 1:
+            probabilities = probabilities.narrow(dim, 1, 1)
+        return MCPrediction(self.mean, variance, probabilities, entropy, information, self.count)
+
+
+def _entropy(log_p: Tensor, dim: int) -> Tensor:
+    entropy: Tensor = torch.special.entr(log_p.exp()).sum(dim)
+    return entropy

@@ -1,0 +1,106 @@
+"""The outermost forward that a site is part of: what it is given, and what it returns.
+
+A site may return something that is not a tensor yet (see `surgery.moments`), if a forward above settles
+what leaves the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Deferred:
+    """Taken for a tensor, but not computed yet."""
+
+    def expectation(self) -> Tensor:
+        """The tensor."""
+        raise NotImplementedError
+
+
+def settle(value: Any) -> Any:
+    """`value` with every `Deferred` in it (in tuples, lists, dicts and dataclasses) replaced by its
+    expectation. What holds none is returned as it is."""
+    if isinstance(value, Deferred):
+        return value.expectation()
+    if isinstance(value, dict):
+        changed = {}
+        for key, old in value.items():
+            new = settle(old)
+            if new is not old:
+                changed[key] = new
+        if changed and type(value) is dict:
+            return {**value, **changed}
+        for key, new in changed.items():  # transformers' outputs keep items and attributes the same
+            value[key] = new
+        return value
+    if isinstance(value, (tuple, list)):
+        return _settled_sequence(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _settled_fields(value)
+    return value
+
+
+def _settled_fields(value: Any) -> Any:
+    held = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    changed = {name: new for name, old in held.items() if (new := settle(old)) is not old}
+    if changed:
+        value = copy.copy(value)
+        for name, new in changed.items():
+            object.__setattr__(value, name, new)
+    return value
+
+
+def _settled_sequence(value: Any) -> Any:
+    new, changed = [], False
+    for item in value:
+        settled = settle(item)
+        changed = changed or settled is not item
+        new.append(settled)
+    if not changed:
+        return value
+    return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+
+
+class _Scope(threading.local):
+    """Whether a forward that settles its outputs is running in this thread."""
+
+    active = False
+    shape: tuple[int, ...] | None = None
+
+
+_scope = _Scope()
+
+
+def in_scope() -> bool:
+    """Whether something above settles what a site returns."""
+    return _scope.active
+
+
+def scope_shape() -> tuple[int, ...] | None:
+    """Shape of the first tensor given to the outermost forward; None outside of one."""
+    return _scope.shape
+
+
+def run_in_scope(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the outermost forward of a model: what it returns is settled."""
+    if _scope.active:
+        return forward(*args, **kwargs)
+    _scope.active = True
+    if not torch.compiler.is_compiling():
+        _scope.shape = _first_shape((*args, *kwargs.values()))
+    try:
+        return settle(forward(*args, **kwargs))
+    finally:
+        _scope.active = False
+        _scope.shape = None
+
+
+def _first_shape(values: tuple[Any, ...]) -> tuple[int, ...] | None:
+    return next((tuple(value.shape) for value in values if isinstance(value, Tensor)), None)
