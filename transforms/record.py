@@ -1,0 +1,172 @@
+"""Record one run of a model as a graph."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .inputs import Inputs, given_inputs
+from .untouched import untouched
+
+
+def record(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
+    """Run a model once, in evaluation mode and without gradients, and return what it called.
+
+    Every model that runs can be recorded, with data-dependent branches, caches and labels: the graph
+    is of the branch that these inputs took. It has one node for each torch function called, as the
+    model called it (`F.linear`, `Tensor.view`, ...), in `meta["nn_module_stack"]` the modules whose
+    forward was running, and in `meta["shape"]` the shape of the result. It shares the model's
+    parameters and buffers, takes the tensors among the inputs, in order, and returns the tensors in
+    the model's output as a tuple. Sizes and numbers that depended on the inputs are constants.
+
+    Args:
+        model: any module. It is left as it was: training flags, buffers, attributes, random state.
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+
+    Raises:
+        TypeError: `example_inputs` is none of these.
+        Exception: whatever the model raises for these inputs.
+    """
+    return record_run(model, given_inputs(example_inputs))
+
+
+def record_run(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    """`record` for inputs that have been taken apart."""
+    with untouched(model), _never_compiled():
+        recorder = _Recorder(model)
+        recorder.take(inputs)
+        for name, module in model.named_modules():
+            _watch(module, name, recorder.stack)
+        with recorder:
+            output = model(*inputs.args, **inputs.kwargs)
+        return recorder.finish(output)
+
+
+@contextlib.contextmanager
+def _never_compiled() -> Iterator[None]:
+    """Run the code of compiled modules as it is written."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _watch(module: nn.Module, name: str, stack: list[tuple[str, type]]) -> None:
+    """Note in `stack` while the module's forward runs, also if it is called as `module.forward(x)`."""
+    forward, entry = module.forward, (name, type(module))
+
+    @functools.wraps(forward)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        stack.append(entry)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            stack.pop()
+
+    module.__dict__["forward"] = watched
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes each call of a torch function that gives tensors into a graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.stack: list[tuple[str, type]] = []
+        self._graph = fx.Graph()
+        self._attributes: dict[str, Any] = {}
+        self._type = type(model).__name__
+        self._nodes: Any = WeakTensorKeyDictionary()
+        """The node whose result a tensor is; weak, so that a run needs no more memory than without."""
+        self._names: Any = WeakTensorKeyDictionary()
+        """Dotted names of the parameters and buffers."""
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self._names[tensor] = name
+
+    def take(self, inputs: Inputs) -> None:
+        """A placeholder for every tensor among the inputs."""
+        for name, tensor in inputs.tensors():
+            self._made(self._graph.placeholder(re.sub(r"\W+", "_", name).strip("_")), tensor)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in _WRITES or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            node = self._call(func, self._argument(args), self._argument(kwargs))
+            node.meta["nn_module_stack"] = OrderedDict(
+                (name, (name, module_type)) for name, module_type in self.stack
+            )
+            self._made(node, result)
+        return result
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        owner, _, name = getattr(func, "__qualname__", "").rpartition(".")
+        if name == "__get__":
+            return self._graph.call_function(getattr, (args[0], func.__self__.__name__))
+        if owner in ("Tensor", "TensorBase") and hasattr(Tensor, name):
+            return self._graph.call_method(name, args, kwargs)
+        return self._graph.call_function(func, args, kwargs)
+
+    def _made(self, node: fx.Node, result: Any) -> None:
+        """The node stands for its result from now on; its items get nodes of their own."""
+        if isinstance(result, Tensor):
+            node.meta["shape"] = result.shape
+            self._nodes[result] = node
+        elif isinstance(result, (tuple, list)):
+            for index, item in enumerate(result):
+                if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(item)):
+                    part = self._graph.call_function(operator.getitem, (node, index))
+                    part.meta["nn_module_stack"] = node.meta["nn_module_stack"]
+                    self._made(part, item)
+
+    def _argument(self, value: Any) -> Any:
+        """The value as a graph can hold it."""
+        if isinstance(value, Tensor):
+            return self._nodes[value] if value in self._nodes else self._attribute(value)
+        if isinstance(value, dict):
+            return {key: self._argument(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._argument(item) for item in value]
+        if isinstance(value, tuple):
+            return tuple(self._argument(item) for item in value)
+        if isinstance(value, slice):
+            return slice(*map(self._argument, (value.start, value.stop, value.step)))
+        if value is None or value is Ellipsis or isinstance(value, fx.node.base_types):
+            return value
+        return self._attribute(value)
+
+    def _attribute(self, value: Any) -> fx.Node:
+        """A node that reads a parameter, a buffer or a constant."""
+        name = self._names.get(value) if isinstance(value, Tensor) else None
+        name = name or f"_constant{len(self._attributes)}"
+        self._attributes[name] = value
+        node = self._graph.get_attr(name)
+        if isinstance(value, Tensor):
+            self._made(node, value)
+        return node
+
+    def finish(self, output: Any) -> fx.GraphModule:
+        """The graph, which returns the tensors in the model's output."""
+        tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        self._graph.output(tuple(self._argument(tensor) for tensor in tensors))
+        recorded = fx.GraphModule(self._attributes, self._graph, self._type)
+        recorded.train(False)
+        return recorded
+
+
+_WRITES = (Tensor.__setitem__,)
+"""Functions that write into their first argument and return nothing."""
