@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import DropConnectConfig
-from .elementwise import JOINT
 from .errors import SurgeryError
+from .moments.elementwise import JOINT
 from .plan import Use
 
 Shape = tuple[int, ...]

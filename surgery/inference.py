@@ -10,7 +10,10 @@ from .api import states_named
 from .config import Inference
 from .errors import SurgeryError
 from .modules.operated import unwrapped
+from .modules.places import places
 from .modules.state import SiteState
+from .prepare import not_followed
+from .select import Catalogue
 from .surgeon import rescope
 
 
@@ -20,6 +23,9 @@ class set_inference:
         set_inference(model, "moments")                 # from now on
         with set_inference(model, "sample"):            # only inside
             ...
+
+    An activation that the user's own code applies to what a module returns sees the mean: what a
+    module returns is the expectation.
 
     Args:
         model: operated; compiled models recompile once for each mode.
@@ -48,6 +54,7 @@ class set_inference:
             )  # raises if they do not go together
         if mode == "moments":
             _check_products(states)
+            _check_followed(self._model, states)
         self._before = [(state, state.inference, state.draws) for state in states]
         for state in states:
             state.set_inference(mode, samples)
@@ -60,6 +67,15 @@ class set_inference:
         for state, mode, samples in self._before:
             state.set_inference(mode, samples)
         rescope(self._model)
+
+
+def _check_followed(model: nn.Module, states: list[SiteState]) -> None:
+    catalogue = Catalogue(model)
+    owners = [(place.state.site, place.owner) for place in places(model) if place.state in states]
+    for site, owner in owners:
+        problem = not_followed(catalogue, owner)
+        if problem is not None:
+            raise SurgeryError(f"{site}: {problem}. The model is unchanged")
 
 
 def _check_products(states: list[SiteState]) -> None:

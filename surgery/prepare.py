@@ -118,6 +118,8 @@ def _site(
         parents = _readers(catalogue, user, known.readers(full))
         problem = _problem(user, parameter, [parent for parent, _ in parents], catalogue.graphs)
         problem = problem or known.problem(full, user.config)
+        if problem is None and user.config.inference == "moments":
+            problem = not_followed(catalogue, user.module)
         if problem is not None:
             problems.append(f"{_full(catalogue, user)} ({type(user.module).__name__}): {problem}")
             continue
@@ -198,6 +200,17 @@ def enclosing(catalogue: Catalogue, module: nn.Module) -> Iterator[nn.Module]:
                 and type(parent).__name__ not in WRAPPERS
             ):
                 yield parent
+
+
+def not_followed(catalogue: Catalogue, module: nn.Module) -> str | None:
+    """Why moments cannot reach an activation: nobody would settle what the site returns."""
+    around = list(enclosing(catalogue, module))
+    if not around or not all("forward" in one.__dict__ for one in around):
+        return None
+    return (
+        f"inference='moments' needs a forward around the site, and that of {type(around[0]).__name__} "
+        "has been replaced on the instance; apply before accelerate hooks (device_map) or wrappers"
+    )
 
 
 def _state(

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from torch import fx, nn
 
 from surgery.config import DropConnectConfig
-from surgery.elementwise import JOINT
 from surgery.graphs import Nodes
 from surgery.modules import SiteState
 from surgery.modules.kinds import follows_weight
 from surgery.modules.state import anchor_name, raw_name
+from surgery.moments.elementwise import JOINT
 
 from . import remove as removal
 from .follow import Flow

@@ -204,8 +204,24 @@ class _Visitor(ast.NodeVisitor):
 
     visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _comprehension
 
+    def visit_Compare(self, node: ast.Compare) -> None:
+        """`self.bias is None` asks for no value."""
+        if all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+            self._ask(node.left, *node.comparators)
+        else:
+            self.generic_visit(node)
+
+    def _ask(self, *parts: ast.expr) -> None:
+        """What looks at objects and not at their values."""
+        for part in parts:
+            if not isinstance(part, (ast.Attribute, ast.Name)):
+                self.visit(part)
+
     def visit_Call(self, node: ast.Call) -> None:
         match node.func:
+            case ast.Name(id="isinstance" | "hasattr" | "type"):
+                self._ask(*node.args)
+                return
             case ast.Name(id="getattr") if not self.chains_of(node):
                 self.computed = True
             case ast.Name(id="vars"):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery import apply_dropconnect, elementwise, set_inference
+from surgery import apply_dropconnect, set_inference
+from surgery.moments import elementwise
 
 P = 0.3
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery import SurgeryError, apply_dropconnect
+from surgery import SurgeryError, apply_dropconnect, set_inference
 
 from .helpers import Snapshot
 
@@ -156,3 +156,20 @@ def test_a_convolution_without_a_batch(dim: Any) -> None:
     apply_dropconnect(layer, nn.Conv1d, unit="output", sampling="example", example_dim=dim)
     with pytest.raises(RuntimeError, match=r"shape \(4, 7\): no such dimension .* Give it a batch"):
         layer(torch.randn(4, 7))
+
+
+def test_moments_without_a_forward_to_follow() -> None:
+    """As accelerate's hooks leave a model: nothing would settle what the site returns."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    model.forward = model.forward
+    message = (
+        r"0\.weight.*: inference='moments' needs a forward around the site, and that of Sequential has "
+        "been replaced on the instance"
+    )
+    with pytest.raises(SurgeryError, match=message):
+        apply_dropconnect(model, "0", inference="moments")
+    apply_dropconnect(model, "0")
+    before = Snapshot(model)
+    with pytest.raises(SurgeryError, match=message):
+        set_inference(model, "moments")
+    assert Snapshot(model) == before

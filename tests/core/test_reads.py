@@ -161,6 +161,15 @@ class Table(Base):
         return F.linear(x, self._modules["proj"].weight)
 
 
+class Asks(Base):
+    """As T5's feed-forward does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.proj.weight, Tensor) and self.proj.weight.dtype != torch.int8:
+            x = x.to(self.proj.weight.dtype)
+        return self.proj(x) if self.proj.weight is not None else x
+
+
 PROJ = ("proj", "weight")
 READERS = {
     "property": (Property, PROJ),
@@ -191,7 +200,7 @@ def test_reads_of_a_child(cls: type[nn.Module], path: tuple[str, ...]) -> None:
     assert reads(cls).complete
 
 
-@pytest.mark.parametrize("cls", [Calls, Metadata])
+@pytest.mark.parametrize("cls", [Calls, Metadata, Asks])
 def test_calling_a_child_or_asking_for_its_shape_is_not_reading(cls) -> None:
     assert not reads(cls).reads(PROJ)
     assert not reads(cls).reads(("items", "0", "weight"))

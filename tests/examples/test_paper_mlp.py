@@ -14,7 +14,18 @@ import paper_mlp
 import pytest
 import torch
 from digits import Digits, load_digits, load_mnist, random_split, read_idx
-from paper_mlp import BASELINE, METHODS, Run, Score, compare_all, evaluate, mlp, rate_factor
+from paper_mlp import (
+    BASELINE,
+    METHODS,
+    Run,
+    Score,
+    chosen,
+    compare_all,
+    evaluate,
+    mlp,
+    rate_factor,
+    summarise_rates,
+)
 from report import compare, estimate, written_whole
 from torch import nn
 
@@ -183,9 +194,20 @@ def test_differences_are_paired() -> None:
     assert estimate([1.0, 3.0]) == (2.0, 1.0)
 
 
+def test_the_rate_is_chosen_by_validation_loss_over_seeds() -> None:
+    losses = {0.1: [0.1, 0.9], 0.03: [0.3, 0.4]}  # the test error says the contrary
+    rates = {
+        rate: [Run(BASELINE, seed, rate, loss, {"mean": Score(9 * (rate < 0.1), 0)}, [])
+               for seed, loss in enumerate(own)]
+        for rate, own in losses.items()
+    }  # fmt: skip
+    assert chosen({BASELINE: rates}) == {BASELINE: rates[0.03]}
+    assert summarise_rates({BASELINE: rates}).split()[-3:] == ["No-Drop", "0.500", "0.350"]
+
+
 def test_every_comparison_is_printed() -> None:
     ways = {"mean": Score(3.0, 0.2), "moments": Score(2.0, 0.1)}
-    runs = {m: [Run(m, seed, 0.1, ways, [3.0]) for seed in (0, 1)] for m in METHODS}
+    runs = {m: [Run(m, seed, 0.1, 0.2, ways, [3.0]) for seed in (0, 1)] for m in METHODS}
     text = compare_all(runs)
     assert text.count("-1.00 ± 0.00 points, more than noise") == 4
     assert text.count("-0.1000 ± 0.0000 nats, more than noise") == 4

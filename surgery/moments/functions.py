@@ -1,0 +1,222 @@
+"""What torch functions make of a `Gaussian`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..scope import settle
+from . import elementwise
+from .gaussian import Apply, Gaussian
+from .pointwise import leaves_domain, pointwise
+
+
+def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `func` does to arguments among which are Gaussians."""
+    if not args and "input" in kwargs:
+        args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
+    name = _name_of(func)
+    values = [value for value in (*args, *kwargs.values()) if isinstance(value, Gaussian)]
+    if not values or kwargs.get("out") is not None:  # inside a list, as `torch.cat` takes them
+        return func(*settle(args), **settle(kwargs))
+    if _writes(name, kwargs):
+        return _in_place(func, name, args, kwargs)
+    if args and isinstance(args[0], Gaussian):
+        handler = _handler(name)
+        if handler is not None:
+            return handler(func, name, args[0], args, kwargs)
+    if name in _ELEMENTWISE and not leaves_domain(name, args):
+        return pointwise(func, name, values, args, kwargs)
+    return func(*settle(args), **settle(kwargs))
+
+
+_ELEMENTWISE = (
+    elementwise.ADDS
+    | elementwise.REVERSED
+    | elementwise.SCALES
+    | elementwise.POINTWISE
+    | elementwise.COMPARISONS
+    | elementwise.PARTIAL
+)
+
+_Handler = Callable[[Any, str, Gaussian, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _handler(name: str) -> _Handler | None:
+    """What is special about some functions of a Gaussian, their first argument."""
+    if name in elementwise.QUERIES:
+        return _query
+    if name in elementwise.CASTS:
+        return _cast
+    if name in elementwise.VIEWS:
+        return _rearrange
+    if name in elementwise.JOINT:
+        return _joint
+    if name in elementwise.DROPOUTS:
+        return _dropout
+    return {"batch_norm": _batch_norm, "glu": _glu, "prelu": _prelu}.get(name)
+
+
+def _name_of(func: Any) -> str:
+    """`mul` of `torch.mul`, `Tensor.__rmul__` is `rmul`, `gelu` of `aten.gelu.default`."""
+    schema = getattr(func, "_schema", None)
+    name = str(func.__name__) if schema is None else str(schema.name).rpartition("::")[2]
+    return name[2:-2] if name.startswith("__") else name
+
+
+def _writes(name: str, kwargs: dict[str, Any]) -> bool:
+    writer = name.endswith("_") and not name.startswith("_")
+    return writer or name == "setitem" or kwargs.get("inplace") is True
+
+
+def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A function that writes into its first argument."""
+    target = args[0]
+    pure = {k: v for k, v in kwargs.items() if k != "inplace"}
+    twin = func if kwargs.get("inplace") is True else _twin(name)
+    if isinstance(target, Gaussian):
+        if twin is not None:
+            return target.become(dispatch(twin, args, pure))
+        written = target.expectation().clone()
+        func(written, *settle(args[1:]), **settle(kwargs))
+        return target.become(written)
+    value = dispatch(twin, args, pure) if name in ("add_", "sub_") else None
+    written = func(*settle(args), **settle(kwargs))
+    if isinstance(value, Gaussian) and value.normal is not None:
+        return Gaussian.of(written, value.normal[1], value.source.site, value.source.draws)
+    return written
+
+
+def _twin(name: str) -> Any:
+    """The function that returns what `name` would write; None if there is none."""
+    plain = name[:-1]
+    return getattr(Tensor, plain, None) or getattr(torch.nn.functional, plain, None)
+
+
+def _query(
+    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    return func(value.at_mean(), *settle(args[1:]), **settle(kwargs))
+
+
+def _dropout(
+    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Nothing in eval; `training` is the third argument, whose default is True."""
+    training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+    return func(*settle(args), **settle(kwargs)) if training else value
+
+
+def _cast(
+    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    rest, named = settle(args[1:]), settle(kwargs)
+
+    def cast(tensor: Tensor) -> Tensor:
+        result: Tensor = func(tensor, *rest, **named)
+        return result
+
+    return _mapped(value, cast, lambda mean, variance: (cast(mean), cast(variance)))
+
+
+def _mapped(
+    value: Gaussian, function: Apply, normal: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> Gaussian:
+    """The value after an affine function of it; `normal` says what becomes of mean and variance."""
+    before, closed = value.apply, value.closed
+    return Gaussian(
+        value.source,
+        lambda u: function(before(u)),
+        None if value.normal is None else normal(*value.normal),
+        None if closed is None else lambda: function(closed()),
+        value.captures,
+    )
+
+
+def _rearrange(
+    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    return value.rearranged(lambda t: func(t, *settle(args[1:]), **settle(kwargs)))
+
+
+_BATCH_NORM = (
+    "input",
+    "running_mean",
+    "running_var",
+    "weight",
+    "bias",
+    "training",
+    "momentum",
+    "eps",
+)
+
+
+def _batch_norm(
+    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """In eval, batch norm is affine in each channel; what it does to the variance is the square of
+    what it does to a difference."""
+    functional = torch.nn.functional.batch_norm
+    names = _BATCH_NORM
+    if func is not functional:  # torch.batch_norm and its aten overload
+        names = ("input", *names[3:5], *names[1:3], *names[5:])
+    options = {**dict(zip(names, args)), **kwargs}
+    if options.get("training", False):
+        return func(*settle(args), **settle(kwargs))
+    del options["input"]
+
+    def normalise(tensor: Tensor) -> Tensor:
+        return functional(tensor, **{k: v for k, v in options.items() if k in _BATCH_NORM})
+
+    def moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        zero = torch.zeros_like(options["running_mean"])
+        scale = functional(
+            torch.ones_like(mean), zero, options["running_var"], options.get("weight"),
+            eps=options.get("eps", 1e-5),
+        )  # fmt: skip
+        return normalise(mean), variance * scale**2
+
+    return _mapped(value, normalise, moments)
+
+
+def _glu(
+    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+    one, other = value.rearranged(lambda t: t.chunk(2, dim))
+    return one * torch.sigmoid(other)
+
+
+def _prelu(
+    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Its weight, one for each channel, made to broadcast from the right, whatever stands before."""
+    weight = args[1] if len(args) > 1 else kwargs["weight"]
+    slope = weight.reshape(-1, *(1,) * (value.dim() - 2)) if weight.numel() > 1 else weight
+
+    def leaky(t: Tensor, slope: Tensor) -> Tensor:
+        return torch.where(t > 0, t, slope * t)
+
+    return pointwise(leaky, "leaky_relu", [value], (value, slope), {})
+
+
+def _joint(
+    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if value.source.draws is None:
+        if value.normal is None:
+            return func(*settle(args), **settle(kwargs))
+        raise RuntimeError(
+            f"{value.source.site}: inference='moments' needs an elementwise activation after it, and "
+            f"found {name.strip('_')}. Give samples=Z to estimate it by draws, or give this site "
+            "inference='mean'"
+        )
+    before, rest, named = value.apply, settle(args[1:]), settle(kwargs)
+    # Draws one at a time, since the function may look along the first dimension.
+    return Gaussian(value.source, lambda u: func(before(u), *rest, **named), captures=True)
+
+
+Gaussian.dispatch = staticmethod(dispatch)

@@ -1,0 +1,118 @@
+"""Elementwise functions of a `Gaussian`: put off, and what is known of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..scope import settle
+from . import elementwise
+from .gaussian import Gaussian
+
+
+def leaves_domain(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a function that is not defined on the whole line, or has a pole, is applied to a
+    Gaussian itself: then there is no expectation."""
+    if name in elementwise.PARTIAL:
+        reached = args[:1]
+    elif "div" in name:
+        reached = args[1:]
+    elif name == "pow":
+        whole = isinstance(args[1], (int, float)) and args[1] >= 0 and args[1] == int(args[1])
+        reached = () if whole else args[:1]
+    else:
+        return False
+    return any(isinstance(one, Gaussian) and one.normal is not None for one in reached)
+
+
+def pointwise(
+    func: Any, name: str, values: list[Gaussian], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if any(value.source is not values[0].source for value in values):
+        return _independent(func, name, values, args, kwargs)
+    value = values[0]
+
+    def function(u: Tensor) -> Tensor:
+        given = [arg.apply(u) if isinstance(arg, Gaussian) else arg for arg in args]
+        named = {k: v.apply(u) if isinstance(v, Gaussian) else v for k, v in kwargs.items()}
+        result: Tensor = func(*given, **named)
+        return result
+
+    others = (*args, *kwargs.values())
+    captures = any(one.captures for one in values)
+    captures = captures or any(isinstance(other, Tensor) and other.ndim > 0 for other in others)
+    normal = _affine(func, name, args, kwargs)
+    closed = _closed(func, name, args, kwargs) if len(values) == 1 else None
+    return Gaussian(value.source, function, normal, closed, captures)
+
+
+def _affine(
+    func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """Mean and variance after a shift or a scaling of one Gaussian; None after anything else."""
+    if kwargs or not _is_linear(name, args):
+        return None
+    value = next(arg for arg in args if isinstance(arg, Gaussian))
+    if value.normal is None:
+        return None
+    mean, variance = value.normal
+    moved: Tensor = func(*(mean if arg is value else arg for arg in args))
+    if name in elementwise.SCALES:
+        scale = func(*(torch.ones_like(mean) if arg is value else arg for arg in args))
+        return moved, variance * scale * scale
+    return moved, variance.expand_as(moved)
+
+
+def _is_linear(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether the result is affine in the one Gaussian among the arguments."""
+    places = [i for i, arg in enumerate(args) if isinstance(arg, Gaussian)]
+    if len(places) != 1:
+        return False
+    if name in elementwise.SCALES:
+        return "div" not in name or places == [0]
+    return name in elementwise.ADDS or name in elementwise.REVERSED
+
+
+def _closed(
+    func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[], Tensor] | None:
+    """The expectation of a function of one value, without composing it: of an activation right after
+    a Gaussian, some of which have a closed form, and of what is linear in that."""
+    value = next((arg for arg in args if isinstance(arg, Gaussian)), None)
+    if value is None or name in elementwise.COMPARISONS:
+        return None
+    before = value.closed
+    if before is not None and not kwargs and _is_linear(name, args):
+        return lambda: func(*(before() if arg is value else arg for arg in args))
+    if value.normal is None:
+        return None
+    mean, variance = value.normal
+
+    def activation(t: Tensor) -> Tensor:
+        result: Tensor = func(*(t if arg is value else arg for arg in args), **kwargs)
+        return result
+
+    tanh = kwargs.get("approximate") == "tanh"  # the other GELU
+    mean, variance = torch.broadcast_tensors(mean, variance)  # type: ignore[no-untyped-call]
+    return lambda: ops.expectation(
+        activation, mean, variance, None if tanh else elementwise.CLOSED.get(name)
+    )
+
+
+def _independent(
+    func: Any, name: str, values: list[Gaussian], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A function of values of several sources. Sums of Gaussians are Gaussian; the expectation of
+    another sum or of a product is that of the expectations."""
+    normals = [value.normal for value in values if value.normal is not None]
+    result = func(*settle(args), **settle(kwargs))
+    if name not in elementwise.ADDS or kwargs or len(args) != 2 or len(normals) != 2:
+        return result
+    variance = normals[0][1] + normals[1][1]
+    source = values[0].source
+    site = f"{source.site} and {values[1].source.site}"
+    return Gaussian.of(result, variance, site, source.draws)
