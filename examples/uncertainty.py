@@ -1,6 +1,6 @@
 """Does a fine-tuned model know what it does not know? MC-DropConnect on real text.
 
-    python examples/uncertainty.py                 # about 2 minutes on 2 CPU cores, no downloads
+    python examples/uncertainty.py                 # about 3 minutes on 2 CPU cores, no downloads
     python examples/uncertainty.py --seeds 5       # means and standard errors over seeds
 
 MiniLM-L6 learns four of the five classes of BBC news, plainly and with DropConnect. Then it reads test
