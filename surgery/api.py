@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from .catalogue import Catalogue
 from .config import DropConnectConfig, check_p
 from .errors import NotOperatedError
 from .finder import Seen, look
@@ -19,7 +20,7 @@ from .ops import draw_key
 from .plan import Plan
 from .plugins import load_plugins
 from .prepare import Prepared, prepare
-from .select import Catalogue, Choice, select
+from .select import Choice, select
 from .surgeon import current_plan, operate, undo, unused_sites
 
 Model = TypeVar("Model", bound=nn.Module)

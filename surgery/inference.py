@@ -7,13 +7,13 @@ from typing import Any
 from torch import nn
 
 from .api import states_named
+from .catalogue import Catalogue
 from .config import Inference
 from .errors import SurgeryError
 from .modules.operated import unwrapped
 from .modules.places import places
 from .modules.state import SiteState
-from .prepare import not_followed
-from .select import Catalogue
+from .refusals import not_followed
 from .surgeon import rescope
 
 

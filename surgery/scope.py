@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .config import DropConnectConfig
+
 
 class Deferred:
     """Taken for a tensor, but not computed yet."""
@@ -104,3 +106,8 @@ def run_in_scope(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 
 def _first_shape(values: tuple[Any, ...]) -> tuple[int, ...] | None:
     return next((tuple(value.shape) for value in values if isinstance(value, Tensor)), None)
+
+
+def needs_scope(config: DropConnectConfig) -> bool:
+    """Whether a site must know the outermost forward that it is part of."""
+    return config.sampling == "example" or config.inference == "moments"

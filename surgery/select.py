@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from .catalogue import Catalogue
 from .config import DropConnectConfig, check_p
 from .errors import NoMatchError, SurgeryError
-from .graphs import graph_surgeon
 from .modules.kinds import kind_of
 from .modules.places import plain_parameters
 from .plan import Plan, join
@@ -29,41 +29,6 @@ class Choice:
     module: nn.Module
     name: str
     config: DropConnectConfig
-
-
-class Catalogue:
-    """The modules of a model under all their names (a shared module has several)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        surgeon = graph_surgeon(model)
-        self.graphs = None if surgeon is None else surgeon.survey(model)
-        """What the graphs in the model read; None if it has none."""
-        self.modules: dict[int, nn.Module] = {}
-        self.names: dict[int, list[str]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            self.modules[id(module)] = module
-            self.names.setdefault(id(module), []).append(name)
-
-    def __iter__(self) -> Iterator[tuple[list[str], nn.Module]]:
-        for key, module in self.modules.items():
-            yield self.names[key], module
-
-    def name(self, module: nn.Module) -> str:
-        """The first name of a module, as in `named_modules()`."""
-        return self.names[id(module)][0]
-
-    def all_names(self) -> list[str]:
-        """Every module name and every parameter name."""
-        modules = [name for names in self.names.values() for name in names if name]
-        return modules + [name for names, _, _ in self.parameters() for name in names]
-
-    def parameters(self) -> Iterator[tuple[list[str], nn.Module, str]]:
-        """(dotted plain names, owner, plain name in the owner) of every parameter."""
-        for names, module in self:
-            for parameter, value in plain_parameters(module):
-                if value is not None:
-                    yield [join(name, parameter) for name in names], module, parameter
 
 
 Key = tuple[int, str]

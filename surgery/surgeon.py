@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .catalogue import Catalogue
 from .config import DropConnectConfig
 from .errors import NotOperatedError, raise_all
 from .graphs import GraphSurgeon, Nodes, Survey, graph_owners, graph_surgeon
@@ -26,8 +27,8 @@ from .modules.operated import (
 from .modules.places import places, plain_parameters, set_state, states_of
 from .modules.state import SiteState, raw_name
 from .plan import Plan, Site, join
-from .prepare import Change, Prepared, enclosing, needs_scope, prepare
-from .select import Catalogue
+from .prepare import Change, Prepared, prepare
+from .scope import needs_scope
 
 _Todo = tuple[Change, type[DropConnectModule] | None, dict[str, Tensor]]
 """A change, the class that the module gets (None: only nodes of a graph read it), its anchors."""
@@ -269,7 +270,7 @@ def rescope(model: nn.Module) -> None:
     wanted: dict[int, nn.Module] = {}
     for place in places(model):
         if needs_scope(place.state.config):
-            wanted.update((id(module), module) for module in enclosing(catalogue, place.owner))
+            wanted.update((id(module), module) for module in catalogue.enclosing(place.owner))
     todo = [Change(module, scope=True) for module in wanted.values() if not _has_scope(module)]
     for change, cls in [(change, _new_class(change)) for change in todo]:
         _swap(change, cls, {})

@@ -173,7 +173,11 @@ def test_quadrature_keeps_no_tensor_for_each_node() -> None:
     assert len(kept) <= 6
 
 
-@pytest.mark.parametrize("f", [torch.relu, F.gelu, F.silu, F.hardswish, nn.LeakyReLU(0.3)], ids=str)
+@pytest.mark.parametrize(
+    "f",
+    [torch.relu, F.gelu, F.silu, F.hardswish, nn.LeakyReLU(0.3)],
+    ids=["relu", "gelu", "silu", "hardswish", "LeakyReLU"],
+)
 def test_traces_into_one_graph(f) -> None:
     mean, var = torch.randn(8, requires_grad=True), torch.rand(8, requires_grad=True)
     torch.compiler.reset()

@@ -5,6 +5,7 @@ Annotations are not put off here: `torch.fx` cannot pickle a graph with names fo
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -14,6 +15,12 @@ import surgery.transforms.graph_surgery  # noqa: F401  (what the entry point of 
 from ..core.helpers import Snapshot
 
 DIALECTS = ("symbolic", "export")
+both_dialects = pytest.mark.parametrize("dialect", DIALECTS)
+
+P = 0.4
+
+about_torch = pytest.mark.filterwarnings("ignore:The tensor attributes", "ignore:.*LeafSpec")
+"""What torch.export and its modules warn of by themselves."""
 
 
 class Functional(nn.Module):

@@ -20,19 +20,9 @@ from surgery import (
     strip_dropconnect,
 )
 
-from .graphs import (
-    DIALECTS,
-    Functional,
-    Mixed,
-    tokens,
-    traced,
-    train,
-)
+from .graphs import Functional, Mixed, P, about_torch, both_dialects, tokens, traced, train
 
-pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes", "ignore:.*LeafSpec")
-
-P = 0.4
-both_dialects = pytest.mark.parametrize("dialect", DIALECTS)
+pytestmark = about_torch
 
 
 @both_dialects

@@ -11,12 +11,20 @@ from torch import fx, nn
 
 from surgery import SurgeryError, apply_dropconnect, plan_dropconnect
 
-from .graphs import DIALECTS, Functional, GraphSnapshot, Mixed, Tied, by_hand, tokens, traced
+from .graphs import (
+    Functional,
+    GraphSnapshot,
+    Mixed,
+    P,
+    Tied,
+    about_torch,
+    both_dialects,
+    by_hand,
+    tokens,
+    traced,
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes", "ignore:.*LeafSpec")
-
-P = 0.4
-both_dialects = pytest.mark.parametrize("dialect", DIALECTS)
+pytestmark = about_torch
 
 
 def refusal(model: nn.Module, *args: Any, **kwargs: Any) -> str:

@@ -22,9 +22,9 @@ from surgery import (
     strip_dropconnect,
 )
 
-from .graphs import DIALECTS, MODELS, GraphSnapshot, table, traced, whole
+from .graphs import DIALECTS, MODELS, GraphSnapshot, about_torch, table, traced, whole
 
-pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes", "ignore:.*LeafSpec")
+pytestmark = about_torch
 
 every_graph = pytest.mark.parametrize(
     ("name", "dialect"), [(name, dialect) for name in MODELS for dialect in DIALECTS]

@@ -24,11 +24,13 @@ from surgery.transforms.survey import Survey
 
 from ..core.helpers import keep, masked
 from .graphs import (
-    DIALECTS,
     Functional,
     GraphSnapshot,
     Mixed,
+    P,
     Tied,
+    about_torch,
+    both_dialects,
     by_hand,
     names,
     node,
@@ -37,10 +39,7 @@ from .graphs import (
     train,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes", "ignore:.*LeafSpec")
-
-P = 0.4
-both_dialects = pytest.mark.parametrize("dialect", DIALECTS)
+pytestmark = about_torch
 
 
 def nodes_of(model: fx.GraphModule) -> dict[str, str]:

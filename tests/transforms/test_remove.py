@@ -16,11 +16,13 @@ from surgery.surgeon import can_undo, reapplied, suspended
 from surgery.transforms.remove import remove
 
 from .graphs import (
-    DIALECTS,
     Functional,
     GraphSnapshot,
     Mixed,
+    P,
     Tied,
+    about_torch,
+    both_dialects,
     names,
     node,
     table,
@@ -29,10 +31,7 @@ from .graphs import (
     train,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes", "ignore:.*LeafSpec")
-
-P = 0.4
-both_dialects = pytest.mark.parametrize("dialect", DIALECTS)
+pytestmark = about_torch
 
 
 @both_dialects

@@ -1,0 +1,73 @@
+"""The modules and parameters of a model, under all their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .graphs import graph_surgeon
+from .modules.operated import WRAPPERS
+from .modules.places import plain_parameters
+from .plan import join
+
+
+class Catalogue:
+    """The modules of a model under all their names (a shared module has several)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        surgeon = graph_surgeon(model)
+        self.graphs = None if surgeon is None else surgeon.survey(model)
+        """What the graphs in the model read; None if it has none."""
+        self.modules: dict[int, nn.Module] = {}
+        self.names: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.modules[id(module)] = module
+            self.names.setdefault(id(module), []).append(name)
+
+    def __iter__(self) -> Iterator[tuple[list[str], nn.Module]]:
+        for key, module in self.modules.items():
+            yield self.names[key], module
+
+    def name(self, module: nn.Module) -> str:
+        """The first name of a module, as in `named_modules()`."""
+        return self.names[id(module)][0]
+
+    def all_names(self) -> list[str]:
+        """Every module name and every parameter name."""
+        modules = [name for names in self.names.values() for name in names if name]
+        return modules + [name for names, _, _ in self.parameters() for name in names]
+
+    def parameters(self) -> Iterator[tuple[list[str], nn.Module, str]]:
+        """(dotted plain names, owner, plain name in the owner) of every parameter."""
+        for names, module in self:
+            for parameter, value in plain_parameters(module):
+                if value is not None:
+                    yield [join(name, parameter) for name in names], module, parameter
+
+    def ancestors(self, module: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:
+        """Name and module of everything that contains a module, from the root, and the path from there
+        to the module; under each name that it has."""
+        for full in self.names[id(module)]:
+            parts = full.split(".") if full else []
+            for depth in range(len(parts)):
+                name = ".".join(parts[:depth])
+                yield name, self.model.get_submodule(name), parts[depth:]
+
+    def enclosing(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The modules that contain one, whose forward can be followed."""
+        for _, parent, _ in self.ancestors(module):
+            if isinstance(parent, torch.jit.ScriptModule) or self.is_in_graph(parent):
+                continue
+            if type(parent).__name__ not in WRAPPERS:
+                yield parent
+
+    def is_in_graph(self, module: nn.Module) -> bool:
+        """Whether only nodes of a graph read the module's parameters."""
+        return self.graphs is not None and self.graphs.owns(module)
+
+    def is_read(self, module: nn.Module, name: str) -> bool:
+        """Whether a node of a graph reads a parameter."""
+        return self.graphs is not None and self.graphs.is_read(module, name)

@@ -1,0 +1,131 @@
+"""Why a parameter cannot be operated on, and what to do about it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .catalogue import Catalogue
+from .graphs import Survey
+from .modules.kinds import SEPARATE_PROJECTIONS, follows_weight, kind_of, layout_of
+from .modules.operated import plain_class
+from .modules.places import states_of
+from .modules.reads import reads
+from .modules.state import raw_name
+from .select import Choice
+
+
+def why_not(
+    user: Choice, parameter: Tensor, parents: list[nn.Module], graphs: Survey | None
+) -> str | None:
+    """Why this parameter cannot be operated on and what to do about it, or None."""
+    module, name, config = user.module, user.name, user.config
+    if name in states_of(module):
+        return (
+            "DropConnect is already in place here; call strip_dropconnect first, or exclude it. "
+            "set_p changes p"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        return "a scripted module cannot be operated on; apply before torch.jit.script"
+    for reader in (module, *parents):
+        if "forward" in reader.__dict__:
+            return (
+                f"the forward of {type(reader).__name__} has been replaced on the instance, so masks "
+                "would never act; apply before accelerate hooks (device_map) or wrappers are added"
+            )
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        return "the parameter is lazy and has no shape yet; run the model once, then apply"
+    if type(parameter) not in (nn.Parameter, Tensor):
+        return (
+            f"the weight is a {type(parameter).__name__} (sharded or quantised); apply before "
+            "fully_shard, tensor parallelism or quantisation"
+        )
+    if not parameter.is_floating_point():
+        return f"the weight has dtype {parameter.dtype}; only floating-point weights can be dropped"
+    if hasattr(module, raw_name(name)):
+        return f"the module already has an attribute {raw_name(name)!r}; rename that first"
+    if config.toward == "pretrained":
+        if not parameter.requires_grad:
+            return (
+                "it is frozen, so it never leaves its pretrained value; exclude it or unfreeze it"
+            )
+        if parameter.device.type == "meta":
+            return 'it has no value yet to go toward; load the weights before toward="pretrained"'
+    kind = kind_of(module)
+    refused = kind.refuse(module, name)
+    if refused is None and graphs is not None:
+        refused = graphs.problem(module, name, config)
+    in_graph = graphs is not None and graphs.owns(module)
+    if refused is None and not in_graph:
+        refused = _no_product(user, parents)
+    if refused is not None:
+        return refused
+    if layout_of(module, name, parameter, config.unit) is None:
+        return f'unit={config.unit!r} has no meaning for this parameter; use "element" or "tensor"'
+    if config.bias and follows_weight(config.unit) and name in SEPARATE_PROJECTIONS:
+        return (
+            f"unit={config.unit!r} with bias=True would have to split one packed bias between three "
+            "masks; use bias=False"
+        )
+    own = reads(plain_class(module))
+    if (
+        not in_graph
+        and kind.name == "other"
+        and not parents
+        and own.complete
+        and not own.reads((name,))
+    ):
+        return (
+            f"neither {type(module).__name__}.forward nor a parent's reads it as an attribute, so "
+            "a mask would never act; name the module that uses it"
+        )
+    return None
+
+
+def _no_product(user: Choice, parents: list[nn.Module]) -> str | None:
+    """Why this site cannot be sampled per example, or its moments be had, if it is to be."""
+    config = user.config
+    mode = next((f"sampling={m!r}" for m in ("example", "gaussian") if config.sampling == m), None)
+    if mode is None and config.inference == "moments":
+        mode = "inference='moments'"
+    if mode is None:
+        return None
+    cls, kind = plain_class(user.module), kind_of(user.module)
+    instead = "sampling='batch' and inference='mean' or 'sample'"
+    if parents:
+        return (
+            f"{mode} replaces the product in its own forward, but {type(parents[0]).__name__} reads "
+            f"the weight itself; use {instead} for it"
+        )
+    product = kind.product(cls)
+    if product is None:
+        return (
+            f"{mode} needs a forward that is a product of input and weight, and that of "
+            f"{cls.__name__} is not known to be one; use {instead} for it"
+        )
+    if user.name == kind.bias("weight"):
+        return None if config.bias else f"{mode} drops a bias with its weight only; use bias=True"
+    if user.name != "weight":
+        return f"{mode} is for the weight of {cls.__name__} only; use {instead} for it"
+    if not product.is_matrix and config.unit == "element" and config.sampling == "example":
+        return (
+            "sampling='example' would need a filter bank for every example; use unit='input', 'output' "
+            "or 'tensor', or sampling='gaussian', or sampling='batch'"
+        )
+    if not product.is_matrix and config.unit == "input" and config.inference == "moments":
+        return (
+            "with unit='input' one mask entry multiplies every position of a kernel, and that variance "
+            "is not known; use another unit, or inference='sample'"
+        )
+    return None
+
+
+def not_followed(catalogue: Catalogue, module: nn.Module) -> str | None:
+    """Why moments cannot reach an activation: nobody would settle what the site returns."""
+    around = list(catalogue.enclosing(module))
+    if not around or not all("forward" in one.__dict__ for one in around):
+        return None
+    return (
+        f"inference='moments' needs a forward around the site, and that of {type(around[0]).__name__} "
+        "has been replaced on the instance; apply before accelerate hooks (device_map) or wrappers"
+    )
