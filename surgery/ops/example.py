@@ -1,4 +1,4 @@
-"""A mask for each example: the DropConnect of the paper (Wan et al. 2013, section 3, algorithm 1)."""
+"""A mask for each example: the DropConnect of the paper (Wan et al. 2013, section 3.1, algorithm 1)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The expectation of an activation over a Gaussian pre-activation: E[f(u)] for u ~ N(mean, var).
 
 A closed form where one is known (`register_closed_form`), else Gauss-Hermite quadrature, or the
-samples that the paper draws (Wan et al. 2013, section 4, algorithm 2).
+samples that the paper draws (Wan et al. 2013, section 3.2, algorithm 2).
 
 The closed forms of piecewise linear functions are `f(mean)` plus, for each kink, its change of slope
 times `excess(mean - kink, var)`: exact at var = 0, and without cancellation in the tails.

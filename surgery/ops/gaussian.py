@@ -2,7 +2,7 @@
 
     u = W_used x + b        mean = W x + b        var = p / (1 - p) * ((W - A)^2 x^2)
 
-Moments: Wan et al. 2013, section 4, with the factor that their scaling of weights leaves out and the
+Moments: Wan et al. 2013, section 3.2, with the factor that their scaling of weights leaves out and the
 variance of a masked bias. Sampling: the local reparameterisation of Kingma, Salimans and Welling 2015.
 """
 
