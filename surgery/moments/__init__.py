@@ -7,8 +7,8 @@ off; whatever else reads it gets the expectation. So `gelu(x)`, `x * sigmoid(1.7
 
     E[f(u)],  u ~ N(mean, variance)                                   (Wan et al. 2013, section 3.2)
 
-Linear operations make the expectation exact. Norms, attention and pooling see the mean, as in
-`inference="mean"`.
+Linear operations make the expectation exact. Layer norms divide by the root of the expected square.
+Attention and pooling see the mean, as in `inference="mean"`.
 """
 
 from . import functions

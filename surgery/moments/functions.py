@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,7 @@ def _handler(name: str) -> _Handler | None:
         return _joint
     if name in elementwise.DROPOUTS:
         return _dropout
-    return {"batch_norm": _batch_norm, "glu": _glu, "prelu": _prelu}.get(name)
+    return _SPECIAL.get(name)
 
 
 def _name_of(func: Any) -> str:
@@ -182,6 +183,31 @@ def _batch_norm(
     return _mapped(value, normalise, moments)
 
 
+def _layer_norm(
+    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The norm of the mean, divided by the root of the *expected* square, which the variance is part
+    of; right up to one part in the number of features that are normalised."""
+    if value.source.draws is not None or value.normal is None:
+        return _whole(func, value, args, kwargs)
+    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    names = names if name == "layer_norm" else (*names[:3], "eps")
+    given = {**dict(zip(names, args)), **kwargs}
+    dtype, wide = value.normal[0].dtype, torch.promote_types(value.normal[0].dtype, torch.float32)
+    mean, variance = (one.to(wide) for one in value.normal)
+    dims = tuple(range(-len(given["normalized_shape"]), 0))
+    spread = variance.mean(dims, keepdim=True)
+    if name == "layer_norm":
+        mean = mean - mean.mean(dims, keepdim=True)
+        spread = spread * (1 - 1 / math.prod(given["normalized_shape"]))
+    eps = given.get("eps", 1e-5 if name == "layer_norm" else None)
+    eps = torch.finfo(dtype).eps if eps is None else eps
+    result = (mean * (mean.square().mean(dims, keepdim=True) + spread + eps).rsqrt()).to(dtype)
+    weight, bias = given.get("weight"), given.get("bias")
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
+
+
 def _glu(
     func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -206,17 +232,31 @@ def _prelu(
 def _joint(
     func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    if value.source.draws is None:
-        if value.normal is None:
-            return func(*settle(args), **settle(kwargs))
+    if value.source.draws is None and value.normal is not None:
         raise RuntimeError(
             f"{value.source.site}: inference='moments' needs an elementwise activation after it, and "
             f"found {name.strip('_')}. Give samples=Z to estimate it by draws, or give this site "
             "inference='mean'"
         )
+    return _whole(func, value, args, kwargs)
+
+
+def _whole(func: Any, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A function of all elements together: of each draw, or else of the expectation."""
+    if value.source.draws is None:
+        return func(*settle(args), **settle(kwargs))
     before, rest, named = value.apply, settle(args[1:]), settle(kwargs)
     # Draws one at a time, since the function may look along the first dimension.
     return Gaussian(value.source, lambda u: func(before(u), *rest, **named), captures=True)
+
+
+_SPECIAL: dict[str, _Handler] = {
+    "batch_norm": _batch_norm,
+    "glu": _glu,
+    "layer_norm": _layer_norm,
+    "prelu": _prelu,
+    "rms_norm": _layer_norm,
+}
 
 
 Gaussian.dispatch = staticmethod(dispatch)

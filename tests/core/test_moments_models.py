@@ -225,3 +225,35 @@ def test_a_function_is_in_one_table() -> None:
     sets = [table for table in tables if isinstance(table, frozenset)]
     assert sum(map(len, sets)) == len(frozenset().union(*sets))
     assert set(elementwise.CLOSED) <= elementwise.POINTWISE
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("rows", [1, 40], ids=["one", "all"])
+def test_layer_norms_divide_by_the_expected_square(norm: type[nn.Module], rows: int) -> None:
+    """Mean inference leaves the variance of 256 features out; what is left is of order 1 / 256."""
+    model = nn.Sequential(nn.Linear(64, 256), norm(256)).double().eval()
+    torch.nn.init.normal_(model[1].weight)
+    x = torch.randn(rows, 64, dtype=torch.float64)
+    apply_dropconnect(model, "0", p=P, inference="moments")
+    with torch.no_grad():
+        found = model(x)
+        with set_inference(model, "mean"):
+            plain = model(x)
+        with set_inference(model, "moments", samples=400):
+            drawn = model(x)
+    mean, error = estimate(model, x, 1500)
+    assert (found - mean).square().mean() < 0.02 * (
+        plain - mean
+    ).square().mean() + error.square().mean()
+    assert ((drawn - mean) / error).abs().max() < 5 * math.sqrt(1 + 1500 / 400)
+
+
+def test_layer_norm_of_what_has_no_variance_is_the_norm() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8, bias=False), nn.RMSNorm(8)).eval()
+    x = torch.randn(3, 6)
+    plain = model(x)
+    torch.nn.init.zeros_(model[0].weight)
+    expected = model(x)
+    apply_dropconnect(model, "0", p=P, inference="moments")
+    torch.testing.assert_close(model(x), expected)
+    assert not torch.allclose(plain, expected)

@@ -160,7 +160,7 @@ def test_deterministic_plain_outputs(case: Case) -> None:
 
 @pytest.mark.parametrize("make", [bert, llama, vit, gpt2, t5])
 def test_every_linear_layer_at_once(make: Callable[[], nn.Module]) -> None:
-    """Attention and norms see means; hidden states and attentions are tensors too."""
+    """Attention sees means; hidden states and attentions are tensors too."""
     model = apply_dropconnect(make().eval(), "all-linear", p=P, inference="moments")
     inputs = {"pixel_values": torch.randn(2, 3, 8, 8)} if make is vit else tokens()
     if make is t5:
