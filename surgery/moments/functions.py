@@ -190,8 +190,9 @@ def _layer_norm(
     of; right up to one part in the number of features that are normalised."""
     if value.source.draws is not None or value.normal is None:
         return _whole(func, value, args, kwargs)
-    names = ("input", "normalized_shape", "weight", "bias", "eps")
-    names = names if name == "layer_norm" else (*names[:3], "eps")
+    names = ["input", "normalized_shape", "weight", "bias", "eps"]
+    if name == "rms_norm":
+        names.remove("bias")
     given = {**dict(zip(names, args)), **kwargs}
     dtype, wide = value.normal[0].dtype, torch.promote_types(value.normal[0].dtype, torch.float32)
     mean, variance = (one.to(wide) for one in value.normal)
