@@ -7,12 +7,14 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed)
 
-.PHONY: help demo test test-all lint wheel clean
+.PHONY: help demo test test-all bench bench-quick lint wheel clean
 
 help:
 	@echo "make demo      fine-tune a real checkpoint with DropConnect (about 5 minutes on 2 cores)"
 	@echo "make test      the tests (about 4 minutes on 2 cores)"
 	@echo "make test-all  the tests with the long sweeps"
+	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 20 minutes)"
+	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
 	@echo "make lint      ruff and mypy"
 	@echo "make wheel     build the wheel and check what is in it"
 
@@ -28,6 +30,13 @@ test: $(VENV)/.test $(VENV)/.examples
 test-all: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/pytest -n auto
 
+# The peers pin old versions of what they need, so they have an environment of their own.
+BENCH := .venv-bench
+
+bench bench-quick:
+	$(MAKE) VENV=$(BENCH) $(BENCH)/.peers
+	$(BENCH)/bin/python -m benchmarks $(if $(filter bench-quick,$@),--quick)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,7 +48,7 @@ wheel: $(VENV)/.torch
 	$(BIN)/python .ci/check_wheel.py dist/*.whl
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info
+	rm -rf $(VENV) $(BENCH) build dist out *.egg-info
 
 # A virtual environment with torch, then the wheel with one set of extras. The wheel is installed, and
 # not the folders, so that what is tested is what is shipped.
@@ -55,4 +64,9 @@ $(VENV)/.wheel: $(VENV)/.torch $(SOURCES) README.md LICENSE
 
 $(VENV)/.test $(VENV)/.examples $(VENV)/.dev: $(VENV)/.%: $(VENV)/.wheel
 	$(BIN)/pip install --quiet "$$(ls dist/*.whl)[$*]"
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.examples benchmarks/peers.txt benchmarks/peers-need.txt
+	$(BIN)/pip install --quiet -r benchmarks/peers-need.txt
+	$(BIN)/pip install --quiet --no-deps -r benchmarks/peers.txt
 	touch $@

@@ -1,0 +1,108 @@
+"""Measure everything and write `bench.md`, `bench.json` and plots.
+
+python -m benchmarks                  # make bench
+python -m benchmarks --quick          # make bench-quick
+python -m benchmarks --only linear lstm
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import gpu, growth, layers, memory, models, paper, verbs
+from .conditions import busy, conditions, load
+from .measure import FULL, QUICK, Settings
+from .plots import draw
+from .report import markdown, number, to_json, write
+from .rows import OURS, Benchmark, Row
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "mask": layers.mask_and_apply,
+    "linear": layers.linear,
+    "mixout": layers.mixout,
+    "lstm": layers.lstm,
+    "transformer": models.transformer,
+    "trainer": models.fine_tuning,
+    "kept": memory.kept,
+    "peaks": memory.peaks,
+    "example": paper.per_example,
+    "gaussian": paper.gaussian,
+    "moments": paper.moments,
+    "predict": paper.monte_carlo,
+    "apply": verbs.apply_and_strip,
+    "set_p": verbs.change_p,
+    "first": verbs.first_step,
+    "gpu": gpu.gpu,
+}
+GROWTH = "growth"
+
+
+def measure(name: str, settings: Settings) -> list[Row]:
+    """The rows of one benchmark; one that fails is a row that says so."""
+    torch.manual_seed(0)
+    begun = time.perf_counter()
+    try:
+        rows = BENCHMARKS[name](settings)
+    except Exception as error:
+        traceback.print_exc()
+        reason = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        rows = [Row(name, name, "", skipped=reason)]
+    print(f"[{name}: {time.perf_counter() - begun:.0f} s]", flush=True)
+    for row in rows:
+        print(f"  {row.work}: {_told(row)}", flush=True)
+    return rows
+
+
+def _told(row: Row) -> str:
+    if row.skipped is not None:
+        return f"skipped, {row.skipped}"
+    found = row.reached()
+    if found is None:
+        found = row.ratio(OURS)
+    goal = "" if row.goal is None else f" (goal {row.goal.text(row.unit)})"
+    return f"{'–' if found is None else number(found)}{goal}"
+
+
+def run(names: Sequence[str], settings: Settings, output: Path) -> bool:
+    """Measure, write, and say whether every benchmark ran."""
+    begun, before = time.perf_counter(), load()
+    warning = busy(before)
+    if warning is not None:
+        print(f"WARNING: {warning}", file=sys.stderr)
+    rows = [row for name in names if name in BENCHMARKS for row in measure(name, settings)]
+    curves = growth.growth(settings) if GROWTH in names else []
+    where, seconds = conditions(), time.perf_counter() - begun
+    loads = {"before": before, "after": load()}
+    plots = draw(rows, curves, output)
+    report = to_json(rows, curves, where, loads, seconds)
+    write(output, report, markdown(rows, where, loads, seconds, plots))
+    return not any((row.skipped or "").startswith("failed") for row in rows)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    every = [*BENCHMARKS, GROWTH]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="under two minutes")
+    parser.add_argument("--only", nargs="+", choices=every, default=every, metavar="NAME")
+    parser.add_argument("--output", type=Path, default=Path("out/bench"))
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = parse()
+    ran = run(options.only, QUICK if options.quick else FULL, options.output)
+    print(f"\n{(options.output / 'bench.md').read_text()}\nWritten to {options.output}")
+    return not ran
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""The results as Markdown and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .conditions import busy
+from .growth import Curve
+from .measure import Measured
+from .rows import OURS, PLAIN, Row
+
+VERDICTS = {True: "yes", False: "**no**", None: "–"}
+HEADER = ("work", "plain", "ours", "goal", "reached (quartiles)", "met", "others (plain = 1)")
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{min(digits, 6)}f}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table with a line for each row that was measured."""
+    lines = [_line(HEADER), _line(["---"] * len(HEADER))]
+    lines += [_line(_cells(row)) for row in rows if row.skipped is None]
+    return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row.work + (f" ({row.note})" if row.note else ""),
+        _value(row, PLAIN),
+        _value(row, OURS),
+        "–" if row.goal is None else row.goal.text(row.unit),
+        _reached(row),
+        VERDICTS[row.met()],
+        _others(row),
+    ]
+
+
+def _value(row: Row, name: str) -> str:
+    value = row.values.get(name)
+    return "–" if value is None else f"{number(value.median)} {row.unit}"
+
+
+def _reached(row: Row) -> str:
+    found = row.reached()
+    if found is None:
+        found = row.ratio(OURS)
+    return "–" if found is None else f"{number(found)} {_spread(row)}".strip()
+
+
+def _spread(row: Row) -> str:
+    """The quartiles of what the goal is about; nothing for a single sample."""
+    own = row.values[OURS]
+    judge = row.goal.judge if row.goal else "ratio"
+    if judge == "ratio":
+        base = row.values.get(row.goal.against if row.goal else PLAIN)
+        own = own if base is None else own.over(base)
+    if judge == "faster" and row.peers:
+        own = row.values[min(row.peers, key=lambda name: row.values[name].median)].over(own)
+    return _quartiles(own)
+
+
+def _quartiles(value: Measured) -> str:
+    if len(value.samples) == 1:
+        return ""
+    low, high = value.quartiles
+    return f"({number(low)} – {number(high)})"
+
+
+def _others(row: Row) -> str:
+    found = []
+    for name in row.values:
+        if name in (PLAIN, OURS):
+            continue
+        ratio = row.ratio(name)
+        text = f"{number(row.values[name].median)} {row.unit}" if ratio is None else number(ratio)
+        found.append(f"{name} {text}")
+    found += [f"{name}: {reason}" for name, reason in row.missing.items()]
+    return "<br>".join(found) or "–"
+
+
+def skipped(rows: Sequence[Row]) -> str:
+    """What was not measured, and why."""
+    lines = [f"- {row.work}: {row.skipped}" for row in rows if row.skipped is not None]
+    return "\n".join(lines) or "Nothing."
+
+
+def markdown(
+    rows: Sequence[Row],
+    where: dict[str, Any],
+    load: dict[str, list[float]],
+    seconds: float,
+    plots: Sequence[str],
+) -> str:
+    """The whole report."""
+    known = [f"- {name}: {_shown(value)}" for name, value in where.items() if value is not None]
+    warning = busy(load["before"])
+    doubt = [] if warning is None else [f"**Warning: {warning}.**", ""]
+    before, after = (" / ".join(map(str, load[when])) for when in ("before", "after"))
+    return "\n".join(
+        [
+            "# Benchmarks",
+            "",
+            "Medians of one run in which the contenders take turns; a ratio is one of medians, its",
+            'quartiles are those of the ratios round by round. "(formula)": published formula, not',
+            "the package.",
+            "",
+            *doubt,
+            table(rows),
+            "",
+            "## Not measured",
+            "",
+            skipped(rows),
+            "",
+            "## Conditions",
+            "",
+            *known,
+            f"- load (1 / 5 / 15 minutes): {before} before, {after} after",
+            f"- duration: {seconds:.0f} s",
+            "",
+            *(f"![{Path(name).stem}]({name})\n" for name in plots),
+        ]
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {part or 'not installed'}" for name, part in value.items())
+    return str(value)
+
+
+def to_json(
+    rows: Sequence[Row],
+    curves: Sequence[Curve],
+    where: dict[str, Any],
+    load: dict[str, list[float]],
+    seconds: float,
+) -> dict[str, Any]:
+    return {
+        "conditions": where,
+        "load": load,
+        "seconds": seconds,
+        "rows": [row.to_json() for row in rows],
+        "growth": [curve.to_json() for curve in curves],
+    }
+
+
+def write(folder: Path, report: dict[str, Any], text: str) -> None:
+    """Both files, each written whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # NaN is not JSON; a number that is none is a fault of the benchmark and should be seen
+    content = {"bench.json": json.dumps(report, indent=1, allow_nan=False), "bench.md": text}
+    for name, body in content.items():
+        unfinished = folder / f".{name}.unfinished"
+        unfinished.write_text(body + "\n")
+        os.replace(unfinished, folder / name)
