@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .catalogue import Catalogue
 from .config import DropConnectConfig, check_p
-from .errors import NotOperatedError
+from .errors import NotOperatedError, SurgeryError
 from .finder import Seen, look
 from .modules.kinds import kind_of
 from .modules.places import Place, places, states_of
@@ -176,11 +176,18 @@ def hold_masks(model: nn.Module) -> Iterator[None]:
 
     Raises:
         NotOperatedError: no DropConnect is in place.
+        SurgeryError: a site has `sampling="gaussian"`.
         RuntimeError: masks are already held.
     """
     found = list(places(model))
     if not found:
         raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place to hold")
+    noisy = [place.state.site for place in found if place.state.sampling == "gaussian"]
+    if noisy:
+        raise SurgeryError(
+            f"{noisy[0]}: sampling='gaussian' draws noise, which has no mask to hold; use "
+            "sampling='example'"
+        )
     if any(place.state.held_key is not None for place in found):
         raise RuntimeError("hold_masks is already active on this model; leave that context first")
     for place in found:

@@ -55,18 +55,25 @@ class set_inference:
         if mode == "moments":
             _check_products(states)
             _check_followed(self._model, states)
-        self._before = [(state, state.inference, state.draws) for state in states]
-        for state in states:
-            state.set_inference(mode, samples)
+        self._states, self._mode, self._samples = states, mode, samples
+        self._set()
+
+    def _set(self) -> None:
+        self._before = [(state, state.inference, state.draws) for state in self._states]
+        for state in self._states:
+            state.set_inference(self._mode, self._samples)
         rescope(self._model)
+        self._is_set = True
 
     def __enter__(self) -> None:
-        pass
+        if not self._is_set:  # the second `with` of one object
+            self._set()
 
     def __exit__(self, *exception: Any) -> None:
         for state, mode, samples in self._before:
             state.set_inference(mode, samples)
         rescope(self._model)
+        self._is_set = False
 
 
 def _check_followed(model: nn.Module, states: list[SiteState]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import NotOperatedError, SurgeryError
 from .modules.places import Place, places
-from .modules.state import Group, NotGrouped
+from .modules.state import Group
 
 ROWS = 256
 """Default of `batch_size`: rows that run together."""
@@ -58,8 +58,9 @@ def mc_predict(
 
     Everything but DropConnect runs as in `eval()`. Each sample has masks of its own: one for the whole
     batch where `sampling="batch"`, one for each example otherwise. Samples run together, as one bigger
-    batch, where every site is the weight of a linear layer whose input has the batch first; otherwise
-    one after the other.
+    batch, where every site is the weight of a linear layer whose input has the batch first; otherwise,
+    and if that fails, one after the other. A model that mixes the examples of a batch (its mean, say)
+    needs `batch_size=1`.
 
     Args:
         model: operated. Its modes, training flags and gradients are as before afterwards.
@@ -77,15 +78,20 @@ def mc_predict(
         NotOperatedError: no DropConnect is in place.
         SurgeryError: leading sizes of the inputs differ, or the output is neither a tensor nor has
             `logits`, nor is a tuple that starts with a tensor.
+        RuntimeError: masks are held.
         ValueError: an argument is out of range.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
         raise ValueError(f"samples must be at least 2; got {samples!r}")
-    if batch_size < 1:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be positive; got {batch_size!r}")
     found = list(places(model))
     if not found:
         raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place to sample")
+    if any(place.state.held_key is not None for place in found):
+        raise RuntimeError(
+            "masks are held, so every sample would be the same; leave hold_masks first"
+        )
     args, kwargs = _arguments(inputs)
     rows = _batch_of(args, kwargs)
     total = _Totals(class_dim)
@@ -105,15 +111,22 @@ def _run(
     total: _Totals,
 ) -> None:
     together = max(1, batch_size // rows) if all(_can_group(place) for place in found) else 1
-    left = samples
+    left, group = samples, together > 1
     while left:
-        count = min(together, left)
+        # The first sample runs alone, but as a group of one: an input whose first dimension is not
+        # the batch may have the size of several batches by chance, but not of one too.
+        count = 1 if left == samples else min(together, left)
         try:
-            outputs = _forward(model, found, args, kwargs, rows, count)
-        except (NotGrouped, torch.OutOfMemoryError) as error:
+            outputs = _forward(model, found, args, kwargs, rows, count, group)
+        except torch.OutOfMemoryError:
             if count == 1:
                 raise
-            together = 1 if isinstance(error, NotGrouped) else count // 2
+            together = count // 2
+            continue
+        except Exception:  # a size that was fixed, a nested input, memory of the CPU
+            if not group:
+                raise
+            together, group = 1, False
             continue
         total.add(outputs.reshape(count, rows, *outputs.shape[1:]))
         left -= count
@@ -126,9 +139,10 @@ def _forward(
     kwargs: dict[str, Any],
     rows: int,
     count: int,
+    group: bool,
 ) -> Tensor:
     """The outputs of `count` samples: (count * rows, ...)."""
-    if count == 1:
+    if not group:
         return _logits(model(*args, **kwargs), rows)
     for place in found:
         place.state.group = Group(count, count * rows)

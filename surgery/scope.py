@@ -74,7 +74,7 @@ class _Scope(threading.local):
     """Whether a forward that settles its outputs is running in this thread."""
 
     active = False
-    shape: tuple[int, ...] | None = None
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 _scope = _Scope()
@@ -85,9 +85,9 @@ def in_scope() -> bool:
     return _scope.active
 
 
-def scope_shape() -> tuple[int, ...] | None:
-    """Shape of the first tensor given to the outermost forward; None outside of one."""
-    return _scope.shape
+def scope_shapes() -> tuple[tuple[int, ...], ...]:
+    """Shapes of the tensors given to the outermost forward; none outside of one."""
+    return _scope.shapes
 
 
 def run_in_scope(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -96,16 +96,13 @@ def run_in_scope(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
         return forward(*args, **kwargs)
     _scope.active = True
     if not torch.compiler.is_compiling():
-        _scope.shape = _first_shape((*args, *kwargs.values()))
+        given = (*args, *kwargs.values())
+        _scope.shapes = tuple(tuple(one.shape) for one in given if isinstance(one, Tensor))
     try:
         return settle(forward(*args, **kwargs))
     finally:
         _scope.active = False
-        _scope.shape = None
-
-
-def _first_shape(values: tuple[Any, ...]) -> tuple[int, ...] | None:
-    return next((tuple(value.shape) for value in values if isinstance(value, Tensor)), None)
+        _scope.shapes = ()
 
 
 def needs_scope(config: DropConnectConfig) -> bool:

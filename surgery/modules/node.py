@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..ops import draw_key
 from ..recompute import address_of, recompute_masked_weights
-from ..scope import settle
+from ..scope import in_scope, settle
 from .masking import check_anchor, masked_weight
 from .products import Factor, product_forward
 from .state import SiteState
@@ -227,10 +227,11 @@ class DropConnect(nn.Module):
 
 
 class Settle(nn.Module):
-    """Called on what a graph returns: plain tensors instead of Gaussians (`inference="moments"`)."""
+    """Called on what a graph returns: plain tensors instead of Gaussians (`inference="moments"`),
+    unless a forward around the graph does that."""
 
     def forward(self, value: Any) -> Any:
-        return settle(value)
+        return value if in_scope() else settle(value)
 
 
 def _get(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..moments import Gaussian
+from ..moments import Gaussian, Points, Source
 from ..ops import Layout, draw_key, drop_weight
-from ..scope import in_scope, scope_shape, settle
+from ..scope import in_scope, scope_shapes, settle
 from .product import Product
 from .state import NotGrouped, SiteState
 
@@ -62,8 +62,40 @@ def product_forward(
     if mode == "gaussian":
         return ops.gaussian_sample(mean, variance)
     if state.settled or in_scope():
-        return Gaussian.of(mean, variance, state.site, state.draws)
+        points = _points(product, module, x, weight, bias, mean)
+        shared = state.unit in ("input", "tensor")
+        return Gaussian.of(Source(mean, variance, state.site, state.draws, points, shared))
     return mean
+
+
+def _points(
+    product: Product,
+    module: nn.Module | None,
+    x: Tensor,
+    weight: Factor,
+    bias: Factor | None,
+    mean: Tensor,
+) -> Points | None:
+    """Where one mask entry multiplies the whole pre-activation: its value if kept, and if dropped, each
+    with its probability."""
+    state = weight.state
+    assert state is not None
+    if state.unit not in ("output", "tensor"):
+        return None
+    moving = _moving(weight)
+    moving_bias = None if bias is None or bias.state is None else _moving(bias)
+    part = product.run(module, x, moving, moving_bias)
+    scale = state.law_for(weight.raw).scale
+    never = scale == 0  # p = 1: the mean is that of dropped weights
+    kept = torch.where(never, mean, mean + (scale - 1) * part).to(mean.dtype)
+    dropped = torch.where(never, mean, mean - part).to(mean.dtype)
+    probability = torch.where(never, 0, 1 / scale)
+    return (kept, probability), (dropped, 1 - probability)
+
+
+def _moving(factor: Factor) -> Tensor:
+    """What a mask multiplies."""
+    return factor.raw if factor.anchor is None else factor.raw - factor.anchor
 
 
 def _moments(
@@ -129,13 +161,15 @@ def _example_dim(product: Product, x: Tensor, state: SiteState) -> int | None:
             f"which has shape {tuple(x.shape)}: no such dimension comes before the features. Give it "
             "a batch, or set example_dim"
         )
-    outer = None if torch.compiler.is_compiling() else scope_shape()
+    outer = () if torch.compiler.is_compiling() else scope_shapes()
     # Batch first outside and second inside is right; so is the same place in both.
-    if outer and x.shape[dim] not in (outer[0], *outer[dim : dim + 1]):
+    sizes = {size for shape in outer for size in (*shape[:1], *shape[dim : dim + 1])}
+    if sizes and x.shape[dim] not in sizes:
         raise RuntimeError(
             f"{state.site}: sampling='example' takes dimension {wanted} of its input for the examples; "
             f"it has size {x.shape[dim]} (shape {tuple(x.shape)}), but the model's input has shape "
-            f"{outer}. Set example_dim ('all': a mask for every row), or exclude this site"
+            f"{', '.join(map(str, outer))}. Set example_dim ('all': a mask for every row), or exclude "
+            "this site"
         )
     return dim
 

@@ -12,6 +12,6 @@ Attention and pooling see the mean, as in `inference="mean"`.
 """
 
 from . import functions
-from .gaussian import Gaussian
+from .gaussian import Gaussian, Points, Source
 
-__all__ = ["Gaussian", "functions"]
+__all__ = ["Gaussian", "Points", "Source", "functions"]

@@ -24,7 +24,8 @@ CASTS = _names(
 VIEWS = _names(
     "view reshape flatten unflatten transpose permute squeeze unsqueeze t swapaxes swapdims movedim "
     "moveaxis getitem select narrow slice chunk split split_with_sizes tensor_split unbind expand "
-    "T mT H data real view_as reshape_as expand_as adjoint unsafe_chunk unsafe_split _unsafe_view "
+    "T mT H data real flip fliplr flipud roll repeat tile repeat_interleave index_select take "
+    "gather view_as reshape_as expand_as adjoint unsafe_chunk unsafe_split _unsafe_view "
     "broadcast_to"
 )
 """Rearrange elements, each of which keeps its distribution."""
@@ -61,7 +62,9 @@ PARTIAL = _names(
 """Not defined on the whole line, or with poles: no expectation over a Gaussian, but perhaps over a
 function of one, as in `log(1 + exp(u))`."""
 
-JOINT = _names("softmax _softmax log_softmax _log_softmax softmin _safe_softmax")
+JOINT = _names(
+    "softmax _softmax log_softmax _log_softmax softmin _safe_softmax logsumexp gumbel_softmax"
+)
 """Activations of several elements together: only draws can pass them."""
 
 DROPOUTS = _names(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..scope import settle
 from . import elementwise
-from .gaussian import Apply, Gaussian
+from .gaussian import Apply, Gaussian, Source
 from .pointwise import leaves_domain, pointwise
 
 
@@ -21,8 +22,12 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
     name = _name_of(func)
     values = [value for value in (*args, *kwargs.values()) if isinstance(value, Gaussian)]
-    if not values or kwargs.get("out") is not None:  # inside a list, as `torch.cat` takes them
+    if name in ("cat", "concat", "concatenate", "stack") and kwargs.get("out") is None:
+        return _joined(func, args, kwargs)
+    if not values or kwargs.get("out") is not None:  # inside a list
         return func(*settle(args), **settle(kwargs))
+    if name in ("max", "min") and len(args) == 2 and not isinstance(args[1], int):
+        name = f"{name}imum"
     if _writes(name, kwargs):
         return _in_place(func, name, args, kwargs)
     if args and isinstance(args[0], Gaussian):
@@ -32,6 +37,27 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name in _ELEMENTWISE and not leaves_domain(name, args):
         return pointwise(func, name, values, args, kwargs)
     return func(*settle(args), **settle(kwargs))
+
+
+def _joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`torch.cat` and `torch.stack`: of Gaussians and plain tensors, one of their moments. Parts of one
+    pre-activation are not independent in it, which is forgotten."""
+    parts = kwargs.get("tensors", args[0] if args else ())
+    found = [part for part in parts if isinstance(part, Gaussian)]
+    if any(part.normal is None for part in found):
+        return func(*settle(args), **settle(kwargs))
+    rest = {k: v for k, v in kwargs.items() if k != "tensors"}
+    means = func([settle(part) for part in parts], *args[1:], **rest)
+    variances = func([_variance(part) for part in parts], *args[1:], **rest)
+    source = found[0].source
+    return Gaussian.of(Source(means, variances, source.site, source.draws, None, True))
+
+
+def _variance(part: Any) -> Tensor:
+    if isinstance(part, Gaussian):
+        assert part.normal is not None
+        return part.normal[1]
+    return torch.zeros_like(part)
 
 
 _ELEMENTWISE = (
@@ -65,7 +91,8 @@ def _name_of(func: Any) -> str:
     """`mul` of `torch.mul`, `Tensor.__rmul__` is `rmul`, `gelu` of `aten.gelu.default`."""
     schema = getattr(func, "_schema", None)
     name = str(func.__name__) if schema is None else str(schema.name).rpartition("::")[2]
-    return name[2:-2] if name.startswith("__") else name
+    name = name[2:-2] if name.startswith("__") else name
+    return {"_threshold": "threshold"}.get(name, name)
 
 
 def _writes(name: str, kwargs: dict[str, Any]) -> bool:
@@ -87,7 +114,8 @@ def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     value = dispatch(twin, args, pure) if name in ("add_", "sub_") else None
     written = func(*settle(args), **settle(kwargs))
     if isinstance(value, Gaussian) and value.normal is not None:
-        return Gaussian.of(written, value.normal[1], value.source.site, value.source.draws)
+        source = value.source
+        return Gaussian.of(Source(written, value.normal[1], source.site, source.draws))
     return written
 
 
@@ -140,7 +168,9 @@ def _mapped(
 def _rearrange(
     func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    return value.rearranged(lambda t: func(t, *settle(args[1:]), **settle(kwargs)))
+    rest, named = settle(args[1:]), settle(kwargs)
+    key = (name, rest, tuple(named.items()))
+    return value.rearranged(lambda t: func(t, *rest, **named), key)
 
 
 _BATCH_NORM = (
@@ -213,7 +243,7 @@ def _glu(
     func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
-    one, other = value.rearranged(lambda t: t.chunk(2, dim))
+    one, other = value.rearranged(lambda t: t.chunk(2, dim), ("chunk", (2, dim), ()))
     return one * torch.sigmoid(other)
 
 
@@ -247,8 +277,9 @@ def _whole(func: Any, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, 
     if value.source.draws is None:
         return func(*settle(args), **settle(kwargs))
     before, rest, named = value.apply, settle(args[1:]), settle(kwargs)
+    source = dataclasses.replace(value.source, points=None)  # these are of each element alone
     # Draws one at a time, since the function may look along the first dimension.
-    return Gaussian(value.source, lambda u: func(before(u), *rest, **named), captures=True)
+    return Gaussian(source, lambda u: func(before(u), *rest, **named), captures=True)
 
 
 _SPECIAL: dict[str, _Handler] = {

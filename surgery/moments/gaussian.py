@@ -13,8 +13,10 @@ from torch import Tensor
 from .. import ops
 from ..scope import Deferred
 from .elementwise import VIEWS
+from .pieces import Piece, disjoint
 
 Apply = Callable[[Tensor], Tensor]
+Points = tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclasses.dataclass(eq=False)
@@ -27,9 +29,43 @@ class Source:
     draws: int | None
     """Z, if expectations are estimated by that many draws."""
 
+    points: Points | None = None
+    """The values that an element can have, each with its probability, if they are few: where one mask
+    entry multiplies the whole pre-activation."""
+
+    shared: bool = False
+    """Whether elements share mask entries: then parts of it are not independent."""
+
+    root: Source | None = None
+    """What this is a view of."""
+
+    piece: Piece = ()
+    """Which part of the root it is."""
+
+    views: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    """Views of this one, so that the same view twice is the same source."""
+
+    def is_independent_of(self, other: Source) -> bool:
+        """Whether no mask entry is behind both."""
+        if (self.root or self) is not (other.root or other):
+            return True
+        return not self.shared and disjoint(self.piece, other.piece)
+
 
 def _same(u: Tensor) -> Tensor:
     return u
+
+
+def _hashable(key: Any) -> Any:
+    """The same key for the same view, as slices are no keys of a dict; None if it cannot be one."""
+    if isinstance(key, slice):
+        return ("slice", key.start, key.stop, key.step)
+    if isinstance(key, (tuple, list)):
+        parts = [_hashable(part) for part in key]
+        return None if any(part is None for part in parts) else tuple(parts)
+    if key is None:
+        return "None"
+    return key if isinstance(key, (str, int, float, type(Ellipsis), torch.dtype)) else None
 
 
 class Gaussian(Deferred):
@@ -54,17 +90,24 @@ class Gaussian(Deferred):
         """The expectation, if there is a better way to it than through `apply`."""
         self.captures = captures
         """Whether `apply` holds tensors of the shape of its argument, or looks at dimensions."""
+        self.base: Gaussian | None = None
+        """What this is a view of."""
+        self.overwritten = False
+        """Whether something was written into a view of it."""
 
     @classmethod
-    def of(cls, mean: Tensor, variance: Tensor, site: str, draws: int | None) -> Gaussian:
-        """A fresh Gaussian, independent of all others."""
-        return cls(Source(mean, variance, site, draws), normal=(mean, variance))
+    def of(cls, source: Source) -> Gaussian:
+        """The Gaussian itself."""
+        return cls(source, normal=(source.mean, source.variance))
 
     def expectation(self) -> Tensor:
         """The mean of the value; of what is no floating-point number, the value at the mean."""
         source = self.source
+        self.check()
         if self.normal is not None:
             return self.normal[0]
+        if source.points is not None:
+            return self._by_points(source.points)
         if source.draws is None and self.closed is not None:
             return self.closed()
         like = self.at_mean()
@@ -78,6 +121,23 @@ class Gaussian(Deferred):
         """The value at the mean of the source: a tensor of the same form."""
         return self.apply(self.source.mean) if self.normal is None else self.normal[0]
 
+    def check(self) -> None:
+        """Raise if the value is not known any more."""
+        if self.overwritten:
+            raise RuntimeError(
+                f"{self.source.site}: inference='moments' cannot follow a write into a view of what "
+                "this site returned (`u[:, :4].relu_()`); write `u = torch.cat([...])`, use a function "
+                "that does not write in place, or give this site inference='mean'"
+            )
+
+    def _by_points(self, points: Points) -> Tensor:
+        like = self.at_mean()
+        if not like.is_floating_point():
+            return like
+        total = sum(self.apply(value) * probability for value, probability in points)
+        assert isinstance(total, Tensor)
+        return total.to(like.dtype)
+
     def _by_draws(self, count: int) -> Tensor:
         mean, variance = self.source.mean, self.source.variance
         if not self.captures:
@@ -87,24 +147,56 @@ class Gaussian(Deferred):
             total = total + self.apply(ops.gaussian_sample(mean, variance))
         return total / count
 
-    def rearranged(self, function: Callable[[Tensor], Any]) -> Any:
-        """A view: of a Gaussian, new ones; of a function of one, that of its expectation."""
+    def rearranged(self, function: Callable[[Tensor], Any], key: Any = None) -> Any:
+        """A view: of a Gaussian, new ones; of a function of one, that of its expectation.
+
+        `key` names the view, if it can be named: the same one again is then the same source.
+        """
+        self.check()
         if self.normal is None:
             return function(self.expectation())
-        source, (mean, variance) = self.source, self.normal
-        means, variances = function(mean), function(variance)
+        place = _hashable(key) if self.apply is _same else None
+        found = None if place is None else self.source.views.get(place)
+        if found is None:
+            found = self._views(function, key)
+            if place is not None:
+                self.source.views[place] = found
+        return self._view(found) if isinstance(found, Source) else tuple(map(self._view, found))
+
+    def _view(self, source: Source) -> Gaussian:
+        view = Gaussian.of(source)
+        view.base = self
+        return view
+
+    def _views(self, function: Callable[[Tensor], Any], key: Any) -> Any:
+        assert self.normal is not None
+        source, whole = self.source, self.normal[0].shape
+        points = [(function(self.apply(value)), one) for value, one in source.points or ()]
+        means, variances = (function(one) for one in self.normal)
+
+        def part(mean: Tensor, variance: Tensor, values: list[Tensor], index: int | None) -> Source:
+            new = tuple((value, one) for value, (_, one) in zip(values, points)) or None
+            piece = (*source.piece, (key, index, whole))
+            root = source.root or source
+            return Source(
+                mean, variance, source.site, source.draws, new, source.shared, root, piece
+            )
+
         if isinstance(means, Tensor):
-            return Gaussian.of(means, variances, source.site, source.draws)
-        return tuple(
-            Gaussian.of(one, other, source.site, source.draws)
-            for one, other in zip(means, variances)
-        )
+            return part(means, variances, [value for value, _ in points], None)
+        return [
+            part(mean, variance, [value[i] for value, _ in points], i)
+            for i, (mean, variance) in enumerate(zip(means, variances))
+        ]
 
     def become(self, value: Any) -> Gaussian:
         """Take another value, as functions that write into their argument do."""
+        base = self.base
+        while base is not None:
+            base.overwritten, base = True, base.base
         if not isinstance(value, Gaussian):
             source = self.source
-            value = Gaussian.of(value, torch.zeros_like(value), source.site, source.draws)
+            value = Gaussian.of(Source(value, torch.zeros_like(value), source.site, source.draws))
         self.source, self.apply, self.normal = value.source, value.apply, value.normal
         self.closed, self.captures = value.closed, value.captures
         return self
@@ -117,7 +209,7 @@ class Gaussian(Deferred):
         if callable(member):
             return functools.partial(_call, member, self)
         if name in VIEWS:
-            return self.rearranged(lambda t: getattr(t, name))
+            return self.rearranged(lambda t: getattr(t, name), name)
         return getattr(self.at_mean(), name)
 
     @classmethod

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..scope import settle
 from . import elementwise
-from .gaussian import Gaussian
+from .gaussian import Gaussian, Source
 
 
 def leaves_domain(name: str, args: tuple[Any, ...]) -> bool:
@@ -35,11 +36,16 @@ def pointwise(
     if any(value.source is not values[0].source for value in values):
         return _independent(func, name, values, args, kwargs)
     value = values[0]
+    value.check()
+    # What they are now: a value may become another one, in place, before the function is applied.
+    given = [_bound(arg) for arg in args]
+    named = {k: _bound(arg) for k, arg in kwargs.items()}
 
     def function(u: Tensor) -> Tensor:
-        given = [arg.apply(u) if isinstance(arg, Gaussian) else arg for arg in args]
-        named = {k: v.apply(u) if isinstance(v, Gaussian) else v for k, v in kwargs.items()}
-        result: Tensor = func(*given, **named)
+        result: Tensor = func(
+            *(arg(u) if late else arg for late, arg in given),
+            **{k: v(u) if late else v for k, (late, v) in named.items()},
+        )
         return result
 
     others = (*args, *kwargs.values())
@@ -48,6 +54,11 @@ def pointwise(
     normal = _affine(func, name, args, kwargs)
     closed = _closed(func, name, args, kwargs) if len(values) == 1 else None
     return Gaussian(value.source, function, normal, closed, captures)
+
+
+def _bound(arg: Any) -> tuple[bool, Any]:
+    """Whether an argument depends on the source, and how; or what it is."""
+    return (True, arg.apply) if isinstance(arg, Gaussian) else (False, arg)
 
 
 def _affine(
@@ -83,7 +94,7 @@ def _closed(
     """The expectation of a function of one value, without composing it: of an activation right after
     a Gaussian, some of which have a closed form, and of what is linear in that."""
     value = next((arg for arg in args if isinstance(arg, Gaussian)), None)
-    if value is None or name in elementwise.COMPARISONS:
+    if value is None or name in elementwise.COMPARISONS or value.source.points is not None:
         return None
     before = value.closed
     if before is not None and not kwargs and _is_linear(name, args):
@@ -107,7 +118,10 @@ def _independent(
     func: Any, name: str, values: list[Gaussian], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """A function of values of several sources. Sums of Gaussians are Gaussian; the expectation of
-    another sum or of a product is that of the expectations."""
+    another sum or of a product is that of the expectations. Different views of one pre-activation are
+    not independent: of them, the values at the mean."""
+    if not all(one.source.is_independent_of(two.source) for one, two in combinations(values, 2)):
+        return func(*_at_means(args), **dict(zip(kwargs, _at_means(kwargs.values()))))
     normals = [value.normal for value in values if value.normal is not None]
     result = func(*settle(args), **settle(kwargs))
     if name not in elementwise.ADDS or kwargs or len(args) != 2 or len(normals) != 2:
@@ -115,4 +129,8 @@ def _independent(
     variance = normals[0][1] + normals[1][1]
     source = values[0].source
     site = f"{source.site} and {values[1].source.site}"
-    return Gaussian.of(result, variance, site, source.draws)
+    return Gaussian.of(Source(result, variance, site, source.draws))
+
+
+def _at_means(args: Iterable[Any]) -> list[Any]:
+    return [arg.at_mean() if isinstance(arg, Gaussian) else arg for arg in args]

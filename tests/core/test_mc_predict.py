@@ -14,6 +14,7 @@ from surgery import (
     NotOperatedError,
     SurgeryError,
     apply_dropconnect,
+    hold_masks,
     mc_predict,
     set_inference,
 )
@@ -50,7 +51,7 @@ def test_against_stacked_outputs(sampling: str, batch_size: int) -> None:
     model, x = Stack(classifier(sampling=sampling)), torch.randn(5, 6)
     found = mc_predict(model, x, samples=9, batch_size=batch_size)
     outputs = model.samples(5)
-    assert len(model.seen) == {1: 9, 12: 5, 256: 1}[batch_size]
+    assert len(model.seen) == {1: 9, 12: 5, 256: 2}[batch_size]
     assert outputs.shape == (9, 5, 4)
     p = outputs.softmax(-1)
     entropy = -(p.mean(0) * p.mean(0).log()).sum(-1)
@@ -108,7 +109,7 @@ def test_convolutions_with_channel_masks_run_together() -> None:
     apply_dropconnect(model, [nn.Conv1d, nn.Linear], p=P, unit="output", bias=True)
     stack = Stack(model)
     mc_predict(stack, torch.randn(1, 4, 7).expand(3, 4, 7), samples=8)
-    assert len(stack.seen) == 1
+    assert len(stack.seen) == 2
     outputs = stack.samples(3)
     torch.testing.assert_close(outputs, outputs[:, :1].expand_as(outputs))
 
@@ -256,7 +257,7 @@ class Small(nn.Module):
 def test_halves_when_memory_runs_out() -> None:
     model = apply_dropconnect(Small(12), "fc", p=P)
     assert mc_predict(model, torch.randn(5, 6), 9, batch_size=40).samples == 9
-    assert model.tried == [40, 20, 10, 10, 10, 10, 5]
+    assert model.tried == [5, 40, 20, 10, 10, 10, 10]
     model.limit = 4
     with pytest.raises(torch.OutOfMemoryError, match="too many rows"):
         mc_predict(model, torch.randn(5, 6), 9)
@@ -304,3 +305,47 @@ def test_does_not_depend_on_the_mode_of_the_model() -> None:
     with set_inference(model, "moments"):
         first = mc_predict(model, x, 4, seed=3)
     assert torch.equal(first.mean, mc_predict(model.train(), x, 4, seed=3).mean)
+
+
+class TimeFirst(nn.Module):
+    """Its site sees time first; as much time as several batches have rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = torch.tanh(self.fc(x.transpose(0, 1))).transpose(0, 1)
+        return self.head(u).mean(1)
+
+
+def test_a_dimension_that_has_the_size_of_the_batch_by_chance() -> None:
+    model, x = apply_dropconnect(TimeFirst(), "fc", p=0.5), torch.randn(2, 16, 6)
+    alone = mc_predict(model, x, 400, seed=0, batch_size=1)
+    together = mc_predict(model, x, 400, seed=0, batch_size=16)
+    ratio = together.variance / alone.variance
+    assert (ratio - 1).abs().max() < 5 * math.sqrt(2 * 2 / 400)
+
+
+def test_falls_back_to_one_by_one_where_sizes_are_fixed() -> None:
+    inner = apply_dropconnect(nn.Sequential(nn.Linear(6, 2)), "0", p=P)
+    seen = []
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor, extra: list[Tensor]) -> Tensor:
+            seen.append(len(x))
+            return self.inner(x) + extra[0]
+
+    found = mc_predict(Outer(), (torch.randn(3, 6), [torch.ones(3, 1)]), 5)
+    assert found.mean.shape == (3, 2)
+    assert seen == [3, 12, 3, 3, 3, 3]
+
+
+def test_held_masks_are_refused() -> None:
+    model = classifier()
+    with hold_masks(model), pytest.raises(RuntimeError, match="masks are held, so every sample"):
+        mc_predict(model, torch.randn(3, 6))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery import apply_dropconnect, set_inference
+from surgery import apply_dropconnect, mc_predict, set_inference
 from surgery.moments import elementwise
 
 P = 0.3
@@ -257,3 +258,93 @@ def test_layer_norm_of_what_has_no_variance_is_the_norm() -> None:
     apply_dropconnect(model, "0", p=P, inference="moments")
     torch.testing.assert_close(model(x), expected)
     assert not torch.allclose(plain, expected)
+
+
+class Around(nn.Module):
+    """A site whose output goes through a function."""
+
+    def __init__(self, then: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.site, self.then = nn.Linear(32, 32), then
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(self.site(x))
+
+
+def _relative_errors(
+    then: Callable[[Tensor], Tensor], **options: Any
+) -> tuple[float, float, float]:
+    """Of moments, of mean inference, and the standard error of 8000 draws."""
+    model, x = Around(then).double().eval(), torch.randn(8, 32, dtype=torch.float64)
+    options = {"p": 0.5, "sampling": "example", "bias": True, **options}
+    apply_dropconnect(model, "site", inference="moments", **options)
+    with torch.no_grad():
+        found = model(x)
+        with set_inference(model, "mean"):
+            plain = model(x)
+    truth = mc_predict(model, x, 8000, class_dim=None, batch_size=8000)
+    noise = (truth.variance / truth.samples).sqrt().norm()
+    errors = ((found - truth.mean).norm(), (plain - truth.mean).norm(), noise)
+    moments, mean, standard = (float(error / truth.mean.norm()) for error in errors)
+    return moments, mean, standard
+
+
+@pytest.mark.parametrize("unit", ["output", "tensor"])
+@pytest.mark.parametrize("act", [torch.relu, torch.tanh, lambda u: torch.relu(u + 1) ** 2])
+def test_two_values_are_no_gaussian(unit: str, act: Callable[[Tensor], Tensor]) -> None:
+    """One mask entry for the whole pre-activation: both values are looked at, which is exact."""
+    moments, _, noise = _relative_errors(act, unit=unit)
+    assert moments < 2 * noise
+
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "chunks": lambda u: nn.functional.silu(u.chunk(2, -1)[0]) * u.chunk(2, -1)[1],
+    "halves": lambda u: nn.functional.silu(u[..., :16]) * u[..., 16:],
+    "every-other": lambda u: nn.functional.silu(u[:, ::2]) * u[:, 1::2],
+    "same-half": lambda u: torch.sigmoid(u[:, :16]) * u[:, :16],
+    "cat": lambda u: torch.relu(torch.cat([u, -u], -1)),
+    "maximum": lambda u: torch.max(u, torch.tensor(0.3)),
+    "in-place": lambda u: torch.relu_(u).view(8, 32) ** 2,
+}
+
+
+@pytest.mark.parametrize("then", GATES.values(), ids=GATES)
+def test_views_of_one_pre_activation(then: Callable[[Tensor], Tensor]) -> None:
+    if then is GATES["in-place"]:
+        x = torch.randn(8, 32)
+        model = apply_dropconnect(Around(then).eval(), "site", p=0.5, inference="moments")
+        assert (model(x) >= 0).all()
+        return
+    moments, mean, noise = _relative_errors(then)
+    assert moments < 2.5 * noise < mean
+
+
+@pytest.mark.parametrize("unit", ["input", "tensor"])
+def test_a_gate_whose_halves_share_a_mask_is_as_in_mean_inference(unit: str) -> None:
+    moments, mean, _ = _relative_errors(GATES["chunks"], unit=unit)
+    assert moments == pytest.approx(mean)
+
+
+def test_overlapping_views_are_as_in_mean_inference() -> None:
+    moments, mean, _ = _relative_errors(lambda u: u.unsqueeze(1).squeeze(1) * torch.sigmoid(u))
+    assert moments == pytest.approx(mean)
+
+
+def test_a_write_into_a_view_is_refused() -> None:
+    def then(u: Tensor) -> Tensor:
+        u[:, :4].relu_()
+        return u
+
+    model = apply_dropconnect(Around(then).eval(), "site", inference="moments")
+    with pytest.raises(RuntimeError, match=r"site\.weight: .* cannot follow a write into a view"):
+        model(torch.randn(2, 32))
+
+
+def test_an_activation_around_a_traced_graph() -> None:
+    x = torch.randn(2, 32)
+    inner = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(32, 8)))
+    graph, plain = nn.Sequential(inner, nn.ReLU()), nn.Sequential(nn.Linear(32, 8), nn.ReLU())
+    plain[0].load_state_dict({name[2:]: value for name, value in inner.state_dict().items()})
+    for model in (graph, plain):
+        apply_dropconnect(model.eval(), "*", p=P, inference="moments")
+    assert torch.equal(graph(x), plain(x))

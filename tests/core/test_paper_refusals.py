@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery import SurgeryError, apply_dropconnect, set_inference
+from surgery import SurgeryError, apply_dropconnect, hold_masks, set_inference
 
 from .helpers import Snapshot
 
@@ -173,3 +173,28 @@ def test_moments_without_a_forward_to_follow() -> None:
     with pytest.raises(SurgeryError, match=message):
         set_inference(model, "moments")
     assert Snapshot(model) == before
+
+
+def test_noise_cannot_be_held() -> None:
+    model = apply_dropconnect(nn.Sequential(nn.Linear(4, 3)), "0", sampling="gaussian")
+    message = (
+        r"0\.weight: sampling='gaussian' draws noise, which has no mask to hold; use sampling="
+    )
+    with pytest.raises(SurgeryError, match=message), hold_masks(model):
+        pass
+
+
+class Attends(nn.Module):
+    """Its first input has no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, positions: Tensor, x: Tensor) -> Tensor:
+        return self.fc(x) + positions.sum()
+
+
+def test_the_batch_may_be_that_of_any_input() -> None:
+    model = apply_dropconnect(Attends(), "fc", sampling="example")
+    assert model(torch.ones(1, 5), torch.randn(3, 5, 6)).shape == (3, 5, 4)

@@ -200,3 +200,14 @@ def test_training_is_not_touched(x: Tensor, keys: list[Tensor]) -> None:
         keys.clear()
         model(x)
         assert len(keys) == 3
+
+
+def test_one_context_manager_entered_twice() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(3, 8)
+    apply_dropconnect(model, "0")
+    plain = model(x)
+    sampling = set_inference(model, "sample")
+    for _ in range(2):
+        with sampling:
+            assert not torch.equal(model(x), plain)
+        assert torch.equal(model(x), plain)
