@@ -136,6 +136,7 @@ class _DropWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         weight: Tensor,
         anchor: Tensor | None,
         key: Tensor,
@@ -143,23 +144,45 @@ class _DropWeight(torch.autograd.Function):
         scale: Tensor,
         layout: Layout,
     ) -> Tensor:
-        used = _evaluate(weight.detach(), anchor, key, threshold, scale, layout)
-        if weight.is_contiguous():
-            return used
-        return torch.empty_like(weight).copy_(used)  # channels-last weights stay channels-last
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        # Attributes, not `save_for_backward`: held masks are passed by several backward calls, and
-        # activation checkpointing counts saved tensors.
-        _, _, ctx.key, ctx.threshold, ctx.scale, ctx.layout = inputs
+        # No `setup_context`: with it torch binds the arguments to the signature at every call, which
+        # takes longer than a small mask. Attributes, not `save_for_backward`: held masks are passed by
+        # several backward calls, and activation checkpointing counts saved tensors.
+        ctx.key, ctx.threshold, ctx.scale, ctx.layout = key, threshold, scale, layout
+        return _masked(weight, anchor, key, threshold, scale, layout)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad = _DropWeight.apply(  # type: ignore[no-untyped-call]
-            grads[0], None, ctx.key, ctx.threshold, ctx.scale, ctx.layout
-        )
+        grad = _drop(grads[0], None, ctx.key, ctx.threshold, ctx.scale, ctx.layout)
         return grad, None, None, None, None, None
+
+
+def _drop(
+    weight: Tensor,
+    anchor: Tensor | None,
+    key: Tensor,
+    threshold: Tensor,
+    scale: Tensor,
+    layout: Layout,
+) -> Tensor:
+    """The masked weight, part of the graph of autograd if that is being recorded."""
+    args = (weight, anchor, key, threshold, scale, layout)
+    if not torch.is_grad_enabled() or not weight.requires_grad:
+        return _masked(*args)
+    used: Tensor = _DropWeight.apply(*args)  # type: ignore[no-untyped-call]
+    return used
+
+
+def _masked(
+    weight: Tensor,
+    anchor: Tensor | None,
+    key: Tensor,
+    threshold: Tensor,
+    scale: Tensor,
+    layout: Layout,
+) -> Tensor:
+    """The masked weight, with the strides of the weight: channels-last stays channels-last."""
+    used = _evaluate(weight.detach(), anchor, key, threshold, scale, layout)
+    return used if weight.is_contiguous() else torch.empty_like(weight).copy_(used)
 
 
 def _evaluate(
@@ -245,7 +268,4 @@ def drop_weight(
         return _recomputed_in_graph(weight, anchor, key, law, layout)
     if is_traced():
         return _evaluate(weight, anchor, key, law.threshold, law.scale, layout)
-    used: Tensor = _DropWeight.apply(  # type: ignore[no-untyped-call]
-        weight, anchor, key, law.threshold, law.scale, layout
-    )
-    return used
+    return _drop(weight, anchor, key, law.threshold, law.scale, layout)
