@@ -48,10 +48,8 @@ class set_inference:
     ) -> None:
         self._model = unwrapped(model)
         states = states_named(model, targets)
-        for state in states:
-            state.config.replace(
-                inference=mode, samples=samples
-            )  # raises if they do not go together
+        for state in states:  # raises if they do not go together
+            state.config.replace(inference=mode, samples=samples)
         if mode == "moments":
             _check_products(states)
             _check_followed(self._model, states)
@@ -77,12 +75,11 @@ class set_inference:
 
 
 def _check_followed(model: nn.Module, states: list[SiteState]) -> None:
-    catalogue = Catalogue(model)
-    owners = [(place.state.site, place.owner) for place in places(model) if place.state in states]
-    for site, owner in owners:
-        problem = not_followed(catalogue, owner)
+    catalogue, named = Catalogue(model), set(map(id, states))
+    for place in places(model):
+        problem = not_followed(catalogue, place.owner) if id(place.state) in named else None
         if problem is not None:
-            raise SurgeryError(f"{site}: {problem}. The model is unchanged")
+            raise SurgeryError(f"{place.state.site}: {problem}. The model is unchanged")
 
 
 def _check_products(states: list[SiteState]) -> None:

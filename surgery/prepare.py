@@ -18,7 +18,6 @@ from .modules.places import plain_parameters, states_of
 from .modules.reads import reads
 from .modules.state import SiteState
 from .plan import Plan, Site, join
-from .plugins import load_plugins
 from .refusals import not_followed, why_not
 from .scope import needs_scope
 from .select import Choice, select
@@ -65,7 +64,6 @@ def prepare(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module; got {type(model).__name__}")
-    load_plugins()
     catalogue = Catalogue(model)
     choices, excluded = select(catalogue, targets, exclude, config)
     known = Known(targets if isinstance(targets, Plan) else None, seen)

@@ -266,11 +266,11 @@ def reapplied(model: nn.Module) -> Iterator[None]:
 
 def rescope(model: nn.Module) -> None:
     """Let exactly those modules follow their forward whose sites need it now."""
-    catalogue = Catalogue(model)
+    owners = [place.owner for place in places(model) if needs_scope(place.state.config)]
     wanted: dict[int, nn.Module] = {}
-    for place in places(model):
-        if needs_scope(place.state.config):
-            wanted.update((id(module), module) for module in catalogue.enclosing(place.owner))
+    if owners:
+        catalogue = Catalogue(model)
+        wanted = {id(one): one for owner in owners for one in catalogue.enclosing(owner)}
     todo = [Change(module, scope=True) for module in wanted.values() if not _has_scope(module)]
     for change, cls in [(change, _new_class(change)) for change in todo]:
         _swap(change, cls, {})

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from surgery.modules import node, operated, products
+from surgery.modules import node, operated, paper_modes
 
 
 def has_compiler() -> bool:
@@ -97,6 +97,6 @@ def keys(monkeypatch) -> list[Tensor]:
         return drawn[-1]
 
     monkeypatch.setattr(operated, "draw_key", spy)
-    monkeypatch.setattr(products, "draw_key", spy)
+    monkeypatch.setattr(paper_modes, "draw_key", spy)
     monkeypatch.setattr(node, "draw_key", spy)
     return drawn

@@ -19,6 +19,7 @@ from surgery.modules.places import states_of
 from surgery.plan import join
 
 from .insert import NAME, finish, node_module
+from .uses import AtNode
 
 _FIX = (
     "undo that edit of the graph, or load plain_state_dict(model) into a graph that is traced anew"
@@ -31,17 +32,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class _Called:
+class _Called(AtNode):
     """A node that calls a DropConnect module."""
 
-    graph_module: fx.GraphModule
-    node: fx.Node
     module: DropConnect
-
-    @property
-    def path(self) -> str:
-        """Dotted name of the owner in the graph's module."""
-        return str(self.node.target).rpartition(".")[0]
 
     @property
     def raw(self) -> object:

@@ -21,19 +21,25 @@ _SAME = CASTING | {"alias", "clone", "contiguous", "detach", "identity", "lift_f
 
 
 @dataclass(frozen=True)
-class Read:
-    """One `get_attr` node that reads a parameter."""
+class AtNode:
+    """A node of one graph, whose target lies in the owner of a parameter."""
 
     graph_module: fx.GraphModule
     node: fx.Node
-    owner: nn.Module
-    name: str
-    """Plain name of the parameter in its owner."""
 
     @property
     def path(self) -> str:
         """Dotted name of the owner in the graph's module."""
         return str(self.node.target).rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Read(AtNode):
+    """One `get_attr` node that reads a parameter."""
+
+    owner: nn.Module
+    name: str
+    """Plain name of the parameter in its owner."""
 
 
 @dataclass(frozen=True)

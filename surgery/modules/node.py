@@ -17,7 +17,7 @@ from ..ops import draw_key
 from ..recompute import address_of, recompute_masked_weights
 from ..scope import in_scope, settle
 from .masking import check_anchor, masked_weight
-from .products import Factor, product_forward
+from .paper_modes import Factor, product_forward
 from .state import SiteState
 
 Slot = int | str

@@ -23,7 +23,7 @@ from ..plugins import load_plugins
 from ..recompute import Recipe, address_of, recompute_masked_weights
 from ..scope import run_in_scope
 from .masking import check_anchor, is_sharded, masked_weight
-from .products import Factor, product_forward
+from .paper_modes import Factor, product_forward
 from .state import SiteState, raw_name
 
 WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel")

@@ -106,16 +106,19 @@ class Gaussian(Deferred):
         self.check()
         if self.normal is not None:
             return self.normal[0]
-        if source.points is not None:
-            return self._by_points(source.points)
         if source.draws is None and self.closed is not None:
             return self.closed()
         like = self.at_mean()
         if not like.is_floating_point():
             return like
-        if source.draws is not None:
-            return self._by_draws(source.draws).to(like.dtype)
-        return ops.expectation(self.apply, source.mean, source.variance).to(like.dtype)
+        if source.points is not None:
+            found = sum(self.apply(value) * probability for value, probability in source.points)
+            assert isinstance(found, Tensor)
+        elif source.draws is not None:
+            found = self._by_draws(source.draws)
+        else:
+            found = ops.expectation(self.apply, source.mean, source.variance)
+        return found.to(like.dtype)
 
     def at_mean(self) -> Tensor:
         """The value at the mean of the source: a tensor of the same form."""
@@ -129,14 +132,6 @@ class Gaussian(Deferred):
                 "this site returned (`u[:, :4].relu_()`); write `u = torch.cat([...])`, use a function "
                 "that does not write in place, or give this site inference='mean'"
             )
-
-    def _by_points(self, points: Points) -> Tensor:
-        like = self.at_mean()
-        if not like.is_floating_point():
-            return like
-        total = sum(self.apply(value) * probability for value, probability in points)
-        assert isinstance(total, Tensor)
-        return total.to(like.dtype)
 
     def _by_draws(self, count: int) -> Tensor:
         mean, variance = self.source.mean, self.source.variance

@@ -30,13 +30,13 @@ def _apart(one: Any, other: Any, shape: tuple[int, ...]) -> bool:
     first, second = _index(one), _index(other)
     if len(first) != len(second):
         return False
-    for place, (left, right) in enumerate(zip(first, second)):
-        if left is Ellipsis and right is Ellipsis and place == 0:
-            shape = shape[len(shape) - len(first) + 1 :]
-            shape = (1, *shape)
-        elif not isinstance(left, (int, slice)) or not isinstance(right, (int, slice)):
+    if first and first[0] is Ellipsis and second[0] is Ellipsis:
+        first, second = first[1:], second[1:]
+        shape = shape[len(shape) - len(first) :]
+    for left, right, size in zip(first, second, shape):
+        if not isinstance(left, (int, slice)) or not isinstance(right, (int, slice)):
             return False
-        elif set(_chosen(left, shape[place])).isdisjoint(_chosen(right, shape[place])):
+        if set(_chosen(left, size)).isdisjoint(_chosen(right, size)):
             return True
     return False
 

@@ -6,6 +6,7 @@ the module's forward: they replace that forward's product.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -106,11 +107,8 @@ def _moments(
     bias: Factor | None,
     state: SiteState,
 ) -> tuple[Tensor, Tensor]:
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return product.run(module, x, weight, bias)
-
     return ops.moments_of(
-        run,
+        functools.partial(product.run, module),
         x,
         weight.raw,
         None if bias is None else bias.raw,
