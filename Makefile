@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed)
+SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed -o -path '*/kernels/*')
 
 .PHONY: help demo test test-all bench bench-quick lint wheel clean
 

@@ -16,10 +16,11 @@ FOLDERS = {"surgery": "surgery", "transforms": "surgery/transforms", "adapters":
 
 
 def expected() -> set[str]:
-    """Paths in the wheel of every module under the three package folders."""
+    """Paths in the wheel of every source under the three package folders."""
     found = {"surgery/py.typed"}
     for folder, package in FOLDERS.items():
-        for path in (ROOT / folder).rglob("*.py"):
+        paths = [path for kind in ("*.py", "*.cpp", "*.h") for path in (ROOT / folder).rglob(kind)]
+        for path in paths:
             found.add(f"{package}/{path.relative_to(ROOT / folder).as_posix()}")
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery import apply_dropconnect
 from surgery.ops import Law, Layout, draw_key, drop_weight
+from surgery.ops.engine import set_compile_enabled
 
 from . import peers
 from .measure import Settings, Work, clear_gradients, interleaved
@@ -25,15 +25,11 @@ P = 0.5
 @contextmanager
 def without_compiler() -> Iterator[None]:
     """Masks by the plain formula, as on a machine without a compiler."""
-    before = os.environ.get("DROPCONNECT_COMPILE")
-    os.environ["DROPCONNECT_COMPILE"] = "0"
+    before = set_compile_enabled(False)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["DROPCONNECT_COMPILE"]
-        else:
-            os.environ["DROPCONNECT_COMPILE"] = before
+        set_compile_enabled(before)
 
 
 def mask_and_apply(settings: Settings) -> list[Row]:

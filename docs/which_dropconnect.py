@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -369,7 +368,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="update the page and the figure")
     options = parser.parse_args()
-    os.environ["DROPCONNECT_COMPILE"] = "0"  # nothing here is worth waiting for the compiler
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     blocks, errors, gradients = tables()

@@ -16,7 +16,7 @@ from .finder import Seen, look
 from .modules.kinds import kind_of
 from .modules.places import Place, places, states_of
 from .modules.state import SiteState
-from .ops import draw_key
+from .ops import draw_key, release
 from .plan import Plan
 from .plugins import load_plugins
 from .prepare import Prepared, prepare
@@ -131,6 +131,7 @@ def strip_dropconnect(model: Model) -> Model:
     trained = any(place.state.drawn for place in places(model))
     unused = unused_sites(model) if trained else []
     undo(model)
+    release()
     if unused:
         warnings.warn(
             f"{len(unused)} DropConnect sites never dropped anything, the first of them "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import Tensor
+
 
 class SurgeryError(ValueError):
     """A model or a plan cannot be operated on as asked. The model is as it was before the call."""
@@ -29,3 +31,17 @@ def raise_all(
         lines.append(f"  - ... and {len(found) - shown} more")
     head = f"cannot {action}; the model is unchanged:"
     raise SurgeryError("\n".join([head, *lines]))
+
+
+def check_unmodified(name: str, weight: Tensor, version: int) -> None:
+    """What autograd does for the tensors that it keeps.
+
+    Raises:
+        RuntimeError: `weight` was changed in place since it was at `version`.
+    """
+    if weight._version != version:
+        raise RuntimeError(
+            f"the weight {name!r} has been modified by an inplace operation since the forward pass: it "
+            f"is at version {weight._version}, expected version {version}. Call backward() before the "
+            "optimizer step."
+        )

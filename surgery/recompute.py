@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import check_unmodified
+
 
 class Recipe(NamedTuple):
     """How to compute a masked weight again."""
@@ -103,12 +105,7 @@ def _is_as_made(tensor: Tensor, recipe: Recipe) -> bool:
 
 def _rebuild(saved: _SavedView) -> Tensor:
     recipe = saved.recipe
-    if recipe.raw._version != recipe.version:
-        raise RuntimeError(
-            f"the weight {recipe.name!r} has been modified by an inplace operation since the forward "
-            f"pass: it is at version {recipe.raw._version}, expected version {recipe.version}. "
-            "Call backward() before the optimizer step."
-        )
+    check_unmodified(recipe.name, recipe.raw, recipe.version)
     with torch.no_grad():
         return recipe.rebuild().as_strided(saved.size, saved.stride, saved.offset)
 

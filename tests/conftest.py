@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from surgery.modules import node, operated, paper_modes
+from surgery.ops.engine import set_compile_enabled
 
 
 def has_compiler() -> bool:
@@ -24,7 +25,7 @@ def has_compiler() -> bool:
 
 
 if not has_compiler():
-    os.environ["DROPCONNECT_COMPILE"] = "0"  # the fallback warns, and here warnings are errors
+    set_compile_enabled(False)  # the fallback warns, and here warnings are errors
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

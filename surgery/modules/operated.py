@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ..caching import cached
-from ..ops import draw_key
+from ..ops import draw_key, masked_linear
+from ..ops.engine import is_traced
 from ..plugins import load_plugins
 from ..recompute import Recipe, address_of, recompute_masked_weights
 from ..scope import run_in_scope
 from .masking import check_anchor, is_sharded, masked_weight
 from .paper_modes import Factor, product_forward
+from .product import LINEAR_PRODUCT
 from .state import SiteState, raw_name
 
 WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
@@ -178,6 +180,10 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 def _dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> Any:
     """One forward of the original class, with its masks."""
+    fused = _fused_site(module)
+    given = (*args, *kwargs.values())
+    if fused is not None and len(given) == 1 and type(given[0]) is Tensor and given[0].ndim > 1:
+        return _fused(module, fused, given[0])
     opened = _open(module)
     weight = _product_site(module)
     if weight is not None:
@@ -195,6 +201,29 @@ def _dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> 
     finally:
         for owner, state, _ in opened:
             object.__setattr__(owner, state.live, None)
+
+
+def _fused_site(module: DropConnectModule) -> SiteState | None:
+    """The weight of a Linear, if nothing but a mask by element is asked of it, in eager training: then
+    one function does the product, its gradients and the masks, and autograd keeps no weight."""
+    if len(module._dropconnect) != 1 or is_traced() or not torch.is_grad_enabled():
+        return None
+    (state,) = module._dropconnect.values()
+    if state.product is not LINEAR_PRODUCT or not state.layout.is_elementwise:
+        return None
+    held = state.held_key is not None or module.__dict__[state.live] is not None
+    if held or module._dropconnect_draws or state.mode(module.training) != "batch":
+        return None
+    return state if type(module._parameters.get(state.raw)) is nn.Parameter else None
+
+
+def _fused(module: Any, state: SiteState, x: Tensor) -> Tensor:
+    """The forward of a Linear whose weight is masked by element."""
+    state.drawn = True
+    raw, anchor = module._parameters[state.raw], _anchor(module, state)
+    law, bias = state.law_for(raw), module._parameters["bias"]
+    key = draw_key(raw.device, state.rank)
+    return masked_linear(x, raw, bias, key, law, state.layout, anchor, state.name)
 
 
 def _product_site(module: DropConnectModule) -> SiteState | None:

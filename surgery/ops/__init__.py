@@ -3,15 +3,16 @@
 from .example import example_linear, example_vector
 from .expect import expectation, expectation_by_draws, register_closed_form
 from .gaussian import gaussian_sample, linear_moments, moments_of
-from .hash import draw_key, example_keys, hash_bits, key_from_seed
+from .hash import draw_key, hash_bits, key_from_seed
+from .linear import masked_linear
 from .mask import Law, Layout, drop_weight, keep_mask, masked_formula
+from .workspace import release
 
 __all__ = [
     "Law",
     "Layout",
     "draw_key",
     "drop_weight",
-    "example_keys",
     "example_linear",
     "example_vector",
     "expectation",
@@ -22,6 +23,8 @@ __all__ = [
     "key_from_seed",
     "linear_moments",
     "masked_formula",
+    "masked_linear",
     "moments_of",
     "register_closed_form",
+    "release",
 ]

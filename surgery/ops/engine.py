@@ -1,8 +1,11 @@
-"""How a formula is run: fused by inductor where that is possible, else as it is, in chunks.
+"""How a formula is run: by a kernel where there is one, else as it is, in chunks.
 
-The compiled and the plain run execute the same operations and give the same bits. Three cases never
-compile: weights so small that a compiled call gains nothing, tensors that are not plain (meta, fake,
-subclasses), and code that is itself being traced, where the formula becomes part of that graph.
+    CPU     the C++ kernels of `native.py`, compiled at first use
+    GPU     what inductor makes of the formula, at first use
+    else    the formula, in chunks, so that memory stays bounded; with one warning if that is because
+            compiling failed
+
+All give the same bits. Code that is being traced gets the formula, which becomes part of its graph.
 """
 
 from __future__ import annotations
@@ -17,25 +20,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import native
 from .hash import advance_key
 
 Formula = Callable[..., Tensor]
 
-SMALL = 1 << 13
-"""Below this many weights the plain formula takes no longer than a compiled call."""
-
 CHUNK = 1 << 16
 """The plain formula works on this many weights at a time: its int32 temporaries stay in cache."""
 
+INDUCTOR = frozenset({"cuda"})
+"""Types of device on which formulas are compiled by inductor."""
+
 _lock = threading.Lock()
 _compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+_enabled = os.environ.get("DROPCONNECT_COMPILE", "1") != "0"
 _broken = False
 
 
 def compile_enabled() -> bool:
-    """Whether formulas are compiled: not switched off by `DROPCONNECT_COMPILE=0`, nor found not to
+    """Whether anything is compiled: not switched off by `DROPCONNECT_COMPILE=0`, nor found not to
     work on this machine."""
-    return not _broken and os.environ.get("DROPCONNECT_COMPILE", "1") != "0"
+    return _enabled and not _broken
+
+
+def set_compile_enabled(enabled: bool) -> bool:
+    """Switch compiling on or off; returns what it was. At the start, the environment variable
+    `DROPCONNECT_COMPILE` tells."""
+    global _enabled
+    before, _enabled = _enabled, enabled
+    return before
 
 
 def is_traced() -> bool:
@@ -56,20 +69,71 @@ def run(
     args = (weight, anchor, key, threshold, scale, mask)
     if is_traced():
         return formula(*args)
-    used: Tensor | None = run_compiled(formula, weight, weight.numel(), args)
-    if used is not None:
-        return used
+    if mask is None:
+        used = masks(weight, anchor, None, (key, threshold, scale))
+        if used is not None:
+            return used
+    compiled: Tensor | None = run_compiled(formula, weight, args)
+    if compiled is not None:
+        return compiled
     if mask is None:
         return _in_chunks(formula, weight, anchor, key, threshold, scale)
     return formula(*args)
 
 
-def run_compiled(
-    formula: Callable[..., Any], weight: Tensor, entries: int, args: tuple[Any, ...]
-) -> Any:
-    """`formula(*args)`, compiled; None where compiling does not work, or is not worth it for so many
-    mask entries. `weight` is the argument that says where it runs."""
-    if entries >= SMALL and _is_plain(weight) and compile_enabled():
+Law = tuple[Tensor, Tensor, Tensor]
+"""Key, threshold and scale of a mask."""
+
+
+def masks(
+    weight: Tensor,
+    anchor: Tensor | None,
+    grad: Tensor | None,
+    law: Law,
+    space: Tensor | None = None,
+) -> Tensor | None:
+    """The masked weight, by the kernel for the CPU.
+
+    Args:
+        weight, anchor: of one shape; the anchor may be None.
+        grad: of that shape, or None. It gets the same mask, in place.
+        law: key, threshold and scale.
+        space: where to put the masked weight.
+
+    Returns:
+        None where there is no kernel for these tensors; then nothing was done.
+    """
+    for tensor in (weight, anchor, grad):
+        if tensor is not None and not native.takes(tensor):
+            return None
+    if not has_kernels("masks"):
+        return None
+    used = space
+    if used is None:
+        used = torch.empty_like(weight)
+        if not native.takes(used):  # a mode that makes tensors of its own
+            return None
+    native.drop(weight, anchor, grad, used, grad, law)
+    return used
+
+
+def has_kernels(name: str) -> bool:
+    """Whether there are kernels of that name for the CPU; the first question compiles them."""
+    if not compile_enabled():
+        return False
+    try:
+        native.library(name)
+    except native.NoCompiler as error:
+        _give_up(error)
+        return False
+    return True
+
+
+def run_compiled(formula: Callable[..., Any], weight: Tensor, args: tuple[Any, ...]) -> Any:
+    """`formula(*args)`, compiled by inductor; None where that is not the way, or does not work.
+    `weight` is the argument that says where it runs."""
+    plain = type(weight) in (Tensor, torch.nn.Parameter)
+    if plain and weight.device.type in INDUCTOR and compile_enabled():
         try:
             return _compile(formula)(*args)
         except Exception as error:
@@ -77,10 +141,6 @@ def run_compiled(
                 raise
             _give_up(error)
     return None
-
-
-def _is_plain(weight: Tensor) -> bool:
-    return type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type in ("cpu", "cuda")
 
 
 def _in_chunks(
@@ -108,8 +168,9 @@ def _compile(formula: Callable[..., Any]) -> Callable[..., Any]:
     compiled = _compiled.get(formula)
     if compiled is None:
         with _lock:
-            compiled = _make_compiled(formula)
-            _compiled[formula] = compiled
+            compiled = _compiled.get(formula)
+            if compiled is None:
+                compiled = _compiled[formula] = _make_compiled(formula)
     return compiled
 
 
@@ -150,7 +211,7 @@ def _give_up(error: BaseException) -> None:
         _broken = True
     reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
     warnings.warn(
-        "torch.compile does not work here, so DropConnect masks are computed by the slower plain "
+        "No kernels can be compiled here, so DropConnect masks are computed by the slower plain "
         f"formula (the results are the same). Install a C++ compiler to speed it up, or set "
         f"DROPCONNECT_COMPILE=0 to silence this. Reason: {reason}",
         RuntimeWarning,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Unit
 from .example_product import example_product
+from .linear import autocast
 from .mask import Law, Layout, drop_weight
 
 
@@ -21,8 +19,8 @@ def example_linear(
     Args:
         x: (examples, rows, in). The rows of an example (its tokens) share its mask.
         weight: (out, in), any strides.
-        key: int32, shape (2,), see `surgery.ops.hash`. Example e has the keep mask of
-            `advance_key(key, e * entries)`, so that a single example has the mask of `drop_weight`.
+        key: int32, shape (2,), see `surgery.ops.hash`. The examples differ in the last factor of the
+            hash (`multipliers`); a single example has the mask of `drop_weight`.
         law: the drop probability.
         unit: what shares an entry of an example's mask. "element": out * in entries. "input": in
             entries, dropped from x; "output": out entries, and "tensor": one, dropped from the
@@ -36,7 +34,7 @@ def example_linear(
     Raises:
         ValueError: the shapes or dtypes do not fit together, or the weight has over 2**32 entries.
     """
-    x, weight, anchor = _autocast(x, weight, anchor)
+    x, weight, anchor = autocast(x, weight, anchor)
     _check(x, weight, anchor)
     if unit == "element":
         product: Tensor = example_product(x, weight, anchor, key, law.threshold, law.scale)
@@ -80,16 +78,6 @@ def example_vector(
     layout = Layout.shared(shape, (0, 1) if unit in ("element", "output") else (0,))
     towards = None if anchor is None else anchor.expand(shape)
     return drop_weight(bias.expand(shape).contiguous(), key, law, layout, towards)
-
-
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The tensors as `F.linear` would cast them."""
-    kind = x.device.type
-    available = torch.amp.is_autocast_available(kind)
-    if not available or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return x, *others
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
 
 
 def _check(x: Tensor, weight: Tensor, anchor: Tensor | None) -> None:

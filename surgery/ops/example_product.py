@@ -4,23 +4,24 @@ No more masked weights exist at a time than one block of them (`BLOCK` entries),
 input, the weight and the key.
 
 There are two ways to the same numbers. Where each example has few rows, the mask is drawn inside the
-product: formulas that inductor turns into one loop nest, so that no masked weight exists at all. Else
-a block of masked weights is made and multiplied, and then the next. Both are the insides of two
-registered operators, which `torch.compile`, `torch.export` and `torch.func` leave whole.
+product: by kernels on the CPU, and on the GPU by formulas that inductor turns into one loop nest, so
+that no masked weight exists at all. Else a block of masked weights is made and multiplied, and then the
+next. Both are the insides of two registered operators, which `torch.compile`, `torch.export` and
+`torch.func` leave whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .engine import CHUNK, compile_enabled, run_compiled
-from .hash import example_keys, spread
-from .mask import masked_formula
+from . import native
+from .engine import CHUNK, has_kernels, run_compiled
+from .hash import mix, multipliers, spread
+from .mask import apply_mask
 
 BLOCK = 1 << 20
 """Masked weights made at a time, where examples have many rows: 4 MB. Without a compiler a CPU makes
@@ -30,13 +31,14 @@ FEW_ROWS = 4
 """Up to so many rows an example, drawing its mask for each row costs less than storing its weight."""
 
 
-# The formulas. `key` is that of each example, (examples, 2); the place of an entry is the sum of the
-# spread indices of its two coordinates, since spreading is linear.
+# The formulas. The place of an entry is the sum of the spread indices of its two coordinates, since
+# spreading is linear; `last` is the last factor of the hash of each example.
 
 
 def _masked(
     values: Tensor,
     anchor: Tensor | None,
+    last: Tensor,
     key: Tensor,
     threshold: Tensor,
     scale: Tensor,
@@ -44,33 +46,30 @@ def _masked(
     second: Tensor,
 ) -> Tensor:
     """The masked weight of each example: (examples, first, second)."""
-    shape = (key.shape[0], first.shape[0], second.shape[0])
-    words = key.t()[:, :, None, None]
-    places = first[:, None] + second
-    return masked_formula(values, anchor, words, threshold, scale, shape, places)
+    bits = mix(first[:, None] + second, key, last[:, None, None])
+    return apply_mask(bits >= threshold, values, anchor, scale)
 
 
 def _product_formula(
     x: Tensor,
     weight: Tensor,
     anchor: Tensor | None,
+    last: Tensor,
     key: Tensor,
     threshold: Tensor,
     scale: Tensor,
     first: Tensor,
     second: Tensor,
 ) -> Tensor:
-    """`x_e @ W_e` for x (examples, first) and a weight (first, second).
-
-    The sum is over the outer loop, which inductor vectorises along `second`: twice as fast.
-    """
-    used = _masked(weight, anchor, key, threshold, scale, first, second)
+    """`x_e @ W_e` for x (examples, first) and a weight (first, second)."""
+    used = _masked(weight, anchor, last, key, threshold, scale, first, second)
     return (x[:, :, None].to(scale.dtype) * used).sum(1).to(x.dtype)
 
 
 def _outer_formula(
     u: Tensor,
     v: Tensor,
+    last: Tensor,
     key: Tensor,
     threshold: Tensor,
     scale: Tensor,
@@ -79,23 +78,7 @@ def _outer_formula(
 ) -> Tensor:
     """The gradient of the weight: the masked outer products of u_e and v_e, summed over e."""
     outer = u[:, :, None].to(scale.dtype) * v[:, None, :].to(scale.dtype)
-    return _masked(outer, None, key, threshold, scale, first, second).sum(0)
-
-
-def _block_formula(
-    weight: Tensor | None,
-    anchor: Tensor | None,
-    outer: Tensor | None,
-    key: Tensor,
-    threshold: Tensor,
-    scale: Tensor,
-    first: Tensor,
-    second: Tensor,
-) -> tuple[Tensor | None, Tensor | None]:
-    """What one draw of the masks of a block makes of its weight and of its outer products."""
-    mask = partial(_masked, key=key, threshold=threshold, scale=scale, first=first, second=second)
-    used = None if weight is None else mask(weight, anchor)
-    return used, None if outer is None else mask(outer, None)
+    return _masked(outer, None, last, key, threshold, scale, first, second).sum(0)
 
 
 def _coordinates(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,12 +89,12 @@ def _coordinates(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _Place = tuple[slice, slice]
+_Pair = tuple[Tensor | None, Tensor | None]
 
 
-def _blocks(examples: int, weight: Tensor) -> Iterator[_Place]:
+def _blocks(examples: int, weight: Tensor, entries: int) -> Iterator[_Place]:
     """Blocks of examples and rows: several whole examples, or some rows of one."""
     rows, columns = weight.shape
-    entries = BLOCK if compile_enabled() or weight.device.type != "cpu" else CHUNK
     row_step = max(1, min(rows, entries // max(1, columns)))
     step = max(1, entries // max(1, rows * columns))
     for row in range(0, rows, row_step):
@@ -123,42 +106,80 @@ def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
     return None if tensor is None else tensor[rows]
 
 
+def _flat(tensor: Tensor | None, example: int | None = None) -> Tensor | None:
+    """All entries of a contiguous tensor, or those of an example."""
+    if tensor is None:
+        return None
+    return tensor.reshape(-1) if example is None else tensor[example].view(-1)
+
+
 class _Masks:
-    """The masks of all examples of one call, and the two ways to use them."""
+    """The masks of all examples of one call, and the ways to use them."""
 
     def __init__(
-        self, x: Tensor, weight: Tensor, key: Tensor, threshold: Tensor, scale: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor,
+        anchor: Tensor | None,
+        key: Tensor,
+        threshold: Tensor,
+        scale: Tensor,
     ) -> None:
-        self.shape, self.rows = weight.shape, x.shape[1]
-        self.key = example_keys(key, x.shape[0], weight.numel())
-        self.law = (threshold, scale)
-        self.places = _coordinates(weight)
+        self.weight = weight.detach().contiguous()
+        self.anchor = None if anchor is None else anchor.detach().contiguous()
+        self.examples, self.rows = x.shape[:2]
+        self.law = (key, threshold, scale)
+        self.last = multipliers(self.examples, weight.device)
 
-    def fused(
-        self, formula: Callable[..., Tensor], *tensors: Tensor | None, swap: bool = False
-    ) -> Tensor | None:
-        """A formula with the masks drawn inside, or None where that is not the way to do it."""
-        if self.rows > FEW_ROWS or not compile_enabled():
-            return None
-        key = self.key.repeat_interleave(self.rows, 0)
-        places = self.places[::-1] if swap else self.places
-        dense = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-        entries = key.shape[0] * self.shape.numel()
-        found: Tensor | None = run_compiled(
-            formula, key, entries, (*dense, key, *self.law, *places)
+    def each_row(self) -> Tensor:
+        """The last factor of the hash of each row of the input."""
+        return self.last if self.rows == 1 else self.last.repeat_interleave(self.rows)
+
+    def kernels(self, name: str, *others: Tensor) -> bool:
+        """Whether there are kernels for the weight and for other tensors."""
+        given = (
+            (self.weight, *others) if self.anchor is None else (self.weight, self.anchor, *others)
         )
-        return found
+        return all(map(native.takes, given)) and has_kernels(name)
 
-    def block(
-        self, place: _Place, weight: Tensor | None, anchor: Tensor | None, outer: Tensor | None
+    def factors(self) -> tuple[Tensor, Tensor | None]:
+        """What is used of each entry if it is kept (without an anchor, before it is scaled), and if it
+        is dropped."""
+        if self.anchor is None:
+            return self.weight, None
+        always = torch.ones((), dtype=torch.bool, device=self.weight.device)
+        return apply_mask(always, self.weight, self.anchor, self.law[2]), self.anchor
+
+    def compiled(
+        self, formula: Callable[..., Tensor], *tensors: Tensor | None, swap: bool = False
     ) -> Any:
-        """The masked weights and the masked outer products of a block."""
+        """A formula with the masks drawn inside, by inductor; None where that is not the way."""
+        places = _coordinates(self.weight)
+        dense = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+        args = (*dense, self.each_row(), *self.law, *(places[::-1] if swap else places))
+        return run_compiled(formula, self.weight, args)
+
+    def blocks(self) -> Iterator[_Place]:
+        """The blocks of masked weights, one after the other."""
+        large = self.weight.device.type != "cpu" or self.kernels("masks")
+        return _blocks(self.examples, self.weight, BLOCK if large else CHUNK)
+
+    def block(self, place: _Place, want_used: bool, outer: Tensor | None) -> _Pair:
+        """The masked weights of a block, (examples, rows, columns), and its outer products, masked."""
         examples, rows = place
-        key, first, second = self.key[examples], self.places[0][rows], self.places[1]
-        args = (_part(weight, rows), _part(anchor, rows), outer, key, *self.law, first, second)
-        entries = key.shape[0] * first.shape[0] * second.shape[0]
-        found = run_compiled(_block_formula, key, entries, args)
-        return _block_formula(*args) if found is None else found
+        weight, anchor, last = self.weight[rows], _part(self.anchor, rows), self.last[examples]
+        if not self.kernels("masks", *(() if outer is None else (outer,))):
+            first, second = _coordinates(self.weight)
+            rest = (last, *self.law, first[rows], second)
+            used = _masked(weight, anchor, *rest) if want_used else None
+            return used, None if outer is None else _masked(outer, None, *rest)
+        used = weight.new_empty(len(last), *weight.shape) if want_used else None
+        start = (rows.start or 0) * weight.shape[1]
+        values = (_flat(weight), _flat(anchor)) if want_used else (None, None)
+        for example, multiplier in enumerate(last.tolist()):
+            grad = _flat(outer, example)
+            native.drop(*values, grad, _flat(used, example), grad, self.law, multiplier, start)
+        return used, outer
 
 
 @torch.library.custom_op(
@@ -170,19 +191,29 @@ class _Masks:
 def _product_op(
     x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, threshold: Tensor, scale: Tensor
 ) -> Tensor:
-    x, weight = x.detach(), weight.detach()
-    examples, rows = x.shape[:2]
-    masks = _Masks(x, weight, key, threshold, scale)
-    towards = None if anchor is None else anchor.t()
-    flat = x.flatten(0, 1)
-    fused = masks.fused(_product_formula, flat, weight.t(), towards, swap=True)
+    x = x.detach()
+    masks = _Masks(x, weight, anchor, key, threshold, scale)
+    fused = _fused_product(masks, x.flatten(0, 1)) if masks.rows <= FEW_ROWS else None
     if fused is not None:
-        return fused.view(examples, rows, weight.shape[0])
-    product = x.new_empty(examples, rows, weight.shape[0])
-    for place in _blocks(examples, weight):
-        used, _ = masks.block(place, weight, anchor, None)
+        return fused.view(*x.shape[:2], weight.shape[0])
+    product = x.new_empty(*x.shape[:2], weight.shape[0])
+    for place in masks.blocks():
+        used, _ = masks.block(place, True, None)
+        assert used is not None
         product[place[0], :, place[1]] = torch.bmm(x[place[0]], used.mT)
     return product
+
+
+def _fused_product(masks: _Masks, rows: Tensor) -> Tensor | None:
+    """The product with masks drawn inside; None where there is nothing that does it."""
+    if rows.dtype == torch.float32 and masks.kernels("products", rows):
+        factors = masks.factors()
+        return native.example_product(rows.contiguous(), *factors, masks.law, masks.each_row())
+    towards = None if masks.anchor is None else masks.anchor.t()
+    found: Tensor | None = masks.compiled(
+        _product_formula, rows, masks.weight.t(), towards, swap=True
+    )
+    return found
 
 
 @torch.library.custom_op(
@@ -203,64 +234,54 @@ def _gradients_op(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the weight; empty where not wanted."""
-    grad, x, weight = grad.detach(), x.detach(), weight.detach()
-    masks = _Masks(x, weight, key, threshold, scale)
-    found = _fused_gradients(masks, grad, x, weight, anchor, want_x, want_weight)
+    grad, x = grad.detach(), x.detach()
+    masks = _Masks(x, weight, anchor, key, threshold, scale)
+    found = (
+        _fused_gradients(masks, grad, x, want_x, want_weight) if masks.rows <= FEW_ROWS else None
+    )
     if found is None:
-        found = _block_gradients(masks, grad, x, weight, anchor, want_x, want_weight)
+        found = _block_gradients(masks, grad, x, want_x, want_weight)
     of_x, of_weight = found
     return (
-        x.new_empty(0) if of_x is None else of_x.to(x.dtype),
+        x.new_empty(0) if of_x is None else of_x.to(x.dtype).view(x.shape),
         weight.new_empty(0) if of_weight is None else of_weight.to(weight.dtype),
     )
 
 
-_Gradients = tuple[Tensor | None, Tensor | None]
-
-
 def _fused_gradients(
-    masks: _Masks,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    anchor: Tensor | None,
-    want_x: bool,
-    want_weight: bool,
-) -> _Gradients | None:
+    masks: _Masks, grad: Tensor, x: Tensor, want_x: bool, want_weight: bool
+) -> _Pair | None:
+    """The gradients with masks drawn inside; None where there is nothing that does it."""
+    rows, inputs = grad.flatten(0, 1).contiguous(), x.flatten(0, 1).contiguous()
+    if rows.dtype == torch.float32 and masks.kernels("products", rows, inputs):
+        args = (*masks.factors(), masks.law, masks.each_row())
+        return native.example_gradients(rows, inputs, *args, want_x, want_weight)
     of_x = of_weight = None
-    rows, inputs = grad.flatten(0, 1), x.flatten(0, 1)
     if want_x:
-        of_x = masks.fused(_product_formula, rows, weight, anchor)
+        of_x = masks.compiled(_product_formula, rows, masks.weight, masks.anchor)
         if of_x is None:
             return None
-        of_x = of_x.view(x.shape)
     if want_weight:
-        of_weight = masks.fused(_outer_formula, rows, inputs)
+        of_weight = masks.compiled(_outer_formula, rows, inputs)
         if of_weight is None:
             return None
     return of_x, of_weight
 
 
 def _block_gradients(
-    masks: _Masks,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    anchor: Tensor | None,
-    want_x: bool,
-    want_weight: bool,
-) -> _Gradients:
-    wide = masks.law[1].dtype
+    masks: _Masks, grad: Tensor, x: Tensor, want_x: bool, want_weight: bool
+) -> _Pair:
+    wide = masks.law[2].dtype
     of_x = torch.zeros_like(x, dtype=wide) if want_x else None
-    of_weight = torch.zeros_like(weight, dtype=wide) if want_weight else None
-    for place in _blocks(x.shape[0], weight):
+    of_weight = torch.zeros_like(masks.weight, dtype=wide) if want_weight else None
+    for place in masks.blocks():
         examples, rows = place
         part = grad[examples, :, rows]
         outer = torch.bmm(part.mT, x[examples]) if want_weight else None
-        used, kept = masks.block(place, weight if want_x else None, anchor, outer)
-        if of_x is not None:
+        used, kept = masks.block(place, want_x, outer)
+        if of_x is not None and used is not None:
             of_x[examples] += torch.bmm(part, used)
-        if of_weight is not None:
+        if of_weight is not None and kept is not None:
             of_weight[rows] += kept[0] if len(kept) == 1 else kept.sum(0, dtype=wide)
     return of_x, of_weight
 

@@ -5,7 +5,12 @@ The same formula gives the same bits in eager mode, under `torch.compile`, on CP
 key were only combined with the index, the masks of two keys would be permutations of each other.
 
 Rounds and constants are those of the `lowbias32` family (C. Wellons, "Prospecting for hash
-functions"); `tests/ops/test_hash.py` holds the statistics that it passes and weaker ones fail.
+functions"), without its last step, which only stirs the low half: a mask compares bits with a
+threshold, and so lives by the high ones. `tests/ops/test_hash.py` holds the statistics that it passes
+and weaker ones fail.
+
+The examples of a batch share all of it but the last product, by an odd multiplier of their own
+(multiply-shift: Dietzfelbinger et al. 1997): one hash of a weight serves all of them.
 """
 
 from __future__ import annotations
@@ -27,7 +32,8 @@ def _signed(word: int) -> int:
 
 _STEP = _signed(_GOLDEN)
 _ROUND1 = _signed(0x7FEB352D)
-_ROUND2 = _signed(0x846CA68B)
+LAST = _signed(0x846CA68B)
+"""The last factor of the hash, but for the examples of a batch that have their own."""
 
 
 def _shift_right(z: Tensor, n: int) -> Tensor:
@@ -36,14 +42,15 @@ def _shift_right(z: Tensor, n: int) -> Tensor:
 
 
 def hash_bits(index: Tensor, key: Tensor) -> Tensor:
-    """32 random bits for each index.
+    """Random bits for each index.
 
     Args:
         index: int32, any shape. Arithmetic wraps, so indices are taken modulo 2**32.
         key: int32, shape (2,), from `draw_key` or `key_from_seed`.
 
     Returns:
-        int32, the shape of `index`, uniform over all 2**32 values.
+        int32, the shape of `index`, uniform over all 2**32 values. The upper half of the bits is
+        random; the lower half refines it, so that comparisons have a resolution of 2**-32.
     """
     return mix(spread(index), key)
 
@@ -55,13 +62,22 @@ def spread(index: Tensor) -> Tensor:
     return ((index.to(torch.int64) * _STEP) & 0xFFFFFFFF).to(torch.int32)
 
 
-def mix(places: Tensor, key: Tensor) -> Tensor:
-    """The rest of `hash_bits`, for spread indices."""
+def mix(places: Tensor, key: Tensor, multiplier: Tensor | int = LAST) -> Tensor:
+    """The rest of `hash_bits`, for spread indices; the multiplier of an example broadcasts to them."""
     z = places + key[0]
-    z = (z ^ _shift_right(z, 16)) * _ROUND1
-    z = z + key[1]
-    z = (z ^ _shift_right(z, 15)) * _ROUND2
-    return z ^ _shift_right(z, 16)
+    z = (z ^ _shift_right(z, 16)) * _ROUND1 + key[1]
+    return (z ^ _shift_right(z, 15)) * multiplier
+
+
+def multipliers(examples: int, device: torch.device) -> Tensor:
+    """The last factor of the hash for each example: int32, shape (examples,), all odd and different.
+
+    That of example 0 is the one of `hash_bits`, so a single example has the mask of the whole batch.
+    """
+    # A hash of the 31 bits above the lowest, one to one: every step keeps the lowest bit 0.
+    even = spread(torch.arange(examples, dtype=torch.int32, device=device) << 1)
+    even = (even ^ (_shift_right(even, 16) & -2)) * _ROUND1
+    return (even ^ (_shift_right(even, 15) & -2)) * _ROUND1 ^ LAST
 
 
 def advance_key(key: Tensor, start: int) -> Tensor:
@@ -74,17 +90,6 @@ def advance_key(key: Tensor, start: int) -> Tensor:
         return key
     words = [_signed(start * _GOLDEN), _signed((start >> 32) * _GOLDEN)]
     return key + torch.tensor(words, dtype=torch.int32, device=key.device)
-
-
-def example_keys(key: Tensor, examples: int, entries: int) -> Tensor:
-    """The key of each example: int32, shape (examples, 2).
-
-    Example e starts at index `e * entries`, so its key is `advance_key(key, e * entries)`: the masks of
-    all examples together are the mask of one weight of that many times the entries.
-    """
-    starts = torch.arange(examples, dtype=torch.int64, device=key.device) * entries
-    low, high = starts & 0xFFFFFFFF, starts >> 32
-    return key + torch.stack([spread(low), spread(high)], dim=1)
 
 
 def _scramble(seed: int) -> tuple[int, int]:

@@ -3,20 +3,21 @@
     W_used = A + m * (W - A) / (1 - p)
 
 It is written once, in `masked_formula`. `drop_weight` is the public op: differentiable any number of
-times, keeping for backward only the 8-byte key and the two scalars that stand for p.
+times, keeping for backward only the 8-byte key and the two scalars that stand for p. `drop_both` is
+for backwards that need the masked weight and mask a gradient.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .engine import is_traced, run
+from .engine import is_traced, masks, run
 from .hash import advance_key, mix, spread
 
 SEGMENT = 1 << 30
@@ -43,6 +44,11 @@ class Layout:
     def shared(cls, view: tuple[int, ...], own: tuple[int, ...]) -> Layout:
         """Entries differ along the dimensions `own` of `view`, and are shared along all others."""
         return cls(view, tuple(size if dim in own else 1 for dim, size in enumerate(view)))
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether every weight has its own entry."""
+        return self.mask == self.view
 
     @property
     def entries(self) -> int:
@@ -119,10 +125,15 @@ def masked_formula(
         places: see `keep_mask`.
 
     Returns:
-        the weight that is used: shape and dtype of `weight`. Narrow floats are computed in float32
-        and rounded once.
+        the weight that is used: shape and dtype of `weight`.
     """
     keep = keep_mask(tuple(weight.shape) if mask is None else mask, key, threshold, places)
+    return apply_mask(keep, weight, anchor, scale)
+
+
+def apply_mask(keep: Tensor, weight: Tensor, anchor: Tensor | None, scale: Tensor) -> Tensor:
+    """The formula for a mask that is there, which broadcasts with the weight. Narrow floats are
+    computed in float32 and rounded once."""
     wide = weight.to(scale.dtype) * scale
     if anchor is None:
         return torch.where(keep, wide, torch.zeros_like(scale)).to(weight.dtype)
@@ -136,52 +147,31 @@ class _DropWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        weight: Tensor,
-        anchor: Tensor | None,
-        key: Tensor,
-        threshold: Tensor,
-        scale: Tensor,
-        layout: Layout,
+        ctx: Any, weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, layout: Layout
     ) -> Tensor:
         # No `setup_context`: with it torch binds the arguments to the signature at every call, which
         # takes longer than a small mask. Attributes, not `save_for_backward`: held masks are passed by
         # several backward calls, and activation checkpointing counts saved tensors.
-        ctx.key, ctx.threshold, ctx.scale, ctx.layout = key, threshold, scale, layout
-        return _masked(weight, anchor, key, threshold, scale, layout)
+        ctx.key, ctx.law, ctx.layout = key, law, layout
+        return _masked(weight, anchor, key, law, layout)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad = _drop(grads[0], None, ctx.key, ctx.threshold, ctx.scale, ctx.layout)
-        return grad, None, None, None, None, None
+        return _drop(grads[0], None, ctx.key, ctx.law, ctx.layout), None, None, None, None
 
 
-def _drop(
-    weight: Tensor,
-    anchor: Tensor | None,
-    key: Tensor,
-    threshold: Tensor,
-    scale: Tensor,
-    layout: Layout,
-) -> Tensor:
+def _drop(weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, layout: Layout) -> Tensor:
     """The masked weight, part of the graph of autograd if that is being recorded."""
-    args = (weight, anchor, key, threshold, scale, layout)
+    args = (weight, anchor, key, law, layout)
     if not torch.is_grad_enabled() or not weight.requires_grad:
         return _masked(*args)
     used: Tensor = _DropWeight.apply(*args)  # type: ignore[no-untyped-call]
     return used
 
 
-def _masked(
-    weight: Tensor,
-    anchor: Tensor | None,
-    key: Tensor,
-    threshold: Tensor,
-    scale: Tensor,
-    layout: Layout,
-) -> Tensor:
+def _masked(weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, layout: Layout) -> Tensor:
     """The masked weight, with the strides of the weight: channels-last stays channels-last."""
-    used = _evaluate(weight.detach(), anchor, key, threshold, scale, layout)
+    used = _evaluate(weight.detach(), anchor, key, law.threshold, law.scale, layout)
     return used if weight.is_contiguous() else torch.empty_like(weight).copy_(used)
 
 
@@ -195,7 +185,7 @@ def _evaluate(
     places: Tensor | None = None,
 ) -> Tensor:
     """The formula on a weight of any shape; contiguous."""
-    mask = None if layout.mask == layout.view else layout.mask
+    mask = None if layout.is_elementwise else layout.mask
     view = (layout.entries,) if mask is None else layout.view
     flat = weight.reshape(view)
     towards = None if anchor is None else anchor.reshape(view)
@@ -224,27 +214,55 @@ def _in_segments(
     return torch.cat(parts)
 
 
-def _compiles_backward() -> bool:
-    """Whether torch.compile is tracing code that will have a backward."""
-    return (
-        torch.compiler.is_dynamo_compiling()
-        and not torch.compiler.is_exporting()
-        and torch.is_grad_enabled()
-    )
+@torch.library.custom_op(
+    "surgery::drop",
+    mutates_args=(),
+    schema="(Tensor weight, Tensor? anchor, Tensor key, Tensor threshold, Tensor scale) -> Tensor",
+)
+def _drop_op(
+    weight: Tensor, anchor: Tensor | None, key: Tensor, threshold: Tensor, scale: Tensor
+) -> Tensor:
+    """The elementwise formula as one operation of a compiled graph.
+
+    On the CPU only: what inductor makes of the formula there takes several times as long as the kernel,
+    see `docs/performance.md`.
+    """
+    layout = Layout.elements(weight.numel())
+    return _evaluate(weight, anchor, key, threshold, scale, layout)
 
 
-def _recomputed_in_graph(
+@_drop_op.register_fake
+def _(weight: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _keep_law(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[2:])
+
+
+def _drop_op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _drop_op(grad, None, *ctx.saved_tensors), None, None, None, None
+
+
+_drop_op.register_autograd(_drop_op_backward, setup_context=_keep_law)
+
+
+def _in_graph(
     weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, layout: Layout
 ) -> Tensor:
-    """In a compiled graph, what `surgery.recompute` does in eager mode: the mask and the masked weight
-    are not kept for backward but computed again.
+    """The masked weight as part of a compiled graph.
 
-    The spread indices stay outside: they do not depend on the key, so sites of one size would share
-    them, and what is shared would be kept.
+    If there will be a backward, it does what `surgery.recompute` does in eager mode: the mask and the
+    masked weight are not kept for backward but computed again. The spread indices stay outside: they do
+    not depend on the key, so sites of one size would share them, and what is shared would be kept.
     """
-    places = _places(layout.entries, weight.device)
-    args = (weight, anchor, key, law.threshold, law.scale, layout, places)
-    used: Tensor = checkpoint(_evaluate, *args, use_reentrant=False, preserve_rng_state=False)
+    args: tuple[Any, ...] = (weight, anchor, key, law.threshold, law.scale)
+    compute: Any = _drop_op
+    if weight.device.type != "cpu" or not layout.is_elementwise:
+        compute, args = _evaluate, (*args, layout, _places(layout.entries, weight.device))
+    if not torch.is_grad_enabled():
+        return cast(Tensor, compute(*args))
+    used: Tensor = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
     return used
 
 
@@ -264,8 +282,34 @@ def drop_weight(
         `A + m * (W - A) / (1 - p)`, shape, dtype and strides of `weight`. Its expectation over keys
         is `weight`.
     """
-    if _compiles_backward() and layout.entries <= SEGMENT:
-        return _recomputed_in_graph(weight, anchor, key, law, layout)
+    compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    if compiling and layout.entries <= SEGMENT:
+        return _in_graph(weight, anchor, key, law, layout)
     if is_traced():
         return _evaluate(weight, anchor, key, law.threshold, law.scale, layout)
-    return _drop(weight, anchor, key, law.threshold, law.scale, layout)
+    return _drop(weight, anchor, key, law, layout)
+
+
+def drop_both(
+    weight: Tensor,
+    grad: Tensor | None,
+    key: Tensor,
+    law: Law,
+    layout: Layout,
+    anchor: Tensor | None,
+    space: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The masked weight, and the gradient of the weight given that of the masked weight: what a
+    backward needs, of one mask. Not for traced code.
+
+    Args:
+        weight, key, law, layout, anchor: see `drop_weight`.
+        grad: of the masked weight; shape and dtype of `weight`. It may be overwritten. Or None.
+        space: where the masked weight may be put; shape and dtype of `weight`.
+    """
+    if layout.is_elementwise and layout.entries <= SEGMENT and not torch.is_grad_enabled():
+        used = masks(weight, anchor, grad, (key, law.threshold, law.scale), space)
+        if used is not None:
+            return used, grad
+    used = drop_weight(weight, key, law, layout, anchor)
+    return used, None if grad is None else drop_weight(grad, key, law, layout)

@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from surgery import DropConnectModule
 from surgery.ops import hash_bits
+from surgery.ops.hash import mix, multipliers, spread
 from surgery.plan import join
 
 REBUILT = frozenset({"_flat_weights", "_flat_weight_refs"})
@@ -74,6 +75,13 @@ def keep(key: Tensor, p: float, *shape: int) -> Tensor:
     index = torch.arange(math.prod(shape), dtype=torch.int32)
     threshold = min(round(p * 2**32), 2**32) - 2**31
     return (hash_bits(index, key).long() >= threshold).double().view(shape)
+
+
+def keep_examples(key: Tensor, p: float, examples: int, *shape: int) -> Tensor:
+    """The keep masks of the elements of a weight, one for each example."""
+    places = spread(torch.arange(math.prod(shape), dtype=torch.int32))
+    bits = mix(places, key, multipliers(examples, key.device)[:, None]).long()
+    return (bits >= min(round(p * 2**32), 2**32) - 2**31).double().view(examples, *shape)
 
 
 def masked(weight: Tensor, mask: Tensor, p: float, anchor: Tensor | None = None) -> Tensor:

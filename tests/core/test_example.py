@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from surgery import apply_dropconnect, hold_masks, set_p, strip_dropconnect
 
-from .helpers import Snapshot, keep, masked
+from .helpers import Snapshot, keep, keep_examples, masked
 
 P = 0.4
 UNITS = ("element", "input", "output", "tensor")
@@ -25,8 +25,9 @@ channel_units = pytest.mark.parametrize("unit", UNITS[1:])
 
 def entries(key: Tensor, unit: str, examples: int, out: int, width: int) -> Tensor:
     """The keep masks of a matrix, (examples, out or 1, in or 1)."""
-    rows = out if unit in ("element", "output") else 1
-    columns = width if unit in ("element", "input") else 1
+    if unit == "element":
+        return keep_examples(key, P, examples, out, width)
+    rows, columns = out if unit == "output" else 1, width if unit == "input" else 1
     return keep(key, P, examples, rows, columns)
 
 
@@ -299,7 +300,7 @@ def test_gradients_accumulate(keys: list[Tensor]) -> None:
     for _ in range(3):
         x = torch.randn(2, 1, 5, dtype=torch.float64)
         layer(x).sum().backward()
-        mask = keep(keys[-1], P, 2, 4, 5)
+        mask = keep_examples(keys[-1], P, 2, 4, 5)
         grads.append((mask * x).sum(0) / (1 - P))
     torch.testing.assert_close(layer.weight.grad, sum(grads), rtol=1e-8, atol=0)
 

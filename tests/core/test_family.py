@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surgery import apply_dropconnect
 
-from .helpers import keep
+from .helpers import keep, keep_examples
 
 P = 0.3
 
@@ -159,7 +159,7 @@ def test_toward_pretrained_is_mixout(sampling: str, keys: list[Tensor]) -> None:
     x = torch.randn(5, 6, dtype=torch.float64)
     found = layer(x)
     weight = layer.weight.detach().clone().requires_grad_()
-    masks = keep(keys[0], P, 1 if sampling == "batch" else 5, 4, 6).expand(5, 4, 6)
+    masks = keep_examples(keys[0], P, 1 if sampling == "batch" else 5, 4, 6).expand(5, 4, 6)
     used = mixout(weight, target, masks, P)
     wanted = torch.einsum("ei,eoi->eo", x, used) + layer.bias
     torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8)

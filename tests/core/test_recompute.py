@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from surgery import apply_dropconnect
 from surgery.modules import masking
+from surgery.ops import linear as linear_op
 
 from .helpers import keep, masked, plain_parameter
 
@@ -31,14 +32,20 @@ def batch() -> Tensor:
 def masked_weights(monkeypatch) -> list[StorageWeakRef]:
     """The storage of every masked weight that is made."""
     made: list[StorageWeakRef] = []
-    drop = masking.drop_weight
+    drop, drop_both = masking.drop_weight, linear_op.drop_both
 
     def spy(*args, **kwargs):
         used = drop(*args, **kwargs)
         made.append(StorageWeakRef(used.untyped_storage()))
         return used
 
+    def spy_on_both(*args):
+        used, grad = drop_both(*args[:-1], None)  # without the space that is used again and again
+        made.append(StorageWeakRef(used.untyped_storage()))
+        return used, grad
+
     monkeypatch.setattr(masking, "drop_weight", spy)
+    monkeypatch.setattr(linear_op, "drop_both", spy_on_both)
     return made
 
 

@@ -11,7 +11,7 @@ from scipy.integrate import quad
 from torch import Tensor
 
 from surgery.ops import Law, keep_mask
-from surgery.ops.hash import advance_key
+from surgery.ops.hash import advance_key, mix, multipliers, spread
 
 OWN = {"element": (0, 1), "input": (1,), "output": (0,), "tensor": ()}
 """The dimensions of a weight along which mask entries differ."""
@@ -30,9 +30,12 @@ def example_weights(
     shape = mask_shape(tuple(weight.shape), unit)
     towards = torch.zeros_like(weight) if anchor is None else anchor
     used = []
-    for example in range(examples):
-        own = advance_key(key, example * math.prod(shape))
-        keep = keep_mask(shape, own, law.threshold)
+    places = spread(torch.arange(math.prod(shape), dtype=torch.int32))
+    for example, last in enumerate(multipliers(examples, weight.device)):
+        if unit == "element":
+            keep = (mix(places, key, last) >= law.threshold).view(shape)
+        else:  # masks of inputs and outputs lie one after the other
+            keep = keep_mask(shape, advance_key(key, example * math.prod(shape)), law.threshold)
         used.append(torch.where(keep, weight * law.scale + towards * (1 - law.scale), towards))
     return torch.stack(used)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import warnings
 
@@ -11,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from surgery.ops import Law, Layout, drop_weight, engine, key_from_seed
+from surgery.ops import Law, Layout, drop_weight, engine, key_from_seed, native
+from surgery.ops.mask import drop_both
 
 KEY = key_from_seed(21)
 ROWS, COLUMNS = 101, 257
@@ -29,7 +28,7 @@ towards = pytest.mark.parametrize("anchored", [False, True], ids=["zero", "pretr
 def fresh_engine(monkeypatch):
     """An engine that has not found out yet whether compiling works."""
     monkeypatch.setattr(engine, "_broken", False)
-    monkeypatch.delenv("DROPCONNECT_COMPILE", raising=False)
+    monkeypatch.setattr(engine, "_enabled", True)
 
 
 @pytest.fixture
@@ -37,14 +36,14 @@ def plain(monkeypatch):
     """Switch compiling off, as `DROPCONNECT_COMPILE=0` does; `plain(False)` switches it on again."""
 
     def switch(off: bool = True) -> None:
-        monkeypatch.setenv("DROPCONNECT_COMPILE", "0" if off else "1")
+        monkeypatch.setattr(engine, "_enabled", not off)
 
     return switch
 
 
 @pytest.fixture
-def compiled_calls(monkeypatch) -> list[str]:
-    """Counts how often a compiled formula is asked for."""
+def inductor(monkeypatch) -> list[str]:
+    """Formulas are compiled by inductor, as on a GPU, and counted."""
     calls: list[str] = []
     compile_formula = engine._compile
 
@@ -53,6 +52,22 @@ def compiled_calls(monkeypatch) -> list[str]:
         return compile_formula(formula)
 
     monkeypatch.setattr(engine, "_compile", count)
+    monkeypatch.setattr(engine, "INDUCTOR", {"cpu"})
+    monkeypatch.setattr(engine, "has_kernels", lambda name: False)
+    return calls
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch) -> list[int]:
+    """Counts the calls of kernels, by what they mask: 1 for a weight, 2 for a weight and a gradient."""
+    calls: list[int] = []
+    drop = native.drop
+
+    def count(*args):
+        calls.append(1 if args[2] is None else 2)
+        drop(*args)
+
+    monkeypatch.setattr(native, "drop", count)
     return calls
 
 
@@ -69,20 +84,31 @@ def both(layout: Layout, weight: Tensor, anchor: Tensor | None, p: float, switch
     return results
 
 
-def compare(layout, dtype, anchored, plain, compiled_calls) -> None:
+def compare(layout, dtype, anchored, plain) -> None:
     weight = torch.randn(SHAPE).to(dtype)
     anchor = torch.randn(SHAPE).to(dtype) if anchored else None
     fast, slow = both(layout, weight, anchor, 0.3, plain)
-    assert compiled_calls == ["masked_formula"] * 2  # forward and backward of the first run
     assert torch.equal(fast[0], slow[0])
     assert torch.equal(fast[1], slow[1])
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+@pytest.mark.compiler
+@towards
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_and_the_formula_agree_bit_by_bit(dtype, anchored, plain, kernel_calls) -> None:
+    compare(LAYOUTS["element"], dtype, anchored, plain)
+    assert kernel_calls == [1, 1]  # forward and backward of the first run
 
 
 @pytest.mark.compiler
 @towards
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_compiled_and_plain_runs_agree_bit_by_bit(layout, anchored, plain, compiled_calls) -> None:
-    compare(layout, torch.float32, anchored, plain, compiled_calls)
+def test_inductor_and_the_formula_agree_bit_by_bit(layout, anchored, plain, inductor) -> None:
+    compare(layout, torch.float32, anchored, plain)
+    assert inductor == ["masked_formula"] * 2
 
 
 @pytest.mark.slow
@@ -90,21 +116,74 @@ def test_compiled_and_plain_runs_agree_bit_by_bit(layout, anchored, plain, compi
 @towards
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_every_dtype_agrees_bit_by_bit(layout, dtype, anchored, plain, compiled_calls) -> None:
-    compare(layout, dtype, anchored, plain, compiled_calls)
+def test_inductor_agrees_for_every_dtype(layout, dtype, anchored, plain, inductor) -> None:
+    compare(layout, dtype, anchored, plain)
+    assert inductor == ["masked_formula"] * 2
+
+
+@towards
+def test_a_dtype_without_a_kernel_has_the_formula(anchored: bool, plain, kernel_calls) -> None:
+    compare(LAYOUTS["element"], torch.float16, anchored, plain)
+    assert kernel_calls == []
+
+
+@pytest.mark.compiler
+@towards
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 7, 4095, 4097, 3 * 8192 + 5])
+def test_both_at_once_are_what_two_masks_give(size: int, dtype, anchored, kernel_calls) -> None:
+    weight, grad = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
+    anchor = torch.randn(size).to(dtype) if anchored else None
+    law, layout = Law.of(0.3, weight.device, dtype), Layout.elements(size)
+    expected = drop_weight(weight, KEY, law, layout, anchor), drop_weight(grad, KEY, law, layout)
+    del kernel_calls[:]
+    space = torch.empty_like(weight)
+    with torch.no_grad():
+        used, masked = drop_both(weight, grad.clone(), KEY, law, layout, anchor, space)
+    assert kernel_calls == [2]
+    assert used is space
+    assert torch.equal(used, expected[0])
+    assert torch.equal(masked, expected[1])
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_the_number_of_threads_does_not_change_the_bits(threads: int) -> None:
+    law, layout = Law.of(0.3, torch.device("cpu"), torch.float32), Layout.elements(100_003)
+    weight, before = torch.randn(100_003), torch.get_num_threads()
+    expected = drop_weight(weight, KEY, law, layout)
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(drop_weight(weight, KEY, law, layout), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.compiler
+def test_nothing_is_left_to_chance(kernel_calls) -> None:
+    """Torch's own switch for deterministic algorithms changes nothing, and complains of nothing."""
+    weight = torch.randn(50_000)
+    law, layout = Law.of(0.3, weight.device, weight.dtype), Layout.elements(50_000)
+    expected = drop_weight(weight, KEY, law, layout)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(drop_weight(weight, KEY, law, layout), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert kernel_calls == [1, 1]
 
 
 @pytest.mark.compiler
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.7, 1.0])
-def test_new_p_and_new_shape_do_not_recompile(p: float, compiled_calls) -> None:
-    """p and the size are data of the compiled formula."""
+def test_new_p_and_new_shape_do_not_recompile(p: float, inductor) -> None:
+    """p and the size are data of the formula that inductor compiled."""
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.compiler.reset()
         engine._compiled.clear()
         for n, rate in ((20_000, 0.5), (30_011, p)):
             law = Law.of(rate, torch.device("cpu"), torch.float32)
             drop_weight(torch.randn(n), KEY, law, Layout.elements(n))
-    assert len(compiled_calls) == 2
+    assert len(inductor) == 2
 
 
 @pytest.mark.parametrize("chunk", [1 << 16, 1000, 997, 1])
@@ -148,18 +227,11 @@ def test_plain_run_needs_little_memory_beside_the_result(plain, monkeypatch) -> 
     assert largest == [engine.CHUNK] * 3 + [1]
 
 
-@pytest.mark.parametrize("size", [1, engine.SMALL - 1])
-def test_small_weights_do_not_compile(size: int, compiled_calls) -> None:
-    law = Law.of(0.5, torch.device("cpu"), torch.float32)
-    drop_weight(torch.randn(size), KEY, law, Layout.elements(size))
-    assert compiled_calls == []
-
-
-def test_switching_off_means_not_compiling(plain, compiled_calls) -> None:
+def test_switching_off_means_not_compiling(plain, kernel_calls, inductor) -> None:
     plain()
     law = Law.of(0.5, torch.device("cpu"), torch.float32)
-    drop_weight(torch.randn(engine.SMALL), KEY, law, Layout.elements(engine.SMALL))
-    assert compiled_calls == []
+    drop_weight(torch.randn(20_000), KEY, law, Layout.elements(20_000))
+    assert kernel_calls == inductor == []
     assert not engine.compile_enabled()
 
 
@@ -179,7 +251,7 @@ def compiler_failures() -> dict[str, Exception]:
 
 
 @pytest.mark.parametrize("name", compiler_failures())
-def test_fallback_warns_once_and_gives_the_same_bits(name: str, plain, monkeypatch) -> None:
+def test_fallback_warns_once_and_gives_the_same_bits(name, plain, inductor, monkeypatch) -> None:
     plain()
     weight = torch.randn(20_000)
     law, layout = Law.of(0.4, weight.device, weight.dtype), Layout.elements(20_000)
@@ -190,7 +262,7 @@ def test_fallback_warns_once_and_gives_the_same_bits(name: str, plain, monkeypat
         raise compiler_failures()[name]
 
     monkeypatch.setattr(engine, "_compile", lambda formula: broken)
-    with pytest.warns(RuntimeWarning, match=r"torch\.compile does not work here.*Reason: ") as seen:
+    with pytest.warns(RuntimeWarning, match=r"No kernels can be compiled here.*Reason: ") as seen:
         first = drop_weight(weight, KEY, law, layout)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -202,7 +274,7 @@ def test_fallback_warns_once_and_gives_the_same_bits(name: str, plain, monkeypat
     assert not engine.compile_enabled()
 
 
-def test_fallback_where_torch_compile_itself_refuses(plain, monkeypatch) -> None:
+def test_fallback_where_torch_compile_itself_refuses(plain, inductor, monkeypatch) -> None:
     """On a Python that torch does not support yet, `torch.compile(...)` raises when called."""
     plain()
     weight = torch.randn(20_000)
@@ -225,41 +297,3 @@ def test_errors_of_the_formula_are_not_hidden() -> None:
     law = Law.of(0.4, torch.device("cpu"), torch.float32)
     with pytest.raises((RuntimeError, ValueError)):
         drop_weight(torch.randn(20_000), KEY, law, Layout.elements(19_999))
-
-
-NO_COMPILER = """
-import warnings
-import torch
-from surgery.ops import Law, Layout, drop_weight, key_from_seed
-weight = torch.arange(20_000.0)
-law, layout = Law.of(0.4, weight.device, weight.dtype), Layout.elements(20_000)
-with warnings.catch_warnings(record=True) as seen:
-    warnings.simplefilter("always")
-    used = [drop_weight(weight, key_from_seed(21), law, layout) for _ in range(2)]
-ours = [w for w in seen if "DropConnect" in str(w.message)]
-print(len(ours), ours[0].category.__name__ if ours else None, float(used[0].double().sum()))
-"""
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [
-        pytest.param({"CXX": "no-such-compiler"}, id="no compiler"),
-        pytest.param({"CXX": "false"}, id="compiler fails", marks=pytest.mark.slow),
-        pytest.param({"TORCHINDUCTOR_CACHE_DIR": "{file}"}, id="no folder", marks=pytest.mark.slow),
-    ],
-)
-def test_real_machine_without_a_working_compiler(broken, plain, tmp_path) -> None:
-    file = tmp_path / "file"
-    file.write_text("not a folder")
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    env |= {name: value.format(file=file) for name, value in broken.items()}
-    result = subprocess.run(
-        [sys.executable, "-c", NO_COMPILER], env=env, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    plain()
-    weight = torch.arange(20_000.0)
-    law = Law.of(0.4, weight.device, weight.dtype)
-    expected = drop_weight(weight, KEY, law, Layout.elements(20_000))
-    assert result.stdout.split() == ["1", "RuntimeWarning", str(float(expected.double().sum()))]

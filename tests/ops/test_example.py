@@ -15,14 +15,13 @@ from surgery.ops import (
     Law,
     Layout,
     drop_weight,
-    example_keys,
+    engine,
     example_linear,
     example_product,
     example_vector,
     keep_mask,
     key_from_seed,
 )
-from surgery.ops.hash import advance_key
 from tests.ops.reference import example_weights
 
 CPU = torch.device("cpu")
@@ -74,18 +73,69 @@ def test_against_all_weights_at_once(sizes, unit: str, anchored: bool, p: float)
 @pytest.mark.compiler
 @pytest.mark.parametrize("sizes", COMPILED.values(), ids=COMPILED)
 @towards
-def test_compiled_against_all_weights_at_once(sizes, anchored: bool) -> None:
-    check(sizes, "element", anchored, 0.3, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kernels_against_all_weights_at_once(sizes, anchored: bool, dtype) -> None:
+    check(sizes, "element", anchored, 0.3, dtype)
+
+
+@pytest.mark.compiler
+@towards
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("examples", [1, 2, 3, 7, 8, 15])
+@pytest.mark.parametrize("width", [1, 5, 8, 17, 33])
+def test_product_kernels_of_ragged_sizes(width, examples, p, anchored: bool) -> None:
+    """Blocks of 8, 4, 2 and 1 rows, vectors with a rest, outputs by four and one by one."""
+    for outputs in (1, 4, 6):
+        check((examples, 1, width, outputs), "element", anchored, p, torch.float32)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_products(threads: int) -> None:
+    x, weight, _ = tensors((9, 2, 100, 30), False, torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            product = example_linear(x, weight, KEY, law(0.3, torch.float32), "element")
+            results.append([product, *torch.autograd.grad(product.cos().sum(), (x, weight))])
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.compiler
+@towards
+def test_inductor_against_all_weights_at_once(anchored: bool, monkeypatch) -> None:
+    """The formulas for the GPU, compiled for the CPU."""
+    monkeypatch.setattr(engine, "INDUCTOR", {"cpu"})
+    monkeypatch.setattr(engine, "has_kernels", lambda name: False)
+    monkeypatch.setattr(example_product, "has_kernels", lambda name: False)
+    check((12, 1, 48, 40), "element", anchored, 0.3, torch.float32)
+    assert {example_product._product_formula, example_product._outer_formula} <= set(
+        engine._compiled
+    )
 
 
 @pytest.mark.parametrize("sizes", COMPILED.values(), ids=COMPILED)
 @towards
 def test_plain_against_all_weights_at_once(sizes, anchored: bool, monkeypatch) -> None:
     """Without a compiler, and with blocks of some rows of one example, or of several examples."""
-    monkeypatch.setenv("DROPCONNECT_COMPILE", "0")
+    monkeypatch.setattr(engine, "_enabled", False)
     for chunk in (100, 1 << 13, 1 << 16):
         monkeypatch.setattr(example_product, "CHUNK", chunk)
         check(sizes, "element", anchored, 0.3)
+
+
+@pytest.mark.compiler
+@towards
+@pytest.mark.parametrize("block", [100, 2000, 5000])
+def test_blocks_do_not_change_what_kernels_give(block: int, anchored: bool, monkeypatch) -> None:
+    """Some rows of one example, or several examples."""
+    monkeypatch.setattr(example_product, "BLOCK", block)
+    for dtype in (torch.float32, torch.float64):
+        check(COMPILED["blocks"], "element", anchored, 0.3, dtype)
 
 
 @units
@@ -138,13 +188,6 @@ def test_strides_do_not_matter() -> None:
     assert torch.equal(found, expected)
     (gradient,) = torch.autograd.grad(found.sum(), stored)
     assert torch.equal(gradient.t(), torch.autograd.grad(expected.sum(), weight)[0])
-
-
-@pytest.mark.parametrize("entries", [1, 7, 1 << 20, (1 << 31) + 3, (1 << 40) + 5], ids=str)
-def test_keys_are_those_of_consecutive_parts(entries: int) -> None:
-    keys = example_keys(KEY, 70, entries)
-    assert keys.dtype == torch.int32
-    assert torch.equal(keys, torch.stack([advance_key(KEY, e * entries) for e in range(70)]))
 
 
 def test_examples_have_different_masks(check_mean) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -11,17 +11,20 @@ from torch import Tensor
 
 from surgery.ops.hash import (
     _ROUND1,
-    _ROUND2,
     _STEP,
+    LAST,
     _shift_right,
     _signed,
     advance_key,
     draw_key,
     hash_bits,
     key_from_seed,
+    mix,
+    multipliers,
+    spread,
 )
 
-from .statistics import INDEX, SIZE, centred, correlation, faults, lag_scores
+from .statistics import INDEX, LAGS, SIZE, Hash, centred, correlation, faults, lag_scores
 
 PROBABILITIES = (0.5, 0.1)
 
@@ -43,7 +46,7 @@ def weak_index_xor(index: Tensor, key: Tensor) -> Tensor:
     """lowbias32(index xor k0)."""
     z = index ^ key[0]
     z = (z ^ _shift_right(z, 16)) * _ROUND1
-    z = (z ^ _shift_right(z, 15)) * _ROUND2
+    z = (z ^ _shift_right(z, 15)) * LAST
     return z ^ _shift_right(z, 16)
 
 
@@ -52,7 +55,7 @@ def weak_two_xors(index: Tensor, key: Tensor) -> Tensor:
     z = index ^ key[0]
     z = (z ^ _shift_right(z, 16)) * _ROUND1
     z = z ^ key[1]
-    z = (z ^ _shift_right(z, 15)) * _ROUND2
+    z = (z ^ _shift_right(z, 15)) * LAST
     return z ^ _shift_right(z, 16)
 
 
@@ -106,9 +109,9 @@ def test_rows_and_columns_have_the_keep_rate(dim: int, width: int) -> None:
     assert faults(torch.cat(scores)) == []
 
 
-@pytest.mark.parametrize("bit", [31, 30, 16, 15, 1, 0])
-def test_every_bit_is_fair(bit: int) -> None:
-    """All bits, not only the sign: a threshold compares them all."""
+@pytest.mark.parametrize("bit", [31, 30, 24, 20, 17, 16])
+def test_every_upper_bit_is_fair(bit: int) -> None:
+    """Not only the sign: a threshold compares them all."""
     scores = [
         (((hash_bits(INDEX, key) >> bit) & 1).sum() - SIZE / 2) * 2 / SIZE**0.5
         for key in seeds_keys(20)
@@ -145,6 +148,86 @@ def test_neighbouring_and_bit_flipped_seeds_are_independent(p: float, base: int)
 def test_consecutive_calls_and_sites_are_independent(p: float) -> None:
     keys = [draw_key(torch.device("cpu")) for _ in range(20)]
     assert faults(cross_scores(keys, p)) == []
+
+
+def example_masks(key: Tensor, p: float, examples: Iterable[int]) -> list[Tensor]:
+    """The centred masks of some of the first thousand examples."""
+    last = multipliers(1000, key.device)
+    places = spread(INDEX)
+
+    def hash_of(example: int) -> Hash:
+        return lambda index, key: mix(places, key, last[example])
+
+    return [centred(hash_of(example), key, p) for example in examples]
+
+
+def pair_scores(masks: list[Tensor]) -> Tensor:
+    return torch.tensor([correlation(a, b) for a, b in itertools.combinations(masks, 2)])
+
+
+@pytest.mark.parametrize("p", PROBABILITIES)
+@pytest.mark.parametrize(
+    "examples", [range(24), range(976, 1000), [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512]], ids=str
+)
+def test_examples_are_independent(examples, p: float) -> None:
+    assert faults(pair_scores(example_masks(seeds_keys(1)[0], p, examples))) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p", [0.5, 0.1, 0.9, 0.01])
+def test_all_examples_of_a_batch_are_independent(p: float) -> None:
+    """8,128 pairs at a time."""
+    for key in seeds_keys(3):
+        scores = torch.stack(example_masks(key, p, range(128)))
+        products = scores @ scores.t() / SIZE**0.5
+        upper = torch.triu_indices(128, 128, 1)
+        assert faults(products[upper[0], upper[1]]) == []
+
+
+@pytest.mark.parametrize("p", PROBABILITIES)
+def test_examples_are_independent_three_at_a_time(p: float) -> None:
+    masks = example_masks(seeds_keys(2)[1], p, range(12))
+    scores = [correlation(a * b, c) for a, b, c in itertools.combinations(masks, 3)]
+    assert faults(torch.tensor(scores)) == []
+
+
+@pytest.mark.parametrize("p", PROBABILITIES)
+def test_lags_between_examples_are_independent(p: float) -> None:
+    """Also of each example with itself: its mask is as random as that of a batch."""
+    masks = example_masks(seeds_keys(3)[2], p, [0, 1, 2, 3, 500, 999])
+    scores = [correlation(a[:-lag], b[lag:]) for a in masks for b in masks for lag in LAGS[::2]]
+    assert faults(torch.tensor(scores)) == []
+
+
+def test_pair_test_rejects_multipliers_that_are_multiples_of_each_other() -> None:
+    """Were example e to multiply by e + 1, the masks of neighbours would go together."""
+    key = seeds_keys(1)[0]
+    places = spread(INDEX)
+    masks = [centred(lambda _, key, e=e: mix(places, key, 2 * e + 1), key, 0.5) for e in range(24)]
+    assert faults(pair_scores(masks)) != []
+
+
+def test_multipliers_are_odd_and_all_different() -> None:
+    """An even one would lose bits; equal ones would give two examples one mask."""
+    found = multipliers(1 << 20, torch.device("cpu"))
+    assert found.dtype == torch.int32
+    assert bool((found & 1).all())
+    assert found.unique().numel() == 1 << 20
+    assert int(found[0]) == LAST
+
+
+def test_multipliers_are_the_documented_ones() -> None:
+    """Computed here on Python ints; the mask of every example follows from them."""
+
+    def reference(example: int) -> int:
+        z = (2 * example * 0x9E3779B9) & 0xFFFFFFFF
+        z = ((z ^ ((z >> 16) & ~1)) * 0x7FEB352D) & 0xFFFFFFFF
+        z = ((z ^ ((z >> 15) & ~1)) * 0x7FEB352D) & 0xFFFFFFFF
+        return z ^ 0x846CA68B
+
+    found = multipliers(1000, torch.device("cpu"))
+    for example in (0, 1, 2, 77, 999):
+        assert int(found[example]) & 0xFFFFFFFF == reference(example)
 
 
 def test_ranks_are_independent() -> None:
@@ -235,8 +318,7 @@ def test_bits_are_the_documented_ones() -> None:
         z = (index * 0x9E3779B9 + k0) & 0xFFFFFFFF
         z = ((z ^ (z >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
         z = (z + k1) & 0xFFFFFFFF
-        z = ((z ^ (z >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-        return z ^ (z >> 16)
+        return ((z ^ (z >> 15)) * 0x846CA68B) & 0xFFFFFFFF
 
     indices = [0, 1, 2, 12345, 2**31 - 1, -1]
     bits = hash_bits(torch.tensor(indices, dtype=torch.int32), key)

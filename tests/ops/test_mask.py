@@ -247,7 +247,8 @@ def test_backward_keeps_the_key_and_two_scalars(layout: Layout, anchored: bool) 
     weight.requires_grad_()
     used = drop_weight(weight, KEY, law(0.5), layout, anchor)
     node = used.grad_fn
-    kept = [*node.saved_tensors, *(v for v in vars(node).values() if isinstance(v, Tensor))]
+    held = [*vars(node).values(), *vars(node.law).values()]
+    kept = [*node.saved_tensors, *(value for value in held if isinstance(value, Tensor))]
     assert sorted(tensor.numel() for tensor in kept) == [1, 1, 2]
     assert sum(tensor.numel() * tensor.element_size() for tensor in kept) == 16
 

@@ -14,7 +14,15 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from surgery import apply_dropconnect, hold_masks, set_p
 
-from .models import BY_NAME, Subject, assert_same, gradients, step, step_gradients
+from .models import (
+    BY_NAME,
+    Subject,
+    assert_same,
+    gradients,
+    rounding_without_grad,
+    step,
+    step_gradients,
+)
 
 
 class Between(nn.Module):
@@ -48,7 +56,8 @@ def test_gradients_are_bit_equal(subject: Subject, reentrant: bool, toward: str)
         model = Between(subject.moved(toward=toward), 0 if subject.words else x.shape[-1], way)
         out = step(model, x)
         results.append({**gradients(model), "output": out})
-    assert_same(results[1], results[0])
+    # a reentrant checkpoint runs its first forward without gradients
+    assert_same(results[1], results[0], rounding_without_grad(subject) if reentrant else 0.0)
 
 
 @WAYS

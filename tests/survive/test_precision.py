@@ -15,6 +15,7 @@ from .models import (
     assert_drops,
     assert_same,
     raw,
+    skip_unless_autocast,
     step_gradients,
     tensors,
 )
@@ -61,6 +62,7 @@ def test_eval_in_narrow_dtype_is_the_plain_model(subject: Subject, dtype: torch.
 
 def test_autocast(subject: Subject) -> None:
     """The mask acts on the stored weight; autocast rounds the product."""
+    skip_unless_autocast(subject)
     model, x = subject.moved(), subject.inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = step_gradients(model, x)
@@ -76,6 +78,7 @@ def test_autocast(subject: Subject) -> None:
 
 def test_autocast_draws_again_at_each_call(subject: Subject) -> None:
     """Autocast caches casts of parameters; a masked weight must never be one of them."""
+    skip_unless_autocast(subject)
     model, x = subject.moved(), subject.inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.manual_seed(1)
@@ -87,6 +90,7 @@ def test_autocast_draws_again_at_each_call(subject: Subject) -> None:
 
 
 def test_autocast_eval_is_the_plain_model(subject: Subject) -> None:
+    skip_unless_autocast(subject)
     model, x = subject.operated().eval(), subject.inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(x)

@@ -1,0 +1,104 @@
+"""The product with a masked weight, and its gradients with one more mask: what an operated Linear does.
+
+The same could be had by handing `drop_weight(W)` to `F.linear`. But its backward then draws the mask
+twice, for the masked weight and for the gradient, and autograd keeps the masked weight unless hooks on
+saved tensors replace it (`surgery.recompute`, for all other modules).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import check_unmodified
+from .mask import Law, Layout, drop_both, drop_weight
+from .workspace import borrow, give_back
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """x, W, b -> x W_used^T + b. Keeps x, W and the key."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor | None,
+        key: Tensor,
+        law: Law,
+        layout: Layout,
+        name: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None)
+        ctx.shape, ctx.name = x.shape, name
+        ctx.weight, ctx.version, ctx.anchor = weight, weight._version, anchor
+        ctx.law = key, law, layout
+        space = borrow(weight)
+        try:
+            used, _ = drop_both(weight, None, key, law, layout, anchor, space)
+            # `matmul` looks at this to choose how to fold a batch, and so how to round.
+            used = used.detach().requires_grad_(weight.requires_grad)
+            return F.linear(x, used, bias)
+        finally:
+            give_back(space)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        check_unmodified(ctx.name, ctx.weight, ctx.version)
+        (x,) = ctx.saved_tensors
+        rows = grads[0].reshape(-1, grads[0].shape[-1])
+        want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
+        of_x = of_weight = None
+        if want_weight:
+            of_weight = rows.t().mm(x.reshape(-1, x.shape[-1])).to(ctx.weight.dtype)
+        if want_x:
+            space = borrow(ctx.weight)
+            key, law, layout = ctx.law
+            used, of_weight = drop_both(ctx.weight, of_weight, key, law, layout, ctx.anchor, space)
+            of_x = rows.mm(used.to(rows.dtype)).view(ctx.shape)
+            give_back(space)
+        elif of_weight is not None:
+            of_weight = drop_weight(of_weight, *ctx.law)
+        of_bias = rows.sum(0) if want_bias else None
+        return of_x, of_weight, of_bias, None, None, None, None, None
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    key: Tensor,
+    law: Law,
+    layout: Layout,
+    anchor: Tensor | None = None,
+    name: str = "weight",
+) -> Tensor:
+    """`F.linear(x, drop_weight(weight, key, law, layout, anchor), bias)`, to the bit, in eager code.
+
+    Args:
+        x: (..., in), at least two dimensions.
+        weight: (out, in).
+        bias: (out,), or None.
+        key, law, layout, anchor: see `drop_weight`.
+        name: of the weight, for the error.
+
+    Returns:
+        (..., out), differentiable any number of times. Backward raises `RuntimeError` if the weight was
+        changed since.
+    """
+    x, bias = autocast(x, bias)
+    return cast(Tensor, _MaskedLinear.apply(x, weight, bias, anchor, key, law, layout, name))  # type: ignore[no-untyped-call]
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as `F.linear` would cast them."""
+    kind = x.device.type
+    available = torch.amp.is_autocast_available(kind)
+    if not available or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x, *others
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
