@@ -14,8 +14,8 @@ from .config import DropConnectConfig, check_p
 from .errors import NotOperatedError, SurgeryError
 from .finder import Seen, look
 from .modules.kinds import kind_of
-from .modules.places import Place, places, states_of
-from .modules.state import SiteState
+from .modules.places import Place, places, states_in, states_of
+from .modules.state import SiteState, change_p
 from .ops import draw_key, release
 from .plan import Plan
 from .plugins import load_plugins
@@ -158,8 +158,7 @@ def set_p(model: nn.Module, p: float, targets: Any = None) -> None:
         NotOperatedError: the model, or a parameter that `targets` names, has no DropConnect.
     """
     value = check_p(p)
-    for state in states_named(model, targets):
-        state.set_p(value)
+    change_p(states_named(model, targets), value)
 
 
 @contextlib.contextmanager
@@ -227,14 +226,14 @@ def _prepare(
 
 def states_named(model: nn.Module, targets: Any) -> list[SiteState]:
     """The states of the sites that `targets` names: of a tied weight, those of all its users."""
-    every = list(places(model))
+    every = states_in(model)
     if not every:
         raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place")
     if targets is None:
-        return [place.state for place in every]
+        return every
     choices, _ = select(Catalogue(model), targets, None, DropConnectConfig())
     named = {key for choice in choices for key in _parameters(choice)}
-    found = [place.state for place in every if id(place.raw) in named]
+    found = [place.state for place in places(model) if id(place.raw) in named]
     if not found:
         raise NotOperatedError(f"targets={targets!r} names weights, but none has DropConnect")
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,8 @@ from surgery.checkpoint import (
 )
 from surgery.config import DropConnectConfig
 from surgery.errors import SurgeryError
-from surgery.modules.places import places
-from surgery.modules.state import SiteState
+from surgery.modules.places import states_in
+from surgery.modules.state import change_p
 from surgery.schedules import Schedule, make_schedule
 from surgery.surgeon import unused_sites
 
@@ -107,14 +106,13 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
         if not self.moves_p:
             return
         factor = self.schedule(state.global_step / max(state.max_steps - 1, 1))
-        for site in _states(model):
-            site.set_p(site.config.p, factor)
+        change_p(states_in(model), factor=factor)
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """After the first step, warn of sites that never dropped anything."""
         if self._looked_for_unused or args.torch_compile:
             return
-        if any(site.p > 0 for site in _states(model)):
+        if any(site.p > 0 for site in states_in(model)):
             self._looked_for_unused = True
             unused = unused_sites(model)
             if unused:
@@ -130,7 +128,7 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
         """Put p beside the loss, for the callbacks that come after this one and for the history."""
         if "loss" not in logs:
             return
-        p = max((site.p for site in _states(model)), default=None)
+        p = max((site.p for site in states_in(model)), default=None)
         if p is not None:
             logs["dropconnect_p"] = state.log_history[-1]["dropconnect_p"] = p
 
@@ -145,8 +143,7 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Give every site its full p again; strip, if asked to."""
-        for site in _states(model):
-            site.set_p(site.config.p)
+        change_p(states_in(model))
         if self.strip_at_end and dropconnect_sites(model):
             strip_dropconnect(model)
 
@@ -155,12 +152,6 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
             return bool(anchors(model))
         plan = plan_dropconnect(model, self.targets, exclude=self.exclude, config=self.config)
         return any(site.config.toward == "pretrained" for site in plan)
-
-
-def _states(model: nn.Module) -> Iterator[SiteState]:
-    """Every user of every site."""
-    for place in places(model):
-        yield place.state
 
 
 def _resumed_checkpoint(

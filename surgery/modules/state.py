@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..config import DropConnectConfig, Inference, Sampling, check_p
 from ..ops import Law, Layout
+from .laws import give_own_laws, note_site, own_laws_exist, shared_law
 from .product import Product
 
 
@@ -37,6 +39,12 @@ class NotGrouped(RuntimeError):
 class SiteState:
     """What one module knows of one of its operated parameters. Holds no parameter itself."""
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> SiteState:
+        """Copies and unpickled states come this way too."""
+        state = super().__new__(cls)
+        note_site(state)
+        return state
+
     def __init__(
         self,
         name: str,
@@ -51,7 +59,9 @@ class SiteState:
         self.site = site
         """Full name of the parameter in the model that surgery was done on, for messages."""
         self.kind = kind
-        self.config = config
+        self._config = config
+        self.rate = config.p
+        """The p of the config. The config itself is made anew when somebody asks for it."""
         self.layout = layout
         self.follows = follows
         """Name of the parameter in this module whose key this one uses (a bias whose mask is that
@@ -62,6 +72,9 @@ class SiteState:
         self.factor = 1.0
         """What a schedule multiplies the p of the config by, for now."""
         self.law: Law | None = None
+        """The law of `p`, which sites of equal p share."""
+        self.own_law: Law | None = None
+        """The same with tensors of this site only, for compiled graphs; see `surgery.modules.laws`."""
         # Copies, because a compiled graph is guarded by what its trace reads, and `set_p` must pass.
         self.unit = config.unit
         self.sampling = config.sampling
@@ -87,17 +100,14 @@ class SiteState:
     @property
     def p(self) -> float:
         """The drop probability now."""
-        return self.config.p * self.factor
+        return self.rate * self.factor
 
-    def set_p(self, p: float, factor: float = 1.0) -> None:
-        """Change the drop probability to `p * factor`. The law is made anew, so that a backward pass
-        under way still uses the old one."""
-        if (p, factor) == (self.config.p, self.factor):
-            return
-        check_p(p * factor)
-        self.config, self.factor = self.config.replace(p=p), factor
-        if self.law is not None:
-            self.law = Law.of(self.p, self.law.threshold.device, self.law.scale.dtype)
+    @property
+    def config(self) -> DropConnectConfig:
+        """The options now, with the p that a schedule multiplies."""
+        if self._config.p != self.rate:
+            self._config = self._config.replace(p=self.rate)
+        return self._config
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy does not hold masks: it is in nobody's `hold_masks`."""
@@ -105,11 +115,23 @@ class SiteState:
 
     def law_for(self, raw: Tensor, keep: bool = True) -> Law:
         """The law on the weight's device; computed again when the weight has moved."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._law_in_trace(raw, keep)
         law = self.law
         if law is None or not law.fits(raw):
-            law = Law.of(self.p, raw.device, raw.dtype)
+            law = shared_law(self.p, raw.device, raw.dtype)
             if keep and type(law.threshold) is Tensor:  # not a fake one, of a trace
                 self.law = law
+                give_own_laws([self])
+        return law
+
+    def _law_in_trace(self, raw: Tensor, keep: bool) -> Law:
+        own_laws_exist()
+        law = self.own_law
+        if law is None or not law.fits(raw):
+            law = Law.of(self.p, raw.device, raw.dtype)
+            if keep:
+                self.law = self.own_law = law
         return law
 
     @property
@@ -127,7 +149,7 @@ class SiteState:
 
     def set_inference(self, inference: Inference, draws: int | None) -> None:
         """Change what `eval()` does."""
-        self.config = self.config.replace(inference=inference, samples=draws)
+        self._config = self.config.replace(inference=inference, samples=draws)
         self.inference, self.draws = inference, draws
 
     def mode(self, training: bool) -> Sampling | Literal["moments"] | None:
@@ -140,3 +162,29 @@ class SiteState:
             grouped = self.group is not None and self.sampling == "batch"
             return "example" if grouped else self.sampling
         return "moments" if self.inference == "moments" else None
+
+
+def change_p(states: Iterable[SiteState], p: float | None = None, factor: float = 1.0) -> None:
+    """Change the drop probability of sites to `p * factor`, or None: to their own p times `factor`.
+
+    Laws are replaced, so that a backward pass under way still uses the old ones.
+
+    Raises:
+        ValueError: a product is outside [0, 1]; nothing is changed.
+    """
+    found = list(states)
+    for rate in {state.rate for state in found} if p is None else {p}:
+        check_p(rate * factor)
+    laws: dict[tuple[int, float], tuple[Law, Law]] = {}
+    for state in found:
+        rate = state.rate = state.rate if p is None else p
+        state.factor = factor
+        old = state.law
+        if old is None:
+            continue
+        old_and_new = laws.get((id(old), rate))
+        if old_and_new is None:
+            new = shared_law(rate * factor, old.threshold.device, old.scale.dtype)
+            old_and_new = laws[id(old), rate] = old, new  # the old one too, so that its id stays its
+        state.law = old_and_new[1]
+    give_own_laws(found)

@@ -82,6 +82,13 @@ class Law:
                 torch.tensor(scale, dtype=exact, device=device),
             )
 
+    def copies(self, count: int) -> list[Law]:
+        """Equal laws of which no two have the same tensor object; their storage is one."""
+        with torch.inference_mode(False):
+            thresholds = self.threshold.expand(count).unbind()
+            scales = self.scale.expand(count).unbind()
+        return [Law(threshold, scale) for threshold, scale in zip(thresholds, scales)]
+
     def fits(self, weight: Tensor) -> bool:
         """Whether the law can be used with `weight` as it is."""
         exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
