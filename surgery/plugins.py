@@ -9,16 +9,24 @@ was never imported cannot exist, so `import surgery` stays light.
 from __future__ import annotations
 
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+
+from .caching import cached
 
 GROUP = "surgery.plugins"
 
 _loaded: set[str] = set()
 
 
+@cached
+def _entries() -> tuple[EntryPoint, ...]:
+    """Read once: it looks at the metadata of every package that is installed."""
+    return tuple(entry_points(group=GROUP))
+
+
 def load_plugins() -> None:
     """Import the plugins of every library that is imported by now."""
-    for entry in entry_points(group=GROUP):
+    for entry in _entries():
         if entry.value not in _loaded and entry.name in sys.modules:
             entry.load()
             _loaded.add(entry.value)
