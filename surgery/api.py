@@ -128,7 +128,7 @@ def strip_dropconnect(model: Model) -> Model:
     Warns (`UserWarning`) of sites that never dropped anything while others did: the model does not
     use them, or uses them in a way that the plan did not see.
     """
-    trained = any(place.state.drawn for place in places(model))
+    trained = any(state.drawn for state in states_in(model))
     unused = unused_sites(model) if trained else []
     undo(model)
     release()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .graphs import graph_surgeon
 from .modules.operated import WRAPPERS
@@ -23,9 +23,12 @@ class Catalogue:
         """What the graphs in the model read; None if it has none."""
         self.modules: dict[int, nn.Module] = {}
         self.names: dict[int, list[str]] = {}
+        self._named: dict[str, nn.Module] = {}
+        self._own: dict[int, dict[str, Tensor | None]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             self.modules[id(module)] = module
             self.names.setdefault(id(module), []).append(name)
+            self._named[name] = module
 
     def __iter__(self) -> Iterator[tuple[list[str], nn.Module]]:
         for key, module in self.modules.items():
@@ -35,6 +38,13 @@ class Catalogue:
         """The first name of a module, as in `named_modules()`."""
         return self.names[id(module)][0]
 
+    def own(self, module: nn.Module) -> dict[str, Tensor | None]:
+        """The module's own parameters under their plain names, in order; looked up once."""
+        found = self._own.get(id(module))
+        if found is None:
+            found = self._own[id(module)] = plain_parameters(module)
+        return found
+
     def all_names(self) -> list[str]:
         """Every module name and every parameter name."""
         modules = [name for names in self.names.values() for name in names if name]
@@ -43,7 +53,7 @@ class Catalogue:
     def parameters(self) -> Iterator[tuple[list[str], nn.Module, str]]:
         """(dotted plain names, owner, plain name in the owner) of every parameter."""
         for names, module in self:
-            for parameter, value in plain_parameters(module):
+            for parameter, value in self.own(module).items():
                 if value is not None:
                     yield [join(name, parameter) for name in names], module, parameter
 
@@ -54,7 +64,7 @@ class Catalogue:
             parts = full.split(".") if full else []
             for depth in range(len(parts)):
                 name = ".".join(parts[:depth])
-                yield name, self.model.get_submodule(name), parts[depth:]
+                yield name, self._named[name], parts[depth:]
 
     def enclosing(self, module: nn.Module) -> Iterator[nn.Module]:
         """The modules that contain one, whose forward can be followed."""

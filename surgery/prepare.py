@@ -14,7 +14,7 @@ from .finder import Seen
 from .graphs import Survey
 from .modules.kinds import follows_weight, kind_of, layout_of
 from .modules.operated import plain_class
-from .modules.places import plain_parameters, states_of
+from .modules.places import states_of
 from .modules.reads import reads
 from .modules.state import SiteState
 from .plan import Plan, Site, join
@@ -73,7 +73,7 @@ def prepare(
     problems: list[str] = []
     done: dict[int, Choice] = {}
     for choice in choices:
-        parameter = dict(plain_parameters(choice.module)).get(choice.name)
+        parameter = catalogue.own(choice.module).get(choice.name)
         if parameter is None:
             problems.append(_missing(catalogue, choice))
             continue
@@ -89,7 +89,8 @@ def prepare(
         users += [
             Choice(module, name, choice.config)
             for module, name in ties[id(parameter)]
-            if (id(module), name) not in {(id(choice.module), choice.name), *excluded}
+            if (id(module), name) not in excluded
+            and (id(module), name) != (id(choice.module), choice.name)
             and (not catalogue.is_in_graph(module) or catalogue.is_read(module, name))
         ]
         site = _site(catalogue, users, parameter, changes, problems, known)
@@ -181,7 +182,7 @@ def _state(
     assert layout is not None  # why_not has looked
     follows = None
     if follows_weight(config.unit):
-        weights = [weight for weight, _ in plain_parameters(module) if kind.bias(weight) == name]
+        weights = [weight for weight in catalogue.own(module) if kind.bias(weight) == name]
         follows = weights[0] if weights else None
     product, kind_name = None, kind.name
     if catalogue.graphs is not None and catalogue.is_in_graph(module):
@@ -199,7 +200,7 @@ def _ties(catalogue: Catalogue) -> dict[int, list[tuple[nn.Module, str]]]:
     """All users of every parameter, by the parameter's id."""
     users: dict[int, list[tuple[nn.Module, str]]] = {}
     for _, module in catalogue:
-        for name, parameter in plain_parameters(module):
+        for name, parameter in catalogue.own(module).items():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append((module, name))
     return users

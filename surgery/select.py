@@ -15,7 +15,6 @@ from .catalogue import Catalogue
 from .config import DropConnectConfig, check_p
 from .errors import NoMatchError, SurgeryError
 from .modules.kinds import kind_of
-from .modules.places import plain_parameters
 from .plan import Plan, join
 
 ALL_LINEAR = "all-linear"
@@ -58,7 +57,7 @@ def select(
             chosen.setdefault((id(module), name), Choice(module, name, its_config))
     if not isinstance(targets, Plan):  # a plan lists its biases
         for choice in list(chosen.values()):
-            for bias in _biases(choice):
+            for bias in _biases(catalogue, choice):
                 chosen.setdefault((id(bias.module), bias.name), bias)
     excluded = frozenset(
         (id(module), name)
@@ -71,10 +70,10 @@ def select(
     return _in_model_order(catalogue, left), excluded
 
 
-def _biases(choice: Choice) -> list[Choice]:
+def _biases(catalogue: Catalogue, choice: Choice) -> list[Choice]:
     """The bias that goes with a chosen weight, if its config asks for it and the module has one."""
     bias = kind_of(choice.module).bias(choice.name) if choice.config.bias else None
-    if bias is None or dict(plain_parameters(choice.module)).get(bias) is None:
+    if bias is None or catalogue.own(choice.module).get(bias) is None:
         return []
     return [Choice(choice.module, bias, choice.config)]
 
@@ -83,7 +82,7 @@ def _in_model_order(catalogue: Catalogue, chosen: dict[Key, Choice]) -> list[Cho
     ordered = [
         chosen.pop((id(module), name))
         for _, module in catalogue
-        for name, _ in plain_parameters(module)
+        for name in catalogue.own(module)
         if (id(module), name) in chosen
     ]
     return ordered + list(chosen.values())  # what is left is missing; `prepare` says so
@@ -178,14 +177,14 @@ def _weights_of(catalogue: Catalogue, modules: list[nn.Module], target: str, whe
     found: Pairs = []
     for module in modules:
         if where == "exclude":
-            found += [(module, name) for name, _ in plain_parameters(module)]
+            found += [(module, name) for name in catalogue.own(module)]
         for name in kind_of(module).weights(module):
             owner, _, parameter = name.rpartition(".")
             found.append((module.get_submodule(owner), parameter))
     if found:
         return list(dict.fromkeys(found))
     example = catalogue.name(modules[0])
-    own = [name for name, value in plain_parameters(modules[0]) if value is not None]
+    own = [name for name, value in catalogue.own(modules[0]).items() if value is not None]
     advice = (
         f"To drop one of its parameters, name it: {join(example, own[0])!r}"
         if own

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,17 +54,18 @@ def _new_class(change: Change) -> type[DropConnectModule] | None:
     module, names = change.module, set(change.states)
     if isinstance(module, DropConnectModule):
         names |= set(module._dropconnect)
-    ordered = tuple(name for name, _ in plain_parameters(module) if name in names)
+    ordered = tuple(name for name in plain_parameters(module) if name in names)
     return operated_class(plain_class(module), ordered)
 
 
 def _anchors(change: Change, known: dict[int, Tensor]) -> dict[str, Tensor]:
     """The pretrained values of a module's sites, by buffer name; tied weights share one."""
     anchors = {}
-    parameters = dict(plain_parameters(change.module))
     for name, state in change.states.items():
-        parameter = parameters[name]
-        if state.anchor is not None and parameter is not None:
+        if state.anchor is None:
+            continue
+        parameter = plain_parameters(change.module)[name]
+        if parameter is not None:
             if id(parameter) not in known:
                 known[id(parameter)] = parameter.detach().clone()
             anchors[state.anchor] = known[id(parameter)]
@@ -83,7 +84,7 @@ def _swap_class(change: Change, cls: type[DropConnectModule]) -> None:
     module: Any = change.module
     states = {**module.__dict__.get("_dropconnect", {}), **change.states}
     draws = (*module.__dict__.get("_dropconnect_draws", ()), *change.draws)
-    module.__class__ = cls
+    object.__setattr__(module, "__class__", cls)  # nn.Module's would look for a parameter first
     module.__dict__["_dropconnect"] = {name: states[name] for name in cls._dropconnect_class[1]}
     module.__dict__["_dropconnect_draws"] = tuple(dict.fromkeys(draws))
     module.__dict__["_dropconnect_scope"] = (
@@ -108,18 +109,18 @@ def undo(model: nn.Module) -> Nodes:
         NotOperatedError: there is none in place.
         SurgeryError: a module's class was changed again since, or a node; the model is unchanged.
     """
-    modules = [module for _, module in operated_modules(model)]
+    modules = list(operated_modules(model))
     in_graphs = [(owner, states_of(owner)) for owner in _owners_in_graphs(model)]
     if not modules and not in_graphs:
         raise NotOperatedError(
             f"{type(model).__name__} has no DropConnect in place; there is nothing to strip"
         )
     surgeon = graph_surgeon(model)
-    raise_all(_all_stuck(model, surgeon), "take DropConnect out")
+    raise_all(_all_stuck(model, modules, surgeon), "take DropConnect out")
     for owner, states in in_graphs:
         _plain_names(owner, states)
     nodes = {} if surgeon is None else surgeon.remove(model)
-    for module in modules:
+    for _, module in modules:
         _unswap(module)
     return nodes
 
@@ -130,9 +131,13 @@ def _owners_in_graphs(model: nn.Module) -> list[nn.Module]:
     return [owner for owner in owners if not isinstance(owner, DropConnectModule)]
 
 
-def _all_stuck(model: nn.Module, surgeon: GraphSurgeon | None) -> Iterator[str]:
-    """Why DropConnect cannot be taken out now."""
-    for name, module in operated_modules(model):
+def _all_stuck(
+    model: nn.Module,
+    modules: Iterable[tuple[str, DropConnectModule]],
+    surgeon: GraphSurgeon | None,
+) -> Iterator[str]:
+    """Why DropConnect cannot be taken out of these modules and of the graphs now."""
+    for name, module in modules:
         problem = _stuck(name, module)
         if problem is not None:
             yield problem
@@ -164,7 +169,7 @@ def _unswap(module: Any) -> None:
         del module.__dict__[state.live]
     for name in ("_dropconnect", "_dropconnect_draws", "_dropconnect_scope"):
         del module.__dict__[name]
-    module.__class__ = module._dropconnect_class[0]
+    object.__setattr__(module, "__class__", module._dropconnect_class[0])
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
 
@@ -222,7 +227,7 @@ def _drawn_by(catalogue: Catalogue) -> dict[int, list[str]]:
 
 def can_undo(model: nn.Module) -> bool:
     """Whether DropConnect is in place and `undo` would succeed."""
-    problem = next(_all_stuck(model, graph_surgeon(model)), None)
+    problem = next(_all_stuck(model, operated_modules(model), graph_surgeon(model)), None)
     return next(places(model), None) is not None and problem is None
 
 

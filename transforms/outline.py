@@ -124,7 +124,7 @@ def _part(
 def _weights(
     module: nn.Module, path: str, sites: dict[str, Site], seen: dict[tuple[int, bool], str]
 ) -> Iterator[Weight]:
-    for name, parameter in plain_parameters(module):
+    for name, parameter in plain_parameters(module).items():
         if parameter is not None:
             full = join(path, name)
             site = sites.get(full)

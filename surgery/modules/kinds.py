@@ -182,7 +182,7 @@ SEPARATE_PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def _attention_weights(module: nn.Module) -> Sequence[str]:
-    packed = dict(plain_parameters(module)).get("in_proj_weight") is not None
+    packed = plain_parameters(module).get("in_proj_weight") is not None
     return (*(("in_proj_weight",) if packed else SEPARATE_PROJECTIONS), "out_proj.weight")
 
 
@@ -193,7 +193,7 @@ def _attention_bias(name: str) -> str | None:
 
 def _recurrent_weights(module: nn.Module) -> Sequence[str]:
     """The AWD-LSTM convention: hidden to hidden, every layer and direction."""
-    return tuple(name for name, _ in plain_parameters(module) if name.startswith("weight_hh"))
+    return tuple(name for name in plain_parameters(module) if name.startswith("weight_hh"))
 
 
 def _refuse_embedding(module: nn.Module, name: str) -> str | None:

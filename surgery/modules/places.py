@@ -68,11 +68,11 @@ def states_in(model: nn.Module) -> list[SiteState]:
     """The states of all places, in any order. Without names this takes half the time, and a schedule
     asks at every step."""
     found: list[SiteState] = []
-    seen: set[nn.Module | None] = {None}
+    seen: set[nn.Module] = set()
     todo: list[nn.Module | None] = [model]
     while todo:
         module = todo.pop()
-        if module in seen:
+        if module is None or module in seen:
             continue
         seen.add(module)
         if isinstance(module, DropConnectModule):
@@ -83,8 +83,7 @@ def states_in(model: nn.Module) -> list[SiteState]:
     return found
 
 
-def plain_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+def plain_parameters(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own parameters under their plain names, in order."""
     raw = {state.raw: state.name for state in states_of(module).values()}
-    for name, parameter in module._parameters.items():
-        yield raw.get(name, name), parameter
+    return {raw.get(name, name): parameter for name, parameter in module._parameters.items()}

@@ -185,6 +185,9 @@ def change_p(states: Iterable[SiteState], p: float | None = None, factor: float 
         old_and_new = laws.get((id(old), rate))
         if old_and_new is None:
             new = shared_law(rate * factor, old.threshold.device, old.scale.dtype)
-            old_and_new = laws[id(old), rate] = old, new  # the old one too, so that its id stays its
+            old_and_new = laws[id(old), rate] = (
+                old,
+                new,
+            )  # the old one too, so that its id stays its
         state.law = old_and_new[1]
     give_own_laws(found)
