@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import native
 from .hash import advance_key
+from .workspace import Block
 
 Formula = Callable[..., Tensor]
 
@@ -90,7 +91,7 @@ def masks(
     anchor: Tensor | None,
     grad: Tensor | None,
     law: Law,
-    space: Tensor | None = None,
+    block: Block | None = None,
 ) -> Tensor | None:
     """The masked weight, by the kernel for the CPU.
 
@@ -98,7 +99,7 @@ def masks(
         weight, anchor: of one shape; the anchor may be None.
         grad: of that shape, or None. It gets the same mask, in place.
         law: key, threshold and scale.
-        space: where to put the masked weight.
+        block: memory in which to put the masked weight.
 
     Returns:
         None where there is no kernel for these tensors; then nothing was done.
@@ -108,11 +109,9 @@ def masks(
             return None
     if not has_kernels("masks"):
         return None
-    used = space
-    if used is None:
-        used = torch.empty_like(weight)
-        if not native.takes(used):  # a mode that makes tensors of its own
-            return None
+    used = torch.empty_like(weight) if block is None else block.view(weight)
+    if block is None and not native.takes(used):  # a mode that makes tensors of its own
+        return None
     native.drop(weight, anchor, grad, used, grad, law)
     return used
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..caching import cached
 from ..errors import check_unmodified
 from .mask import Law, Layout, drop_both, drop_weight
 from .workspace import borrow, give_back
@@ -34,37 +35,48 @@ class _MaskedLinear(torch.autograd.Function):
         name: str,
     ) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None)
-        ctx.shape, ctx.name = x.shape, name
-        ctx.weight, ctx.version, ctx.anchor = weight, weight._version, anchor
-        ctx.law = key, law, layout
-        space = borrow(weight)
+        ctx.weight, ctx.version, ctx.name = weight, weight._version, name
+        ctx.law = key, law, layout, anchor
+        block = borrow(weight)
         try:
-            used, _ = drop_both(weight, None, key, law, layout, anchor, space)
-            # `matmul` looks at this to choose how to fold a batch, and so how to round.
-            used = used.detach().requires_grad_(weight.requires_grad)
+            used, _ = drop_both(weight, None, key, law, layout, anchor, block)
+            if bias is None and weight.requires_grad:
+                # `matmul` looks at this to choose how to fold a batch, and so how to round.
+                used = used.detach().requires_grad_()
             return F.linear(x, used, bias)
         finally:
-            give_back(space)
+            give_back(block)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         check_unmodified(ctx.name, ctx.weight, ctx.version)
         (x,) = ctx.saved_tensors
-        rows = grads[0].reshape(-1, grads[0].shape[-1])
         want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
+        (grad,), weight = grads, ctx.weight
+        rows = _matrix(grad)
         of_x = of_weight = None
         if want_weight:
-            of_weight = rows.t().mm(x.reshape(-1, x.shape[-1])).to(ctx.weight.dtype)
+            of_weight = _as(weight, rows.t().mm(_matrix(x)))
         if want_x:
-            space = borrow(ctx.weight)
-            key, law, layout = ctx.law
-            used, of_weight = drop_both(ctx.weight, of_weight, key, law, layout, ctx.anchor, space)
-            of_x = rows.mm(used.to(rows.dtype)).view(ctx.shape)
-            give_back(space)
+            block = borrow(weight)
+            key, law, layout, anchor = ctx.law
+            used, of_weight = drop_both(weight, of_weight, key, law, layout, anchor, block)
+            of_x = rows.mm(_as(rows, used))
+            give_back(block)
+            if grad.dim() > 2:
+                of_x = of_x.view(*grad.shape[:-1], weight.shape[1])
         elif of_weight is not None:
-            of_weight = drop_weight(of_weight, *ctx.law)
+            of_weight = drop_weight(of_weight, *ctx.law[:3])
         of_bias = rows.sum(0) if want_bias else None
         return of_x, of_weight, of_bias, None, None, None, None, None
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _as(like: Tensor, tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
 
 
 def masked_linear(
@@ -97,8 +109,10 @@ def masked_linear(
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors as `F.linear` would cast them."""
     kind = x.device.type
-    available = torch.amp.is_autocast_available(kind)
-    if not available or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x, *others
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
+
+
+_has_autocast = cached(torch.amp.is_autocast_available)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .engine import is_traced, masks, run
 from .hash import advance_key, mix, spread
+from .workspace import Block
 
 SEGMENT = 1 << 30
 """Weights are hashed in segments of at most this many, so that indices fit int32."""
@@ -304,7 +305,7 @@ def drop_both(
     law: Law,
     layout: Layout,
     anchor: Tensor | None,
-    space: Tensor | None = None,
+    block: Block | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The masked weight, and the gradient of the weight given that of the masked weight: what a
     backward needs, of one mask. Not for traced code.
@@ -312,10 +313,10 @@ def drop_both(
     Args:
         weight, key, law, layout, anchor: see `drop_weight`.
         grad: of the masked weight; shape and dtype of `weight`. It may be overwritten. Or None.
-        space: where the masked weight may be put; shape and dtype of `weight`.
+        block: memory in which the masked weight may be put.
     """
     if layout.is_elementwise and layout.entries <= SEGMENT and not torch.is_grad_enabled():
-        used = masks(weight, anchor, grad, (key, law.threshold, law.scale), space)
+        used = masks(weight, anchor, grad, (key, law.threshold, law.scale), block)
         if used is not None:
             return used, grad
     used = drop_weight(weight, key, law, layout, anchor)

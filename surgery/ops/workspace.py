@@ -10,12 +10,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_free: dict[torch.dtype, list[Tensor]] = {}
+
+class Block:
+    """Memory, and the tensors of different shapes that see it."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.base = like.new_empty(like.numel())
+        self.views: dict[torch.Size, Tensor] = {}
+
+    def view(self, like: Tensor) -> Tensor:
+        """A tensor of the shape, strides and dtype of a contiguous one."""
+        found = self.views.get(like.size())
+        if found is None:
+            found = self.views[like.size()] = self.base[: like.numel()].view(like.size())
+        return found
+
+
+_free: dict[torch.dtype, list[Block]] = {}
 """Appending to a list, and popping from it, cannot be interrupted by another thread."""
 
 
-def borrow(like: Tensor) -> Tensor | None:
-    """A tensor of the shape, strides and dtype of a contiguous one; `give_back` ends its use.
+def borrow(like: Tensor) -> Block | None:
+    """A block that is large enough for a tensor like this one; `give_back` ends its use.
 
     None on other devices than the CPU, which keep memory themselves, and where a mode looks on, which
     could hold on to it.
@@ -26,16 +42,14 @@ def borrow(like: Tensor) -> Tensor | None:
     try:
         block = _free[like.dtype].pop()
     except (KeyError, IndexError):
-        block = like.new_empty(like.numel())
-    if block.untyped_storage().nbytes() < like.numel() * like.element_size():
-        block = like.new_empty(like.numel())
-    return block.as_strided(like.size(), like.stride(), 0)
+        return Block(like)
+    return block if block.base.numel() >= like.numel() else Block(like)
 
 
-def give_back(space: Tensor | None) -> None:
+def give_back(block: Block | None) -> None:
     """Let others use it."""
-    if space is not None:
-        _free.setdefault(space.dtype, []).append(space)
+    if block is not None:
+        _free.setdefault(block.base.dtype, []).append(block)
 
 
 def release() -> None:

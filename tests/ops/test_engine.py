@@ -11,6 +11,7 @@ from torch import Tensor
 
 from surgery.ops import Law, Layout, drop_weight, engine, key_from_seed, native
 from surgery.ops.mask import drop_both
+from surgery.ops.workspace import Block
 
 KEY = key_from_seed(21)
 ROWS, COLUMNS = 101, 257
@@ -137,11 +138,11 @@ def test_both_at_once_are_what_two_masks_give(size: int, dtype, anchored, kernel
     law, layout = Law.of(0.3, weight.device, dtype), Layout.elements(size)
     expected = drop_weight(weight, KEY, law, layout, anchor), drop_weight(grad, KEY, law, layout)
     del kernel_calls[:]
-    space = torch.empty_like(weight)
+    block = Block(weight)
     with torch.no_grad():
-        used, masked = drop_both(weight, grad.clone(), KEY, law, layout, anchor, space)
+        used, masked = drop_both(weight, grad.clone(), KEY, law, layout, anchor, block)
     assert kernel_calls == [2]
-    assert used is space
+    assert used.data_ptr() == block.base.data_ptr()
     assert torch.equal(used, expected[0])
     assert torch.equal(masked, expected[1])
 
