@@ -17,7 +17,7 @@ from .. import ops
 from ..moments import Gaussian, Points, Source
 from ..ops import Layout, draw_key, drop_weight
 from ..scope import in_scope, scope_shapes, settle
-from .product import Product
+from .product import LINEAR_PRODUCT, Product
 from .state import NotGrouped, SiteState
 
 
@@ -59,6 +59,10 @@ def product_forward(
     x = settle(x)
     if mode == "example":
         return _per_example(product, module, x, weight, bias, state)
+    undropped = bias is None or bias.state is None
+    if mode == "gaussian" and product is LINEAR_PRODUCT and undropped:
+        law, offset = state.law_for(weight.raw), None if bias is None else bias.raw
+        return ops.gaussian_linear(x, weight.raw, offset, law, state.unit, weight.anchor)
     mean, variance = _moments(product, module, x, weight, bias, state)
     if mode == "gaussian":
         return ops.gaussian_sample(mean, variance)

@@ -2,7 +2,7 @@
 
 from .example import example_linear, example_vector
 from .expect import expectation, expectation_by_draws, register_closed_form
-from .gaussian import gaussian_sample, linear_moments, moments_of
+from .gaussian import gaussian_linear, gaussian_sample, linear_moments, moments_of
 from .hash import draw_key, hash_bits, key_from_seed
 from .linear import masked_linear
 from .mask import Law, Layout, drop_weight, keep_mask, masked_formula
@@ -17,6 +17,7 @@ __all__ = [
     "example_vector",
     "expectation",
     "expectation_by_draws",
+    "gaussian_linear",
     "gaussian_sample",
     "hash_bits",
     "keep_mask",

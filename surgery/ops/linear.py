@@ -53,10 +53,10 @@ class _MaskedLinear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
         (grad,), weight = grads, ctx.weight
-        rows = _matrix(grad)
+        rows = matrix(grad)
         of_x = of_weight = None
         if want_weight:
-            of_weight = _as(weight, rows.t().mm(_matrix(x)))
+            of_weight = _as(weight, rows.t().mm(matrix(x)))
         if want_x:
             block = borrow(weight)
             key, law, layout, anchor = ctx.law
@@ -71,7 +71,8 @@ class _MaskedLinear(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None, None, None, None
 
 
-def _matrix(tensor: Tensor) -> Tensor:
+def matrix(tensor: Tensor) -> Tensor:
+    """All leading dimensions as one."""
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 

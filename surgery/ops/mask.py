@@ -69,6 +69,8 @@ class Law:
     """int32."""
     scale: Tensor
     """float32, or float64 for float64 weights."""
+    drops_all: bool = False
+    """Whether p is 1: for eager code. A traced graph looks at the scale, as its p may change."""
 
     @classmethod
     def of(cls, p: float, device: torch.device, dtype: torch.dtype) -> Law:
@@ -81,6 +83,7 @@ class Law:
             return cls(
                 torch.tensor(threshold, dtype=torch.int32, device=device),
                 torch.tensor(scale, dtype=exact, device=device),
+                dropped == 2**32,
             )
 
     def copies(self, count: int) -> list[Law]:
@@ -88,7 +91,7 @@ class Law:
         with torch.inference_mode(False):
             thresholds = self.threshold.expand(count).unbind()
             scales = self.scale.expand(count).unbind()
-        return [Law(threshold, scale) for threshold, scale in zip(thresholds, scales)]
+        return [Law(*tensors, self.drops_all) for tensors in zip(thresholds, scales)]
 
     def fits(self, weight: Tensor) -> bool:
         """Whether the law can be used with `weight` as it is."""

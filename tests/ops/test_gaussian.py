@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.ops import Law, gaussian_sample, linear_moments, moments_of
+from surgery.ops import Law, gaussian_linear, gaussian_sample, linear_moments, moments_of
 from tests.ops.reference import every_mask, mask_shape
 
 CPU = torch.device("cpu")
@@ -153,6 +153,53 @@ def test_sample_has_its_moments(check_mean) -> None:
     mean, var = torch.randn(6).double(), torch.rand(6).double()
     check_mean(lambda: gaussian_sample(mean, var), mean)
     check_mean(lambda: (gaussian_sample(mean, var) - mean).square(), var)
+
+
+@pytest.mark.parametrize("unit", ["element", "input"])
+@towards
+@pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("frozen", ["", "x", "weight"])
+def test_linear_is_the_sample_of_its_moments(unit: str, anchored: bool, shape, frozen: str) -> None:
+    """Value and gradients, of the same noise."""
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=frozen != "x")
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=frozen != "weight")
+    bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    anchor = torch.randn(3, 4, dtype=torch.float64) if anchored else None
+    rule = Law.of(0.3, weight.device, weight.dtype)
+    leaves = [tensor for tensor in (x, weight, bias) if tensor.requires_grad]
+    results = []
+    for draw in (
+        lambda: gaussian_linear(x, weight, bias, rule, unit, anchor),
+        lambda: gaussian_sample(*linear_moments(x, weight, bias, rule, unit, anchor)),
+    ):
+        torch.manual_seed(3)
+        sample = draw()
+        results.append([sample, *torch.autograd.grad(sample.sin().sum(), leaves)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_linear_checks_its_weight_and_refuses_a_second_derivative() -> None:
+    x, weight = torch.randn(2, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    rule = Law.of(0.3, weight.device, weight.dtype)
+    sample = gaussian_linear(x, weight, None, rule, "element")
+    (grad,) = torch.autograd.grad(sample.sin().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    sample = gaussian_linear(x, weight, None, rule, "element")
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        sample.sum().backward()
+
+
+def test_linear_has_no_nan_where_the_variance_is_zero() -> None:
+    x, weight = torch.zeros(2, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    rule = Law.of(0.3, weight.device, weight.dtype)
+    sample = gaussian_linear(x, weight, torch.ones(3), rule, "element")
+    assert torch.equal(sample, torch.ones(2, 3))
+    for grad in torch.autograd.grad(sample.sum(), (x, weight)):
+        assert bool(grad.isfinite().all())
 
 
 def test_sample_comes_from_the_default_generator() -> None:
