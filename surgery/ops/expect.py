@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .engine import CHUNK, is_traced
+from . import native
+from .engine import CHUNK, has_kernels, is_traced
 from .gaussian import gaussian_sample, safe_sqrt
 
 Function = Callable[[Tensor], Tensor]
@@ -158,12 +159,22 @@ def excess(mean: Tensor, var: Tensor) -> Tensor:
     It is sd * g(|mean| / sd) with g(t) = phi(t) - t * Phi(-t), here by erfcx, whose tail does not
     vanish. At mean = 0 its slope is that on the left, which completes torch's slope of relu, 0.
     """
+    if _has_kernel(mean, var):
+        return native.excess(mean, var)
     sd = safe_sqrt(var)
     z = _score(mean, sd)
     t = torch.where(mean > 0, z, -z)
     mills = math.sqrt(math.pi / 2) * torch.special.erfcx(t / math.sqrt(2))
     found: Tensor = sd * _density(t) * (1 - t * mills)
     return found
+
+
+def _has_kernel(mean: Tensor, var: Tensor) -> bool:
+    """Whether `excess` need not be differentiated, and can be had in one pass."""
+    recorded = torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad)
+    if recorded or is_traced() or mean.dtype != torch.float32 or mean.shape != var.shape:
+        return False
+    return native.takes(mean) and native.takes(var) and has_kernels("activations")
 
 
 def _identity(f: Function, mean: Tensor, var: Tensor) -> Tensor:

@@ -95,15 +95,25 @@ def moments_of(
     mean = product(x, _average(weight, anchor, law), mean_bias)
     ratio = _ratio(law)
     wide = law.scale.dtype
-    spread = _difference(weight, anchor, wide)
     spread_bias = _difference(bias, bias_anchor, wide) if drop_bias and bias is not None else None
     with _no_autocast(x.device.type):
         if unit in ("output", "tensor"):
-            var = product(x.to(wide), spread, spread_bias).square()
+            var = product(x.to(wide), _difference(weight, anchor, wide), spread_bias).square()
         else:
             squared_bias = None if spread_bias is None else spread_bias.square()
-            var = product(x.to(wide).square(), spread.square(), squared_bias)
+            block = _block_for_squares(weight, wide)
+            squares = _squares(weight, anchor, wide, block)
+            var = product(x.to(wide).square(), squares, squared_bias)
+            give_back(block)
         return mean, (ratio * var).to(mean.dtype)
+
+
+def _block_for_squares(weight: Tensor, wide: torch.dtype) -> Block | None:
+    """Memory for the squares of a weight, if nobody differentiates by it."""
+    recorded = torch.is_grad_enabled() and weight.requires_grad
+    if recorded or is_traced() or not weight.is_contiguous() or weight.dtype != wide:
+        return None
+    return borrow(weight) if type(weight) in (Tensor, torch.nn.Parameter) else None
 
 
 def _no_autocast(kind: str) -> AbstractContextManager[Any]:
@@ -198,7 +208,7 @@ class _GaussianLinear(torch.autograd.Function):
     ) -> Tensor:
         mean = F.linear(x, weight, bias)
         block = borrow(weight)
-        sd = F.linear(x.square(), _squares(weight, anchor, block)).mul_(ratio).sqrt_()
+        sd = F.linear(x.square(), _squares(weight, anchor, weight.dtype, block)).mul_(ratio).sqrt_()
         give_back(block)
         slope = torch.where(sd > 0, noise * (0.5 * ratio) / sd, 0)
         ctx.save_for_backward(x, slope)
@@ -214,22 +224,25 @@ class _GaussianLinear(torch.autograd.Function):
         weight, rows = ctx.weight, matrix(grads[0])
         by_variance = rows * slope
         of_x = of_weight = None
+        block = borrow(weight)
         if want_x:
-            block = borrow(weight)
-            through = by_variance.mm(_squares(weight, ctx.anchor, block))
-            give_back(block)
+            through = by_variance.mm(_squares(weight, ctx.anchor, weight.dtype, block))
             of_x = rows.mm(weight).addcmul_(x, through, value=2)
             of_x = of_x.view(*grads[0].shape[:-1], weight.shape[1])
         if want_weight:
             spread = _difference(weight, ctx.anchor, weight.dtype)
-            through = by_variance.t().mm(x.square())
+            place = None if block is None else block.view(weight)
+            through = torch.mm(by_variance.t(), x.square(), out=place)
             of_weight = rows.t().mm(x).addcmul_(spread, through, value=2)
+        give_back(block)
         return of_x, of_weight, rows.sum(0) if want_bias else None, None, None, None
 
 
-def _squares(weight: Tensor, anchor: Tensor | None, block: Block | None) -> Tensor:
-    spread = _difference(weight, anchor, weight.dtype)
-    return torch.mul(spread, spread, out=None if block is None else block.view(weight))
+def _squares(
+    weight: Tensor, anchor: Tensor | None, dtype: torch.dtype, block: Block | None
+) -> Tensor:
+    spread = _difference(weight, anchor, dtype)
+    return spread.square() if block is None else torch.square(spread, out=block.view(weight))
 
 
 def gaussian_linear(

@@ -1,9 +1,9 @@
 """The kernels for the CPU: C++ of a few hundred lines, compiled by the machine's compiler at first use.
 
 `kernels/masks.cpp` and `kernels/products.cpp` compute the formulas of `mask.py` and
-`example_product.py` with the mask in registers. `docs/performance.md` says what inductor reaches with
-the same formulas, and why that was not enough. Each library is compiled once (one to four seconds) and
-kept in a folder of the user's cache.
+`example_product.py` with the mask in registers, `kernels/activations.cpp` one of `expect.py`.
+`docs/performance.md` says what inductor reaches with the same formulas, and why that was not enough.
+Each library is compiled once (one to four seconds) and kept in a folder of the user's cache.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ _SIGNATURES: dict[str, dict[str, list[Any]]] = {
         "example_product": [_POINTER] * 8 + [_SIZE] * 3 + [_INT],
         "example_gradients": [_POINTER] * 10 + [_SIZE] * 3 + [_INT],
     },
+    "activations": {"excess": [_POINTER] * 3 + [_SIZE, _INT]},
 }
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
@@ -246,3 +247,15 @@ def example_gradients(
     function = library("products").example_gradients
     function(*map(_address, tensors), *sizes, torch.get_num_threads())
     return of_x, of_weight
+
+
+def excess(mean: Tensor, var: Tensor) -> Tensor:
+    """What a kink adds to an expectation: see `surgery.ops.expect.excess`.
+
+    Args:
+        mean, var: float32, dense and of one shape.
+    """
+    found = torch.empty_like(mean)
+    addresses = map(_address, (mean, var, found))
+    library("activations").excess(*addresses, mean.numel(), torch.get_num_threads())
+    return found

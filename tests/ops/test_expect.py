@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from scipy.special import erfcx
 from torch import Tensor, nn
 
-from surgery.ops import engine, expectation, expectation_by_draws, register_closed_form
-from surgery.ops.expect import _FORMS, _NAMES
+from surgery.ops import engine, expectation, expectation_by_draws, native, register_closed_form
+from surgery.ops.expect import _FORMS, _NAMES, excess
 from tests.ops.reference import normal_expectation
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -105,6 +105,31 @@ def test_relu_far_in_the_tail(dtype: torch.dtype) -> None:
     bound = 4 * torch.finfo(dtype).eps * (1 + t.square())
     assert bool(((found - exact).abs() / exact < bound).all())
     assert bool((exact > 0).all())
+
+
+@pytest.mark.compiler
+def test_the_kernel_and_the_formula_of_a_kink_agree(monkeypatch) -> None:
+    """Also where nothing is left of it, and where it is not a number."""
+    calls: list[int] = []
+    kernel = native.excess
+    monkeypatch.setattr(native, "excess", lambda *args: calls.append(1) or kernel(*args))
+    t = torch.cat([torch.linspace(-15, 15, 3001), torch.tensor([0.0, 1e30, -1e30, math.nan])])
+    bound = 4 * torch.finfo(torch.float32).eps * (1 + t.square())[:3002]
+    normal = torch.finfo(torch.float32).tiny
+    for sd in (0.0, 1e-3, 0.4, 1.0, 1e3):
+        mean, var = t * (sd or 1.0), torch.full_like(t, sd * sd)
+        found, expected = excess(mean, var), excess(mean.double(), var.double())
+        assert bool(((found - expected).abs()[:3002] <= bound * expected[:3002] + normal).all())
+        assert found[3002:3004].tolist() == [0.0, 0.0]
+        assert bool(found[-1].isnan()) or sd == 0.0
+    assert len(calls) == 5
+
+
+def test_a_kink_that_is_differentiated_has_the_formula(monkeypatch) -> None:
+    monkeypatch.setattr(native, "excess", lambda *args: pytest.fail("the kernel has no gradient"))
+    mean, var = torch.randn(5, requires_grad=True), torch.rand(5)
+    assert excess(mean, var).requires_grad
+    assert excess(mean.detach(), var.requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -1,0 +1,72 @@
+// What a kink of an activation adds to its expectation over a Gaussian: `excess` of expect.py, in one
+// pass where that takes twenty. Tests compare the two, and both with erfcx in float64.
+
+#include "common.h"
+
+#include <cmath>
+
+namespace {
+
+/// 2^n for -126 <= n <= 127.
+inline float power_of_two(int32_t n) {
+  const uint32_t bits = static_cast<uint32_t>(n + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return power;
+}
+
+/// exp(x) for x <= 0, to an ulp or two where it is a normal number.
+inline float exponential(float x) {
+  const float clamped = std::max(x, -110.0f);  // of which nothing is left
+  const int32_t n = static_cast<int32_t>(clamped * 1.44269504f - 0.5f);
+  const float whole = static_cast<float>(n);
+  float rest = clamped - whole * 0.693359375f;  // ln 2 in two parts
+  rest = rest + whole * 2.12194440e-4f;
+  float series = 1.0f / 5040;
+  series = series * rest + 1.0f / 720;
+  series = series * rest + 1.0f / 120;
+  series = series * rest + 1.0f / 24;
+  series = series * rest + 1.0f / 6;
+  series = (series * rest + 0.5f) * rest;
+  series = (series + 1) * rest + 1;
+  const int32_t half = n >> 1;
+  return series * power_of_two(half) * power_of_two(n - half);
+}
+
+/// (1 + t^2) * (1 - t * M(t)) for t >= 0, where M is Mills' ratio (1 - Phi) / phi: a Chebyshev series in
+/// (t - 4) / (t + 4), interpolated at 400 nodes with 40 digits; relative error below 6e-8.
+inline float scaled_tail(float t) {
+  const float y = (t - 4) / (t + 4), twice = 2 * y;
+  // Clenshaw's recurrence, by hand: a loop over coefficients keeps the outer one from being vectorised
+  const float b12 = 6.869403535e-08f;
+  const float b11 = twice * b12 - 9.779440688e-07f;
+  const float b10 = twice * b11 - b12 - 3.784210776e-07f;
+  const float b9 = twice * b10 - b11 + 2.639518425e-05f;
+  const float b8 = twice * b9 - b10 - 6.738337834e-05f;
+  const float b7 = twice * b8 - b9 - 4.980695085e-04f;
+  const float b6 = twice * b7 - b8 + 4.911893513e-03f;
+  const float b5 = twice * b6 - b7 - 2.145192958e-02f;
+  const float b4 = twice * b5 - b6 + 5.723431706e-02f;
+  const float b3 = twice * b4 - b5 - 8.957011253e-02f;
+  const float b2 = twice * b3 - b4 + 4.126950726e-02f;
+  const float b1 = twice * b2 - b3 + 1.114946529e-01f;
+  return y * b1 - b2 + 8.966519833e-01f;
+}
+
+}  // namespace
+
+/// sd * (phi(t) - t * (1 - Phi(t))) for t = |mean| / sd, and 0 where sd is 0.
+extern "C" void excess(const float *mean, const float *variance, float *out, int64_t count,
+                       int threads) {
+  in_parallel(count, 1 << 10, threads, [=](int64_t begin, int64_t end) {
+#pragma GCC ivdep
+    for (int64_t i = begin; i < end; ++i) {
+      const float sd = std::sqrt(variance[i]);
+      const float some = sd > 0 ? sd : 1.0f;
+      const float ratio = std::fabs(mean[i]) / some;
+      const float t = ratio >= 50 ? 50.0f : ratio;  // NaN stays
+      const float density = 0.398942280f * exponential(-0.5f * t * t);
+      out[i] = sd * density * (scaled_tail(t) / (1 + t * t));
+    }
+  });
+}
