@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery import apply_dropconnect
-from surgery.ops import Law, Layout, draw_key, drop_weight
+from surgery.ops import Law, Layout, draw_key, drop_weight, masked_formula
 from surgery.ops.engine import set_compile_enabled
+from surgery.ops.mask import drop_both
+from surgery.ops.workspace import Block
 
 from . import peers
 from .measure import Settings, Work, clear_gradients, interleaved
@@ -41,33 +43,40 @@ def mask_and_apply(settings: Settings) -> list[Row]:
     ]
 
 
+INDUCTOR = "ours, by inductor"
+FALLBACK = "ours, no compiler"
+FRESH = "ours, into fresh memory"
+
+
 def _mask_rows(side: int, settings: Settings, device: str) -> list[Row]:
     weight = torch.randn(side, side, device=device)
-    law = Law.of(P, weight.device, weight.dtype)
-    layout, key = Layout.elements(weight.numel()), draw_key(weight.device)
-
-    def ours() -> Tensor:
-        return drop_weight(weight, key, law, layout)
+    law, key = Law.of(P, weight.device, weight.dtype), draw_key(weight.device)
+    layout, block = Layout.elements(weight.numel()), Block(weight)
+    place = torch.empty_like(weight)
 
     def fallback() -> Tensor:
         with without_compiler():
             return drop_weight(weight, key, law, layout)
 
-    def peer() -> Tensor:
-        return F.dropout(weight, P)
-
-    contenders: dict[str, Work] = {PLAIN: lambda: torch.mul(weight, 2.0), OURS: ours}
-    others: dict[str, Work] = {"F.dropout": peer, "ours, no compiler": fallback}
+    contenders: dict[str, Work] = {
+        PLAIN: lambda: torch.mul(weight, 2.0, out=place),
+        OURS: lambda: drop_both(weight, None, key, law, layout, None, block),
+        FRESH: lambda: drop_weight(weight, key, law, layout),
+        "F.dropout": lambda: F.dropout(weight, P),
+        FALLBACK: fallback,
+    }
     if settings.divide == 1:  # tests do not compile
-        compiled = torch.compile(F.dropout)
-        others["F.dropout, compiled"] = lambda: compiled(weight, P)
+        formula = torch.compile(masked_formula, dynamic=True, fullgraph=True)
+        flat, tensors = weight.view(-1), (key, law.threshold, law.scale)
+        contenders[INDUCTOR] = lambda: formula(flat, None, *tensors, None)
+        dropout = torch.compile(F.dropout)
+        contenders["F.dropout, compiled"] = lambda: dropout(weight, P)
     with torch.no_grad():
-        found = interleaved({**contenders, **others}, settings)
-    values = in_unit(found, NANO / weight.numel())
-    slow = values.pop("ours, no compiler")
+        values = in_unit(interleaved(contenders, settings), NANO / weight.numel())
+    slow = values.pop(FALLBACK)
     work = f"mask and apply, a weight of {side}x{side}"
-    note = "plain is `torch.mul`; time per weight"
-    rest = {name: values[name] for name in others if name in values}
+    note = "plain is `torch.mul`, both into memory that is there; time per weight"
+    others = {name: value for name, value in values.items() if name not in (OURS, FRESH, INDUCTOR)}
     return [
         Row("mask", work, "ns", Goal(0.16, "value"), values, note=note),
         Row("mask", f"{work}: beside `torch.mul`", "ns", Goal(3.0), dict(values), note=note),
@@ -76,8 +85,8 @@ def _mask_rows(side: int, settings: Settings, device: str) -> list[Row]:
             f"{work}: without a compiler",
             "ns",
             Goal(1.5, "value"),
-            {PLAIN: values[PLAIN], OURS: slow, **rest},
-            note=note,
+            {**others, OURS: slow},
+            note="time per weight",
         ),
     ]
 

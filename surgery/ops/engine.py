@@ -20,14 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..caching import cached
 from . import native
-from .hash import advance_key
+from .hash import advance_key, spread
 from .workspace import Block
 
 Formula = Callable[..., Tensor]
 
-CHUNK = 1 << 16
-"""The plain formula works on this many weights at a time: its int32 temporaries stay in cache."""
+CHUNK = 1 << 18
+"""The plain formula works on this many weights at a time: smaller parts spend their time in calls, and
+the int32 temporaries of larger ones leave the cache."""
 
 INDUCTOR = frozenset({"cuda"})
 """Types of device on which formulas are compiled by inductor."""
@@ -157,9 +159,16 @@ def _in_chunks(
     for start in range(0, numel, CHUNK):
         part = slice(start, min(start + CHUNK, numel))
         towards = None if anchor is None else anchor[part]
-        moved = advance_key(key, start)
-        used[part] = formula(weight[part], towards, moved, threshold, scale, None)
+        moved, places = advance_key(key, start), _places(CHUNK)[: part.stop - start]
+        used[part] = formula(weight[part], towards, moved, threshold, scale, None, places)
     return used
+
+
+@cached
+def _places(count: int) -> Tensor:
+    """The spread indices of a chunk, which are the same for all of them."""
+    with torch.inference_mode(False):
+        return spread(torch.arange(count, dtype=torch.int32))
 
 
 def _compile(formula: Callable[..., Any]) -> Callable[..., Any]:
