@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed -o -path '*/kernels/*')
 
-.PHONY: help demo test test-all bench bench-quick lint wheel clean
+.PHONY: help demo test test-all bench bench-quick bench-page lint wheel clean
 
 help:
 	@echo "make demo      fine-tune a real checkpoint with DropConnect (about 5 minutes on 2 cores)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-all  the tests with the long sweeps"
 	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 20 minutes)"
 	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
+	@echo "make bench-page   make bench, into docs/performance.md"
 	@echo "make lint      ruff and mypy"
 	@echo "make wheel     build the wheel and check what is in it"
 
@@ -33,9 +34,13 @@ test-all: $(VENV)/.test $(VENV)/.examples
 # The peers pin old versions of what they need, so they have an environment of their own.
 BENCH := .venv-bench
 
-bench bench-quick:
+bench: OPTIONS :=
+bench-quick: OPTIONS := --quick
+bench-page: OPTIONS := --page docs/performance.md
+
+bench bench-quick bench-page:
 	$(MAKE) VENV=$(BENCH) $(BENCH)/.peers
-	$(BENCH)/bin/python -m benchmarks $(if $(filter bench-quick,$@),--quick)
+	$(BENCH)/bin/python -m benchmarks $(OPTIONS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

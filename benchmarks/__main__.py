@@ -3,6 +3,7 @@
 python -m benchmarks                  # make bench
 python -m benchmarks --quick          # make bench-quick
 python -m benchmarks --only linear lstm
+python -m benchmarks --page docs/performance.md
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from . import gpu, growth, layers, memory, models, paper, verbs
 from .conditions import busy, conditions, load
 from .measure import FULL, QUICK, Settings
 from .plots import draw
-from .report import markdown, number, to_json, write
+from .report import into_page, markdown, number, to_json, write
 from .rows import OURS, Benchmark, Row
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -70,7 +71,7 @@ def _told(row: Row) -> str:
     return f"{'–' if found is None else number(found)}{goal}"
 
 
-def run(names: Sequence[str], settings: Settings, output: Path) -> bool:
+def run(names: Sequence[str], settings: Settings, output: Path, page: Path | None = None) -> bool:
     """Measure, write, and say whether every benchmark ran."""
     begun, before = time.perf_counter(), load()
     warning = busy(before)
@@ -82,7 +83,10 @@ def run(names: Sequence[str], settings: Settings, output: Path) -> bool:
     loads = {"before": before, "after": load()}
     plots = draw(rows, curves, output)
     report = to_json(rows, curves, where, loads, seconds)
-    write(output, report, markdown(rows, where, loads, seconds, plots))
+    text = markdown(rows, where, loads, seconds, plots)
+    write(output, report, text)
+    if page is not None:
+        into_page(page, text, output, plots)
     return not any((row.skipped or "").startswith("failed") for row in rows)
 
 
@@ -94,12 +98,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="under two minutes")
     parser.add_argument("--only", nargs="+", choices=every, default=every, metavar="NAME")
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
+    parser.add_argument("--page", type=Path, help="put the results into this page, too")
     return parser.parse_args(arguments)
 
 
 def main() -> int:
     options = parse()
-    ran = run(options.only, QUICK if options.quick else FULL, options.output)
+    settings = QUICK if options.quick else FULL
+    ran = run(options.only, settings, options.output, options.page)
     print(f"\n{(options.output / 'bench.md').read_text()}\nWritten to {options.output}")
     return not ran
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from surgery.files import whole_file
 
 from .conditions import busy
 from .growth import Curve
@@ -105,15 +106,13 @@ def markdown(
     seconds: float,
     plots: Sequence[str],
 ) -> str:
-    """The whole report."""
+    """The table, what is missing in it, conditions and plots."""
     known = [f"- {name}: {_shown(value)}" for name, value in where.items() if value is not None]
     warning = busy(load["before"])
     doubt = [] if warning is None else [f"**Warning: {warning}.**", ""]
     before, after = (" / ".join(map(str, load[when])) for when in ("before", "after"))
     return "\n".join(
         [
-            "# Benchmarks",
-            "",
             "Medians of one run in which the contenders take turns; a ratio is one of medians, its",
             'quartiles are those of the ratios round by round. "(formula)": published formula, not',
             "the package.",
@@ -121,11 +120,11 @@ def markdown(
             *doubt,
             table(rows),
             "",
-            "## Not measured",
+            "Not measured:",
             "",
             skipped(rows),
             "",
-            "## Conditions",
+            "Conditions:",
             "",
             *known,
             f"- load (1 / 5 / 15 minutes): {before} before, {after} after",
@@ -134,6 +133,26 @@ def markdown(
             *(f"![{Path(name).stem}]({name})\n" for name in plots),
         ]
     )
+
+
+BEGIN, END = "<!-- make bench -->", "<!-- end -->"
+
+
+def into_page(page: Path, text: str, folder: Path, plots: Sequence[str]) -> None:
+    """Put the results between the marks of a page, and the plots beside it.
+
+    Raises:
+        ValueError: the page has no marks.
+    """
+    old = page.read_text()
+    if old.count(BEGIN) != 1 or END not in old.partition(BEGIN)[2]:
+        raise ValueError(f"{page} needs a line {BEGIN!r} and after it a line {END!r}")
+    head, _, rest = old.partition(BEGIN)
+    named = {name: f"performance-{name}" for name in plots}
+    for name, new in named.items():
+        _replace(page.parent / new, (folder / name).read_text())
+        text = text.replace(f"({name})", f"({new})")
+    _replace(page, f"{head}{BEGIN}\n{text.strip()}\n{END}{rest.partition(END)[2]}")
 
 
 def _shown(value: Any) -> str:
@@ -162,8 +181,12 @@ def write(folder: Path, report: dict[str, Any], text: str) -> None:
     """Both files, each written whole."""
     folder.mkdir(parents=True, exist_ok=True)
     # NaN is not JSON; a number that is none is a fault of the benchmark and should be seen
-    content = {"bench.json": json.dumps(report, indent=1, allow_nan=False), "bench.md": text}
+    numbers = json.dumps(report, indent=1, allow_nan=False)
+    content = {"bench.json": numbers, "bench.md": f"# Benchmarks\n\n{text}"}
     for name, body in content.items():
-        unfinished = folder / f".{name}.unfinished"
-        unfinished.write_text(body + "\n")
-        os.replace(unfinished, folder / name)
+        _replace(folder / name, body + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    with whole_file(path) as unfinished:
+        Path(unfinished).write_text(text)

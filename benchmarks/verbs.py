@@ -104,11 +104,11 @@ def _recompiles() -> Row:
 
 
 def first_step(settings: Settings) -> list[Row]:
-    """The first forward and backward in a process, with an empty and with a filled compile cache."""
+    """The first forward and backward in a process, with no kernels in the cache, and with them."""
     tokens, width = settings.size(32), settings.size(768)
     works = [
-        f"first step of Linear {tokens} x {width} x {width}, {cache} compile cache"
-        for cache in ("empty", "filled")
+        f"first step of Linear {tokens} x {width} x {width}, kernels {state}"
+        for state in ("to be compiled", "in the cache")
     ]
     goal = Goal(5.0, "value")
     if settings.quick:
@@ -120,7 +120,7 @@ def first_step(settings: Settings) -> list[Row]:
     plain: list[float] = []
     for _ in range(repeats):
         with TemporaryDirectory() as folder:
-            place = {"TORCHINDUCTOR_CACHE_DIR": folder}
+            place = {"DROPCONNECT_CACHE_DIR": folder}
             plain.append(in_child("first_use", place, kind=PLAIN, tokens=tokens, width=width))
             for times in (cold, warm):
                 times.append(in_child("first_use", place, kind=OURS, tokens=tokens, width=width))

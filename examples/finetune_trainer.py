@@ -349,10 +349,7 @@ def main() -> None:
     print(
         "Accuracy: ± standard error", "over seeds." if options.seeds > 1 else "(binomial).", end=" "
     )
-    print("Time: median step. Memory: of the run's own process, from start to end;")
-    print(
-        "with DropConnect that includes PyTorch's compiler (DROPCONNECT_COMPILE=0 does without).\n"
-    )
+    print("Time: median step. Memory: of the run's own process, from start to end.\n")
     for method in (ZERO, PRETRAINED):
         print(compare(method, runs[method], runs[BASELINE]))
     if options.seeds == 1:

@@ -61,6 +61,23 @@ def test_run_writes_table_json_and_plots(tmp_path: Path) -> None:
     assert all((tmp_path / name).read_text().startswith("<?xml") for name in drawn)
 
 
+def test_results_go_between_the_marks_of_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert command.run(["apply"], TINY, tmp_path, page)
+    first = page.read_text()
+    assert first.startswith(f"before\n{report.BEGIN}\nMedians")
+    assert first.endswith(f"{report.END}\nafter\n")
+    assert "old" not in first
+    for name in re.findall(r"!\[\w+\]\((.*)\)", first):
+        assert (page.parent / name).is_file()
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="needs a line"):
+        report.into_page(page, "text", tmp_path, [])
+    assert page.read_text() == "no marks"
+
+
 def test_a_benchmark_that_fails_is_a_row_that_says_so(monkeypatch, tmp_path: Path) -> None:
     def broken(settings: Settings) -> list[Row]:
         raise ValueError("no such thing\nand more")
