@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from surgery import SurgeryError, apply_dropconnect, dropconnect_sites, strip_dropconnect
+from surgery.modules.state import change_p
 from surgery.surgeon import can_undo, reapplied, suspended
 from surgery.transforms.remove import remove
 
@@ -188,7 +189,7 @@ def test_suspended_puts_the_same_nodes_back(dialect: str) -> None:
 def test_reapplied_keeps_states(dialect: str) -> None:
     model = traced(Functional(), dialect, torch.randn(2, 4))
     apply_dropconnect(model, "*", p=P, toward="pretrained")
-    model.w_dropconnect.states["w"].set_p(P, 0.5)
+    change_p([model.w_dropconnect.states["w"]], P, 0.5)
     anchor = model.w_anchor
     shown = table(model.graph)
     with reapplied(model), torch.no_grad():
