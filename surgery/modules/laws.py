@@ -1,73 +1,143 @@
-"""Laws shared by the sites of equal p, and laws of one's own for compiled graphs.
+"""Laws shared by the sites of equal p, and tables of laws for compiled graphs.
 
 Making tensors is what a change of p costs, so sites share their law wherever Python runs. A compiled
-graph takes laws as inputs, and is guarded by which of its inputs are one tensor: with shared laws it
-would be compiled again when sites come to differ in p. So every site has a law of its own as well, as
-soon as a first forward with a site is traced. It must exist before it is traced, since what is made in
-a trace is an output of the graph.
+graph takes tensors as inputs, and is guarded by which of them are one: with shared laws it would be
+compiled again when sites come to differ in p. So it reads a table instead, which all sites share
+whatever their p is, at a row of each site's own. A change of p makes a new table: two tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-from weakref import WeakSet, WeakValueDictionary
+import threading
+from array import array
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ops import Law
-
-if TYPE_CHECKING:
-    from .state import SiteState
+from ..ops.mask import law_dtype, law_numbers
 
 _shared: WeakValueDictionary[tuple[float, torch.device, torch.dtype], Law] = WeakValueDictionary()
-_sites: WeakSet[SiteState] = WeakSet()
-_traced = False
-"""Whether dynamo has traced the forward of a site in this process."""
+
+
+@contextmanager
+def _for_good() -> Iterator[None]:
+    """For tensors that outlive the transform, the inference or the mode that is running."""
+    with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
+        yield
 
 
 def shared_law(p: float, device: torch.device, dtype: torch.dtype) -> Law:
     """The law of `p` for weights of that device and dtype: the same object as long as it is used."""
     law = _shared.get((p, device, dtype))
     if law is None:
-        with torch._C._DisableFuncTorch():  # it outlives the transform that is running
+        with _for_good():
             law = Law.of(p, device, dtype)
         if type(law.threshold) is Tensor:  # not a fake one, of a trace
             _shared[p, device, dtype] = law
     return law
 
 
-def note_site(state: SiteState) -> None:
-    """Remember a new site, for the first trace."""
-    _sites.add(state)
+class LawTable:
+    """The laws of up to `SIZE` sites whose weights are on one device."""
+
+    SIZE = 1024
+
+    thresholds: Tensor
+    """int32, shape (SIZE,)."""
+    scales: Tensor
+    """float32 or float64, shape (SIZE,)."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._thresholds = array("i", [0]) * self.SIZE
+        self._scales = array("d" if dtype == torch.float64 else "f", [1.0]) * self.SIZE
+        with _for_good():
+            self._rows = torch.arange(self.SIZE, device=device).view(-1, 1).unbind()
+        self._taken = 0
+        self.publish()
+
+    @property
+    def is_full(self) -> bool:
+        return self._taken == self.SIZE
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether the laws can be used with `weight`."""
+        return self._device == weight.device and self._dtype == law_dtype(weight.dtype)
+
+    def add(self, p: float) -> Row:
+        """A row for a new site. Nobody reads there yet, so the tensors may change."""
+        place = self._taken
+        self._taken += 1
+        self.put([place], p)
+        if self._device.type != "cpu":  # there the tensors are these arrays
+            self.publish()
+        return Row(self, place, self._rows[place])
+
+    def put(self, places: Iterable[int], p: float) -> None:
+        """Write the law of sites."""
+        thresholds, scales = self._thresholds, self._scales
+        threshold, scale = law_numbers(p)
+        for place in places:
+            thresholds[place], scales[place] = threshold, scale
+
+    def begin(self) -> None:
+        """From here on `put` leaves alone what a backward under way reads."""
+        self._thresholds, self._scales = self._thresholds[:], self._scales[:]
+
+    def publish(self) -> None:
+        """Give the graphs what was put."""
+        with _for_good():
+            self.thresholds = torch.frombuffer(self._thresholds, dtype=torch.int32).to(self._device)
+            self.scales = torch.frombuffer(self._scales, dtype=self._dtype).to(self._device)
 
 
-def own_laws_exist() -> None:
-    """Called while a forward with a site is traced: from now on every site has a law of its own."""
-    global _traced
-    if not _traced:
-        _traced = True
-        give_own_laws(_sites)
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Where a graph finds the law of one site."""
+
+    table: LawTable
+    place: int
+    index: Tensor
+    """The place, int64, shape (1,): a number would be compiled into the graph, and layers that are
+    compiled alone share theirs."""
+
+    def law(self) -> Law:
+        """The law as part of a graph."""
+        threshold, scale = (
+            values.index_select(0, self.index).squeeze(0)
+            for values in (self.table.thresholds, self.table.scales)
+        )
+        return Law(threshold, scale)
 
 
-# What `torch.compiler.assume_constant_result` does, but it imports dynamo, which takes seconds: dynamo
-# runs the function as it is, at trace time, and puts nothing of it into the graph.
-own_laws_exist._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_lock = threading.Lock()
+"""Of all tables."""
+_open: dict[tuple[torch.device, torch.dtype], LawTable] = {}
+"""The tables that new sites are put into."""
 
 
-def give_own_laws(states: Iterable[SiteState]) -> None:
-    """Bring the sites' own laws up to their shared ones, if anybody reads them."""
-    if not _traced:
-        return
-    groups: dict[int, list[SiteState]] = {}
-    for state in states:
-        groups.setdefault(id(state.law), []).append(state)
-    for group in groups.values():
-        law = group[0].law
-        if law is None:
-            continue
-        with torch._C._DisableFuncTorch():
-            own = law.copies(len(group))
-        for state, its in zip(group, own):
-            state.own_law = its
+def new_row(p: float, device: torch.device, dtype: torch.dtype) -> Row:
+    """A row of one's own in a table for weights of that device and dtype."""
+    key = (device, law_dtype(dtype))
+    with _lock:
+        table = _open.get(key)
+        if table is None or table.is_full:
+            table = _open[key] = LawTable(*key)
+        return table.add(p)
+
+
+@contextmanager
+def changing(tables: Collection[LawTable]) -> Iterator[None]:
+    """For `put` at places that were read before."""
+    with _lock:
+        for table in tables:
+            table.begin()
+        yield
+        for table in tables:
+            table.publish()

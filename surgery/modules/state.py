@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import DropConnectConfig, Inference, Sampling, check_p
 from ..ops import Law, Layout
-from .laws import give_own_laws, note_site, own_laws_exist, shared_law
+from .laws import Row, changing, new_row, shared_law
 from .product import Product
 
 
@@ -38,12 +38,6 @@ class NotGrouped(RuntimeError):
 
 class SiteState:
     """What one module knows of one of its operated parameters. Holds no parameter itself."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> SiteState:
-        """Copies and unpickled states come this way too."""
-        state = super().__new__(cls)
-        note_site(state)
-        return state
 
     def __init__(
         self,
@@ -73,8 +67,8 @@ class SiteState:
         """What a schedule multiplies the p of the config by, for now."""
         self.law: Law | None = None
         """The law of `p`, which sites of equal p share."""
-        self.own_law: Law | None = None
-        """The same with tensors of this site only, for compiled graphs; see `surgery.modules.laws`."""
+        self.row: Row | None = None
+        """Where compiled graphs find the law; see `surgery.modules.laws`."""
         # Copies, because a compiled graph is guarded by what its trace reads, and `set_p` must pass.
         self.unit = config.unit
         self.sampling = config.sampling
@@ -111,7 +105,14 @@ class SiteState:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy does not hold masks: it is in nobody's `hold_masks`."""
-        return {**self.__dict__, "held_key": None, "held": None, "group": None}
+        own = ("held_key", "held", "group", "row")
+        return {**self.__dict__, **dict.fromkeys(own)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has a p of its own."""
+        self.__dict__.update(state)
+        if self.law is not None:
+            self.row = new_row(self.p, self.law.threshold.device, self.law.scale.dtype)
 
     def law_for(self, raw: Tensor, keep: bool = True) -> Law:
         """The law on the weight's device; computed again when the weight has moved."""
@@ -122,16 +123,17 @@ class SiteState:
             law = shared_law(self.p, raw.device, raw.dtype)
             if keep and type(law.threshold) is Tensor:  # not a fake one, of a trace
                 self.law = law
-                give_own_laws([self])
+                self.row = new_row(self.p, raw.device, raw.dtype)
         return law
 
     def _law_in_trace(self, raw: Tensor, keep: bool) -> Law:
-        own_laws_exist()
-        law = self.own_law
-        if law is None or not law.fits(raw):
+        row, law = self.row, self.law
+        if row is not None and row.table.fits(raw):
+            return row.law()
+        if law is None or not law.fits(raw):  # the weight was moved by hand
             law = Law.of(self.p, raw.device, raw.dtype)
             if keep:
-                self.law = self.own_law = law
+                self.law = law
         return law
 
     @property
@@ -175,19 +177,26 @@ def change_p(states: Iterable[SiteState], p: float | None = None, factor: float 
     found = list(states)
     for rate in {state.rate for state in found} if p is None else {p}:
         check_p(rate * factor)
-    laws: dict[tuple[int, float], tuple[Law, Law]] = {}
+    groups: dict[tuple[int, float, int | None], list[SiteState]] = {}
     for state in found:
-        rate = state.rate = state.rate if p is None else p
-        state.factor = factor
-        old = state.law
-        if old is None:
-            continue
-        old_and_new = laws.get((id(old), rate))
-        if old_and_new is None:
-            new = shared_law(rate * factor, old.threshold.device, old.scale.dtype)
-            old_and_new = laws[id(old), rate] = (
-                old,
-                new,
-            )  # the old one too, so that its id stays its
-        state.law = old_and_new[1]
-    give_own_laws(found)
+        row, rate = state.row, state.rate if p is None else p
+        group = id(state.law), rate, None if row is None else id(row.table)
+        groups.setdefault(group, []).append(state)
+    with changing({state.row.table for state in found if state.row is not None}):
+        for (_, rate, _), states in groups.items():
+            _change_equal(states, rate, factor)
+
+
+def _change_equal(states: list[SiteState], rate: float, factor: float) -> None:
+    """Change the p of sites that have one law and one table."""
+    old = states[0].law
+    new = None
+    if old is not None:
+        new = shared_law(rate * factor, old.threshold.device, old.scale.dtype)
+    rows = []
+    for state in states:
+        state.rate, state.factor, state.law = rate, factor, new
+        if state.row is not None:
+            rows.append(state.row)
+    if rows:
+        rows[0].table.put([row.place for row in rows], rate * factor)

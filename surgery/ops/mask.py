@@ -75,28 +75,31 @@ class Law:
     @classmethod
     def of(cls, p: float, device: torch.device, dtype: torch.dtype) -> Law:
         """The law of probability `p` for weights of that device and dtype."""
-        dropped = min(round(p * 2**32), 2**32)
-        scale = 0.0 if dropped == 2**32 else 2**32 / (2**32 - dropped)
-        threshold = min(dropped - 2**31, 2**31 - 1)
-        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        threshold, scale = law_numbers(p)
         with torch.inference_mode(False):  # a law made in inference serves training too
             return cls(
                 torch.tensor(threshold, dtype=torch.int32, device=device),
-                torch.tensor(scale, dtype=exact, device=device),
-                dropped == 2**32,
+                torch.tensor(scale, dtype=law_dtype(dtype), device=device),
+                scale == 0.0,
             )
-
-    def copies(self, count: int) -> list[Law]:
-        """Equal laws of which no two have the same tensor object; their storage is one."""
-        with torch.inference_mode(False):
-            thresholds = self.threshold.expand(count).unbind()
-            scales = self.scale.expand(count).unbind()
-        return [Law(*tensors, self.drops_all) for tensors in zip(thresholds, scales)]
 
     def fits(self, weight: Tensor) -> bool:
         """Whether the law can be used with `weight` as it is."""
-        exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return self.threshold.device == weight.device and self.scale.dtype == exact
+        return self.threshold.device == weight.device and self.scale.dtype == law_dtype(
+            weight.dtype
+        )
+
+
+def law_numbers(p: float) -> tuple[int, float]:
+    """Threshold and scale of a `Law`."""
+    dropped = min(round(p * 2**32), 2**32)
+    scale = 0.0 if dropped == 2**32 else 2**32 / (2**32 - dropped)
+    return min(dropped - 2**31, 2**31 - 1), scale
+
+
+def law_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the scale for weights of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def keep_mask(
