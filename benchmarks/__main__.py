@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from . import gpu, growth, layers, memory, models, paper, verbs
-from .conditions import busy, conditions, load
+from .conditions import busy, conditions, now
 from .measure import FULL, QUICK, Settings
 from .plots import draw
 from .report import into_page, markdown, number, to_json, write
@@ -73,17 +73,17 @@ def _told(row: Row) -> str:
 
 def run(names: Sequence[str], settings: Settings, output: Path, page: Path | None = None) -> bool:
     """Measure, write, and say whether every benchmark ran."""
-    begun, before = time.perf_counter(), load()
-    warning = busy(before)
+    begun, before = time.perf_counter(), now()
+    warning = busy(before["load"])
     if warning is not None:
         print(f"WARNING: {warning}", file=sys.stderr)
     rows = [row for name in names if name in BENCHMARKS for row in measure(name, settings)]
     curves = growth.growth(settings) if GROWTH in names else []
     where, seconds = conditions(), time.perf_counter() - begun
-    loads = {"before": before, "after": load()}
+    machine = {"before": before, "after": now()}
     plots = draw(rows, curves, output)
-    report = to_json(rows, curves, where, loads, seconds)
-    text = markdown(rows, where, loads, seconds, plots)
+    report = to_json(rows, curves, where, machine, seconds)
+    text = markdown(rows, where, machine, seconds, plots)
     write(output, report, text)
     if page is not None:
         into_page(page, text, output, plots)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import statistics
 import subprocess
+import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,19 +44,49 @@ def conditions() -> dict[str, Any]:
 PEER_PACKAGES = ("pytorch-nlp", "fastai", "spikingjelly", "baal")
 
 
+def now() -> dict[str, Any]:
+    """What changes in a shared machine while it measures: its load, and what it gets done."""
+    return {"load": load(), **speed()}
+
+
 def load() -> list[float]:
     """Load averages over 1, 5 and 15 minutes."""
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
 
 
-def busy(now: list[float]) -> str | None:
+def speed() -> dict[str, float]:
+    """Medians, to judge absolute times by: a matrix product, a copy that leaves the caches, and what an
+    interpreter does."""
+    matrix, flat = torch.randn(1024, 1024), torch.randn(1 << 24)
+    place = torch.empty_like(flat)
+    product = median_time(lambda: matrix @ matrix)
+    copy = median_time(lambda: place.copy_(flat))
+    loop = median_time(lambda: sum(range(10**6)))
+    return {
+        "GFLOP/s": round(2 * 1024**3 / product / 1e9, 1),
+        "GB/s": round(2 * flat.nbytes / copy / 1e9, 1),
+        "Python additions per µs": round(1 / loop, 1),
+    }
+
+
+def median_time(work: Callable[[], object], repeats: int = 15) -> float:
+    """Seconds for a call."""
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def busy(loads: list[float]) -> str | None:
     """A warning, if something else runs on this machine, for whoever reads the numbers."""
     cores = os.cpu_count() or 1
-    if not now or now[0] <= BUSY * cores:
+    if not loads or loads[0] <= BUSY * cores:
         return None
     return (
-        f"the load was {now[0]:g} on {cores} cores before the benchmark: something else ran here, and "
-        "the numbers are doubtful"
+        f"the load was {loads[0]:g} on {cores} cores before the benchmark: something else ran here, "
+        "and the numbers are doubtful"
     )
 
 

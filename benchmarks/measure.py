@@ -19,8 +19,10 @@ class Settings:
 
     rounds: int = 41
     """Rounds at most; in each, every contender runs for one sample."""
+    fewest: int = 15
+    """Rounds at least, but for contenders that take seconds a call, for which `FEWEST` must do."""
     seconds: float = 12.0
-    """Time for the rounds of one row; at least `FEWEST` rounds are run."""
+    """Time for the rounds of one row, where there are more than the fewest."""
     sample: float = 0.004
     """A sample repeats the work for about this long."""
     quick: bool = False
@@ -38,10 +40,12 @@ class Settings:
 
 
 FULL = Settings()
-QUICK = Settings(rounds=15, seconds=1.5, quick=True)
-TINY = Settings(rounds=3, seconds=0.05, sample=0.0, divide=64)
-
 FEWEST = 3
+SLOW = 2.0
+"""Seconds."""
+
+QUICK = Settings(rounds=15, fewest=FEWEST, seconds=1.5, quick=True)
+TINY = Settings(rounds=3, fewest=FEWEST, seconds=0.05, sample=0.0, divide=64)
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,11 @@ def interleaved(contenders: Mapping[str, Work], settings: Settings) -> dict[str,
     try:
         end = time.perf_counter() + settings.seconds
         for done in range(settings.rounds):
-            if done >= FEWEST and time.perf_counter() > end:
+            if done >= settings.fewest and time.perf_counter() > end:
                 break
             for name, work in contenders.items():
-                samples[name].append(_sample(work, repeats[name]))
+                if done < FEWEST or samples[name][-1] < SLOW:
+                    samples[name].append(_sample(work, repeats[name]))
     finally:
         if collecting:
             gc.enable()

@@ -102,15 +102,18 @@ def skipped(rows: Sequence[Row]) -> str:
 def markdown(
     rows: Sequence[Row],
     where: dict[str, Any],
-    load: dict[str, list[float]],
+    machine: dict[str, dict[str, Any]],
     seconds: float,
     plots: Sequence[str],
 ) -> str:
     """The table, what is missing in it, conditions and plots."""
     known = [f"- {name}: {_shown(value)}" for name, value in where.items() if value is not None]
-    warning = busy(load["before"])
+    warning = busy(machine["before"]["load"])
     doubt = [] if warning is None else [f"**Warning: {warning}.**", ""]
-    before, after = (" / ".join(map(str, load[when])) for when in ("before", "after"))
+    changed = [
+        f"- {name}: {_shown(value)} before, {_shown(machine['after'][name])} after"
+        for name, value in machine["before"].items()
+    ]
     return "\n".join(
         [
             "Medians of one run in which the contenders take turns; a ratio is one of medians, its",
@@ -127,7 +130,7 @@ def markdown(
             "Conditions:",
             "",
             *known,
-            f"- load (1 / 5 / 15 minutes): {before} before, {after} after",
+            *changed,
             f"- duration: {seconds:.0f} s",
             "",
             *(f"![{Path(name).stem}]({name})\n" for name in plots),
@@ -158,19 +161,19 @@ def into_page(page: Path, text: str, folder: Path, plots: Sequence[str]) -> None
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {part or 'not installed'}" for name, part in value.items())
-    return str(value)
+    return " / ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def to_json(
     rows: Sequence[Row],
     curves: Sequence[Curve],
     where: dict[str, Any],
-    load: dict[str, list[float]],
+    machine: dict[str, dict[str, Any]],
     seconds: float,
 ) -> dict[str, Any]:
     return {
         "conditions": where,
-        "load": load,
+        "machine": machine,
         "seconds": seconds,
         "rows": [row.to_json() for row in rows],
         "growth": [curve.to_json() for curve in curves],

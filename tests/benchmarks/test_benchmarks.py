@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,9 @@ def test_quick_run_leaves_out_what_takes_long() -> None:
 def test_run_writes_table_json_and_plots(tmp_path: Path) -> None:
     assert command.run(["linear", "apply", "gpu", "growth"], TINY, tmp_path)
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert {"conditions", "load", "seconds", "rows", "growth"} == set(found)
+    assert {"conditions", "machine", "seconds", "rows", "growth"} == set(found)
     assert {"cpu", "cores", "threads", "torch", "compiler", "commit"} <= set(found["conditions"])
+    assert set(found["machine"]["before"]) == set(found["machine"]["after"])
     linear = found["rows"][0]
     assert linear["work"].startswith("Linear")
     assert len(linear["contenders"]["ours"]["samples"]) >= measure.FEWEST
@@ -93,6 +95,13 @@ def test_contenders_take_turns() -> None:
     found = interleaved(works, Settings(rounds=4, seconds=60.0, sample=0.0))
     assert "".join(calls).endswith("ABC" * 4)
     assert {len(value.samples) for value in found.values()} == {4}
+
+
+def test_a_contender_that_takes_seconds_has_few_rounds(monkeypatch) -> None:
+    monkeypatch.setattr(measure, "SLOW", 0.001)
+    works = {"fast": lambda: None, "slow": lambda: time.sleep(0.002)}
+    found = interleaved(works, Settings(rounds=9, fewest=7, seconds=0.0, sample=0.0))
+    assert {name: len(value.samples) for name, value in found.items()} == {"fast": 7, "slow": 3}
 
 
 @pytest.mark.parametrize(
