@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..caching import cached
 from . import native
-from .hash import advance_key, spread
-from .workspace import Block
+from .hash import advance_key, mix_into, spread
+from .workspace import Block, borrow, give_back
 
 Formula = Callable[..., Tensor]
 
@@ -153,6 +153,8 @@ def _in_chunks(
     scale: Tensor,
 ) -> Tensor:
     numel = weight.shape[0]
+    if anchor is None and weight.dtype in _NARROW and native.takes(weight):
+        return _masked_in_chunks(weight, key, threshold, scale)
     if numel <= CHUNK or weight.device.type != "cpu":
         return formula(weight, anchor, key, threshold, scale, None)
     used = torch.empty_like(weight)
@@ -162,6 +164,39 @@ def _in_chunks(
         moved, places = advance_key(key, start), _places(CHUNK)[: part.stop - start]
         used[part] = formula(weight[part], towards, moved, threshold, scale, None, places)
     return used
+
+
+_NARROW = (torch.float32, torch.bfloat16)
+
+
+def _masked_in_chunks(weight: Tensor, key: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
+    """What `masked_formula` gives without an anchor, to the bit, with as few passes over memory as it
+    has steps."""
+    used = torch.empty_like(weight)
+    every = _places(CHUNK)
+    blocks = [borrow(every) for _ in range(2)]
+    z, spare = (torch.empty_like(every) if block is None else block.view(every) for block in blocks)
+    least = int(threshold)
+    for start in range(0, len(weight), CHUNK):
+        into, part = used[start : start + CHUNK], weight[start : start + CHUNK]
+        z, spare, places = (tensor[: len(part)] for tensor in (z, spare, every))
+        mix_into(places, advance_key(key, start), z, spare)
+        exact = into.dtype == scale.dtype
+        wide = torch.mul(part.to(scale.dtype), scale, out=into if exact else None)
+        wide.view(torch.int32).bitwise_and_(_ones_where_kept(z, least))
+        if not exact:
+            into.copy_(wide)
+    for block in blocks:
+        give_back(block)
+    return used
+
+
+def _ones_where_kept(z: Tensor, least: int) -> Tensor:
+    """All bits one where z >= least, else zero; in place. A comparison would give bool, and what torch
+    does with those takes several times as long as with int32."""
+    if least == -(1 << 31):
+        return z.fill_(-1)
+    return z.clamp_(least - 1, least).neg_().add_(least - 1)
 
 
 @cached

@@ -69,6 +69,18 @@ def mix(places: Tensor, key: Tensor, multiplier: Tensor | int = LAST) -> Tensor:
     return (z ^ _shift_right(z, 15)) * multiplier
 
 
+def mix_into(places: Tensor, key: Tensor, z: Tensor, spare: Tensor) -> None:
+    """`mix` into memory that is there: one step after the other in `z`, with the help of `spare`."""
+    torch.add(places, key[0], out=z)
+    z.bitwise_xor_(_shift_right_into(z, 16, spare))
+    torch.add(key[1], z, alpha=_ROUND1, out=z)
+    z.bitwise_xor_(_shift_right_into(z, 15, spare)).mul_(LAST)
+
+
+def _shift_right_into(z: Tensor, n: int, spare: Tensor) -> Tensor:
+    return torch.bitwise_right_shift(z, n, out=spare).bitwise_and_((1 << (32 - n)) - 1)
+
+
 def multipliers(examples: int, device: torch.device) -> Tensor:
     """The last factor of the hash for each example: int32, shape (examples,), all odd and different.
 

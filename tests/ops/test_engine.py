@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from surgery.ops import Law, Layout, drop_weight, engine, key_from_seed, native
+from surgery.ops import (
+    Law,
+    Layout,
+    drop_weight,
+    engine,
+    key_from_seed,
+    masked_formula,
+    native,
+)
 from surgery.ops.mask import drop_both
 from surgery.ops.workspace import Block
 
@@ -187,17 +196,28 @@ def test_new_p_and_new_shape_do_not_recompile(p: float, inductor) -> None:
     assert len(inductor) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("chunk", [1 << 16, 1000, 997, 1])
 @towards
-def test_chunks_do_not_change_the_bits(chunk: int, anchored: bool, plain, monkeypatch) -> None:
+def test_chunks_give_the_bits_of_the_formula(
+    chunk: int, p: float, dtype: torch.dtype, anchored: bool, plain, monkeypatch
+) -> None:
     plain()
     size = 2 * chunk + 5 if chunk > 1 else 20
-    weight, anchor = torch.randn(size), torch.randn(size) if anchored else None
-    law = Law.of(0.3, weight.device, weight.dtype)
-    monkeypatch.setattr(engine, "CHUNK", 1 << 30)
-    whole = drop_weight(weight, KEY, law, Layout.elements(size), anchor)
+    weight, anchor = torch.randn(2, size).to(dtype)
+    weight[3] = torch.inf
+    anchor = anchor if anchored else None
+    law = Law.of(p, weight.device, weight.dtype)
+    whole = masked_formula(weight, anchor, KEY, law.threshold, law.scale, None)
     monkeypatch.setattr(engine, "CHUNK", chunk)
-    assert torch.equal(drop_weight(weight, KEY, law, Layout.elements(size), anchor), whole)
+    found = drop_weight(weight, KEY, law, Layout.elements(size), anchor)
+    assert torch.equal(_bits(found), _bits(whole))
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """Of which also those of zeros and of what is not a number are compared."""
+    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
 
 
 def test_chunks_of_a_layout_whose_mask_has_several_dimensions(plain, monkeypatch) -> None:
@@ -211,21 +231,35 @@ def test_chunks_of_a_layout_whose_mask_has_several_dimensions(plain, monkeypatch
     assert torch.equal(drop_weight(weight, KEY, law, layout), whole)
 
 
-def test_plain_run_needs_little_memory_beside_the_result(plain, monkeypatch) -> None:
+class _Storages(TorchDispatchMode):
+    """The storages of more than a chunk that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.untyped_storage().nbytes() > 8 * engine.CHUNK:
+            self.large.add(result.untyped_storage().data_ptr())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@towards
+def test_plain_run_needs_little_memory_beside_the_result(
+    anchored: bool, dtype: torch.dtype, plain
+) -> None:
     """Temporaries have the size of a chunk, not of the weight."""
     plain()
-    largest: list[int] = []
-
-    def spy(weight, *rest):
-        largest.append(weight.numel())
-        return engine_formula(weight, *rest)
-
-    engine_formula = sys.modules["surgery.ops.mask"].masked_formula
-    monkeypatch.setattr("surgery.ops.mask.masked_formula", spy)
-    weight = torch.randn(3 * engine.CHUNK + 1)
+    weight, anchor = torch.randn(2, 9 * engine.CHUNK + 1, dtype=dtype)
     law = Law.of(0.5, weight.device, weight.dtype)
-    drop_weight(weight, KEY, law, Layout.elements(weight.numel()))
-    assert largest == [engine.CHUNK] * 3 + [1]
+    with _Storages() as storages:
+        used = drop_weight(
+            weight, KEY, law, Layout.elements(weight.numel()), anchor if anchored else None
+        )
+    given = {weight.untyped_storage().data_ptr(), used.untyped_storage().data_ptr()}
+    assert storages.large <= given
 
 
 def test_switching_off_means_not_compiling(plain, kernel_calls, inductor) -> None:
