@@ -71,7 +71,11 @@ _kinds: list[Kind] = []
 def register_kind(kind: Kind) -> None:
     """Add a kind. Kinds registered later are asked first, so a subclass can have its own."""
     _kinds.insert(0, kind)
+    _kind_of_class.clear()
 
+
+_kind_of_class: dict[type[nn.Module], Kind | None] = {}
+"""What was found before; None for a class that no kind was registered for."""
 
 _kind_of_one: WeakKeyDictionary[nn.Module, Kind] = WeakKeyDictionary()
 
@@ -84,14 +88,16 @@ def set_kind(module: nn.Module, kind: Kind) -> None:
 
 def kind_of(module: nn.Module) -> Kind:
     """The kind of a module; `OTHER` if none was registered for its class."""
-    for kind in _kinds:
-        if isinstance(module, kind.classes):
-            return kind
-    return _kind_of_one.get(module, OTHER)
+    cls = type(module)
+    if cls not in _kind_of_class:
+        known = (kind for kind in _kinds if isinstance(module, kind.classes))
+        _kind_of_class[cls] = next(known, None)
+    return _kind_of_class[cls] or _kind_of_one.get(module, OTHER)
 
 
 def layout_of(module: nn.Module, name: str, weight: Tensor, unit: Unit) -> Layout | None:
-    """Which weights share a mask entry, or None if the unit has no meaning for this parameter."""
+    """Which weights share a mask entry, or None if the unit has no meaning for this parameter: one
+    that `needs_axes`, where these are unknown."""
     if unit == "element":
         return Layout.elements(weight.numel())
     if unit == "tensor":
@@ -100,6 +106,11 @@ def layout_of(module: nn.Module, name: str, weight: Tensor, unit: Unit) -> Layou
     if axes is None:
         return None
     return Layout.shared(axes.view, axes.input if unit == "input" else axes.output)
+
+
+def needs_axes(unit: Unit) -> bool:
+    """Whether the unit depends on what the dimensions of a parameter mean."""
+    return unit in ("input", "output")
 
 
 def follows_weight(unit: Unit) -> bool:
@@ -111,7 +122,8 @@ def product_of(*known: type[nn.Module], product: Product) -> Callable[..., Produ
     """For `Kind.product`: `product` for classes whose forward is that of a class in `known`."""
 
     def of(cls: type[nn.Module]) -> Product | None:
-        return product if any(cls.forward is one.forward for one in known) else None
+        same = cls in known or any(cls.forward is one.forward for one in known)
+        return product if same else None
 
     return of
 
