@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from .modules.operated import plain_class
 from .modules.places import states_of
 from .modules.reads import reads
 from .modules.state import SiteState
-from .plan import Plan, Site, join
+from .plan import Plan, Site
 from .refusals import not_followed, why_not
 from .scope import needs_scope
 from .select import Choice, select
@@ -66,7 +67,7 @@ def prepare(
         raise TypeError(f"expected a torch.nn.Module; got {type(model).__name__}")
     catalogue = Catalogue(model)
     choices, excluded = select(catalogue, targets, exclude, config)
-    known = Known(targets if isinstance(targets, Plan) else None, seen)
+    known = Known.of(targets if isinstance(targets, Plan) else None, seen)
     ties = _ties(catalogue)
     changes: dict[int, Change] = {}
     sites: list[Site] = []
@@ -79,20 +80,18 @@ def prepare(
             continue
         if id(parameter) in done:
             if done[id(parameter)].config != choice.config:
-                problems.append(
-                    f"{_full(catalogue, choice)} is tied with {_full(catalogue, done[id(parameter)])}"
-                    ", but the two were given different options; give both the same"
-                )
+                problems.append(_differently(catalogue, choice, done[id(parameter)]))
             continue
         done[id(parameter)] = choice
         users = [choice]
-        users += [
-            Choice(module, name, choice.config)
-            for module, name in ties[id(parameter)]
-            if (id(module), name) not in excluded
-            and (id(module), name) != (id(choice.module), choice.name)
-            and (not catalogue.is_in_graph(module) or catalogue.is_read(module, name))
-        ]
+        if len(ties[id(parameter)]) > 1:
+            users += [
+                Choice(module, name, choice.config)
+                for module, name in ties[id(parameter)]
+                if (id(module), name) not in excluded
+                and (id(module), name) != (id(choice.module), choice.name)
+                and (not catalogue.is_in_graph(module) or catalogue.is_read(module, name))
+            ]
         site = _site(catalogue, users, parameter, changes, problems, known)
         if site is not None:
             sites.append(site)
@@ -112,33 +111,31 @@ def _site(
 ) -> Site | None:
     """Record the changes of one site with all its users; add what is wrong to `problems`."""
     before = len(problems)
-    drawn_by: list[str] = []
-    for user in users:
-        full = _full(catalogue, user)
+    names = [catalogue.full(user.module, user.name) for user in users]
+    drawn_by: dict[str, None] = {}  # in order
+    for user, full in zip(users, names):
+        module = user.module
         parents = _readers(catalogue, user, known.readers(full))
         problem = why_not(user, parameter, [parent for parent, _ in parents], catalogue.graphs)
         problem = problem or known.problem(full, user.config)
         if problem is None and user.config.inference == "moments":
-            problem = not_followed(catalogue, user.module)
+            problem = not_followed(catalogue, module)
         if problem is not None:
-            problems.append(f"{_full(catalogue, user)} ({type(user.module).__name__}): {problem}")
+            problems.append(f"{full} ({type(module).__name__}): {problem}")
             continue
-        change = changes.setdefault(id(user.module), Change(user.module))
-        change.in_graph = catalogue.is_in_graph(user.module)
-        change.states[user.name] = _state(catalogue, user, parameter, parents)
-        for reader in catalogue.graphs.readers(user.module) if catalogue.graphs else ():
-            if catalogue.name(reader) not in drawn_by:
-                drawn_by.append(catalogue.name(reader))
+        change = _change(changes, module)
+        change.states[user.name] = _state(catalogue, user, full, parameter, bool(parents))
+        if catalogue.graphs is not None:
+            change.in_graph = catalogue.graphs.owns(module)
+            drawn_by.update((catalogue.name(one), None) for one in catalogue.graphs.readers(module))
         if needs_scope(user.config):
-            for module in catalogue.enclosing(user.module):
-                changes.setdefault(id(module), Change(module)).scope = True
+            for around in catalogue.enclosing(module):
+                _change(changes, around).scope = True
         for parent, path in parents:
-            draws = changes.setdefault(id(parent), Change(parent)).draws
+            draws = _change(changes, parent).draws
             if path not in draws:
                 draws.append(path)
-            name = catalogue.name(parent)
-            if name not in drawn_by:
-                drawn_by.append(name)
+            drawn_by[catalogue.name(parent)] = None
     if len(problems) > before:
         return None
     first = users[0]
@@ -148,25 +145,39 @@ def _site(
         kind=changes[id(first.module)].states[first.name].kind,
         shape=tuple(parameter.shape),
         config=first.config,
-        shared_with=tuple(_full(catalogue, user) for user in users[1:]),
+        shared_with=tuple(names[1:]),
         drawn_by=tuple(drawn_by),
     )
+
+
+def _change(changes: dict[int, Change], module: nn.Module) -> Change:
+    """What will happen to a module, so far."""
+    found = changes.get(id(module))
+    if found is None:
+        found = changes[id(module)] = Change(module)
+    return found
 
 
 @dataclass(frozen=True)
 class Known:
     """What is known of how the model uses its weights: from a plan made before, and from a run."""
 
-    plan: Plan | None
+    drawn_by: dict[str, set[str]]
+    """By the name of a parameter, what the plan says."""
     seen: Seen | None
 
-    def readers(self, name: str) -> set[str]:
+    @classmethod
+    def of(cls, plan: Plan | None, seen: Seen | None) -> Known:
+        drawn_by: dict[str, set[str]] = {}
+        for site in plan or ():
+            for name in (site.name, *site.shared_with):
+                drawn_by.setdefault(name, set()).update(site.drawn_by)
+        return cls(drawn_by, seen)
+
+    def readers(self, name: str) -> Set[str]:
         """Modules whose forward reads a parameter."""
-        found = set() if self.seen is None else set(self.seen.readers(name))
-        for site in self.plan or ():
-            if name in (site.name, *site.shared_with):
-                found.update(site.drawn_by)
-        return found
+        found: Set[str] = self.drawn_by.get(name, set())
+        return found if self.seen is None else found | set(self.seen.readers(name))
 
     def problem(self, name: str, config: DropConnectConfig) -> str | None:
         """Why a run of the model does not allow this, or None."""
@@ -174,7 +185,7 @@ class Known:
 
 
 def _state(
-    catalogue: Catalogue, user: Choice, parameter: Tensor, parents: list[tuple[nn.Module, str]]
+    catalogue: Catalogue, user: Choice, full: str, parameter: Tensor, by_parents: bool
 ) -> SiteState:
     module, name, config = user.module, user.name, user.config
     kind = kind_of(module)
@@ -188,9 +199,8 @@ def _state(
     if catalogue.graphs is not None and catalogue.is_in_graph(module):
         product = catalogue.graphs.product(module, name)
         kind_name = catalogue.graphs.kind(module, name)
-    elif name == "weight" and not parents:
+    elif name == "weight" and not by_parents:
         product = kind.product(plain_class(module))
-    full = _full(catalogue, user)
     state = SiteState(name, kind_name, config, layout, follows, full, product)
     state.law_for(parameter)
     return state
@@ -206,7 +216,7 @@ def _ties(catalogue: Catalogue) -> dict[int, list[tuple[nn.Module, str]]]:
     return users
 
 
-def _readers(catalogue: Catalogue, user: Choice, known: set[str]) -> list[tuple[nn.Module, str]]:
+def _readers(catalogue: Catalogue, user: Choice, known: Set[str]) -> list[tuple[nn.Module, str]]:
     """Ancestors whose own forward reads this weight (by their source, or `known` to do so), each with
     the relative name of the owner."""
     found: dict[tuple[int, str], tuple[nn.Module, str]] = {}
@@ -225,9 +235,9 @@ def _lone_biases(changes: dict[int, Change]) -> list[str]:
     problems = []
     for change in changes.values():
         bias = None if change.in_graph else change.states.get("bias")
-        weight = {**states_of(change.module), **change.states}.get("weight")
         if bias is None or (bias.sampling == "batch" and bias.inference != "moments"):
             continue
+        weight = {**states_of(change.module), **change.states}.get("weight")
         if weight is None or (weight.sampling, weight.inference) != (bias.sampling, bias.inference):
             problems.append(
                 f"{bias.site} ({type(change.module).__name__}): sampling={bias.sampling!r} with "
@@ -237,15 +247,16 @@ def _lone_biases(changes: dict[int, Change]) -> list[str]:
     return problems
 
 
+def _differently(catalogue: Catalogue, choice: Choice, other: Choice) -> str:
+    one, two = (catalogue.full(user.module, user.name) for user in (choice, other))
+    return f"{one} is tied with {two}, but the two were given different options; give both the same"
+
+
 def _missing(catalogue: Catalogue, choice: Choice) -> str:
-    name = _full(catalogue, choice)
+    name = catalogue.full(choice.module, choice.name)
     if hasattr(choice.module, "parametrizations"):
         return f"{name} is parametrized; call remove_parametrizations first, or exclude it"
     return (
         f"{name}: {type(choice.module).__name__} has no such parameter (pruned, replaced or None); "
         "exclude it"
     )
-
-
-def _full(catalogue: Catalogue, choice: Choice) -> str:
-    return join(catalogue.name(choice.module), choice.name)

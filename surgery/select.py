@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -21,8 +21,7 @@ ALL_LINEAR = "all-linear"
 _CLASSIFICATION_HEADS = ("score", "classifier")
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """One selected parameter: `name` is its plain name inside `module`."""
 
     module: nn.Module
@@ -56,7 +55,7 @@ def select(
         for module, name in _resolve(catalogue, target, "targets"):
             chosen.setdefault((id(module), name), Choice(module, name, its_config))
     if not isinstance(targets, Plan):  # a plan lists its biases
-        for choice in list(chosen.values()):
+        for choice in [choice for choice in chosen.values() if choice.config.bias]:
             for bias in _biases(catalogue, choice):
                 chosen.setdefault((id(bias.module), bias.name), bias)
     excluded = frozenset(
@@ -71,8 +70,8 @@ def select(
 
 
 def _biases(catalogue: Catalogue, choice: Choice) -> list[Choice]:
-    """The bias that goes with a chosen weight, if its config asks for it and the module has one."""
-    bias = kind_of(choice.module).bias(choice.name) if choice.config.bias else None
+    """The bias that goes with a chosen weight, if the module has one."""
+    bias = kind_of(choice.module).bias(choice.name)
     if bias is None or catalogue.own(choice.module).get(bias) is None:
         return []
     return [Choice(choice.module, bias, choice.config)]
@@ -80,10 +79,10 @@ def _biases(catalogue: Catalogue, choice: Choice) -> list[Choice]:
 
 def _in_model_order(catalogue: Catalogue, chosen: dict[Key, Choice]) -> list[Choice]:
     ordered = [
-        chosen.pop((id(module), name))
-        for _, module in catalogue
+        chosen.pop((key, name))
+        for key, module in catalogue.modules.items()
         for name in catalogue.own(module)
-        if (id(module), name) in chosen
+        if (key, name) in chosen
     ]
     return ordered + list(chosen.values())  # what is left is missing; `prepare` says so
 
@@ -180,7 +179,7 @@ def _weights_of(catalogue: Catalogue, modules: list[nn.Module], target: str, whe
             found += [(module, name) for name in catalogue.own(module)]
         for name in kind_of(module).weights(module):
             owner, _, parameter = name.rpartition(".")
-            found.append((module.get_submodule(owner), parameter))
+            found.append((module.get_submodule(owner) if owner else module, parameter))
     if found:
         return list(dict.fromkeys(found))
     example = catalogue.name(modules[0])
