@@ -22,7 +22,7 @@ class Catalogue:
         self.modules: dict[int, nn.Module] = {}
         self.names: dict[int, list[str]] = {}
         self._named: dict[str, nn.Module] = {}
-        self._chains: dict[str, list[tuple[str, nn.Module, tuple[str, ...]]]] = {}
+        self._lineages: dict[str, list[tuple[str, nn.Module, tuple[str, ...]]]] = {}
         self._own: dict[int, dict[str, Tensor | None]] = {}
         for name, module in named_modules(model, remove_duplicate=False):
             self.modules[id(module)] = module
@@ -42,7 +42,8 @@ class Catalogue:
 
     def full(self, module: nn.Module, parameter: str) -> str:
         """The first dotted name of a parameter of a module."""
-        return join(self.names[id(module)][0], parameter)
+        name = self.names[id(module)][0]
+        return f"{name}.{parameter}" if name else parameter
 
     def own(self, module: nn.Module) -> dict[str, Tensor | None]:
         """The module's own parameters under their plain names, in order; looked up once."""
@@ -69,16 +70,16 @@ class Catalogue:
         for full in self.names[id(module)]:
             if full:
                 parent, _, last = full.rpartition(".")
-                for name, ancestor, path in self._chain(parent):
+                for name, ancestor, path in self.lineage(parent):
                     yield name, ancestor, (*path, last)
 
-    def _chain(self, full: str) -> list[tuple[str, nn.Module, tuple[str, ...]]]:
-        """The ancestors of the children of a module; looked up once for all of them."""
-        found = self._chains.get(full)
+    def lineage(self, full: str) -> list[tuple[str, nn.Module, tuple[str, ...]]]:
+        """A module and its ancestors, as `ancestors` yields them; looked up once for all children."""
+        found = self._lineages.get(full)
         if found is None:
             parts = full.split(".") if full else []
             names = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
-            found = self._chains[full] = [
+            found = self._lineages[full] = [
                 (name, self._named[name], tuple(parts[depth:])) for depth, name in enumerate(names)
             ]
         return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from .graphs import Survey
 from .modules.kinds import follows_weight, kind_of, layout_of
 from .modules.operated import plain_class
 from .modules.places import states_of
-from .modules.reads import reads
+from .modules.reads import Reads, reads
 from .modules.state import SiteState
 from .plan import Plan, Site
 from .refusals import not_followed, why_not
@@ -37,14 +37,43 @@ class Change:
     """Whether its forward is one that a site inside needs to know of; see `surgery.moments`."""
 
 
+class Found(NamedTuple):
+    """One site, under the names of all its users."""
+
+    state: SiteState
+    """Of the first user."""
+    names: list[str]
+    parameter: Tensor
+    drawn_by: list[str]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A validated plan and the changes that carry it out."""
 
-    plan: Plan
+    found: list[Found]
     changes: list[Change]
-    graphs: Survey | None = None
+    graphs: Survey | None
     """What the graphs in the model read, if it has any."""
+    seen: Seen | None
+
+    def plan(self) -> Plan:
+        """The plan as data, for those who ask; surgery itself needs only the changes."""
+        return Plan(tuple(self._site(*found) for found in self.found))
+
+    def _site(
+        self, state: SiteState, names: list[str], parameter: Tensor, drawn_by: list[str]
+    ) -> Site:
+        return Site(
+            module=names[0].rpartition(".")[0],
+            parameter=state.name,
+            kind=state.kind,
+            shape=tuple(parameter.shape),
+            config=state.config,
+            shared_with=tuple(names[1:]),
+            drawn_by=tuple(drawn_by),
+            uses=() if self.seen is None else self.seen.uses.get(names[0], ()),
+        )
 
 
 def prepare(
@@ -67,10 +96,10 @@ def prepare(
         raise TypeError(f"expected a torch.nn.Module; got {type(model).__name__}")
     catalogue = Catalogue(model)
     choices, excluded = select(catalogue, targets, exclude, config)
-    known = Known.of(targets if isinstance(targets, Plan) else None, seen)
+    known = Known(catalogue, targets if isinstance(targets, Plan) else None, seen)
     ties = _ties(catalogue)
     changes: dict[int, Change] = {}
-    sites: list[Site] = []
+    sites: list[Found] = []
     problems: list[str] = []
     done: dict[int, Choice] = {}
     for choice in choices:
@@ -78,27 +107,24 @@ def prepare(
         if parameter is None:
             problems.append(_missing(catalogue, choice))
             continue
-        if id(parameter) in done:
-            if done[id(parameter)].config != choice.config:
-                problems.append(_differently(catalogue, choice, done[id(parameter)]))
+        other = done.setdefault(id(parameter), choice)
+        if other is not choice:
+            if other.config != choice.config:
+                problems.append(_differently(catalogue, choice, other))
             continue
-        done[id(parameter)] = choice
         users = [choice]
-        if len(ties[id(parameter)]) > 1:
-            users += [
-                Choice(module, name, choice.config)
-                for module, name in ties[id(parameter)]
-                if (id(module), name) not in excluded
-                and (id(module), name) != (id(choice.module), choice.name)
-                and (not catalogue.is_in_graph(module) or catalogue.is_read(module, name))
-            ]
+        users += [
+            Choice(module, name, choice.config)
+            for module, name in ties.get(id(parameter), ())
+            if (id(module), name) not in excluded
+            and (id(module), name) != (id(choice.module), choice.name)
+            and (not catalogue.is_in_graph(module) or catalogue.is_read(module, name))
+        ]
         site = _site(catalogue, users, parameter, changes, problems, known)
         if site is not None:
             sites.append(site)
     raise_all(problems or _lone_biases(changes))
-    if seen is not None:
-        sites = [replace(site, uses=seen.uses.get(site.name, ())) for site in sites]
-    return Prepared(Plan(tuple(sites)), list(changes.values()), catalogue.graphs)
+    return Prepared(sites, list(changes.values()), catalogue.graphs, seen)
 
 
 def _site(
@@ -108,14 +134,15 @@ def _site(
     changes: dict[int, Change],
     problems: list[str],
     known: Known,
-) -> Site | None:
+) -> Found | None:
     """Record the changes of one site with all its users; add what is wrong to `problems`."""
     before = len(problems)
-    names = [catalogue.full(user.module, user.name) for user in users]
+    names: list[str] = []
     drawn_by: dict[str, None] = {}  # in order
-    for user, full in zip(users, names):
-        module = user.module
-        parents = _readers(catalogue, user, known.readers(full))
+    for user in users:
+        module, full = user.module, catalogue.full(user.module, user.name)
+        names.append(full)
+        parents = known.readers(user, full)
         problem = why_not(user, parameter, [parent for parent, _ in parents], catalogue.graphs)
         problem = problem or known.problem(full, user.config)
         if problem is None and user.config.inference == "moments":
@@ -139,15 +166,8 @@ def _site(
     if len(problems) > before:
         return None
     first = users[0]
-    return Site(
-        module=catalogue.name(first.module),
-        parameter=first.name,
-        kind=changes[id(first.module)].states[first.name].kind,
-        shape=tuple(parameter.shape),
-        config=first.config,
-        shared_with=tuple(names[1:]),
-        drawn_by=tuple(drawn_by),
-    )
+    state = changes[id(first.module)].states[first.name]
+    return Found(state, names, parameter, list(drawn_by))
 
 
 def _change(changes: dict[int, Change], module: nn.Module) -> Change:
@@ -158,30 +178,51 @@ def _change(changes: dict[int, Change], module: nn.Module) -> Change:
     return found
 
 
-@dataclass(frozen=True)
 class Known:
-    """What is known of how the model uses its weights: from a plan made before, and from a run."""
+    """What is known of how the model uses its weights: from the source of its modules, from a plan made
+    before, and from a run."""
 
-    drawn_by: dict[str, set[str]]
-    """By the name of a parameter, what the plan says."""
-    seen: Seen | None
-
-    @classmethod
-    def of(cls, plan: Plan | None, seen: Seen | None) -> Known:
-        drawn_by: dict[str, set[str]] = {}
+    def __init__(self, catalogue: Catalogue, plan: Plan | None, seen: Seen | None) -> None:
+        self._catalogue = catalogue
+        self._seen = seen
+        self._drawn_by: dict[str, set[str]] = {}
+        """By the name of a parameter, what the plan says."""
         for site in plan or ():
             for name in (site.name, *site.shared_with):
-                drawn_by.setdefault(name, set()).update(site.drawn_by)
-        return cls(drawn_by, seen)
+                self._drawn_by.setdefault(name, set()).update(site.drawn_by)
+        self._lineages: dict[str, list[tuple[str, nn.Module, tuple[str, ...], Reads]]] = {}
 
-    def readers(self, name: str) -> Set[str]:
-        """Modules whose forward reads a parameter."""
-        found: Set[str] = self.drawn_by.get(name, set())
-        return found if self.seen is None else found | set(self.seen.readers(name))
+    def readers(self, user: Choice, full: str) -> list[tuple[nn.Module, str]]:
+        """Ancestors whose own forward reads a weight, each with the relative name of the owner."""
+        told = self._told(full)
+        found: dict[tuple[int, str], tuple[nn.Module, str]] = {}
+        for owner in self._catalogue.names[id(user.module)]:
+            parent, _, last = owner.rpartition(".")
+            for name, ancestor, path, its in self._lineage(parent) if owner else ():
+                if name in told or (its.chains and its.reads((*path, last, user.name))):
+                    relative = ".".join((*path, last))
+                    found[id(ancestor), relative] = (ancestor, relative)
+        return list(found.values())
+
+    def _lineage(self, full: str) -> list[tuple[str, nn.Module, tuple[str, ...], Reads]]:
+        """A module and its ancestors with what their forward reads; looked up once for all children."""
+        found = self._lineages.get(full)
+        if found is None:
+            found = self._lineages[full] = [
+                (name, module, path, reads(plain_class(module)))
+                for name, module, path in self._catalogue.lineage(full)
+                if not self._catalogue.is_in_graph(module)
+            ]
+        return found
+
+    def _told(self, full: str) -> Set[str]:
+        """Names of the modules that read a parameter, as a plan or a run says."""
+        told: Set[str] = self._drawn_by.get(full, set())
+        return told if self._seen is None else told | set(self._seen.readers(full))
 
     def problem(self, name: str, config: DropConnectConfig) -> str | None:
         """Why a run of the model does not allow this, or None."""
-        return None if self.seen is None else self.seen.problem(name, config)
+        return None if self._seen is None else self._seen.problem(name, config)
 
 
 def _state(
@@ -207,26 +248,18 @@ def _state(
 
 
 def _ties(catalogue: Catalogue) -> dict[int, list[tuple[nn.Module, str]]]:
-    """All users of every parameter, by the parameter's id."""
+    """All users of every parameter that has several, by the parameter's id."""
+    first: dict[int, tuple[nn.Module, str]] = {}
     users: dict[int, list[tuple[nn.Module, str]]] = {}
-    for _, module in catalogue:
+    for module in catalogue.modules.values():
         for name, parameter in catalogue.own(module).items():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append((module, name))
+            if parameter is None:
+                continue
+            user = (module, name)
+            known = first.setdefault(id(parameter), user)
+            if known is not user:
+                users.setdefault(id(parameter), [known]).append(user)
     return users
-
-
-def _readers(catalogue: Catalogue, user: Choice, known: Set[str]) -> list[tuple[nn.Module, str]]:
-    """Ancestors whose own forward reads this weight (by their source, or `known` to do so), each with
-    the relative name of the owner."""
-    found: dict[tuple[int, str], tuple[nn.Module, str]] = {}
-    for name, ancestor, path in catalogue.ancestors(user.module):
-        if catalogue.is_in_graph(ancestor):
-            continue
-        if name in known or reads(plain_class(ancestor)).reads((*path, user.name)):
-            relative = ".".join(path)
-            found[id(ancestor), relative] = (ancestor, relative)
-    return list(found.values())
 
 
 def _lone_biases(changes: dict[int, Change]) -> list[str]:
