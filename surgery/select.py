@@ -63,10 +63,11 @@ def select(
         for target, _ in (_entries(exclude, config) if exclude else ())
         for module, name in _resolve(catalogue, target, "exclude")
     )
-    left = {key: choice for key, choice in chosen.items() if key not in excluded}
-    if not left:
+    for key in excluded:
+        chosen.pop(key, None)
+    if not chosen:
         raise NoMatchError(f"nothing is left of targets={targets!r} after exclude={exclude!r}")
-    return _in_model_order(catalogue, left), excluded
+    return _in_model_order(catalogue, chosen), excluded
 
 
 def _biases(catalogue: Catalogue, choice: Choice) -> list[Choice]:
@@ -125,13 +126,13 @@ Pairs = list[tuple[nn.Module, str]]
 
 
 def _resolve(catalogue: Catalogue, target: Any, where: str) -> Pairs:
-    """What one target means; never empty."""
+    """What one target means; never empty. A parameter may be there twice."""
     if isinstance(target, _Exact):
         return _parameters_named(catalogue, target.name, lambda name: name == target.name, where)
     if isinstance(target, type):
         if not issubclass(target, nn.Module):
             raise SurgeryError(f"{where}: {target.__name__} is not a torch.nn.Module class")
-        modules = [module for _, module in catalogue if isinstance(module, target)]
+        modules = [one for one in catalogue.modules.values() if isinstance(one, target)]
         return _weights_of(catalogue, modules, target.__name__, where)
     if target == ALL_LINEAR:
         left_out = {id(head) for head in _output_heads(catalogue.model)}
@@ -181,7 +182,7 @@ def _weights_of(catalogue: Catalogue, modules: list[nn.Module], target: str, whe
             owner, _, parameter = name.rpartition(".")
             found.append((module.get_submodule(owner) if owner else module, parameter))
     if found:
-        return list(dict.fromkeys(found))
+        return found
     example = catalogue.name(modules[0])
     own = [name for name, value in catalogue.own(modules[0]).items() if value is not None]
     advice = (

@@ -25,7 +25,7 @@ from .modules.operated import (
     plain_class,
 )
 from .modules.places import places, plain_parameters, set_state, states_of
-from .modules.state import SiteState, raw_name
+from .modules.state import SiteState
 from .modules.walk import named_modules
 from .plan import Plan, Site, join
 from .prepare import Change, Prepared, prepare
@@ -77,7 +77,8 @@ def _anchors(change: Change, known: dict[int, Tensor]) -> dict[str, Tensor]:
 def _swap(change: Change, cls: type[DropConnectModule] | None, anchors: dict[str, Tensor]) -> None:
     if cls is not None:
         _swap_class(change, cls)
-    _rename(change.module._parameters, {name: raw_name(name) for name in change.states})
+    raw = {name: state.raw for name, state in change.states.items()}
+    _rename(change.module._parameters, raw)
     for name, anchor in anchors.items():
         change.module.register_buffer(name, anchor)
 
@@ -117,7 +118,7 @@ def undo(model: nn.Module) -> Nodes:
         raise NotOperatedError(
             f"{type(model).__name__} has no DropConnect in place; there is nothing to strip"
         )
-    surgeon = graph_surgeon(module for _, module in walked)
+    surgeon = graph_surgeon([module for _, module in walked])
     raise_all(_all_stuck(model, modules, surgeon), "take DropConnect out")
     for owner, states in in_graphs:
         _plain_names(owner, states)
@@ -233,7 +234,7 @@ def _drawn_by(catalogue: Catalogue) -> dict[int, list[str]]:
 def can_undo(model: nn.Module) -> bool:
     """Whether DropConnect is in place and `undo` would succeed."""
     modules = named_modules(model)
-    surgeon = graph_surgeon(module for _, module in modules)
+    surgeon = graph_surgeon([module for _, module in modules])
     problem = next(_all_stuck(model, operated_among(modules), surgeon), None)
     return next(places(model), None) is not None and problem is None
 

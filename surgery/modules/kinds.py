@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from ..caching import cached
 from ..config import Unit
 from ..ops import Layout
 from .places import plain_parameters
@@ -99,13 +100,19 @@ def layout_of(module: nn.Module, name: str, weight: Tensor, unit: Unit) -> Layou
     """Which weights share a mask entry, or None if the unit has no meaning for this parameter: one
     that `needs_axes`, where these are unknown."""
     if unit == "element":
-        return Layout.elements(weight.numel())
+        return _elements(weight.numel())
     if unit == "tensor":
         return Layout.shared(tuple(weight.shape), ())
     axes = kind_of(module).axes(module, name, weight)
     if axes is None:
         return None
     return Layout.shared(axes.view, axes.input if unit == "input" else axes.output)
+
+
+@cached
+def _elements(numel: int) -> Layout:
+    """Weights of one size share it."""
+    return Layout.elements(numel)
 
 
 def needs_axes(unit: Unit) -> bool:

@@ -90,6 +90,6 @@ def plain_parameters(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own parameters under their plain names, in order."""
     states = states_of(module)
     if not states:
-        return dict(module._parameters.items())
+        return dict(module._parameters)
     raw = {state.raw: state.name for state in states.values()}
     return {raw.get(name, name): parameter for name, parameter in module._parameters.items()}
