@@ -64,6 +64,14 @@ class Catalogue:
                 if value is not None:
                     yield [join(name, parameter) for name in names], module, parameter
 
+    def parameter(self, full: str) -> tuple[nn.Module, str] | None:
+        """Owner and plain name of the parameter with this dotted plain name, if there is one."""
+        path, _, name = full.rpartition(".")
+        module = self._named.get(path)
+        if module is None or self.own(module).get(name) is None:
+            return None
+        return module, name
+
     def ancestors(self, module: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
         """Name and module of everything that contains a module, from the root, and the path from there
         to the module; under each name that it has."""

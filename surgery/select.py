@@ -128,7 +128,10 @@ Pairs = list[tuple[nn.Module, str]]
 def _resolve(catalogue: Catalogue, target: Any, where: str) -> Pairs:
     """What one target means; never empty. A parameter may be there twice."""
     if isinstance(target, _Exact):
-        return _parameters_named(catalogue, target.name, lambda name: name == target.name, where)
+        owner_and_name = catalogue.parameter(target.name)
+        if owner_and_name is None:
+            raise _no_match(catalogue, target.name, where)
+        return [owner_and_name]
     if isinstance(target, type):
         if not issubclass(target, nn.Module):
             raise SurgeryError(f"{where}: {target.__name__} is not a torch.nn.Module class")
@@ -145,12 +148,6 @@ def _resolve(catalogue: Catalogue, target: Any, where: str) -> Pairs:
     modules = [module for names, module in catalogue if any(map(matches, names))]
     if modules:
         return _weights_of(catalogue, modules, target, where)
-    return _parameters_named(catalogue, target, matches, where)
-
-
-def _parameters_named(
-    catalogue: Catalogue, target: str, matches: Callable[[str], bool], where: str
-) -> Pairs:
     found = [(m, name) for names, m, name in catalogue.parameters() if any(map(matches, names))]
     if not found:
         raise _no_match(catalogue, target, where)
