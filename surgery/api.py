@@ -44,7 +44,7 @@ def plan_dropconnect(
     """
     load_plugins()
     seen = look(model, example_inputs)
-    return _prepare(model, targets, p, exclude, config, options, seen).plan
+    return _prepare(model, targets, p, exclude, config, options, seen).plan()
 
 
 def apply_dropconnect(

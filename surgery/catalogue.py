@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .graphs import graph_surgeon
 from .modules.operated import WRAPPERS
 from .modules.places import plain_parameters
+from .modules.walk import named_modules
 from .plan import join
 
 
@@ -18,17 +19,18 @@ class Catalogue:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        surgeon = graph_surgeon(model)
-        self.graphs = None if surgeon is None else surgeon.survey(model)
-        """What the graphs in the model read; None if it has none."""
         self.modules: dict[int, nn.Module] = {}
         self.names: dict[int, list[str]] = {}
         self._named: dict[str, nn.Module] = {}
+        self._lineages: dict[str, list[tuple[str, nn.Module, tuple[str, ...]]]] = {}
         self._own: dict[int, dict[str, Tensor | None]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
+        for name, module in named_modules(model, remove_duplicate=False):
             self.modules[id(module)] = module
             self.names.setdefault(id(module), []).append(name)
             self._named[name] = module
+        surgeon = graph_surgeon(self.modules.values())
+        self.graphs = None if surgeon is None else surgeon.survey(model)
+        """What the graphs in the model read; None if it has none."""
 
     def __iter__(self) -> Iterator[tuple[list[str], nn.Module]]:
         for key, module in self.modules.items():
@@ -37,6 +39,11 @@ class Catalogue:
     def name(self, module: nn.Module) -> str:
         """The first name of a module, as in `named_modules()`."""
         return self.names[id(module)][0]
+
+    def full(self, module: nn.Module, parameter: str) -> str:
+        """The first dotted name of a parameter of a module."""
+        name = self.names[id(module)][0]
+        return f"{name}.{parameter}" if name else parameter
 
     def own(self, module: nn.Module) -> dict[str, Tensor | None]:
         """The module's own parameters under their plain names, in order; looked up once."""
@@ -57,14 +64,33 @@ class Catalogue:
                 if value is not None:
                     yield [join(name, parameter) for name in names], module, parameter
 
-    def ancestors(self, module: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:
+    def parameter(self, full: str) -> tuple[nn.Module, str] | None:
+        """Owner and plain name of the parameter with this dotted plain name, if there is one."""
+        path, _, name = full.rpartition(".")
+        module = self._named.get(path)
+        if module is None or self.own(module).get(name) is None:
+            return None
+        return module, name
+
+    def ancestors(self, module: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
         """Name and module of everything that contains a module, from the root, and the path from there
         to the module; under each name that it has."""
         for full in self.names[id(module)]:
+            if full:
+                parent, _, last = full.rpartition(".")
+                for name, ancestor, path in self.lineage(parent):
+                    yield name, ancestor, (*path, last)
+
+    def lineage(self, full: str) -> list[tuple[str, nn.Module, tuple[str, ...]]]:
+        """A module and its ancestors, as `ancestors` yields them; looked up once for all children."""
+        found = self._lineages.get(full)
+        if found is None:
             parts = full.split(".") if full else []
-            for depth in range(len(parts)):
-                name = ".".join(parts[:depth])
-                yield name, self._named[name], parts[depth:]
+            names = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
+            found = self._lineages[full] = [
+                (name, self._named[name], tuple(parts[depth:])) for depth, name in enumerate(names)
+            ]
+        return found
 
     def enclosing(self, module: nn.Module) -> Iterator[nn.Module]:
         """The modules that contain one, whose forward can be followed."""

@@ -6,7 +6,7 @@ The plugin of `torch.fx` registers a `GraphSurgeon` here when a plan is made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -77,14 +77,14 @@ def register_graph_surgeon(surgeon: GraphSurgeon) -> None:
     _surgeons[:] = [surgeon]
 
 
-def graph_surgeon(model: nn.Module) -> GraphSurgeon | None:
-    """The surgeon for the graphs in `model`; None if it has no graph.
+def graph_surgeon(modules: Iterable[nn.Module]) -> GraphSurgeon | None:
+    """The surgeon for the graphs among the modules of a model; None if there is none.
 
     Raises:
-        SurgeryError: it has graphs, and the plugin is not installed.
+        SurgeryError: there are graphs, and the plugin is not installed.
     """
     graphs = (torch.fx.GraphModule, DropConnect)
-    if not any(isinstance(module, graphs) for module in model.modules()):
+    if not any(isinstance(module, graphs) for module in modules):
         return None
     if not _surgeons:
         load_plugins()
@@ -93,9 +93,11 @@ def graph_surgeon(model: nn.Module) -> GraphSurgeon | None:
     return _surgeons[0]
 
 
-def graph_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[DropConnect]]]:
-    """Names and modules beside whose parameters DropConnect nodes lie, and these."""
-    for name, module in model.named_modules():
+def graph_owners(
+    modules: Iterable[tuple[str, nn.Module]],
+) -> Iterator[tuple[str, nn.Module, list[DropConnect]]]:
+    """Of named modules, those beside whose parameters DropConnect nodes lie, and these."""
+    for name, module in modules:
         nodes = [child for child in module._modules.values() if isinstance(child, DropConnect)]
         if nodes:
             yield name, module, nodes

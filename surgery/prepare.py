@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Set
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,9 +16,9 @@ from .graphs import Survey
 from .modules.kinds import follows_weight, kind_of, layout_of
 from .modules.operated import plain_class
 from .modules.places import states_of
-from .modules.reads import reads
+from .modules.reads import Reads, reads
 from .modules.state import SiteState
-from .plan import Plan, Site, join
+from .plan import Plan, Site
 from .refusals import not_followed, why_not
 from .scope import needs_scope
 from .select import Choice, select
@@ -36,14 +37,43 @@ class Change:
     """Whether its forward is one that a site inside needs to know of; see `surgery.moments`."""
 
 
+class Found(NamedTuple):
+    """One site, under the names of all its users."""
+
+    state: SiteState
+    """Of the first user."""
+    names: list[str]
+    parameter: Tensor
+    drawn_by: list[str]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A validated plan and the changes that carry it out."""
 
-    plan: Plan
+    found: list[Found]
     changes: list[Change]
-    graphs: Survey | None = None
+    graphs: Survey | None
     """What the graphs in the model read, if it has any."""
+    seen: Seen | None
+
+    def plan(self) -> Plan:
+        """The plan as data, for those who ask; surgery itself needs only the changes."""
+        return Plan(tuple(self._site(*found) for found in self.found))
+
+    def _site(
+        self, state: SiteState, names: list[str], parameter: Tensor, drawn_by: list[str]
+    ) -> Site:
+        return Site(
+            module=names[0].rpartition(".")[0],
+            parameter=state.name,
+            kind=state.kind,
+            shape=tuple(parameter.shape),
+            config=state.config,
+            shared_with=tuple(names[1:]),
+            drawn_by=tuple(drawn_by),
+            uses=() if self.seen is None else self.seen.uses.get(names[0], ()),
+        )
 
 
 def prepare(
@@ -66,10 +96,10 @@ def prepare(
         raise TypeError(f"expected a torch.nn.Module; got {type(model).__name__}")
     catalogue = Catalogue(model)
     choices, excluded = select(catalogue, targets, exclude, config)
-    known = Known(targets if isinstance(targets, Plan) else None, seen)
+    known = Known(catalogue, targets if isinstance(targets, Plan) else None, seen)
     ties = _ties(catalogue)
     changes: dict[int, Change] = {}
-    sites: list[Site] = []
+    sites: list[Found] = []
     problems: list[str] = []
     done: dict[int, Choice] = {}
     for choice in choices:
@@ -77,18 +107,15 @@ def prepare(
         if parameter is None:
             problems.append(_missing(catalogue, choice))
             continue
-        if id(parameter) in done:
-            if done[id(parameter)].config != choice.config:
-                problems.append(
-                    f"{_full(catalogue, choice)} is tied with {_full(catalogue, done[id(parameter)])}"
-                    ", but the two were given different options; give both the same"
-                )
+        other = done.setdefault(id(parameter), choice)
+        if other is not choice:
+            if other.config != choice.config:
+                problems.append(_differently(catalogue, choice, other))
             continue
-        done[id(parameter)] = choice
         users = [choice]
         users += [
             Choice(module, name, choice.config)
-            for module, name in ties[id(parameter)]
+            for module, name in ties.get(id(parameter), ())
             if (id(module), name) not in excluded
             and (id(module), name) != (id(choice.module), choice.name)
             and (not catalogue.is_in_graph(module) or catalogue.is_read(module, name))
@@ -97,9 +124,7 @@ def prepare(
         if site is not None:
             sites.append(site)
     raise_all(problems or _lone_biases(changes))
-    if seen is not None:
-        sites = [replace(site, uses=seen.uses.get(site.name, ())) for site in sites]
-    return Prepared(Plan(tuple(sites)), list(changes.values()), catalogue.graphs)
+    return Prepared(sites, list(changes.values()), catalogue.graphs, seen)
 
 
 def _site(
@@ -109,72 +134,99 @@ def _site(
     changes: dict[int, Change],
     problems: list[str],
     known: Known,
-) -> Site | None:
+) -> Found | None:
     """Record the changes of one site with all its users; add what is wrong to `problems`."""
     before = len(problems)
-    drawn_by: list[str] = []
+    names: list[str] = []
+    drawn_by: dict[str, None] = {}  # in order
     for user in users:
-        full = _full(catalogue, user)
-        parents = _readers(catalogue, user, known.readers(full))
+        module, full = user.module, catalogue.full(user.module, user.name)
+        names.append(full)
+        parents = known.readers(user, full)
         problem = why_not(user, parameter, [parent for parent, _ in parents], catalogue.graphs)
         problem = problem or known.problem(full, user.config)
         if problem is None and user.config.inference == "moments":
-            problem = not_followed(catalogue, user.module)
+            problem = not_followed(catalogue, module)
         if problem is not None:
-            problems.append(f"{_full(catalogue, user)} ({type(user.module).__name__}): {problem}")
+            problems.append(f"{full} ({type(module).__name__}): {problem}")
             continue
-        change = changes.setdefault(id(user.module), Change(user.module))
-        change.in_graph = catalogue.is_in_graph(user.module)
-        change.states[user.name] = _state(catalogue, user, parameter, parents)
-        for reader in catalogue.graphs.readers(user.module) if catalogue.graphs else ():
-            if catalogue.name(reader) not in drawn_by:
-                drawn_by.append(catalogue.name(reader))
+        change = _change(changes, module)
+        change.states[user.name] = _state(catalogue, user, full, parameter, bool(parents))
+        if catalogue.graphs is not None:
+            change.in_graph = catalogue.graphs.owns(module)
+            drawn_by.update((catalogue.name(one), None) for one in catalogue.graphs.readers(module))
         if needs_scope(user.config):
-            for module in catalogue.enclosing(user.module):
-                changes.setdefault(id(module), Change(module)).scope = True
+            for around in catalogue.enclosing(module):
+                _change(changes, around).scope = True
         for parent, path in parents:
-            draws = changes.setdefault(id(parent), Change(parent)).draws
+            draws = _change(changes, parent).draws
             if path not in draws:
                 draws.append(path)
-            name = catalogue.name(parent)
-            if name not in drawn_by:
-                drawn_by.append(name)
+            drawn_by[catalogue.name(parent)] = None
     if len(problems) > before:
         return None
     first = users[0]
-    return Site(
-        module=catalogue.name(first.module),
-        parameter=first.name,
-        kind=changes[id(first.module)].states[first.name].kind,
-        shape=tuple(parameter.shape),
-        config=first.config,
-        shared_with=tuple(_full(catalogue, user) for user in users[1:]),
-        drawn_by=tuple(drawn_by),
-    )
+    state = changes[id(first.module)].states[first.name]
+    return Found(state, names, parameter, list(drawn_by))
 
 
-@dataclass(frozen=True)
+def _change(changes: dict[int, Change], module: nn.Module) -> Change:
+    """What will happen to a module, so far."""
+    found = changes.get(id(module))
+    if found is None:
+        found = changes[id(module)] = Change(module)
+    return found
+
+
 class Known:
-    """What is known of how the model uses its weights: from a plan made before, and from a run."""
+    """What is known of how the model uses its weights: from the source of its modules, from a plan made
+    before, and from a run."""
 
-    plan: Plan | None
-    seen: Seen | None
+    def __init__(self, catalogue: Catalogue, plan: Plan | None, seen: Seen | None) -> None:
+        self._catalogue = catalogue
+        self._seen = seen
+        self._drawn_by: dict[str, set[str]] = {}
+        """By the name of a parameter, what the plan says."""
+        for site in plan or ():
+            for name in (site.name, *site.shared_with):
+                self._drawn_by.setdefault(name, set()).update(site.drawn_by)
+        self._lineages: dict[str, list[tuple[str, nn.Module, tuple[str, ...], Reads]]] = {}
 
-    def readers(self, name: str) -> set[str]:
-        """Modules whose forward reads a parameter."""
-        found = set() if self.seen is None else set(self.seen.readers(name))
-        for site in self.plan or ():
-            if name in (site.name, *site.shared_with):
-                found.update(site.drawn_by)
+    def readers(self, user: Choice, full: str) -> list[tuple[nn.Module, str]]:
+        """Ancestors whose own forward reads a weight, each with the relative name of the owner."""
+        told = self._told(full)
+        found: dict[tuple[int, str], tuple[nn.Module, str]] = {}
+        for owner in self._catalogue.names[id(user.module)]:
+            parent, _, last = owner.rpartition(".")
+            for name, ancestor, path, its in self._lineage(parent) if owner else ():
+                if name in told or (its.chains and its.reads((*path, last, user.name))):
+                    relative = ".".join((*path, last))
+                    found[id(ancestor), relative] = (ancestor, relative)
+        return list(found.values())
+
+    def _lineage(self, full: str) -> list[tuple[str, nn.Module, tuple[str, ...], Reads]]:
+        """A module and its ancestors with what their forward reads; looked up once for all children."""
+        found = self._lineages.get(full)
+        if found is None:
+            found = self._lineages[full] = [
+                (name, module, path, reads(plain_class(module)))
+                for name, module, path in self._catalogue.lineage(full)
+                if not self._catalogue.is_in_graph(module)
+            ]
         return found
+
+    def _told(self, full: str) -> Set[str]:
+        """Names of the modules that read a parameter, as a plan or a run says."""
+        told: Set[str] = self._drawn_by.get(full, set())
+        return told if self._seen is None else told | set(self._seen.readers(full))
 
     def problem(self, name: str, config: DropConnectConfig) -> str | None:
         """Why a run of the model does not allow this, or None."""
-        return None if self.seen is None else self.seen.problem(name, config)
+        return None if self._seen is None else self._seen.problem(name, config)
 
 
 def _state(
-    catalogue: Catalogue, user: Choice, parameter: Tensor, parents: list[tuple[nn.Module, str]]
+    catalogue: Catalogue, user: Choice, full: str, parameter: Tensor, by_parents: bool
 ) -> SiteState:
     module, name, config = user.module, user.name, user.config
     kind = kind_of(module)
@@ -188,35 +240,26 @@ def _state(
     if catalogue.graphs is not None and catalogue.is_in_graph(module):
         product = catalogue.graphs.product(module, name)
         kind_name = catalogue.graphs.kind(module, name)
-    elif name == "weight" and not parents:
+    elif name == "weight" and not by_parents:
         product = kind.product(plain_class(module))
-    full = _full(catalogue, user)
     state = SiteState(name, kind_name, config, layout, follows, full, product)
     state.law_for(parameter)
     return state
 
 
 def _ties(catalogue: Catalogue) -> dict[int, list[tuple[nn.Module, str]]]:
-    """All users of every parameter, by the parameter's id."""
+    """All users of every parameter that has several, by the parameter's id."""
+    first: dict[int, tuple[nn.Module, str]] = {}
     users: dict[int, list[tuple[nn.Module, str]]] = {}
-    for _, module in catalogue:
+    for module in catalogue.modules.values():
         for name, parameter in catalogue.own(module).items():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append((module, name))
+            if parameter is None:
+                continue
+            user = (module, name)
+            known = first.setdefault(id(parameter), user)
+            if known is not user:
+                users.setdefault(id(parameter), [known]).append(user)
     return users
-
-
-def _readers(catalogue: Catalogue, user: Choice, known: set[str]) -> list[tuple[nn.Module, str]]:
-    """Ancestors whose own forward reads this weight (by their source, or `known` to do so), each with
-    the relative name of the owner."""
-    found: dict[tuple[int, str], tuple[nn.Module, str]] = {}
-    for name, ancestor, path in catalogue.ancestors(user.module):
-        if catalogue.is_in_graph(ancestor):
-            continue
-        if name in known or reads(plain_class(ancestor)).reads((*path, user.name)):
-            relative = ".".join(path)
-            found[id(ancestor), relative] = (ancestor, relative)
-    return list(found.values())
 
 
 def _lone_biases(changes: dict[int, Change]) -> list[str]:
@@ -225,9 +268,9 @@ def _lone_biases(changes: dict[int, Change]) -> list[str]:
     problems = []
     for change in changes.values():
         bias = None if change.in_graph else change.states.get("bias")
-        weight = {**states_of(change.module), **change.states}.get("weight")
         if bias is None or (bias.sampling == "batch" and bias.inference != "moments"):
             continue
+        weight = {**states_of(change.module), **change.states}.get("weight")
         if weight is None or (weight.sampling, weight.inference) != (bias.sampling, bias.inference):
             problems.append(
                 f"{bias.site} ({type(change.module).__name__}): sampling={bias.sampling!r} with "
@@ -237,15 +280,16 @@ def _lone_biases(changes: dict[int, Change]) -> list[str]:
     return problems
 
 
+def _differently(catalogue: Catalogue, choice: Choice, other: Choice) -> str:
+    one, two = (catalogue.full(user.module, user.name) for user in (choice, other))
+    return f"{one} is tied with {two}, but the two were given different options; give both the same"
+
+
 def _missing(catalogue: Catalogue, choice: Choice) -> str:
-    name = _full(catalogue, choice)
+    name = catalogue.full(choice.module, choice.name)
     if hasattr(choice.module, "parametrizations"):
         return f"{name} is parametrized; call remove_parametrizations first, or exclude it"
     return (
         f"{name}: {type(choice.module).__name__} has no such parameter (pruned, replaced or None); "
         "exclude it"
     )
-
-
-def _full(catalogue: Catalogue, choice: Choice) -> str:
-    return join(catalogue.name(choice.module), choice.name)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .catalogue import Catalogue
 from .graphs import Survey
-from .modules.kinds import SEPARATE_PROJECTIONS, follows_weight, kind_of, layout_of
+from .modules.kinds import SEPARATE_PROJECTIONS, follows_weight, kind_of, layout_of, needs_axes
 from .modules.operated import plain_class
 from .modules.places import states_of
 from .modules.reads import reads
@@ -33,16 +33,16 @@ def why_not(
                 f"the forward of {type(reader).__name__} has been replaced on the instance, so masks "
                 "would never act; apply before accelerate hooks (device_map) or wrappers are added"
             )
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        return "the parameter is lazy and has no shape yet; run the model once, then apply"
     if type(parameter) not in (nn.Parameter, Tensor):
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            return "the parameter is lazy and has no shape yet; run the model once, then apply"
         return (
             f"the weight is a {type(parameter).__name__} (sharded or quantised); apply before "
             "fully_shard, tensor parallelism or quantisation"
         )
     if not parameter.is_floating_point():
         return f"the weight has dtype {parameter.dtype}; only floating-point weights can be dropped"
-    if hasattr(module, raw_name(name)):
+    if _has(module, raw_name(name)):
         return f"the module already has an attribute {raw_name(name)!r}; rename that first"
     if config.toward == "pretrained":
         if not parameter.requires_grad:
@@ -60,21 +60,14 @@ def why_not(
         refused = _no_product(user, parents)
     if refused is not None:
         return refused
-    if layout_of(module, name, parameter, config.unit) is None:
+    if needs_axes(config.unit) and layout_of(module, name, parameter, config.unit) is None:
         return f'unit={config.unit!r} has no meaning for this parameter; use "element" or "tensor"'
     if config.bias and follows_weight(config.unit) and name in SEPARATE_PROJECTIONS:
         return (
             f"unit={config.unit!r} with bias=True would have to split one packed bias between three "
             "masks; use bias=False"
         )
-    own = reads(plain_class(module))
-    if (
-        not in_graph
-        and kind.name == "other"
-        and not parents
-        and own.complete
-        and not own.reads((name,))
-    ):
+    if not in_graph and kind.name == "other" and not parents and not _may_read(module, name):
         return (
             f"neither {type(module).__name__}.forward nor a parent's reads it as an attribute, so "
             "a mask would never act; name the module that uses it"
@@ -82,13 +75,34 @@ def why_not(
     return None
 
 
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether a module has an attribute. `nn.Module` makes an error with a message to say no, so it is
+    asked only if a class changes how attributes are found."""
+    if type(module).__getattr__ is not nn.Module.__getattr__:
+        return hasattr(module, name)
+    return (
+        name in module._parameters
+        or name in module._buffers
+        or name in module._modules
+        or name in module.__dict__
+        or hasattr(type(module), name)
+    )
+
+
+def _may_read(module: nn.Module, name: str) -> bool:
+    """Whether the module's own forward reads a parameter, as far as its source tells."""
+    own = reads(plain_class(module))
+    return own.reads((name,)) or not own.complete
+
+
 def _no_product(user: Choice, parents: list[nn.Module]) -> str | None:
     """Why this site cannot be sampled per example, or its moments be had, if it is to be."""
     config = user.config
-    mode = next((f"sampling={m!r}" for m in ("example", "gaussian") if config.sampling == m), None)
-    if mode is None and config.inference == "moments":
+    if config.sampling != "batch":
+        mode = f"sampling={config.sampling!r}"
+    elif config.inference == "moments":
         mode = "inference='moments'"
-    if mode is None:
+    else:
         return None
     cls, kind = plain_class(user.module), kind_of(user.module)
     instead = "sampling='batch' and inference='mean' or 'sample'"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -21,8 +21,7 @@ ALL_LINEAR = "all-linear"
 _CLASSIFICATION_HEADS = ("score", "classifier")
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """One selected parameter: `name` is its plain name inside `module`."""
 
     module: nn.Module
@@ -56,7 +55,7 @@ def select(
         for module, name in _resolve(catalogue, target, "targets"):
             chosen.setdefault((id(module), name), Choice(module, name, its_config))
     if not isinstance(targets, Plan):  # a plan lists its biases
-        for choice in list(chosen.values()):
+        for choice in [choice for choice in chosen.values() if choice.config.bias]:
             for bias in _biases(catalogue, choice):
                 chosen.setdefault((id(bias.module), bias.name), bias)
     excluded = frozenset(
@@ -64,15 +63,16 @@ def select(
         for target, _ in (_entries(exclude, config) if exclude else ())
         for module, name in _resolve(catalogue, target, "exclude")
     )
-    left = {key: choice for key, choice in chosen.items() if key not in excluded}
-    if not left:
+    for key in excluded:
+        chosen.pop(key, None)
+    if not chosen:
         raise NoMatchError(f"nothing is left of targets={targets!r} after exclude={exclude!r}")
-    return _in_model_order(catalogue, left), excluded
+    return _in_model_order(catalogue, chosen), excluded
 
 
 def _biases(catalogue: Catalogue, choice: Choice) -> list[Choice]:
-    """The bias that goes with a chosen weight, if its config asks for it and the module has one."""
-    bias = kind_of(choice.module).bias(choice.name) if choice.config.bias else None
+    """The bias that goes with a chosen weight, if the module has one."""
+    bias = kind_of(choice.module).bias(choice.name)
     if bias is None or catalogue.own(choice.module).get(bias) is None:
         return []
     return [Choice(choice.module, bias, choice.config)]
@@ -80,10 +80,10 @@ def _biases(catalogue: Catalogue, choice: Choice) -> list[Choice]:
 
 def _in_model_order(catalogue: Catalogue, chosen: dict[Key, Choice]) -> list[Choice]:
     ordered = [
-        chosen.pop((id(module), name))
-        for _, module in catalogue
+        chosen.pop((key, name))
+        for key, module in catalogue.modules.items()
         for name in catalogue.own(module)
-        if (id(module), name) in chosen
+        if (key, name) in chosen
     ]
     return ordered + list(chosen.values())  # what is left is missing; `prepare` says so
 
@@ -126,13 +126,16 @@ Pairs = list[tuple[nn.Module, str]]
 
 
 def _resolve(catalogue: Catalogue, target: Any, where: str) -> Pairs:
-    """What one target means; never empty."""
+    """What one target means; never empty. A parameter may be there twice."""
     if isinstance(target, _Exact):
-        return _parameters_named(catalogue, target.name, lambda name: name == target.name, where)
+        owner_and_name = catalogue.parameter(target.name)
+        if owner_and_name is None:
+            raise _no_match(catalogue, target.name, where)
+        return [owner_and_name]
     if isinstance(target, type):
         if not issubclass(target, nn.Module):
             raise SurgeryError(f"{where}: {target.__name__} is not a torch.nn.Module class")
-        modules = [module for _, module in catalogue if isinstance(module, target)]
+        modules = [one for one in catalogue.modules.values() if isinstance(one, target)]
         return _weights_of(catalogue, modules, target.__name__, where)
     if target == ALL_LINEAR:
         left_out = {id(head) for head in _output_heads(catalogue.model)}
@@ -145,12 +148,6 @@ def _resolve(catalogue: Catalogue, target: Any, where: str) -> Pairs:
     modules = [module for names, module in catalogue if any(map(matches, names))]
     if modules:
         return _weights_of(catalogue, modules, target, where)
-    return _parameters_named(catalogue, target, matches, where)
-
-
-def _parameters_named(
-    catalogue: Catalogue, target: str, matches: Callable[[str], bool], where: str
-) -> Pairs:
     found = [(m, name) for names, m, name in catalogue.parameters() if any(map(matches, names))]
     if not found:
         raise _no_match(catalogue, target, where)
@@ -180,9 +177,9 @@ def _weights_of(catalogue: Catalogue, modules: list[nn.Module], target: str, whe
             found += [(module, name) for name in catalogue.own(module)]
         for name in kind_of(module).weights(module):
             owner, _, parameter = name.rpartition(".")
-            found.append((module.get_submodule(owner), parameter))
+            found.append((module.get_submodule(owner) if owner else module, parameter))
     if found:
-        return list(dict.fromkeys(found))
+        return found
     example = catalogue.name(modules[0])
     own = [name for name, value in catalogue.own(modules[0]).items() if value is not None]
     advice = (

@@ -20,12 +20,13 @@ from .graphs import GraphSurgeon, Nodes, Survey, graph_owners, graph_surgeon
 from .modules.operated import (
     DropConnectModule,
     drawn_children,
+    operated_among,
     operated_class,
-    operated_modules,
     plain_class,
 )
 from .modules.places import places, plain_parameters, set_state, states_of
-from .modules.state import SiteState, raw_name
+from .modules.state import SiteState
+from .modules.walk import named_modules
 from .plan import Plan, Site, join
 from .prepare import Change, Prepared, prepare
 from .scope import needs_scope
@@ -51,11 +52,12 @@ def _carry_out(todo: Sequence[_Todo], graphs: Survey | None, nodes: Nodes) -> No
 def _new_class(change: Change) -> type[DropConnectModule] | None:
     if change.in_graph:
         return None
-    module, names = change.module, set(change.states)
+    module, names = change.module, tuple(change.states)
     if isinstance(module, DropConnectModule):
-        names |= set(module._dropconnect)
-    ordered = tuple(name for name in plain_parameters(module) if name in names)
-    return operated_class(plain_class(module), ordered)
+        names += tuple(module._dropconnect)
+    if len(names) > 1:
+        names = tuple(name for name in plain_parameters(module) if name in names)
+    return operated_class(plain_class(module), names)
 
 
 def _anchors(change: Change, known: dict[int, Tensor]) -> dict[str, Tensor]:
@@ -75,29 +77,29 @@ def _anchors(change: Change, known: dict[int, Tensor]) -> dict[str, Tensor]:
 def _swap(change: Change, cls: type[DropConnectModule] | None, anchors: dict[str, Tensor]) -> None:
     if cls is not None:
         _swap_class(change, cls)
-    _rename(change.module._parameters, {name: raw_name(name) for name in change.states})
+    raw = {name: state.raw for name, state in change.states.items()}
+    _rename(change.module._parameters, raw)
     for name, anchor in anchors.items():
         change.module.register_buffer(name, anchor)
 
 
 def _swap_class(change: Change, cls: type[DropConnectModule]) -> None:
-    module: Any = change.module
-    states = {**module.__dict__.get("_dropconnect", {}), **change.states}
-    draws = (*module.__dict__.get("_dropconnect_draws", ()), *change.draws)
-    object.__setattr__(module, "__class__", cls)  # nn.Module's would look for a parameter first
-    module.__dict__["_dropconnect"] = {name: states[name] for name in cls._dropconnect_class[1]}
-    module.__dict__["_dropconnect_draws"] = tuple(dict.fromkeys(draws))
-    module.__dict__["_dropconnect_scope"] = (
-        module.__dict__.get("_dropconnect_scope", False) or change.scope
-    )
+    held = change.module.__dict__
+    states = {**held.get("_dropconnect", {}), **change.states}
+    draws = (*held.get("_dropconnect_draws", ()), *change.draws)
+    # nn.Module's would look for a parameter first.
+    object.__setattr__(change.module, "__class__", cls)
+    held["_dropconnect"] = {name: states[name] for name in cls._dropconnect_class[1]}
+    held["_dropconnect_draws"] = tuple(dict.fromkeys(draws))
+    held["_dropconnect_scope"] = held.get("_dropconnect_scope", False) or change.scope
     for state in change.states.values():
-        module.__dict__[state.live] = None
-    module.__dict__.pop("_flat_weights", None)
+        held[state.live] = None
+    held.pop("_flat_weights", None)
 
 
 def _rename(parameters: dict[str, Any], names: dict[str, str]) -> None:
     """Rename keys in place, keeping order and the dict object."""
-    renamed = [(names.get(name, name), value) for name, value in parameters.items()]
+    renamed = {names.get(name, name): value for name, value in parameters.items()}
     parameters.clear()
     parameters.update(renamed)
 
@@ -109,13 +111,14 @@ def undo(model: nn.Module) -> Nodes:
         NotOperatedError: there is none in place.
         SurgeryError: a module's class was changed again since, or a node; the model is unchanged.
     """
-    modules = list(operated_modules(model))
-    in_graphs = [(owner, states_of(owner)) for owner in _owners_in_graphs(model)]
+    walked = named_modules(model)
+    modules = list(operated_among(walked))
+    in_graphs = [(owner, states_of(owner)) for owner in _owners_in_graphs(walked)]
     if not modules and not in_graphs:
         raise NotOperatedError(
             f"{type(model).__name__} has no DropConnect in place; there is nothing to strip"
         )
-    surgeon = graph_surgeon(model)
+    surgeon = graph_surgeon([module for _, module in walked])
     raise_all(_all_stuck(model, modules, surgeon), "take DropConnect out")
     for owner, states in in_graphs:
         _plain_names(owner, states)
@@ -125,9 +128,9 @@ def undo(model: nn.Module) -> Nodes:
     return nodes
 
 
-def _owners_in_graphs(model: nn.Module) -> list[nn.Module]:
-    """The modules that only graphs read."""
-    owners = [owner for _, owner, _ in graph_owners(model)]
+def _owners_in_graphs(modules: Iterable[tuple[str, nn.Module]]) -> list[nn.Module]:
+    """Of the modules of a model, those that only graphs read."""
+    owners = [owner for _, owner, _ in graph_owners(modules)]
     return [owner for owner in owners if not isinstance(owner, DropConnectModule)]
 
 
@@ -151,8 +154,9 @@ def _stuck(name: str, module: DropConnectModule) -> str | None:
             f"{name or '(root)'}: its class was changed to {type(module).__name__} after apply (by "
             "fully_shard?); take that out first, or use plain_state_dict to get plain weights"
         )
-    if any(module.__dict__[state.live] is not None for state in module._dropconnect.values()):
-        return f"{name or '(root)'}: its forward is running"
+    for state in module._dropconnect.values():
+        if module.__dict__[state.live] is not None:
+            return f"{name or '(root)'}: its forward is running"
     return None
 
 
@@ -164,11 +168,13 @@ def _plain_names(module: nn.Module, states: dict[str, SiteState]) -> None:
 
 
 def _unswap(module: Any) -> None:
-    _plain_names(module, module._dropconnect)
-    for state in module._dropconnect.values():
-        del module.__dict__[state.live]
+    held = module.__dict__
+    states = held["_dropconnect"]
+    _plain_names(module, states)
+    for state in states.values():
+        del held[state.live]
     for name in ("_dropconnect", "_dropconnect_draws", "_dropconnect_scope"):
-        del module.__dict__[name]
+        del held[name]
     object.__setattr__(module, "__class__", module._dropconnect_class[0])
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
@@ -227,20 +233,23 @@ def _drawn_by(catalogue: Catalogue) -> dict[int, list[str]]:
 
 def can_undo(model: nn.Module) -> bool:
     """Whether DropConnect is in place and `undo` would succeed."""
-    problem = next(_all_stuck(model, operated_modules(model), graph_surgeon(model)), None)
+    modules = named_modules(model)
+    surgeon = graph_surgeon([module for _, module in modules])
+    problem = next(_all_stuck(model, operated_among(modules), surgeon), None)
     return next(places(model), None) is not None and problem is None
 
 
 @contextlib.contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
     """The plain model for a while. Inside, values may change but modules may not."""
+    modules = named_modules(model)
     kept: list[_Todo] = [
         (_as_change(module), type(module), _buffers(module))
-        for _, module in operated_modules(model)
+        for _, module in operated_among(modules)
     ]
     kept += [
         (Change(owner, states_of(owner), in_graph=True), None, _buffers(owner))
-        for owner in _owners_in_graphs(model)
+        for owner in _owners_in_graphs(modules)
     ]
     nodes = undo(model)
     try:
@@ -256,7 +265,7 @@ def reapplied(model: nn.Module) -> Iterator[None]:
     plan = current_plan(model)
     kept = [
         (name, dict(states_of(module)), _buffers(module))
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if states_of(module)
     ]
     undo(model)
@@ -279,7 +288,7 @@ def rescope(model: nn.Module) -> None:
     todo = [Change(module, scope=True) for module in wanted.values() if not _has_scope(module)]
     for change, cls in [(change, _new_class(change)) for change in todo]:
         _swap(change, cls, {})
-    for _, module in list(operated_modules(model)):
+    for _, module in operated_among(named_modules(model)):
         if module._dropconnect_scope and id(module) not in wanted:
             module.__dict__["_dropconnect_scope"] = False
             if not module._dropconnect and not module._dropconnect_draws:

@@ -16,6 +16,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from surgery.graphs import Nodes, graph_owners
 from surgery.modules.node import DropConnect, Settle, forget
 from surgery.modules.places import states_of
+from surgery.modules.walk import named_modules
 from surgery.plan import join
 
 from .insert import NAME, finish, node_module
@@ -52,7 +53,7 @@ def stuck(model: nn.Module) -> list[str]:
     """Why the nodes cannot be taken out: somebody edited them since."""
     called = [one for graph_module in _graphs(model) for one in _called(graph_module)]
     problems = []
-    for path, _, modules in graph_owners(model):
+    for path, _, modules in graph_owners(named_modules(model)):
         for module in modules:
             mine = [one for one in called if one.module is module]
             name = join(path, module.name)
@@ -84,7 +85,7 @@ def remove(model: nn.Module) -> tuple[list[PassResult], Nodes]:
     """
     results = [_remove_nodes(graph_module) for graph_module in _graphs(model)]
     nodes: Nodes = {}
-    for _, owner, modules in list(graph_owners(model)):
+    for _, owner, modules in list(graph_owners(named_modules(model))):
         for module in modules:
             nodes[id(owner), module.name] = module
             forget(owner, module)

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from ..caching import cached
 from ..config import Unit
 from ..ops import Layout
 from .places import plain_parameters
@@ -71,7 +72,11 @@ _kinds: list[Kind] = []
 def register_kind(kind: Kind) -> None:
     """Add a kind. Kinds registered later are asked first, so a subclass can have its own."""
     _kinds.insert(0, kind)
+    _kind_of_class.clear()
 
+
+_kind_of_class: dict[type[nn.Module], Kind | None] = {}
+"""What was found before; None for a class that no kind was registered for."""
 
 _kind_of_one: WeakKeyDictionary[nn.Module, Kind] = WeakKeyDictionary()
 
@@ -84,22 +89,35 @@ def set_kind(module: nn.Module, kind: Kind) -> None:
 
 def kind_of(module: nn.Module) -> Kind:
     """The kind of a module; `OTHER` if none was registered for its class."""
-    for kind in _kinds:
-        if isinstance(module, kind.classes):
-            return kind
-    return _kind_of_one.get(module, OTHER)
+    cls = type(module)
+    if cls not in _kind_of_class:
+        known = (kind for kind in _kinds if isinstance(module, kind.classes))
+        _kind_of_class[cls] = next(known, None)
+    return _kind_of_class[cls] or _kind_of_one.get(module, OTHER)
 
 
 def layout_of(module: nn.Module, name: str, weight: Tensor, unit: Unit) -> Layout | None:
-    """Which weights share a mask entry, or None if the unit has no meaning for this parameter."""
+    """Which weights share a mask entry, or None if the unit has no meaning for this parameter: one
+    that `needs_axes`, where these are unknown."""
     if unit == "element":
-        return Layout.elements(weight.numel())
+        return _elements(weight.numel())
     if unit == "tensor":
         return Layout.shared(tuple(weight.shape), ())
     axes = kind_of(module).axes(module, name, weight)
     if axes is None:
         return None
     return Layout.shared(axes.view, axes.input if unit == "input" else axes.output)
+
+
+@cached
+def _elements(numel: int) -> Layout:
+    """Weights of one size share it."""
+    return Layout.elements(numel)
+
+
+def needs_axes(unit: Unit) -> bool:
+    """Whether the unit depends on what the dimensions of a parameter mean."""
+    return unit in ("input", "output")
 
 
 def follows_weight(unit: Unit) -> bool:
@@ -111,7 +129,8 @@ def product_of(*known: type[nn.Module], product: Product) -> Callable[..., Produ
     """For `Kind.product`: `product` for classes whose forward is that of a class in `known`."""
 
     def of(cls: type[nn.Module]) -> Product | None:
-        return product if any(cls.forward is one.forward for one in known) else None
+        same = cls in known or any(cls.forward is one.forward for one in known)
+        return product if same else None
 
     return of
 

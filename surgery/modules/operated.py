@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -332,9 +332,11 @@ def _recipes(opened: _Opened) -> dict[int, Recipe]:
     return recipes
 
 
-def operated_modules(model: nn.Module) -> Iterator[tuple[str, DropConnectModule]]:
-    """Names and modules whose class has been swapped, in model order."""
-    for name, module in model.named_modules():
+def operated_among(
+    modules: Iterable[tuple[str, nn.Module]],
+) -> Iterator[tuple[str, DropConnectModule]]:
+    """Of named modules, those whose class has been swapped."""
+    for name, module in modules:
         if isinstance(module, DropConnectModule):
             yield name, module
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .node import DropConnect
 from .operated import DropConnectModule
 from .state import SiteState
+from .walk import named_modules
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ def states_of(module: nn.Module) -> dict[str, SiteState]:
     if isinstance(module, DropConnectModule):
         return module._dropconnect
     states: dict[str, SiteState] = {}
+    if not module._modules:
+        return states
     for child in module._modules.values():
         if isinstance(child, DropConnect):
             states.update(child.states)
@@ -59,7 +62,7 @@ def set_state(module: nn.Module, state: SiteState) -> None:
 
 def places(model: nn.Module, remove_duplicate: bool = True) -> Iterator[Place]:
     """Every operated parameter, in model order."""
-    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+    for name, module in named_modules(model, remove_duplicate):
         for state in states_of(module).values():
             yield Place(name, module, state)
 
@@ -85,5 +88,8 @@ def states_in(model: nn.Module) -> list[SiteState]:
 
 def plain_parameters(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own parameters under their plain names, in order."""
-    raw = {state.raw: state.name for state in states_of(module).values()}
+    states = states_of(module)
+    if not states:
+        return dict(module._parameters)
+    raw = {state.raw: state.name for state in states.values()}
     return {raw.get(name, name): parameter for name, parameter in module._parameters.items()}

@@ -52,11 +52,11 @@ class Reads:
 
     def reads(self, path: tuple[str, ...]) -> bool:
         """Whether a chain reads the value found at `path`."""
-        return any(_reads(chain, path) for chain in self.chains)
+        return any(_reads(chain, path) for chain in self.chains if len(chain) >= len(path))
 
 
 def _reads(chain: tuple[str, ...], path: tuple[str, ...]) -> bool:
-    if len(chain) < len(path) or _METADATA.intersection(chain[len(path) : len(path) + 1]):
+    if _METADATA.intersection(chain[len(path) : len(path) + 1]):
         return False
     return all(have in (want, ANY) for have, want in zip(chain, path))
 

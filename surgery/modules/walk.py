@@ -1,0 +1,25 @@
+"""The modules of a model. Every verb walks over them, and the generators of `nn.Module`, which hand
+each module up through all the levels above it, take several times as long."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def named_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
+    """What `model.named_modules(remove_duplicate=remove_duplicate)` yields."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[nn.Module] = set()
+    todo = [("", model)]
+    while todo:
+        name, module = todo.pop()
+        if remove_duplicate:
+            if module in seen:
+                continue
+            seen.add(module)
+        found.append((name, module))
+        if module._modules:
+            prefix = f"{name}." if name else ""
+            children = module._modules.items()
+            todo += [(prefix + key, child) for key, child in children if child is not None][::-1]
+    return found
