@@ -181,6 +181,10 @@ def _identity(f: Function, mean: Tensor, var: Tensor) -> Tensor:
     return mean
 
 
+def _relu(f: Function, mean: Tensor, var: Tensor) -> Tensor:
+    return f(mean) + excess(mean, var)
+
+
 def _rectified(f: Function, mean: Tensor, var: Tensor) -> Tensor:
     """Of any f that is linear on either side of 0; its slopes are f(1) and -f(-1)."""
     one = mean.new_ones(())
@@ -218,7 +222,7 @@ def _gelu(f: Function, mean: Tensor, var: Tensor) -> Tensor:
 
 
 register_closed_form("identity", _identity, nn.Identity)
-register_closed_form("relu", _rectified, nn.ReLU, torch.relu, torch.relu_, F.relu, F.relu_)
+register_closed_form("relu", _relu, nn.ReLU, torch.relu, torch.relu_, F.relu, F.relu_)
 register_closed_form("leaky_relu", _rectified, nn.LeakyReLU, F.leaky_relu)
 register_closed_form("relu6", _clamped, nn.ReLU6, F.relu6)
 register_closed_form("hardtanh", _clamped, nn.Hardtanh, F.hardtanh)

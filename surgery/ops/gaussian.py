@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..config import Unit
 from ..errors import check_unmodified
-from .engine import is_traced
+from . import native
+from .engine import has_kernels, is_traced
 from .linear import autocast, matrix
 from .mask import Law
 from .workspace import Block, borrow, give_back
@@ -124,9 +125,7 @@ def _no_autocast(kind: str) -> AbstractContextManager[Any]:
 
 def _ratio(law: Law) -> Tensor:
     """p / (1 - p), or 0 if everything is dropped."""
-    if is_traced():
-        return torch.where(law.scale == 0, 0, law.scale - 1)
-    return torch.zeros_like(law.scale) if law.drops_all else law.scale - 1
+    return torch.where(law.scale == 0, 0, law.scale - 1) if is_traced() else law.ratio
 
 
 def _average(weight: Tensor, anchor: Tensor | None, law: Law) -> Tensor:
@@ -208,12 +207,12 @@ class _GaussianLinear(torch.autograd.Function):
     ) -> Tensor:
         mean = F.linear(x, weight, bias)
         block = borrow(weight)
-        sd = F.linear(x.square(), _squares(weight, anchor, weight.dtype, block)).mul_(ratio).sqrt_()
+        var = F.linear(x.square(), _squares(weight, anchor, weight.dtype, block))
         give_back(block)
-        slope = torch.where(sd > 0, noise * (0.5 * ratio) / sd, 0)
+        sample, slope = _drawn(mean, var, noise, ratio)
         ctx.save_for_backward(x, slope)
         ctx.weight, ctx.version, ctx.anchor = weight, weight._version, anchor
-        return mean.addcmul_(sd, noise)
+        return sample
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -236,6 +235,17 @@ class _GaussianLinear(torch.autograd.Function):
             of_weight = rows.t().mm(x).addcmul_(spread, through, value=2)
         give_back(block)
         return of_x, of_weight, rows.sum(0) if want_bias else None, None, None, None
+
+
+def _drawn(mean: Tensor, var: Tensor, noise: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """mean + sd * noise with sd^2 = ratio * var, and its derivative by var; in place."""
+    known = all(native.takes(one) for one in (mean, var, noise))
+    if known and mean.dtype == torch.float32 and has_kernels("activations"):
+        native.sample(mean, var, noise, ratio)
+        return mean, var
+    sd = var.mul_(ratio).sqrt_()
+    slope = torch.where(sd > 0, noise * (0.5 * ratio) / sd, 0)
+    return mean.addcmul_(sd, noise), slope
 
 
 def _squares(
@@ -270,7 +280,6 @@ def gaussian_linear(
     if is_traced() or not (wide and plain) or law.drops_all or autocast(x)[0] is not x:
         return gaussian_sample(*moments_of(F.linear, x, weight, bias, law, unit, anchor))
     noise = torch.randn(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device)
-    with torch.no_grad():
-        ratio = law.scale - 1
-    sample: Tensor = _GaussianLinear.apply(x, weight, bias, anchor, ratio, noise)  # type: ignore[no-untyped-call]
+    args = (x, weight, bias, anchor, law.ratio, noise)
+    sample: Tensor = _GaussianLinear.apply(*args)  # type: ignore[no-untyped-call]
     return sample

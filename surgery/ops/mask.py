@@ -9,6 +9,7 @@ for backwards that need the masked weight and mask a gradient.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, cast
@@ -82,6 +83,13 @@ class Law:
                 torch.tensor(scale, dtype=law_dtype(dtype), device=device),
                 scale == 0.0,
             )
+
+    @functools.cached_property
+    def ratio(self) -> Tensor:
+        """p / (1 - p), the variance of what multiplies a weight, or 0 if everything is dropped: for
+        eager code."""
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.zeros_like(self.scale) if self.drops_all else self.scale - 1
 
     def fits(self, weight: Tensor) -> bool:
         """Whether the law can be used with `weight` as it is."""

@@ -49,7 +49,10 @@ _SIGNATURES: dict[str, dict[str, list[Any]]] = {
         "example_product": [_POINTER] * 8 + [_SIZE] * 3 + [_INT],
         "example_gradients": [_POINTER] * 10 + [_SIZE] * 3 + [_INT],
     },
-    "activations": {"excess": [_POINTER] * 3 + [_SIZE, _INT]},
+    "activations": {
+        "excess": [_POINTER] * 3 + [_SIZE, _INT],
+        "sample": [_POINTER] * 4 + [_SIZE, _INT],
+    },
 }
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
@@ -259,3 +262,14 @@ def excess(mean: Tensor, var: Tensor) -> Tensor:
     addresses = map(_address, (mean, var, found))
     library("activations").excess(*addresses, mean.numel(), torch.get_num_threads())
     return found
+
+
+def sample(mean: Tensor, var: Tensor, noise: Tensor, ratio: Tensor) -> None:
+    """Draw from N(mean, ratio * var), in place: `mean` becomes the draw, `var` its derivative by var.
+
+    Args:
+        mean, var, noise: float32, dense and of one shape.
+        ratio: float32, 0-d.
+    """
+    addresses = map(_address, (mean, var, noise, ratio))
+    library("activations").sample(*addresses, mean.numel(), torch.get_num_threads())

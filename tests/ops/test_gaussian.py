@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.ops import Law, gaussian_linear, gaussian_sample, linear_moments, moments_of
+from surgery.ops import (
+    Law,
+    gaussian_linear,
+    gaussian_sample,
+    linear_moments,
+    moments_of,
+    native,
+)
+from surgery.ops.engine import set_compile_enabled
 from tests.ops.reference import every_mask, mask_shape
 
 CPU = torch.device("cpu")
@@ -159,12 +167,15 @@ def test_sample_has_its_moments(check_mean) -> None:
 @towards
 @pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("frozen", ["", "x", "weight"])
-def test_linear_is_the_sample_of_its_moments(unit: str, anchored: bool, shape, frozen: str) -> None:
-    """Value and gradients, of the same noise."""
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=frozen != "x")
-    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=frozen != "weight")
-    bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    anchor = torch.randn(3, 4, dtype=torch.float64) if anchored else None
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_linear_is_the_sample_of_its_moments(
+    unit: str, anchored: bool, shape, frozen: str, dtype: torch.dtype
+) -> None:
+    """Value and gradients, of the same noise; float32 has a kernel."""
+    x = torch.randn(shape, dtype=dtype, requires_grad=frozen != "x")
+    weight = torch.randn(3, 4, dtype=dtype, requires_grad=frozen != "weight")
+    bias = torch.randn(3, dtype=dtype, requires_grad=True)
+    anchor = torch.randn(3, 4, dtype=dtype) if anchored else None
     rule = Law.of(0.3, weight.device, weight.dtype)
     leaves = [tensor for tensor in (x, weight, bias) if tensor.requires_grad]
     results = []
@@ -176,7 +187,30 @@ def test_linear_is_the_sample_of_its_moments(unit: str, anchored: bool, shape, f
         sample = draw()
         results.append([sample, *torch.autograd.grad(sample.sin().sum(), leaves)])
     for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        close = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(found, expected, rtol=close, atol=close)
+
+
+@pytest.mark.compiler
+def test_a_draw_by_the_kernel_is_that_of_the_formula(monkeypatch) -> None:
+    """Also where the variance is zero or not a number."""
+    x, weight = torch.randn(33, 70), torch.randn(130, 70)
+    x[3], x[5, 2], weight[7] = 0, torch.nan, 0
+    rule, calls = Law.of(0.3, weight.device, weight.dtype), []
+    kernel = native.sample
+    monkeypatch.setattr(native, "sample", lambda *args: calls.append(1) or kernel(*args))
+    found = []
+    for enabled in (True, False):
+        before = set_compile_enabled(enabled)
+        torch.manual_seed(1)
+        leaf = weight.clone().requires_grad_()
+        sample = gaussian_linear(x, leaf, None, rule, "element")
+        found.append([sample, *torch.autograd.grad(sample.nan_to_num().sum(), leaf)])
+        set_compile_enabled(before)
+    assert calls == [1]
+    for one, other in zip(*found):
+        rounding = 4 * torch.finfo(torch.float32).eps * float(other.nan_to_num().abs().max())
+        torch.testing.assert_close(one, other, rtol=0, atol=rounding, equal_nan=True)
 
 
 def test_linear_checks_its_weight_and_refuses_a_second_derivative() -> None:

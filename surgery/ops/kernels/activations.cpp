@@ -1,5 +1,6 @@
-// What a kink of an activation adds to its expectation over a Gaussian: `excess` of expect.py, in one
-// pass where that takes twenty. Tests compare the two, and both with erfcx in float64.
+// Gaussian pre-activations: what a kink of an activation adds to its expectation, `excess` of expect.py,
+// in one pass where that takes twenty; and a draw, of gaussian.py, in one where that takes six. Tests
+// compare each with those, and `excess` with erfcx in float64.
 
 #include "common.h"
 
@@ -67,6 +68,22 @@ extern "C" void excess(const float *mean, const float *variance, float *out, int
       const float t = ratio >= 50 ? 50.0f : ratio;  // NaN stays
       const float density = 0.398942280f * exponential(-0.5f * t * t);
       out[i] = sd * density * (scaled_tail(t) / (1 + t * t));
+    }
+  });
+}
+
+/// mean <- mean + sd * noise with sd^2 = ratio * variance, and variance <- the derivative of that by the
+/// variance, 0 where sd is 0.
+extern "C" void sample(float *mean, float *variance, const float *noise, const float *ratio,
+                       int64_t count, int threads) {
+  const float factor = *ratio, half = 0.5f * factor;
+  in_parallel(count, 1 << 10, threads, [=](int64_t begin, int64_t end) {
+#pragma GCC ivdep
+    for (int64_t i = begin; i < end; ++i) {
+      const float sd = std::sqrt(variance[i] * factor);
+      const float slope = noise[i] * half / (sd > 0 ? sd : 1.0f);
+      mean[i] = mean[i] + sd * noise[i];
+      variance[i] = sd > 0 ? slope : 0.0f;
     }
   });
 }
