@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import torch
@@ -21,6 +21,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ops import Law
 from ..ops.mask import law_dtype, law_numbers
+
+if TYPE_CHECKING:
+    from .state import SiteState
 
 _shared: WeakValueDictionary[tuple[float, torch.device, torch.dtype], Law] = WeakValueDictionary()
 
@@ -74,21 +77,16 @@ class LawTable:
         """A row for a new site. Nobody reads there yet, so the tensors may change."""
         place = self._taken
         self._taken += 1
-        self.put([place], p)
+        self._thresholds[place], self._scales[place] = law_numbers(p)
         if self._device.type != "cpu":  # there the tensors are these arrays
             self.publish()
         return Row(self, place, self._rows[place])
 
-    def put(self, places: Iterable[int], p: float) -> None:
-        """Write the law of sites."""
-        thresholds, scales = self._thresholds, self._scales
-        threshold, scale = law_numbers(p)
-        for place in places:
-            thresholds[place], scales[place] = threshold, scale
-
-    def begin(self) -> None:
-        """From here on `put` leaves alone what a backward under way reads."""
+    def begin(self) -> tuple[array[int], array[float]]:
+        """Thresholds and scales to write to, for those who read after the next `publish`: what a
+        backward under way reads is left alone."""
         self._thresholds, self._scales = self._thresholds[:], self._scales[:]
+        return self._thresholds, self._scales
 
     def publish(self) -> None:
         """Give the graphs what was put."""
@@ -97,15 +95,15 @@ class LawTable:
             self.scales = torch.frombuffer(self._scales, dtype=self._dtype).to(self._device)
 
 
-@dataclass(frozen=True, eq=False)
 class Row:
     """Where a graph finds the law of one site."""
 
-    table: LawTable
-    place: int
-    index: Tensor
-    """The place, int64, shape (1,): a number would be compiled into the graph, and layers that are
-    compiled alone share theirs."""
+    def __init__(self, table: LawTable, place: int, index: Tensor) -> None:
+        self.table = table
+        self.place = place
+        self.index = index
+        """The place, int64, shape (1,): a number would be compiled into the graph, and layers that
+        are compiled alone share theirs."""
 
     def law(self) -> Law:
         """The law as part of a graph."""
@@ -132,12 +130,35 @@ def new_row(p: float, device: torch.device, dtype: torch.dtype) -> Row:
         return table.add(p)
 
 
-@contextmanager
-def changing(tables: Collection[LawTable]) -> Iterator[None]:
-    """For `put` at places that were read before."""
+def change_laws(states: Iterable[SiteState], p: float | None, factor: float) -> None:
+    """Give sites the law of `p * factor`, or None: of their own p times `factor`.
+
+    One pass with little in it, since a schedule does this at every step. Neighbours mostly have the
+    same law, and then get the same new one.
+    """
+    old: Law | None = None
+    law: Law | None = None
+    last: float | None = None
+    table: LawTable | None = None
+    written: dict[LawTable, tuple[array[int], array[float]]] = {}
     with _lock:
-        for table in tables:
-            table.begin()
-        yield
-        for table in tables:
+        for state in states:
+            rate = state.rate if p is None else p
+            if state.law is not old or rate != last:
+                old, last = state.law, rate
+                numbers = law_numbers(rate * factor)
+                if old is not None:
+                    law = shared_law(rate * factor, old.threshold.device, old.scale.dtype)
+            state.rate, state.factor = rate, factor
+            state.law = None if old is None else law
+            row = state.row
+            if row is None:
+                continue
+            if row.table is not table:
+                table = row.table
+                if table not in written:
+                    written[table] = table.begin()
+                thresholds, scales = written[table]
+            thresholds[row.place], scales[row.place] = numbers
+        for table in written:
             table.publish()

@@ -82,7 +82,8 @@ def states_in(model: nn.Module) -> list[SiteState]:
             found += module._dropconnect.values()
         elif isinstance(module, DropConnect):
             found += module.states.values()
-        todo += module._modules.values()
+        if module._modules:
+            todo += module._modules.values()
     return found
 
 

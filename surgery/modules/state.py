@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import DropConnectConfig, Inference, Sampling, check_p
 from ..ops import Law, Layout
-from .laws import Row, changing, new_row, shared_law
+from .laws import Row, change_laws, new_row, shared_law
 from .product import Product
 
 
@@ -177,26 +177,4 @@ def change_p(states: Iterable[SiteState], p: float | None = None, factor: float 
     found = list(states)
     for rate in {state.rate for state in found} if p is None else {p}:
         check_p(rate * factor)
-    groups: dict[tuple[int, float, int | None], list[SiteState]] = {}
-    for state in found:
-        row, rate = state.row, state.rate if p is None else p
-        group = id(state.law), rate, None if row is None else id(row.table)
-        groups.setdefault(group, []).append(state)
-    with changing({state.row.table for state in found if state.row is not None}):
-        for (_, rate, _), states in groups.items():
-            _change_equal(states, rate, factor)
-
-
-def _change_equal(states: list[SiteState], rate: float, factor: float) -> None:
-    """Change the p of sites that have one law and one table."""
-    old = states[0].law
-    new = None
-    if old is not None:
-        new = shared_law(rate * factor, old.threshold.device, old.scale.dtype)
-    rows = []
-    for state in states:
-        state.rate, state.factor, state.law = rate, factor, new
-        if state.row is not None:
-            rows.append(state.row)
-    if rows:
-        rows[0].table.put([row.place for row in rows], rate * factor)
+    change_laws(found, p, factor)
