@@ -7,12 +7,13 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed -o -path '*/kernels/*')
 
-.PHONY: help demo test test-all bench bench-quick bench-page lint wheel clean
+.PHONY: help demo test test-all test-no-compiler bench bench-quick bench-page lint wheel clean
 
 help:
 	@echo "make demo      fine-tune a real checkpoint with DropConnect (about 5 minutes on 2 cores)"
 	@echo "make test      the tests (about 4 minutes on 2 cores)"
 	@echo "make test-all  the tests with the long sweeps"
+	@echo "make test-no-compiler  those of the core, as on a machine without a C++ compiler"
 	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 20 minutes)"
 	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
 	@echo "make bench-page   make bench, into docs/performance.md"
@@ -23,13 +24,17 @@ demo: $(VENV)/.examples
 	$(BIN)/python examples/finetune_trainer.py
 
 # One thread a worker: threads that wait for each other cost more than they bring on small models.
-test test-all: export OMP_NUM_THREADS := 1
+test test-all test-no-compiler: export OMP_NUM_THREADS := 1
+test-no-compiler: export CXX := no-such-compiler
 
 test: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/pytest -n auto -m "not slow"
 
 test-all: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/pytest -n auto
+
+test-no-compiler: $(VENV)/.test $(VENV)/.examples
+	$(BIN)/pytest -n auto -m "not slow" tests/core tests/ops --deselect tests/ops/test_hash.py
 
 # The peers pin old versions of what they need, so they have an environment of their own.
 BENCH := .venv-bench

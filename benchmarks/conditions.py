@@ -35,7 +35,7 @@ def conditions() -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "compiler": _line(os.environ.get("CXX", "g++"), "--version"),
+        "compiler": _line(os.environ.get("CXX", "c++"), "--version"),
         "commit": _commit(),
         "peers": {name: _version(name) for name in PEER_PACKAGES},
     }

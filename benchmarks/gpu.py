@@ -33,8 +33,9 @@ def gpu(settings: Settings) -> list[Row]:
         if row.skipped is None:
             try:
                 fill(row, settings)
-            except torch.OutOfMemoryError as error:
-                row.skipped = f"out of memory: {str(error).partition('.')[0]}"
+            except Exception as error:  # the other rows go on
+                reason = str(error).partition("\n")[0]
+                row.skipped = f"failed: {type(error).__name__}: {reason}"
             torch.cuda.empty_cache()
         rows.append(row)
     return rows

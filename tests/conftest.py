@@ -19,9 +19,11 @@ from surgery.ops.engine import set_compile_enabled
 
 
 def has_compiler() -> bool:
-    """Whether inductor can compile for the CPU: a C++ compiler, and the headers of Python."""
+    """Whether kernels can be compiled for the CPU, by `native.py` and by inductor: C++ compilers, and
+    the headers of Python."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    return shutil.which(os.environ.get("CXX", "g++")) is not None and header.is_file()
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++"]
+    return all(map(shutil.which, compilers)) and header.is_file()
 
 
 if not has_compiler():

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ..caching import lasting
 from ..ops import Law
 from ..ops.mask import law_dtype, law_numbers
 
@@ -28,18 +27,11 @@ if TYPE_CHECKING:
 _shared: WeakValueDictionary[tuple[float, torch.device, torch.dtype], Law] = WeakValueDictionary()
 
 
-@contextmanager
-def _for_good() -> Iterator[None]:
-    """For tensors that outlive the transform, the inference or the mode that is running."""
-    with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
-        yield
-
-
 def shared_law(p: float, device: torch.device, dtype: torch.dtype) -> Law:
     """The law of `p` for weights of that device and dtype: the same object as long as it is used."""
     law = _shared.get((p, device, dtype))
     if law is None:
-        with _for_good():
+        with lasting():
             law = Law.of(p, device, dtype)
         if type(law.threshold) is Tensor:  # not a fake one, of a trace
             _shared[p, device, dtype] = law
@@ -60,7 +52,7 @@ class LawTable:
         self._device, self._dtype = device, dtype
         self._thresholds = array("i", [0]) * self.SIZE
         self._scales = array("d" if dtype == torch.float64 else "f", [1.0]) * self.SIZE
-        with _for_good():
+        with lasting():
             self._rows = torch.arange(self.SIZE, device=device).view(-1, 1).unbind()
         self._taken = 0
         self.publish()
@@ -90,7 +82,7 @@ class LawTable:
 
     def publish(self) -> None:
         """Give the graphs what was put."""
-        with _for_good():
+        with lasting():
             self.thresholds = torch.frombuffer(self._thresholds, dtype=torch.int32).to(self._device)
             self.scales = torch.frombuffer(self._scales, dtype=self._dtype).to(self._device)
 

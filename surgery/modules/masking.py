@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Law, drop_weight
+from ..ops.linear import as_if_trained
 from ..recompute import Recipe, can_recompute
 from .state import SiteState
 
@@ -70,7 +71,7 @@ def _as_if_trained(used: Tensor, raw: Tensor) -> Tensor:
         return used
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return used
-    return used.detach().requires_grad_()
+    return as_if_trained(used)
 
 
 def _held(state: SiteState, raw: Tensor, key: Tensor, law: Law, anchor: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..caching import cached
+from ..caching import cached, lasting
 from . import native
 from .hash import advance_key, mix_into, spread
 from .workspace import Block, borrow, give_back
@@ -106,10 +106,8 @@ def masks(
     Returns:
         None where there is no kernel for these tensors; then nothing was done.
     """
-    for tensor in (weight, anchor, grad):
-        if tensor is not None and not native.takes(tensor):
-            return None
-    if not has_kernels("masks"):
+    given = [tensor for tensor in (weight, anchor, grad) if tensor is not None]
+    if is_traced() or not native.takes(*given) or not has_kernels("masks"):
         return None
     used = torch.empty_like(weight) if block is None else block.view(weight)
     if block is None and not native.takes(used):  # a mode that makes tensors of its own
@@ -202,8 +200,8 @@ def _ones_where_kept(z: Tensor, least: int) -> Tensor:
 @cached
 def _places(count: int) -> Tensor:
     """The spread indices of a chunk, which are the same for all of them."""
-    with torch.inference_mode(False):
-        return spread(torch.arange(count, dtype=torch.int32))
+    with lasting():
+        return spread(torch.arange(count, dtype=torch.int32, device="cpu"))
 
 
 def _compile(formula: Callable[..., Any]) -> Callable[..., Any]:

@@ -140,7 +140,7 @@ class _Masks:
         given = (
             (self.weight, *others) if self.anchor is None else (self.weight, self.anchor, *others)
         )
-        return all(map(native.takes, given)) and has_kernels(name)
+        return native.takes(*given) and has_kernels(name)
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """What is used of each entry if it is kept (without an anchor, before it is scaled), and if it

@@ -174,7 +174,7 @@ def _has_kernel(mean: Tensor, var: Tensor) -> bool:
     recorded = torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad)
     if recorded or is_traced() or mean.dtype != torch.float32 or mean.shape != var.shape:
         return False
-    return native.takes(mean) and native.takes(var) and has_kernels("activations")
+    return native.takes(mean, var) and has_kernels("activations")
 
 
 def _identity(f: Function, mean: Tensor, var: Tensor) -> Tensor:

@@ -239,8 +239,8 @@ class _GaussianLinear(torch.autograd.Function):
 
 def _drawn(mean: Tensor, var: Tensor, noise: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
     """mean + sd * noise with sd^2 = ratio * var, and its derivative by var; in place."""
-    known = all(native.takes(one) for one in (mean, var, noise))
-    if known and mean.dtype == torch.float32 and has_kernels("activations"):
+    known = mean.dtype == torch.float32 and native.takes(mean, var, noise)
+    if known and has_kernels("activations"):
         native.sample(mean, var, noise, ratio)
         return mean, var
     sd = var.mul_(ratio).sqrt_()

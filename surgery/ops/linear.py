@@ -41,8 +41,7 @@ class _MaskedLinear(torch.autograd.Function):
         try:
             used, _ = drop_both(weight, None, key, law, layout, anchor, block)
             if bias is None and weight.requires_grad:
-                # `matmul` looks at this to choose how to fold a batch, and so how to round.
-                used = used.detach().requires_grad_()
+                used = as_if_trained(used)
             return F.linear(x, used, bias)
         finally:
             give_back(block)
@@ -69,6 +68,14 @@ class _MaskedLinear(torch.autograd.Function):
             of_weight = drop_weight(of_weight, *ctx.law[:3])
         of_bias = rows.sum(0) if want_bias else None
         return of_x, of_weight, of_bias, None, None, None, None, None
+
+
+def as_if_trained(used: Tensor) -> Tensor:
+    """A masked weight that requires a gradient, though none is recorded: `matmul` looks at that to
+    choose how to fold a batch, and so how to round. It is a view, since autocast keeps what it makes of
+    leaves until it ends."""
+    with torch.enable_grad():
+        return used.detach().requires_grad_().view_as(used)
 
 
 def matrix(tensor: Tensor) -> Tensor:

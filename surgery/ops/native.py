@@ -152,14 +152,17 @@ def _commands(compiler: list[str], source: Path, output: str) -> Iterator[list[s
         yield [*compiler, *FLAGS, *extras, str(source), "-o", output]
 
 
-def takes(tensor: Tensor) -> bool:
-    """Whether the kernels can read a tensor: an ordinary one on the CPU, dense, of a type they know."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.dtype in _NAMES
-        and tensor.device.type == "cpu"
-        and tensor.is_contiguous()
-    )
+def takes(first: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels can read tensors together: ordinary ones on the CPU, dense, all of one type,
+    which they know."""
+    if first.dtype not in _NAMES:
+        return False
+    for tensor in (first, *others):
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return False
+        if tensor.dtype != first.dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return False
+    return True
 
 
 def _address(tensor: Tensor | None) -> int | None:

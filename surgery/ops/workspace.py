@@ -10,12 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..caching import lasting
+
 
 class Block:
     """Memory, and the tensors of different shapes that see it."""
 
     def __init__(self, like: Tensor) -> None:
-        self.base = like.new_empty(like.numel())
+        with lasting():
+            self.base = like.new_empty(like.numel())
         self.views: dict[torch.Size, Tensor] = {}
 
     def view(self, like: Tensor) -> Tensor:
