@@ -13,7 +13,7 @@ help:
 	@echo "make demo      fine-tune a real checkpoint with DropConnect (about 5 minutes on 2 cores)"
 	@echo "make test      the tests (about 4 minutes on 2 cores)"
 	@echo "make test-all  the tests with the long sweeps"
-	@echo "make test-no-compiler  those of the core, as on a machine without a C++ compiler"
+	@echo "make test-no-compiler  those that kernels matter for, as on a machine without a C++ compiler"
 	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 20 minutes)"
 	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
 	@echo "make bench-page   make bench, into docs/performance.md"
@@ -33,8 +33,11 @@ test: $(VENV)/.test $(VENV)/.examples
 test-all: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/pytest -n auto
 
+WITH_KERNELS := $(patsubst %,tests/core/test_%.py,example family fused_linear gaussian_sites surroundings)
+WITH_KERNELS += $(patsubst %,tests/ops/test_%.py,engine example gaussian native)
+
 test-no-compiler: $(VENV)/.test $(VENV)/.examples
-	$(BIN)/pytest -n auto -m "not slow" tests/core tests/ops --deselect tests/ops/test_hash.py
+	$(BIN)/pytest -n auto -m "not slow" $(WITH_KERNELS)
 
 # The peers pin old versions of what they need, so they have an environment of their own.
 BENCH := .venv-bench

@@ -18,7 +18,12 @@ from surgery.ops.engine import set_compile_enabled
 WIDTH = 600  # more than a chunk of weights
 
 
-@pytest.fixture(params=[True, False], ids=["kernels", "plain"])
+@pytest.fixture(
+    params=[
+        pytest.param(True, id="kernels", marks=pytest.mark.compiler),
+        pytest.param(False, id="plain"),
+    ]
+)
 def fresh(request: pytest.FixtureRequest) -> Iterator[None]:
     """Nothing is kept from before."""
     before = set_compile_enabled(request.param)
