@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from . import gpu, growth, layers, memory, models, paper, verbs
-from .conditions import busy, conditions, now
+from .conditions import busy, conditions, now, wait_for_quiet
 from .measure import FULL, QUICK, Settings
 from .plots import draw
 from .report import into_page, markdown, number, to_json, write
@@ -105,6 +105,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse()
     settings = QUICK if options.quick else FULL
+    if not options.quick:
+        wait_for_quiet()
     ran = run(options.only, settings, options.output, options.page)
     print(f"\n{(options.output / 'bench.md').read_text()}\nWritten to {options.output}")
     return not ran

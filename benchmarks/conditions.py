@@ -90,6 +90,13 @@ def busy(loads: list[float]) -> str | None:
     )
 
 
+def wait_for_quiet(seconds: float = 120.0) -> None:
+    """Let the load fall that setting up has caused."""
+    end = time.monotonic() + seconds
+    while busy(load()) is not None and time.monotonic() < end:
+        time.sleep(1)
+
+
 def _cpu_name() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text()
