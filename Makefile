@@ -10,11 +10,11 @@ SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' 
 .PHONY: help demo test test-all test-no-compiler bench bench-quick bench-page lint wheel clean
 
 help:
-	@echo "make demo      fine-tune a real checkpoint with DropConnect (about 5 minutes on 2 cores)"
-	@echo "make test      the tests (about 4 minutes on 2 cores)"
+	@echo "make demo      fine-tune a real checkpoint with DropConnect (5 to 7 minutes on 2 cores)"
+	@echo "make test      the tests (about 7 minutes on 2 cores)"
 	@echo "make test-all  the tests with the long sweeps"
 	@echo "make test-no-compiler  those that kernels matter for, as on a machine without a C++ compiler"
-	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 20 minutes)"
+	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 15 minutes)"
 	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
 	@echo "make bench-page   make bench, into docs/performance.md"
 	@echo "make lint      ruff and mypy"
