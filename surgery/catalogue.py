@@ -42,8 +42,7 @@ class Catalogue:
 
     def full(self, module: nn.Module, parameter: str) -> str:
         """The first dotted name of a parameter of a module."""
-        name = self.names[id(module)][0]
-        return f"{name}.{parameter}" if name else parameter
+        return join(self.name(module), parameter)
 
     def own(self, module: nn.Module) -> dict[str, Tensor | None]:
         """The module's own parameters under their plain names, in order; looked up once."""
