@@ -71,10 +71,15 @@ def _settled_sequence(value: Any) -> Any:
 
 
 class _Scope(threading.local):
-    """Whether a forward that settles its outputs is running in this thread."""
+    """Whether a forward that settles its outputs is running in this thread.
 
-    active = False
-    shapes: tuple[tuple[int, ...], ...] = ()
+    The attributes are the instance's from the start, in every thread: a compiled graph is guarded by
+    which attributes there are, and one that came with the first forward would fail the guards.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+        self.shapes: tuple[tuple[int, ...], ...] = ()
 
 
 _scope = _Scope()

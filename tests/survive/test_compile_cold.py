@@ -1,0 +1,45 @@
+"""`torch.compile` before anything has run: users compile first, and a warm test hides faults."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("cold_worker.py")
+
+
+@pytest.mark.parametrize("cases", ["few", pytest.param("all", marks=pytest.mark.slow)])
+def test_compiled_first_the_life_of_a_model_is_the_eager_one(cases: str) -> None:
+    """A step, no_grad, another batch size, eval, train, set_p (no new graph), set_inference."""
+    command = [sys.executable, str(WORKER), cases]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout)
+    assert found["cases"] >= (10 if cases == "few" else 200)
+    assert not found["wrong"], "\n".join(f"{case}: {text}" for case, text in found["wrong"])
+
+
+def test_threads_share_a_graph() -> None:
+    """Whichever thread compiles first."""
+    code = """
+import threading, torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from surgery import apply_dropconnect
+model = apply_dropconnect(torch.nn.Linear(6, 4), torch.nn.Linear, p=0.5, sampling="example")
+backend = CompileCounterWithBackend("eager")
+run = torch.compile(model, backend=backend, fullgraph=True)
+def go():
+    for rows in (4, 4, 5):
+        run(torch.randn(rows, 6)).sum().backward()
+thread = threading.Thread(target=go)
+thread.start()
+thread.join()
+assert backend.frame_count == 2
+go()
+assert backend.frame_count == 2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
