@@ -3,41 +3,31 @@
 `kernels/masks.cpp` and `kernels/products.cpp` compute the formulas of `mask.py` and
 `example_product.py` with the mask in registers, `kernels/activations.cpp` one of `expect.py`.
 `docs/performance.md` says what inductor reaches with the same formulas, and why that was not enough.
-Each library is compiled once (one to four seconds) and kept in a folder of the user's cache.
+How they are compiled, kept and loaded is in `build.py`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..files import whole_file
+from .build import NoCompiler, load
 from .hash import LAST
 
-SOURCES = Path(__file__).parent / "kernels"
-
-FLAGS = (
-    *("-std=c++17", "-O3", "-funroll-loops", "-shared", "-fPIC"),
-    # The formula's own rounding: no product and sum in one step but where the source says so.
-    "-ffp-contract=off",
-    # Nobody asks for floating-point exceptions; with them, no loop with a condition is vectorised.
-    *("-fno-trapping-math", "-fno-math-errno"),
-)
-EXTRAS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
-"""The first of these that a compiler takes is used."""
+__all__ = [
+    "NoCompiler",
+    "drop",
+    "example_gradients",
+    "example_product",
+    "excess",
+    "library",
+    "sample",
+    "takes",
+]
 
 _POINTER, _INT, _SIZE, _WORD = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
 _SIGNATURES: dict[str, dict[str, list[Any]]] = {
@@ -62,10 +52,6 @@ _libraries: dict[str, Any] = {}
 _drop_functions: dict[torch.dtype, Any] = {}
 
 
-class NoCompiler(RuntimeError):
-    """The kernels cannot be compiled or loaded here; the message says why."""
-
-
 def library(name: str) -> Any:
     """The functions of `kernels/<name>.cpp`, which is compiled if it was not before.
 
@@ -77,79 +63,8 @@ def library(name: str) -> Any:
         with _lock:
             found = _libraries.get(name)
             if found is None:
-                found = _libraries[name] = _load(name)
+                found = _libraries[name] = load(name, _SIGNATURES[name])
     return found
-
-
-def _load(name: str) -> Any:
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
-    program = shutil.which(compiler[0])
-    if program is None:
-        raise NoCompiler(f"no C++ compiler ({compiler[0]}) on the path")
-    try:
-        path = _folder() / f"{name}-{_fingerprint(program, compiler)}.so"
-        if not path.exists():
-            _build(compiler, SOURCES / f"{name}.cpp", path)
-        loaded = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NoCompiler(str(error)) from error
-    for function, arguments in _SIGNATURES[name].items():
-        getattr(loaded, function).argtypes = arguments
-        getattr(loaded, function).restype = None
-    return loaded
-
-
-def _folder() -> Path:
-    """Where compiled kernels lie: `DROPCONNECT_CACHE_DIR`, else a folder of the user's cache, else one
-    that lasts as long as the process."""
-    given = os.environ.get("DROPCONNECT_CACHE_DIR")
-    if given:
-        folder = Path(given)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folder
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    try:
-        folder = Path(base).expanduser() / "dropconnect-surgery"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError):  # read-only, or no home
-        return Path(tempfile.mkdtemp(prefix="dropconnect-surgery-"))
-
-
-def _fingerprint(program: str, compiler: list[str]) -> str:
-    """Of all that a compiled kernel depends on: sources, flags, compiler and processor."""
-    parts: list[Any] = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    stat = os.stat(program)
-    parts += [FLAGS, EXTRAS, compiler, os.path.realpath(program), stat.st_size, stat.st_mtime_ns]
-    parts += [platform.system(), platform.machine(), _processor()]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
-
-
-def _processor() -> str:
-    """What `-march=native` looks at."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    told = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(told)}))
-
-
-def _build(compiler: list[str], source: Path, path: Path) -> None:
-    """Compile beside `path`, then rename: processes that build at the same time do not meet."""
-    with whole_file(path) as unfinished:
-        for command in _commands(compiler, source, unfinished):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode == 0:
-                return
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        raise NoCompiler(f"{shlex.join(compiler)} fails (exit {done.returncode}): {said[0]}")
-
-
-def _commands(compiler: list[str], source: Path, output: str) -> Iterator[list[str]]:
-    for extras in EXTRAS:
-        yield [*compiler, *FLAGS, *extras, str(source), "-o", output]
 
 
 def takes(first: Tensor, *others: Tensor) -> bool:
