@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from .errors import NotOperatedError, SurgeryError
-from .modules.places import Place, places
+from .modules.places import Place, places, product_site
 from .modules.state import Group
 
 ROWS = 256
 """Default of `batch_size`: rows that run together."""
+
+FEW = 8
+"""Fewer samples run one after the other: to find out whether they may run together takes four."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,16 @@ def mc_predict(
 
     Everything but DropConnect runs as in `eval()`. Each sample has masks of its own: one for the whole
     batch where `sampling="batch"`, one for each example otherwise. Samples run together, as one bigger
-    batch, where every site is the weight of a linear layer whose input has the batch first; otherwise,
-    and if that fails, one after the other. A model that mixes the examples of a batch (its mean, say)
-    needs `batch_size=1`.
+    batch, where every site is the weight of a linear layer and two forwards without masks show that
+    the model keeps the samples of such a batch apart. It does not if time comes first in its input
+    (samples would run on into each other) or if it mixes the batch; then, and if that fails, samples
+    run one after the other.
 
     Args:
         model: operated. Its modes, training flags and gradients are as before afterwards.
         inputs: a tensor (batch first), a tuple or list of positional arguments, or a mapping of
-            keyword arguments. Every tensor has the batch first, or no dimension.
+            keyword arguments. Every tensor has the same first size, that of the output too, or no
+            dimension. Where that is the time, rows are time steps.
         samples: at least 2.
         seed: seeds the draws, and leaves torch's generators as they were. None draws from them. The
             same seed and `batch_size` give the same result.
@@ -110,20 +116,20 @@ def _run(
     batch_size: int,
     total: _Totals,
 ) -> None:
-    together = max(1, batch_size // rows) if all(_can_group(place) for place in found) else 1
-    left, group = samples, together > 1
+    together = max(1, batch_size // rows)
+    group = together > 1 and samples >= FEW
+    group = group and _keeps_repetitions_apart(model, found, args, kwargs, rows)
+    together, left = together if group else 1, samples
     while left:
-        # The first sample runs alone, but as a group of one: an input whose first dimension is not
-        # the batch may have the size of several batches by chance, but not of one too.
-        count = 1 if left == samples else min(together, left)
+        count = min(together, left)
         try:
-            outputs = _forward(model, found, args, kwargs, rows, count, group)
+            outputs = _forward(model, found, args, kwargs, rows, Group(count, count * rows), group)
         except torch.OutOfMemoryError:
             if count == 1:
                 raise
             together = count // 2
             continue
-        except Exception:  # a size that was fixed, a nested input, memory of the CPU
+        except Exception:  # memory of the CPU, a size that is a limit
             if not group:
                 raise
             together, group = 1, False
@@ -132,39 +138,93 @@ def _run(
         left -= count
 
 
+def _keeps_repetitions_apart(
+    model: nn.Module,
+    found: list[Place],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rows: int,
+) -> bool:
+    """Whether a batch of several repetitions, each with its own masks, gives what they give alone.
+
+    One repetition alone, and three of which the outer two are tilted otherwise: the one in the middle
+    must come out the same. It does not if time comes first (it runs on from one to the next), if the
+    model mixes the batch, or if what it returns lies elsewhere.
+    """
+    if not all(_can_group(place) for place in found):
+        return False
+    one, three = (Group(count, count * rows, probing=True) for count in (1, 3))
+    try:
+        alone = _forward(model, found, args, kwargs, rows, one, True)
+        among = _forward(model, found, args, kwargs, rows, three, True)
+    except Exception:  # a size that was fixed, a nested input, memory
+        return False
+    return _close(alone, among[rows : 2 * rows], _precision(model, found, alone))
+
+
+def _close(expected: Tensor, found: Tensor, precision: float) -> bool:
+    """Whether outputs differ by no more than roundings, each entry by the size that it has over the
+    batch: some may be huge (-1e9 for what is masked)."""
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return False
+    if not expected.is_floating_point():
+        return torch.equal(expected, found)
+    finite = expected.isfinite()
+    if not torch.allclose(expected[~finite], found[~finite], equal_nan=True):
+        return False
+    wide = torch.promote_types(expected.dtype, torch.float32)
+    one, other = (torch.where(finite, value, 0).to(wide) for value in (expected, found))
+    size = one.abs().amax(0)
+    nonzero = size[size > 0]
+    if nonzero.numel():  # an entry may be near zero by chance
+        size = size.maximum(nonzero.kthvalue(1 + nonzero.numel() // 10).values)
+    return bool(((one - other).abs() <= min(math.sqrt(precision), 1 / 32) * size).all())
+
+
+def _precision(model: nn.Module, found: list[Place], outputs: Tensor) -> float:
+    """The coarsest relative rounding that outputs may have been computed with."""
+    device = outputs.device.type
+    dtypes = {outputs.dtype, *(place.raw.dtype for place in found)}
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    matmul = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-8}
+    roundings = [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
+    return max(*roundings, matmul[torch.get_float32_matmul_precision()])
+
+
 def _forward(
     model: nn.Module,
     found: list[Place],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     rows: int,
-    count: int,
-    group: bool,
+    group: Group,
+    grouped: bool,
 ) -> Tensor:
-    """The outputs of `count` samples: (count * rows, ...)."""
-    if not group:
+    """The outputs of the samples of a group: (samples * rows, ...); of one, if not `grouped`."""
+    if not grouped:
         return _logits(model(*args, **kwargs), rows)
     for place in found:
-        place.state.group = Group(count, count * rows)
+        place.state.group = group
     try:
         outputs = model(
-            *(_repeated(value, count) for value in args),
-            **{name: _repeated(value, count) for name, value in kwargs.items()},
+            *(_repeated(value, group.samples) for value in args),
+            **{name: _repeated(value, group.samples) for name, value in kwargs.items()},
         )
     finally:
         for place in found:
             place.state.group = None
-    return _logits(outputs, count * rows)
+    return _logits(outputs, group.rows)
 
 
 def _can_group(place: Place) -> bool:
     """Whether a site can have several masks in one forward."""
-    state = place.state
-    if state.p == 0.0 or state.with_weight:
+    state, by = place.state, product_site(place)
+    if state.p == 0.0:
         return True
-    if state.product is None or state.held_key is not None:
+    if by is None or by.product is None or by.p == 0.0:
         return False
-    return state.sampling != "batch" or state.product.is_matrix or state.unit != "element"
+    return by.sampling != "batch" or by.product.is_matrix or by.unit != "element"
 
 
 def _repeated(value: Any, count: int) -> Any:

@@ -46,7 +46,7 @@ def product_forward(
         x: the input; its features along `product.features`.
         weight: a site.
         bias: dropped with the weight, or not dropped, or None.
-        mode: `SiteState.mode` of the weight: `"example"`, `"gaussian"` or `"moments"`.
+        mode: `SiteState.mode` of the weight: `"example"`, `"gaussian"`, `"moments"` or `"probe"`.
 
     Returns:
         a Tensor, or for `"moments"` a `Gaussian` where something above settles it.
@@ -57,6 +57,8 @@ def product_forward(
     state = weight.state
     assert state is not None
     x = settle(x)
+    if mode == "probe":
+        return _probe(product, module, x, weight, bias, state)
     if mode == "example":
         return _per_example(product, module, x, weight, bias, state)
     undropped = bias is None or bias.state is None
@@ -71,6 +73,36 @@ def product_forward(
         shared = state.unit in ("input", "tensor")
         return Gaussian.of(Source(mean, variance, state.site, state.draws, points, shared))
     return mean
+
+
+def _probe(
+    product: Product,
+    module: nn.Module | None,
+    x: Tensor,
+    weight: Factor,
+    bias: Factor | None,
+    state: SiteState,
+) -> Tensor:
+    """What the plain weight gives, tilted so that neighbouring repetitions of the batch differ."""
+    assert state.group is not None
+    leading = x.ndim + product.features
+    if leading < 1:
+        raise NotGrouped(state.site)
+    _check_group(state, x)
+    u = product.run(module, x, weight.raw, None if bias is None else bias.raw)
+    samples = state.group.samples
+    factors = tilt(samples, u.shape[product.features], u.device, u.dtype)
+    factors = factors.view(samples, *(1,) * leading, -1, *(1,) * (-1 - product.features))
+    tilted = u.reshape(samples, len(u) // samples, *u.shape[1:]) * factors
+    return tilted.view(u.shape)
+
+
+def tilt(samples: int, features: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(samples, features): 0.5 or 1.5, in one pattern for the sample in the middle and every other
+    from there, in another between them. No shift and no norm over the features makes them equal."""
+    place = torch.arange(features, device=device)
+    one, other = 0.5 + (place // 2 % 2).to(dtype), 1.5 - (place % 2).to(dtype)
+    return torch.stack([other if (i - samples // 2) % 2 else one for i in range(samples)])
 
 
 def _points(
@@ -150,9 +182,8 @@ def _key(state: SiteState, raw: Tensor) -> Tensor:
 
 def _example_dim(product: Product, x: Tensor, state: SiteState) -> int | None:
     """The dimension of the examples, counted from the start; None for all but the features."""
-    if state.group is not None and x.shape[0] != state.group.rows:
-        raise NotGrouped(state.site)
     leading = x.ndim + product.features
+    _check_group(state, x)
     if state.example_dim == "all" and (leading or product.is_matrix):
         return None
     wanted = 0 if state.example_dim == "all" else state.example_dim
@@ -174,6 +205,15 @@ def _example_dim(product: Product, x: Tensor, state: SiteState) -> int | None:
             "this site"
         )
     return dim
+
+
+def _check_group(state: SiteState, x: Tensor) -> None:
+    """Raise `NotGrouped` unless the repetitions of a batch lie where the examples do."""
+    if state.group is None:
+        return
+    first = state.example_dim in ("all", 0, -x.ndim)
+    if not first or x.shape[0] != state.group.rows:
+        raise NotGrouped(state.site)
 
 
 def _matrix_per_example(

@@ -51,6 +51,23 @@ def states_of(module: nn.Module) -> dict[str, SiteState]:
     return dict(sorted(states.items(), key=lambda item: place.get(item[1].raw, len(place))))
 
 
+def product_site(place: Place) -> SiteState | None:
+    """The weight whose product drops a site: the site itself, or for a bias the weight that it goes
+    with; None if none does."""
+    owner, state = place.owner, place.state
+    if state.product is not None or not state.with_weight:
+        return state
+    together = [owner._dropconnect] if isinstance(owner, DropConnectModule) else []
+    together += [
+        child.states for child in owner._modules.values() if isinstance(child, DropConnect)
+    ]
+    for states in together:
+        if state.name in states:
+            found = (one for one in states.values() if one.product is not None)
+            return next(found, None)
+    return None
+
+
 def set_state(module: nn.Module, state: SiteState) -> None:
     """Replace the state of one parameter of a module."""
     if isinstance(module, DropConnectModule):

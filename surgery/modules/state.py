@@ -30,10 +30,13 @@ class Group(NamedTuple):
     samples: int
     rows: int
     """Size of the whole batch."""
+    probing: bool = False
+    """Whether repetitions are told apart by `paper_modes.tilt` instead of masks, to see whether the
+    model keeps them apart."""
 
 
 class NotGrouped(RuntimeError):
-    """A site got an input whose first dimension is not the batch."""
+    """A site got an input along whose first dimension the repetitions do not lie."""
 
 
 class SiteState:
@@ -154,13 +157,15 @@ class SiteState:
         self._config = self.config.replace(inference=inference, samples=draws)
         self.inference, self.draws = inference, draws
 
-    def mode(self, training: bool) -> Sampling | Literal["moments"] | None:
+    def mode(self, training: bool) -> Sampling | Literal["moments", "probe"] | None:
         """What a forward does: how it samples, `"moments"`, or None for nothing. The value of p is
         looked at in eager mode only: in a compiled graph it is data, so that it can change without
         recompiling."""
         if not torch.compiler.is_compiling() and self.p == 0.0:
             return None
         if training or self.inference == "sample":
+            if self.group is not None and self.group.probing:
+                return "probe"
             grouped = self.group is not None and self.sampling == "batch"
             return "example" if grouped else self.sampling
         return "moments" if self.inference == "moments" else None

@@ -18,6 +18,7 @@ from surgery import (
     mc_predict,
     set_inference,
 )
+from surgery.modules.places import states_in
 
 from .helpers import Snapshot
 
@@ -25,7 +26,7 @@ P = 0.4
 
 
 class Stack(nn.Module):
-    """Keeps every output, to look at it afterwards."""
+    """Keeps every output but those of probes, to look at it afterwards."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -33,8 +34,10 @@ class Stack(nn.Module):
         self.seen: list[Tensor] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.seen.append(self.inner(*args, **kwargs))
-        return self.seen[-1]
+        output = self.inner(*args, **kwargs)
+        if not any(state.group and state.group.probing for state in states_in(self.inner)):
+            self.seen.append(output)
+        return output
 
     def samples(self, rows: int) -> Tensor:
         return torch.cat([out.reshape(-1, rows, *out.shape[1:]) for out in self.seen]).double()
@@ -51,7 +54,7 @@ def test_against_stacked_outputs(sampling: str, batch_size: int) -> None:
     model, x = Stack(classifier(sampling=sampling)), torch.randn(5, 6)
     found = mc_predict(model, x, samples=9, batch_size=batch_size)
     outputs = model.samples(5)
-    assert len(model.seen) == {1: 9, 12: 5, 256: 2}[batch_size]
+    assert len(model.seen) == {1: 9, 12: 5, 256: 1}[batch_size]
     assert outputs.shape == (9, 5, 4)
     p = outputs.softmax(-1)
     entropy = -(p.mean(0) * p.mean(0).log()).sum(-1)
@@ -109,7 +112,7 @@ def test_convolutions_with_channel_masks_run_together() -> None:
     apply_dropconnect(model, [nn.Conv1d, nn.Linear], p=P, unit="output", bias=True)
     stack = Stack(model)
     mc_predict(stack, torch.randn(1, 4, 7).expand(3, 4, 7), samples=8)
-    assert len(stack.seen) == 2
+    assert len(stack.seen) == 1
     outputs = stack.samples(3)
     torch.testing.assert_close(outputs, outputs[:, :1].expand_as(outputs))
 
@@ -255,9 +258,9 @@ class Small(nn.Module):
 
 
 def test_halves_when_memory_runs_out() -> None:
-    model = apply_dropconnect(Small(12), "fc", p=P)
+    model = apply_dropconnect(Small(15), "fc", p=P)
     assert mc_predict(model, torch.randn(5, 6), 9, batch_size=40).samples == 9
-    assert model.tried == [5, 40, 20, 10, 10, 10, 10]
+    assert model.tried == [5, 15, 40, 20, 10, 10, 10, 10, 5]
     model.limit = 4
     with pytest.raises(torch.OutOfMemoryError, match="too many rows"):
         mc_predict(model, torch.randn(5, 6), 9)
@@ -340,9 +343,116 @@ def test_falls_back_to_one_by_one_where_sizes_are_fixed() -> None:
             seen.append(len(x))
             return self.inner(x) + extra[0]
 
-    found = mc_predict(Outer(), (torch.randn(3, 6), [torch.ones(3, 1)]), 5)
+    found = mc_predict(Outer(), (torch.randn(3, 6), [torch.ones(3, 1)]), 8)
     assert found.mean.shape == (3, 2)
-    assert seen == [3, 12, 3, 3, 3, 3]
+    assert seen == [3, 9, *[3] * 8]
+
+
+class TimeFirstLSTM(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.rnn, self.head = nn.Linear(6, 6), nn.LSTM(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.fc(x))[0])
+
+
+def _then(function: Any) -> Any:
+    """A linear layer, a norm over its features, and something that mixes the first dimension."""
+    return lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), _Returns(function))
+
+
+MIXING = {
+    "time-first LSTM": TimeFirstLSTM,
+    "cumsum": _then(lambda u: u.cumsum(0)),
+    "cumsum from the end": _then(lambda u: u.flip(0).cumsum(0).flip(0)),
+    "mean of the batch": _then(lambda u: u - u.mean(0)),
+    "maximum of the batch": _then(lambda u: u / u.amax(0)),
+    "softmax over the batch": _then(lambda u: u.softmax(0)),
+    "first row": _then(lambda u: u - u[:1]),
+    "last row": _then(lambda u: u - u[-1:]),
+    "size of the batch": _then(lambda u: u / len(u)),
+    "neighbours": _then(lambda u: u + 0.3 * u.roll(1, 0)),
+    "interleaved": _then(lambda u: u.view(2, -1, *u.shape[1:]).transpose(0, 1).reshape(u.shape)),
+    "some are masked": _then(lambda u: u.cumsum(0).index_fill(-1, torch.tensor([0, 3]), -1e30)),
+    "infinite": _then(lambda u: u.cumsum(0).index_fill(-1, torch.tensor([1]), -math.inf)),
+}
+
+
+def _one_by_one_and_together(model: nn.Module, x: Tensor, samples: int = 9) -> None:
+    """Without a difference, to the bit."""
+    one, many = (
+        mc_predict(model, x, samples, seed=3, batch_size=size, class_dim=None) for size in (1, 256)
+    )
+    for name in ("mean", "variance"):
+        pair = getattr(many, name), getattr(one, name)
+        torch.testing.assert_close(*pair, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_a_model_that_mixes_samples_runs_them_one_by_one(name: str) -> None:
+    for sampling in ("batch", "example", "gaussian"):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = apply_dropconnect(MIXING[name]().to(dtype), nn.Linear, p=P, sampling=sampling)
+            _one_by_one_and_together(model, torch.randn(4, 3, 6).to(dtype))
+
+
+def test_a_convolution_and_a_graph_that_mix_samples_run_them_one_by_one() -> None:
+    conv = nn.Sequential(nn.Conv1d(4, 6, 3), _Returns(lambda u: u.cumsum(0)))
+    apply_dropconnect(conv, nn.Conv1d, p=P, unit="output")
+    _one_by_one_and_together(conv, torch.randn(5, 4, 7))
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(5, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, self.w).cumsum(0)
+
+    graph = apply_dropconnect(torch.fx.symbolic_trace(Functional()), "w", p=P)
+    _one_by_one_and_together(graph, torch.randn(5, 6))
+
+
+@pytest.mark.parametrize("example_dim", [1, -2, "all", 0, -3])
+def test_examples_along_another_dimension(example_dim: Any) -> None:
+    """Where examples lie along the second dimension, repetitions of the first would share masks."""
+    model = Stack(nn.Sequential(nn.Linear(6, 5)))
+    apply_dropconnect(model, nn.Linear, p=P, sampling="example", example_dim=example_dim)
+    x = torch.randn(2, 1, 6).expand(2, 3, 6)
+    mc_predict(model, x, 9, class_dim=None)
+    samples = model.samples(2)
+    assert len(model.seen) == (9 if example_dim in (1, -2) else 1)
+    assert len(samples[:, 0, 0].unique(dim=0)) == 9  # masks of their own
+    shared = bool((samples[:, :, :1] == samples).all())
+    assert shared == (example_dim in (0, -3))
+
+
+def test_a_bias_that_drops_without_its_weight() -> None:
+    layer = apply_dropconnect(nn.Sequential(nn.Linear(6, 5)), "0.bias", p=P, bias=True)
+    _one_by_one_and_together(layer, torch.randn(5, 6))
+    assert mc_predict(layer, torch.randn(5, 6), 99, class_dim=None).variance.min() > 0
+
+
+def test_an_input_whose_samples_can_run_together_does() -> None:
+    """Huge, infinite and missing entries do not hinder; nor do sequences, autocast, bfloat16."""
+    outputs = {
+        "sequence": lambda u: u.softmax(-1),
+        "masked": lambda u: u.index_fill(-1, torch.tensor([0, 3]), -1e30),
+        "infinite": lambda u: u.index_fill(-1, torch.tensor([1]), -math.inf),
+        "missing": lambda u: u.index_fill(-1, torch.tensor([1]), math.nan),
+        "dead": lambda u: (u - 100).relu(),
+    }
+    for name, function in outputs.items():
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            model = Stack(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), _Returns(function)))
+            apply_dropconnect(model.to(dtype), nn.Linear, p=P)
+            mc_predict(model, torch.randn(4, 3, 6).to(dtype), 9, class_dim=None)
+            assert len(model.seen) == 1, (name, dtype)
+    model = Stack(classifier())
+    with torch.autocast("cpu", torch.bfloat16):
+        mc_predict(model, torch.randn(4, 3, 6), 9)
+    assert len(model.seen) == 1
 
 
 def test_held_masks_are_refused() -> None:
