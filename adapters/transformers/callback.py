@@ -166,7 +166,9 @@ def _resumed_checkpoint(
     for candidate in candidates:
         if isinstance(candidate, (str, Path)) and (Path(candidate) / PLAN_FILE).is_file():
             folder = Path(candidate)
-            if read_dropconnect(folder)[1] and _has_weights(folder, plain):
+            if read_dropconnect(folder)[1] and (
+                _has_weights(folder, plain) or _has_adapters(folder, model)
+            ):
                 return folder
     return None
 
@@ -186,3 +188,12 @@ def _has_weights(folder: Path, plain: dict[str, Any]) -> bool:
                 if name not in plain or not torch.equal(stored.get_tensor(name), plain[name].cpu()):
                     return False
     return True
+
+
+def _has_adapters(folder: Path, model: Any) -> bool:
+    """Whether `folder` is what PEFT wrote of this model, with exactly these weights."""
+    if not hasattr(model, "peft_config"):
+        return False
+    from surgery.adapters.peft import holds_adapters
+
+    return holds_adapters(folder, model)

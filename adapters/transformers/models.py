@@ -1,18 +1,21 @@
-"""What transformers models need: a kind for Conv1D, and saving and resizing as plain models."""
+"""What transformers models need: a kind for Conv1D, and to be plain while they are saved or resized
+or read an adapter."""
 
 from __future__ import annotations
 
+from transformers.integrations.peft import PeftAdapterMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from surgery.modules.kinds import LINEAR, columns, product_of, register_kind
 from surgery.modules.product import COLUMN_PRODUCT
-from surgery.savers import resizes_plain, teach, writes_plain
+from surgery.savers import resizes_plain, teach, works_plain, writes_plain
 
 
 def register() -> None:
     """Tell the core about transformers, and `PreTrainedModel` about operated modules."""
     teach(PreTrainedModel, "save_pretrained", writes_plain)
     teach(PreTrainedModel, "resize_token_embeddings", resizes_plain)
+    teach(PeftAdapterMixin, "load_adapter", works_plain)
     product = product_of(Conv1D, product=COLUMN_PRODUCT)
     register_kind(LINEAR.but(name="conv1d", classes=(Conv1D,), axes=columns, product=product))

@@ -83,7 +83,8 @@ def batch(model: nn.Module, rows: int = 4, length: int = 6, seed: int = 0) -> di
     """Token ids with the labels that the model's head wants."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCABULARY, (rows, length), generator=generator)
-    classifies = type(model).__name__.endswith("SequenceClassification")
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    classifies = type(inner).__name__.endswith("SequenceClassification")
     return {"input_ids": ids, "labels": ids[:, 0] % 2 if classifies else ids}
 
 
