@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .catalogue import Catalogue
 from .config import DropConnectConfig, check_p
 from .errors import NotOperatedError, SurgeryError
-from .finder import Seen, look
+from .finder import Look
 from .modules.kinds import kind_of
 from .modules.places import Place, places, states_in, states_of
 from .modules.state import SiteState, change_p
@@ -43,8 +43,9 @@ def plan_dropconnect(
     operations use each weight and which activation follows (`Site.uses`).
     """
     load_plugins()
-    seen = look(model, example_inputs)
-    return _prepare(model, targets, p, exclude, config, options, seen).plan()
+    look = Look(model, example_inputs)
+    look()  # whether or not a decision depends on it: the plan shows the uses
+    return _prepare(model, targets, p, exclude, config, options, look).plan()
 
 
 def apply_dropconnect(
@@ -89,7 +90,8 @@ def apply_dropconnect(
         example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments to
             run the model with once, in `eval()`, before anything is changed. What is seen (a weight
             that a helper function reads, where the batch lies, what follows a weight) is then
-            checked before surgery instead of at the first forward.
+            checked before surgery instead of at the first forward. Without, a transformers model runs
+            on a dummy batch if the source of its forwards leaves open who reads a weight.
         **options: fields of `DropConnectConfig`: `unit`, `toward`, `sampling`, `example_dim`,
             `inference`, `samples`, `bias`, `ranks`.
 
@@ -107,8 +109,8 @@ def apply_dropconnect(
         >>> apply_dropconnect(model, targets=["*.fc*"], p=0.3)
     """
     load_plugins()
-    seen = None if example_inputs is None else look(model, example_inputs)
-    operate(_prepare(model, targets, p, exclude, config, options, seen))
+    look = Look(model, example_inputs)
+    operate(_prepare(model, targets, p, exclude, config, options, look))
     return model
 
 
@@ -214,14 +216,14 @@ def _prepare(
     exclude: Any,
     config: DropConnectConfig | None,
     options: dict[str, Any],
-    seen: Seen | None,
+    look: Look,
 ) -> Prepared:
     if isinstance(targets, Plan) and (p is not None or config is not None or options):
         raise ValueError("a Plan brings the p and the options of every site; give it alone")
     base = config if config is not None else DropConnectConfig()
     if p is not None:
         options = {"p": check_p(p), **options}
-    return prepare(model, targets, exclude, base.replace(**options) if options else base, seen)
+    return prepare(model, targets, exclude, base.replace(**options) if options else base, look)
 
 
 def states_named(model: nn.Module, targets: Any) -> list[SiteState]:

@@ -3,8 +3,8 @@ while the model runs once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from .config import DropConnectConfig
@@ -28,9 +28,9 @@ class Seen:
     batch: Shape | None
     """Shape of the first tensor among the inputs, if the user gave them."""
 
-    def readers(self, name: str) -> Iterator[str]:
-        """Names of the modules whose forward uses a parameter."""
-        return (use.by for use in self.uses.get(name, ()))
+    running: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    """By the dotted plain name of every parameter: for each place of use, the names of the modules
+    whose forward was running, the outermost first."""
 
     def problem(self, name: str, config: DropConnectConfig) -> str | None:
         """Why what was seen does not allow this, and what to do about it; or None."""
@@ -93,3 +93,33 @@ def look(model: Any, example_inputs: Any) -> Seen | None:
     if example_inputs is None:
         return None
     raise SurgeryError("example_inputs needs surgery.transforms, which is not installed")
+
+
+class Look:
+    """A run of a model, made when somebody asks for it, once."""
+
+    def __init__(self, model: Any, example_inputs: Any) -> None:
+        self._model, self._inputs = model, example_inputs
+        self._seen: Seen | None = None
+        self._looked = False
+
+    def __call__(self) -> Seen | None:
+        """What a run shows: with the inputs that the user gave, or of a transformers model with
+        dummies; None if there is nothing to run it with.
+
+        Raises:
+            SurgeryError: the model does not run with the inputs that were given.
+        """
+        if not self._looked:
+            self._seen = look(self._model, self._inputs)
+            self._looked = True
+        return self._seen
+
+    def given(self) -> Seen | None:
+        """What a run with the user's inputs shows; None if there are none."""
+        return None if self._inputs is None else self()
+
+    @property
+    def uses(self) -> Mapping[str, tuple[Use, ...]]:
+        """The uses that were seen so far."""
+        return {} if self._seen is None else self._seen.uses

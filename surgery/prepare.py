@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from .catalogue import Catalogue
 from .config import DropConnectConfig
 from .errors import raise_all
-from .finder import Seen
+from .finder import Look
 from .graphs import Survey
+from .known import Known
 from .modules.kinds import follows_weight, kind_of, layout_of
 from .modules.operated import plain_class
 from .modules.places import states_of
-from .modules.reads import Reads, reads
 from .modules.state import SiteState
-from .plan import Plan, Site
+from .plan import Plan, Site, Use
 from .refusals import not_followed, why_not
 from .scope import needs_scope
 from .select import Choice, select
@@ -55,7 +55,8 @@ class Prepared:
     changes: list[Change]
     graphs: Survey | None
     """What the graphs in the model read, if it has any."""
-    seen: Seen | None
+    uses: Mapping[str, tuple[Use, ...]]
+    """What is known of uses, by the name of the parameter."""
 
     def plan(self) -> Plan:
         """The plan as data, for those who ask; surgery itself needs only the changes."""
@@ -72,7 +73,7 @@ class Prepared:
             config=state.config,
             shared_with=tuple(names[1:]),
             drawn_by=tuple(drawn_by),
-            uses=() if self.seen is None else self.seen.uses.get(names[0], ()),
+            uses=self.uses.get(names[0], ()),
         )
 
 
@@ -81,13 +82,13 @@ def prepare(
     targets: Any,
     exclude: Any,
     config: DropConnectConfig,
-    seen: Seen | None = None,
+    look: Look,
 ) -> Prepared:
     """Select, group ties, and validate every site. Changes nothing.
 
     Args:
         model, targets, exclude, config: see `surgery.apply_dropconnect`.
-        seen: what a run of the model showed, if there was one.
+        look: what a run of the model shows, asked for where the source leaves a doubt.
 
     Raises:
         SurgeryError: the first reason, or all the reasons, why the plan cannot be carried out.
@@ -96,8 +97,8 @@ def prepare(
         raise TypeError(f"expected a torch.nn.Module; got {type(model).__name__}")
     catalogue = Catalogue(model)
     choices, excluded = select(catalogue, targets, exclude, config)
-    known = Known(catalogue, targets if isinstance(targets, Plan) else None, seen)
     ties = _ties(catalogue)
+    known = Known(catalogue, ties, targets if isinstance(targets, Plan) else None, look)
     changes: dict[int, Change] = {}
     sites: list[Found] = []
     problems: list[str] = []
@@ -124,7 +125,7 @@ def prepare(
         if site is not None:
             sites.append(site)
     raise_all(problems or _lone_biases(changes))
-    return Prepared(sites, list(changes.values()), catalogue.graphs, seen)
+    return Prepared(sites, list(changes.values()), catalogue.graphs, look.uses)
 
 
 def _site(
@@ -143,7 +144,8 @@ def _site(
         module, full = user.module, catalogue.full(user.module, user.name)
         names.append(full)
         parents = known.readers(user, full)
-        problem = why_not(user, parameter, [parent for parent, _ in parents], catalogue.graphs)
+        readers = [parent for parent, _ in parents]
+        problem = why_not(user, parameter, readers, known, catalogue.graphs)
         problem = problem or known.problem(full, user.config)
         if problem is None and user.config.inference == "moments":
             problem = not_followed(catalogue, module)
@@ -176,53 +178,6 @@ def _change(changes: dict[int, Change], module: nn.Module) -> Change:
     if found is None:
         found = changes[id(module)] = Change(module)
     return found
-
-
-class Known:
-    """What is known of how the model uses its weights: from the source of its modules, from a plan made
-    before, and from a run."""
-
-    def __init__(self, catalogue: Catalogue, plan: Plan | None, seen: Seen | None) -> None:
-        self._catalogue = catalogue
-        self._seen = seen
-        self._drawn_by: dict[str, set[str]] = {}
-        """By the name of a parameter, what the plan says."""
-        for site in plan or ():
-            for name in (site.name, *site.shared_with):
-                self._drawn_by.setdefault(name, set()).update(site.drawn_by)
-        self._lineages: dict[str, list[tuple[str, nn.Module, tuple[str, ...], Reads]]] = {}
-
-    def readers(self, user: Choice, full: str) -> list[tuple[nn.Module, str]]:
-        """Ancestors whose own forward reads a weight, each with the relative name of the owner."""
-        told = self._told(full)
-        found: dict[tuple[int, str], tuple[nn.Module, str]] = {}
-        for owner in self._catalogue.names[id(user.module)]:
-            parent, _, last = owner.rpartition(".")
-            for name, ancestor, path, its in self._lineage(parent) if owner else ():
-                if name in told or (its.chains and its.reads((*path, last, user.name))):
-                    relative = ".".join((*path, last))
-                    found[id(ancestor), relative] = (ancestor, relative)
-        return list(found.values())
-
-    def _lineage(self, full: str) -> list[tuple[str, nn.Module, tuple[str, ...], Reads]]:
-        """A module and its ancestors with what their forward reads; looked up once for all children."""
-        found = self._lineages.get(full)
-        if found is None:
-            found = self._lineages[full] = [
-                (name, module, path, reads(plain_class(module)))
-                for name, module, path in self._catalogue.lineage(full)
-                if not self._catalogue.is_in_graph(module)
-            ]
-        return found
-
-    def _told(self, full: str) -> Set[str]:
-        """Names of the modules that read a parameter, as a plan or a run says."""
-        told: Set[str] = self._drawn_by.get(full, set())
-        return told if self._seen is None else told | set(self._seen.readers(full))
-
-    def problem(self, name: str, config: DropConnectConfig) -> str | None:
-        """Why a run of the model does not allow this, or None."""
-        return None if self._seen is None else self._seen.problem(name, config)
 
 
 def _state(

@@ -7,18 +7,26 @@ from torch import Tensor, nn
 
 from .catalogue import Catalogue
 from .graphs import Survey
+from .known import Known
 from .modules.kinds import SEPARATE_PROJECTIONS, follows_weight, kind_of, layout_of, needs_axes
 from .modules.operated import plain_class
 from .modules.places import states_of
-from .modules.reads import reads
 from .modules.state import raw_name
 from .select import Choice
 
 
 def why_not(
-    user: Choice, parameter: Tensor, parents: list[nn.Module], graphs: Survey | None
+    user: Choice, parameter: Tensor, parents: list[nn.Module], known: Known, graphs: Survey | None
 ) -> str | None:
-    """Why this parameter cannot be operated on and what to do about it, or None."""
+    """Why this parameter cannot be operated on and what to do about it, or None.
+
+    Args:
+        user: the parameter, and what is to be done to it.
+        parameter: itself.
+        parents: the modules around it whose forward would draw its mask.
+        known: of how the model uses it.
+        graphs: what the graphs in the model read, if it has any.
+    """
     module, name, config = user.module, user.name, user.config
     if name in states_of(module):
         return (
@@ -67,7 +75,7 @@ def why_not(
             f"unit={config.unit!r} with bias=True would have to split one packed bias between three "
             "masks; use bias=False"
         )
-    if not in_graph and kind.name == "other" and not parents and not _may_read(module, name):
+    if not in_graph and kind.name == "other" and not parents and not known.reads_itself(user):
         return (
             f"neither {type(module).__name__}.forward nor a parent's reads it as an attribute, so "
             "a mask would never act; name the module that uses it"
@@ -87,12 +95,6 @@ def _has(module: nn.Module, name: str) -> bool:
         or name in module.__dict__
         or hasattr(type(module), name)
     )
-
-
-def _may_read(module: nn.Module, name: str) -> bool:
-    """Whether the module's own forward reads a parameter, as far as its source tells."""
-    own = reads(plain_class(module))
-    return own.reads((name,)) or not own.complete
 
 
 def _no_product(user: Choice, parents: list[nn.Module]) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .catalogue import Catalogue
 from .config import DropConnectConfig
 from .errors import NotOperatedError, raise_all
+from .finder import Look
 from .graphs import GraphSurgeon, Nodes, Survey, graph_owners, graph_surgeon
 from .modules.operated import (
     DropConnectModule,
@@ -272,7 +273,7 @@ def reapplied(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        operate(prepare(model, plan, None, DropConnectConfig()))
+        operate(prepare(model, plan, None, DropConnectConfig(), Look(model, None)))
         for name, states, anchors in kept:
             for state in states.values():
                 _put_back(model.get_submodule(name), state, anchors)

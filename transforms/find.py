@@ -11,10 +11,12 @@ import torch
 from torch import fx, nn
 
 from surgery.finder import Seen
+from surgery.modules.masking import is_sharded
 from surgery.plan import Use
 
 from .capture import Capture, CaptureError, capture, capture_of, first_of, inputs_for, symbolic
 from .follow import Flow
+from .inputs import Inputs, dummy_inputs
 from .ops import (
     CASTING,
     DROPPING,
@@ -49,6 +51,7 @@ class Findings(Mapping[str, tuple[Use, ...]]):
         input_shapes: dict[str, tuple[Shape | None, ...]],
         tied: tuple[tuple[str, ...], ...],
         capture: Capture | None,
+        running: dict[str, tuple[tuple[str, ...], ...]],
     ) -> None:
         self._uses = uses
         self.input_shapes = input_shapes
@@ -58,6 +61,9 @@ class Findings(Mapping[str, tuple[Use, ...]]):
         """Groups of names of the same parameter."""
         self.capture = capture
         """How the graph was captured; None for a graph of other origin."""
+        self.running = running
+        """For each parameter and place where it is used, the names of the modules whose forward is
+        running there, the outermost first; the root is `""`."""
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -118,25 +124,40 @@ def look(model: nn.Module, example_inputs: Any = None) -> Seen | None:
     Raises:
         CaptureError: the model does not run with `example_inputs`.
     """
+    if example_inputs is None:
+        try:
+            return None if _is_sharded(model) else _looked(model, dummy_inputs(model), None)
+        except Exception:  # dummies are a guess, and a model may do anything with them
+            return None
     inputs = inputs_for(model, example_inputs)
+    assert inputs is not None
+    first = next((tuple(tensor.shape) for _, tensor in inputs.tensors()), None)
+    return _looked(model, inputs, first)
+
+
+def _looked(model: nn.Module, inputs: Inputs | None, batch: Shape | None) -> Seen | None:
     if inputs is None:
         return None
-    try:
-        found = find(model, example_inputs)
-    except CaptureError:
-        if example_inputs is not None:
-            raise
-        return None
-    first = next((tuple(tensor.shape) for _, tensor in inputs.tensors()), None)
-    return Seen(found, found.input_shapes, None if example_inputs is None else first)
+    with plain(model):
+        found = _Finder(model, _recorded(model, inputs)).findings()
+    return Seen(found, found.input_shapes, batch, found.running)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether a run of the model would be a conversation with other processes."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def _recorded(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    run = inputs.for_one_pass(model)
+    return first_of({"record": lambda: record_run(model, run)}, model, inputs)
 
 
 def _graph(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     inputs = inputs_for(model, example_inputs)
     if inputs is not None:
-        run = inputs.for_one_pass(model)
         try:
-            return first_of({"record": lambda: record_run(model, run)}, model, inputs)
+            return _recorded(model, inputs)
         except CaptureError:
             if example_inputs is not None:
                 raise
@@ -194,7 +215,11 @@ class _Finder:
         flow = Flow(self._graph.graph, self._graph, self._reads)
         uses: dict[int, dict[Use, int]] = {parameter: {} for parameter in self._names}
         shapes: dict[int, dict[Use, Shape | None]] = {parameter: {} for parameter in self._names}
+        running: dict[int, dict[tuple[str, ...], None]] = {
+            key: {} for key in self._names
+        }  # in order
         for call in self._calls:
+            running[call.parameter][self._running(call.node)] = None
             use = self._use(call, flow)
             counts = uses[call.parameter]
             counts[use] = counts.get(use, 0) + 1
@@ -207,6 +232,7 @@ class _Finder:
             {name: tuple(shapes[parameter].values()) for parameter, name in self._each_name()},
             tuple(tuple(names) for names in self._names.values() if len(names) > 1),
             capture_of(self._graph),
+            {name: tuple(running[parameter]) for parameter, name in self._each_name()},
         )
 
     def _each_name(self) -> Iterator[tuple[int, str]]:
@@ -280,13 +306,18 @@ class _Finder:
     def _by(self, node: fx.Node) -> str:
         """The module whose own forward runs a node. In a graph that is the model itself that is the
         model, unless the node calls a module."""
-        stack: list[tuple[str, Any]] = list(node.meta.get("nn_module_stack", {}).values())
-        path: str = ""
+        return self._running(node)[-1]
+
+    def _running(self, node: fx.Node) -> tuple[str, ...]:
+        """The modules whose forward is running at a node, the outermost first."""
+        paths = [""]
+        if self._graph is not self._model:  # torch.export calls a second call `fc@1`
+            stack = node.meta.get("nn_module_stack", {}).values()
+            paths += [path.split("@")[0] for path, _ in stack]
         if node.op == "call_module":
-            path = str(node.target)
-        elif self._graph is not self._model and stack:
-            path = stack[-1][0].split("@")[0]  # torch.export calls a second call `fc@1`
-        return self._first_name.get(id(self._module(path)), path)
+            paths.append(str(node.target))
+        names = [self._first_name.get(id(self._module(path)), path) for path in paths]
+        return tuple(names)
 
     def _module(self, path: str) -> nn.Module | None:
         try:

@@ -3,14 +3,13 @@
 Some modules read the weights of their children instead of calling them: `nn.MultiheadAttention` uses
 `self.out_proj.weight`, Mamba's mixer `self.dt_proj.weight`. A mask that is drawn in the child's
 forward would then silently never act. The source of the class tells: `reads(cls)` lists the attribute
-chains that start at `self` in `forward` and in every method it mentions.
+chains that start at `self` in `forward`, in every method it mentions, and in the functions that these
+hand `self` or a child to.
 """
 
 from __future__ import annotations
 
-import ast
 import inspect
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,9 @@ from typing import Any
 from torch import nn
 
 from ..caching import cached
+from .source import ANY, Bindings, Call, Chain, bound, first_parameter, source_of
 
-_METADATA = frozenset(
+METADATA = frozenset(
     {
         "data_ptr",
         "device",
@@ -38,49 +38,158 @@ _METADATA = frozenset(
 _ONLY_INSPECTS: tuple[type[nn.Module], ...] = (nn.TransformerEncoder,)
 """Classes that look at their children's weights (to choose a path) but always call the children."""
 
-ANY = "*"
-"""Component of a chain that stands for any index: `self.experts[i].weight`."""
+_ONLY_SETTINGS = frozenset({"attention_interface"})
+"""What transformers calls the function that computes attention: it is given the module for settings and
+for its own parameters, and reads nothing of the children."""
+
+GIVEN = ("<given>",)
+"""Chain of an argument of the forward, in `reads(cls, given)`."""
+
+_DEEPEST = 8
+"""Length of the chains that are followed into functions, so that recursion ends."""
 
 
 @dataclass(frozen=True)
 class Reads:
     """What the forward of a class reads of `self`."""
 
-    chains: frozenset[tuple[str, ...]]
+    chains: frozenset[Chain]
     complete: bool
-    """False if the source is missing, or reads attributes whose names are computed."""
+    """False if the source is missing, or reads attributes whose names are computed, or hands `self` to
+    a function that it does not show."""
+    handed: frozenset[Chain] = frozenset()
+    """What is given to a call that the source does not show; `self` is the empty chain."""
+    passed: frozenset[tuple[Chain, int | str, Chain]] = frozenset()
+    """What is given to a call of a child: (the child, position or name of the argument, what)."""
 
-    def reads(self, path: tuple[str, ...]) -> bool:
+    def reads(self, path: Chain) -> bool:
         """Whether a chain reads the value found at `path`."""
         return any(_reads(chain, path) for chain in self.chains if len(chain) >= len(path))
 
+    def hands_out(self, path: Chain) -> bool:
+        """Whether the module at `path`, or one that contains it, is given to a call that the source
+        does not show, and that may read its weights."""
+        return any(is_at(chain, path) for chain in self.handed if len(chain) <= len(path))
 
-def _reads(chain: tuple[str, ...], path: tuple[str, ...]) -> bool:
-    if _METADATA.intersection(chain[len(path) : len(path) + 1]):
+
+def _reads(chain: Chain, path: Chain) -> bool:
+    if METADATA.intersection(chain[len(path) : len(path) + 1]):
         return False
+    return is_at(chain, path)
+
+
+def is_at(chain: Chain, path: Chain) -> bool:
+    """Whether a chain may lead to `path`, or into it, or to what contains it."""
     return all(have in (want, ANY) for have, want in zip(chain, path))
 
 
 @cached
-def reads(cls: type[nn.Module]) -> Reads:
-    """The chains that `cls.forward`, and the methods it mentions, read from `self`."""
+def reads(cls: type[nn.Module], given: int | str | None = None, method: str = "forward") -> Reads:
+    """The chains that `cls.forward`, the methods it mentions, and the functions that these give a part
+    of `self` to read from `self`.
+
+    Args:
+        cls: a plain class of module.
+        given: an argument, by position or name: what is read from it are the chains that start with
+            `GIVEN`.
+        method: look at this one instead of the forward.
+    """
     if issubclass(cls, _ONLY_INSPECTS):
         return Reads(frozenset(), complete=True)
-    chains: set[tuple[str, ...]] = set()
-    complete = True
-    todo, done = ["forward"], set[str]()
-    while todo:
-        name = todo.pop()
-        done.add(name)
-        for function in _methods(cls, name):
-            visitor = _visit(function)
-            if visitor is None:
-                complete = False
+    walk = _Walk(cls)
+    walk.run(method, () if given is None else ((given, GIVEN),))
+    return Reads(
+        frozenset(walk.chains), walk.complete, frozenset(walk.handed), frozenset(walk.passed)
+    )
+
+
+class _Walk:
+    """From a forward to all that it calls and that its source shows."""
+
+    def __init__(self, cls: type[nn.Module]) -> None:
+        self._cls = cls
+        self._todo: list[tuple[Callable[..., Any], Bindings]] = []
+        self._done: set[tuple[Callable[..., Any], Bindings]] = set()
+        self._mentioned: set[str] = set()
+        self.chains: set[Chain] = set()
+        self.handed: set[Chain] = set()
+        self.passed: set[tuple[Chain, int | str, Chain]] = set()
+        self.complete = True
+
+    def run(self, method: str, given: tuple[tuple[int | str, Chain], ...]) -> None:
+        """Start at a method, whose arguments may stand for something."""
+        if given:
+            self._follow(Call((method,), None, method, given))
+        self._mention(method)
+        while self._todo:
+            one = self._todo.pop()
+            if one in self._done:
                 continue
-            complete = complete and not visitor.computed
-            chains |= visitor.chains
-            todo += [chain[0] for chain in visitor.chains if chain[0] not in done]
-    return Reads(frozenset(chains), complete)
+            self._done.add(one)
+            source = source_of(*one)
+            if source is None:
+                self.complete = False
+                continue
+            self.complete = self.complete and not source.computed
+            self.chains |= source.chains
+            for chain in source.chains:
+                self._mention(chain[0])
+            for call in source.calls:
+                self._follow(call)
+
+    def _mention(self, name: str) -> None:
+        """Look into a method of the class, once."""
+        if name in self._mentioned:
+            return
+        self._mentioned.add(name)
+        for function in _methods(self._cls, name):
+            own = first_parameter(function)
+            if own is None:
+                self.complete = False
+            else:
+                self._todo.append((function, frozenset({(own, ())})))
+
+    def _follow(self, call: Call) -> None:
+        """Look into what is called with what it is given, or note that it cannot be seen."""
+        given = tuple((key, chain) for key, chain in call.given if len(chain) <= _DEEPEST)
+        for function, shift in _called(self._cls, call):
+            keyed = [(key + shift if isinstance(key, int) else key, chain) for key, chain in given]
+            own = first_parameter(function) if shift else None
+            bindings = bound(function, tuple(keyed)) | ({(own, ())} if own is not None else set())
+            self._todo.append((function, bindings))
+        if not _is_hidden(self._cls, call):
+            return
+        chains = {chain for _, chain in call.given}
+        self.complete = self.complete and () not in chains
+        if call.method is not None:
+            self.passed.update((call.method, key, chain) for key, chain in call.given)
+        elif call.name not in _ONLY_SETTINGS:
+            self.handed |= chains
+
+
+def _called(cls: type, call: Call) -> list[tuple[Callable[..., Any], int]]:
+    """The functions that a call may run, each with the position of its first argument."""
+    if call.method is not None:
+        if len(call.method) != 1:
+            return []
+        static = isinstance(inspect.getattr_static(cls, call.method[0], None), staticmethod)
+        return [(function, 0 if static else 1) for function in _methods(cls, call.method[0])]
+    function = call.function
+    if inspect.isfunction(function) and not _is_torchs(function):
+        return [(inspect.unwrap(function), 0)]
+    return []
+
+
+def _is_hidden(cls: type, call: Call) -> bool:
+    """Whether what is called with a part of `self` cannot be looked into, and may read weights."""
+    if _called(cls, call) or inspect.isbuiltin(call.function) or _is_torchs(call.function):
+        return False
+    return getattr(call.function, "__module__", None) != "builtins"
+
+
+def _is_torchs(function: Any) -> bool:
+    """torch's own functions (`checkpoint`, `functional_call`) call a module that they are given."""
+    return str(getattr(function, "__module__", "")).partition(".")[0] == "torch"
 
 
 def _methods(cls: type, name: str) -> list[Callable[..., Any]]:
@@ -92,176 +201,8 @@ def _methods(cls: type, name: str) -> list[Callable[..., Any]]:
         function = base.__dict__.get(name)
         if isinstance(function, property):
             function = function.fget
+        if isinstance(function, staticmethod):
+            function = function.__func__
         if inspect.isfunction(function):
             found.append(inspect.unwrap(function))
     return found
-
-
-@cached
-def _visit(function: Callable[..., Any]) -> _Visitor | None:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    definition = tree.body[0]
-    if not isinstance(definition, ast.FunctionDef) or not definition.args.args:
-        return None
-    visitor = _Visitor(definition.args.args[0].arg)
-    visitor.visit(definition)
-    return visitor
-
-
-_Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
-
-
-def _loops(target: ast.expr, call: ast.Call) -> list[tuple[ast.expr, ast.expr]]:
-    """(loop variable, what it runs over) pairs of `for target in call(...)`."""
-    names = target.elts if isinstance(target, ast.Tuple) else [target]
-    match call.func:
-        case ast.Name(id="reversed" | "list" | "tuple" | "iter") if call.args:
-            return [(target, call.args[0])]
-        case ast.Name(id="enumerate") if call.args:
-            return [(names[-1], call.args[0])]
-        case ast.Name(id="zip"):
-            return list(zip(names, call.args))
-        case ast.Attribute(value=owner, attr="values" | "items"):
-            return [(names[-1], owner)]
-        case _:
-            return []
-
-
-Chain = tuple[str, ...]
-
-
-class _Visitor(ast.NodeVisitor):
-    def __init__(self, self_name: str) -> None:
-        self.chains: set[Chain] = set()
-        self.aliases: dict[str, set[Chain]] = {self_name: {()}}
-        """What a local name may stand for; order of execution is not looked at."""
-        self.computed = False
-
-    def chains_of(self, node: ast.expr) -> set[Chain]:
-        """The chains that an expression such as `self.a[i].b` may be; empty if none starts at self."""
-        match node:
-            case ast.Name(id=name):
-                return self.aliases.get(name, set())
-            case ast.Attribute(value=owner, attr=name):
-                return {(*chain, name) for chain in self.chains_of(owner)}
-            case ast.Subscript(value=owner, slice=index):
-                return {_item(chain, index) for chain in self.chains_of(owner) if chain}
-            case ast.IfExp(body=one, orelse=other):
-                return self.chains_of(one) | self.chains_of(other)
-            case ast.NamedExpr(value=value):
-                return self.chains_of(value)
-            case ast.Call(
-                func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=str(name)), *_]
-            ):
-                return {(*chain, name) for chain in self.chains_of(owner)}
-            case ast.Call(
-                func=ast.Attribute(value=owner, attr="get_submodule" | "get_parameter"),
-                args=[ast.Constant(value=str(path))],
-            ):
-                return {(*chain, *path.split(".")) for chain in self.chains_of(owner)}
-            case _:
-                return set()
-
-    def visit(self, node: ast.AST) -> None:
-        """Record the longest chains; what is inside one is not looked at again, but for indices."""
-        found: set[Chain] = set()
-        if isinstance(node, ast.expr) and not isinstance(getattr(node, "ctx", None), ast.Store):
-            found = {chain for chain in self.chains_of(node) if chain}
-        self.chains |= found
-        if found and isinstance(node, (ast.Attribute, ast.Name)):
-            if isinstance(node, ast.Attribute) and not isinstance(
-                node.value, (ast.Attribute, ast.Name)
-            ):
-                self.visit(node.value)
-            return
-        super().visit(node)
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        for target in node.targets:
-            self._assign(target, node.value)
-        self.generic_visit(node)
-
-    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
-        self._assign(node.target, node.value)
-        self.generic_visit(node)
-
-    def visit_For(self, node: ast.For) -> None:
-        self._bind(node.target, node.iter)
-        self.generic_visit(node)
-
-    def visit_comprehension(self, node: ast.comprehension) -> None:
-        self._bind(node.target, node.iter)
-        self.generic_visit(node)
-
-    def _comprehension(self, node: _Comprehension) -> None:
-        """The loops first: they bind the names that the element reads."""
-        for loop in node.generators:
-            self.visit(loop)
-        self.generic_visit(node)
-
-    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _comprehension
-
-    def visit_Compare(self, node: ast.Compare) -> None:
-        """`self.bias is None` asks for no value."""
-        if all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
-            self._ask(node.left, *node.comparators)
-        else:
-            self.generic_visit(node)
-
-    def _ask(self, *parts: ast.expr) -> None:
-        """What looks at objects and not at their values."""
-        for part in parts:
-            if not isinstance(part, (ast.Attribute, ast.Name)):
-                self.visit(part)
-
-    def visit_Call(self, node: ast.Call) -> None:
-        match node.func:
-            case ast.Name(id="isinstance" | "hasattr" | "type"):
-                self._ask(*node.args)
-                return
-            case ast.Name(id="getattr") if not self.chains_of(node):
-                self.computed = True
-            case ast.Name(id="vars"):
-                self.computed = True
-            case ast.Attribute(value=owner, attr="parameters" | "named_parameters"):
-                self.computed = self.computed or bool(self.chains_of(owner))
-        self.generic_visit(node)
-
-    def _assign(self, target: ast.expr, value: ast.expr) -> None:
-        """Alias `a` in `a = self.b`, and each name in `a, b = self.c, self.d`."""
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-            for part, source in zip(target.elts, value.elts):
-                self._assign(part, source)
-        elif isinstance(target, ast.Name):
-            self._alias(target.id, self.chains_of(value))
-
-    def _bind(self, target: ast.expr, iterable: ast.expr) -> None:
-        """Alias the names of a loop over something of self, also inside zip, enumerate, ..."""
-        if isinstance(iterable, ast.Call):
-            for part, source in _loops(target, iterable):
-                self._bind(part, source)
-        elif isinstance(iterable, (ast.Tuple, ast.List)):
-            for source in iterable.elts:
-                self._assign(target, source)
-        elif isinstance(target, ast.Name):
-            items = {(*chain, ANY) for chain in self.chains_of(iterable) if chain}
-            self._alias(target.id, items)
-
-    def _alias(self, name: str, chains: set[Chain]) -> None:
-        found = {chain for chain in chains if chain}
-        if found:
-            self.aliases.setdefault(name, set()).update(found)
-
-
-def _item(chain: Chain, index: ast.expr) -> Chain:
-    """The chain of `<chain>[index]`; `self._modules["fc"]` is `self.fc`."""
-    fixed = index.value if isinstance(index, ast.Constant) else None
-    if isinstance(fixed, str):
-        return (*chain[:-1], fixed) if chain[-1] in _TABLES else (*chain, fixed)
-    return (*chain, str(fixed) if isinstance(fixed, int) and fixed >= 0 else ANY)
-
-
-_TABLES = ("_modules", "_parameters")
