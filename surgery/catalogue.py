@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,12 @@ class Catalogue:
     def name(self, module: nn.Module) -> str:
         """The first name of a module, as in `named_modules()`."""
         return self.names[id(module)][0]
+
+    def in_order(self, names: Collection[str]) -> list[str]:
+        """First names of modules, in model order."""
+        if len(names) < 2:
+            return list(names)
+        return [name for name, *_ in self.names.values() if name in names]
 
     def full(self, module: nn.Module, parameter: str) -> str:
         """The first dotted name of a parameter of a module."""

@@ -4,7 +4,7 @@ made before, and from a run."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 
 from torch import nn
 
@@ -16,15 +16,13 @@ from .modules.reads import GIVEN, Reads, is_at, reads
 from .modules.source import ANY, Chain
 from .plan import Plan
 from .select import Choice
-
-Users = Mapping[int, Sequence[tuple[nn.Module, str]]]
-"""All users of every parameter that has several, by the parameter's id."""
+from .ties import Ties
 
 
 class Known:
     """Whose forward reads a weight. `plan_dropconnect` and `apply_dropconnect` ask in the same way."""
 
-    def __init__(self, catalogue: Catalogue, ties: Users, plan: Plan | None, look: Look) -> None:
+    def __init__(self, catalogue: Catalogue, ties: Ties, plan: Plan | None, look: Look) -> None:
         self._catalogue = catalogue
         self._ties = ties
         self._look = look

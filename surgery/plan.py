@@ -55,7 +55,8 @@ class Site:
     """What is done to it."""
 
     shared_with: tuple[str, ...] = ()
-    """Dotted names of the other parameters that are this same (tied) tensor and drop with it."""
+    """Dotted names of the other parameters that are this same (tied) tensor and drop with it, in model
+    order: the site is named after the first. Users that do not drop are not listed."""
 
     drawn_by: tuple[str, ...] = ()
     """Dotted names of the parent modules that read the weight themselves, so that the mask is drawn
@@ -111,7 +112,8 @@ class Plan:
     """The frozen list of sites, in model order. `print(plan)` shows a table.
 
     A plan is data: it holds no tensors and no modules, and can be given to `apply_dropconnect` as
-    its `targets`, for the same model or for another one with the same names.
+    its `targets`, for the same model or for another one with the same names. Of a tied weight, exactly
+    the users that it lists drop.
     """
 
     sites: tuple[Site, ...] = ()

@@ -22,6 +22,7 @@ from .plan import Plan, Site, Use
 from .refusals import not_followed, why_not
 from .scope import needs_scope
 from .select import Choice, select
+from .ties import by_parameter, ties, with_ties
 
 
 @dataclass
@@ -97,30 +98,14 @@ def prepare(
         raise TypeError(f"expected a torch.nn.Module; got {type(model).__name__}")
     catalogue = Catalogue(model)
     choices, excluded = select(catalogue, targets, exclude, config)
-    ties = _ties(catalogue)
-    known = Known(catalogue, ties, targets if isinstance(targets, Plan) else None, look)
+    plan, tied = targets if isinstance(targets, Plan) else None, ties(catalogue)
+    if plan is None:  # which lists the users that drop
+        choices = with_ties(catalogue, choices, excluded, tied)
+    known = Known(catalogue, tied, plan, look)
     changes: dict[int, Change] = {}
     sites: list[Found] = []
     problems: list[str] = []
-    done: dict[int, Choice] = {}
-    for choice in choices:
-        parameter = catalogue.own(choice.module).get(choice.name)
-        if parameter is None:
-            problems.append(_missing(catalogue, choice))
-            continue
-        other = done.setdefault(id(parameter), choice)
-        if other is not choice:
-            if other.config != choice.config:
-                problems.append(_differently(catalogue, choice, other))
-            continue
-        users = [choice]
-        users += [
-            Choice(module, name, choice.config)
-            for module, name in ties.get(id(parameter), ())
-            if (id(module), name) not in excluded
-            and (id(module), name) != (id(choice.module), choice.name)
-            and (not catalogue.is_in_graph(module) or catalogue.is_read(module, name))
-        ]
+    for users, parameter in by_parameter(catalogue, choices, problems):
         site = _site(catalogue, users, parameter, changes, problems, known)
         if site is not None:
             sites.append(site)
@@ -139,7 +124,7 @@ def _site(
     """Record the changes of one site with all its users; add what is wrong to `problems`."""
     before = len(problems)
     names: list[str] = []
-    drawn_by: dict[str, None] = {}  # in order
+    drawn_by: set[str] = set()
     for user in users:
         module, full = user.module, catalogue.full(user.module, user.name)
         names.append(full)
@@ -156,7 +141,7 @@ def _site(
         change.states[user.name] = _state(catalogue, user, full, parameter, bool(parents))
         if catalogue.graphs is not None:
             change.in_graph = catalogue.graphs.owns(module)
-            drawn_by.update((catalogue.name(one), None) for one in catalogue.graphs.readers(module))
+            drawn_by.update(map(catalogue.name, catalogue.graphs.readers(module)))
         if needs_scope(user.config):
             for around in catalogue.enclosing(module):
                 _change(changes, around).scope = True
@@ -164,12 +149,12 @@ def _site(
             draws = _change(changes, parent).draws
             if path not in draws:
                 draws.append(path)
-            drawn_by[catalogue.name(parent)] = None
+            drawn_by.add(catalogue.name(parent))
     if len(problems) > before:
         return None
     first = users[0]
     state = changes[id(first.module)].states[first.name]
-    return Found(state, names, parameter, list(drawn_by))
+    return Found(state, names, parameter, catalogue.in_order(drawn_by))
 
 
 def _change(changes: dict[int, Change], module: nn.Module) -> Change:
@@ -202,21 +187,6 @@ def _state(
     return state
 
 
-def _ties(catalogue: Catalogue) -> dict[int, list[tuple[nn.Module, str]]]:
-    """All users of every parameter that has several, by the parameter's id."""
-    first: dict[int, tuple[nn.Module, str]] = {}
-    users: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in catalogue.modules.values():
-        for name, parameter in catalogue.own(module).items():
-            if parameter is None:
-                continue
-            user = (module, name)
-            known = first.setdefault(id(parameter), user)
-            if known is not user:
-                users.setdefault(id(parameter), [known]).append(user)
-    return users
-
-
 def _lone_biases(changes: dict[int, Change]) -> list[str]:
     """Biases that nothing but the product with their weight could drop, where that weight is not
     dropped in the same way."""
@@ -233,18 +203,3 @@ def _lone_biases(changes: dict[int, Change]) -> list[str]:
                 "not the same options; name the weight, whose bias=True takes the bias along"
             )
     return problems
-
-
-def _differently(catalogue: Catalogue, choice: Choice, other: Choice) -> str:
-    one, two = (catalogue.full(user.module, user.name) for user in (choice, other))
-    return f"{one} is tied with {two}, but the two were given different options; give both the same"
-
-
-def _missing(catalogue: Catalogue, choice: Choice) -> str:
-    name = catalogue.full(choice.module, choice.name)
-    if hasattr(choice.module, "parametrizations"):
-        return f"{name} is parametrized; call remove_parametrizations first, or exclude it"
-    return (
-        f"{name}: {type(choice.module).__name__} has no such parameter (pruned, replaced or None); "
-        "exclude it"
-    )

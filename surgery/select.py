@@ -67,7 +67,7 @@ def select(
         chosen.pop(key, None)
     if not chosen:
         raise NoMatchError(f"nothing is left of targets={targets!r} after exclude={exclude!r}")
-    return _in_model_order(catalogue, chosen), excluded
+    return in_model_order(catalogue, chosen), excluded
 
 
 def _biases(catalogue: Catalogue, choice: Choice) -> list[Choice]:
@@ -78,7 +78,8 @@ def _biases(catalogue: Catalogue, choice: Choice) -> list[Choice]:
     return [Choice(choice.module, bias, choice.config)]
 
 
-def _in_model_order(catalogue: Catalogue, chosen: dict[Key, Choice]) -> list[Choice]:
+def in_model_order(catalogue: Catalogue, chosen: dict[Key, Choice]) -> list[Choice]:
+    """The choices of a dict, which is emptied, in the order in which the model has its parameters."""
     ordered = [
         chosen.pop((key, name))
         for key, module in catalogue.modules.items()

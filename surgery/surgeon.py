@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from .modules.operated import (
     operated_class,
     plain_class,
 )
-from .modules.places import places, plain_parameters, set_state, states_of
+from .modules.places import Place, places, plain_parameters, set_state, states_of
 from .modules.state import SiteState
 from .modules.walk import named_modules
 from .plan import Plan, Site, join
@@ -183,26 +182,30 @@ def _unswap(module: Any) -> None:
 
 def current_plan(model: nn.Module) -> Plan:
     """The sites that are in place, in model order; empty if there are none."""
-    drawn_by = _drawn_by(Catalogue(model))
-    sites: dict[int, Site] = {}
+    users: dict[int, list[Place]] = {}
     for place in places(model):
-        state, parameter = place.state, place.raw
-        if parameter is None:
-            continue
-        known = sites.get(id(parameter))
-        if known is None:
-            sites[id(parameter)] = Site(
-                module=place.name,
-                parameter=state.name,
-                kind=state.kind,
-                shape=tuple(parameter.shape),
-                config=state.config,
-                drawn_by=tuple(drawn_by.get(id(place.owner), ())),
-            )
-        else:
-            twins = (*known.shared_with, join(place.name, state.name))
-            sites[id(parameter)] = dataclasses.replace(known, shared_with=twins)
-    return Plan(tuple(sites.values()))
+        if place.raw is not None:
+            users.setdefault(id(place.raw), []).append(place)
+    if not users:
+        return Plan()
+    catalogue = Catalogue(model)
+    drawn_by = _drawn_by(catalogue)
+    return Plan(tuple(_in_place(found, catalogue, drawn_by) for found in users.values()))
+
+
+def _in_place(users: list[Place], catalogue: Catalogue, drawn_by: dict[int, list[str]]) -> Site:
+    """The site that a parameter is, whose users drop."""
+    first = users[0]
+    drawers = {name for place in users for name in drawn_by.get(id(place.owner), ())}
+    return Site(
+        module=first.name,
+        parameter=first.state.name,
+        kind=first.state.kind,
+        shape=tuple(first.raw.shape),
+        config=first.state.config,
+        shared_with=tuple(join(place.name, place.state.name) for place in users[1:]),
+        drawn_by=tuple(catalogue.in_order(drawers)),
+    )
 
 
 def unused_sites(model: nn.Module) -> list[str]:

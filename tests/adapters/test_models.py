@@ -223,6 +223,15 @@ class TestTying:
         model.train()(**data).loss.backward()
         assert model.transformer.wte.weight_raw.grad.shape == (size, 32)
 
+    def test_an_excluded_end_stays_so_when_resized(self, make: Any, tmp_path: Path) -> None:
+        model = apply_dropconnect(make("gpt2"), "*.wte", p=0.1, exclude="lm_head")
+        model.resize_token_embeddings(120)
+        model.save_pretrained(tmp_path)
+        (site,) = dropconnect_sites(model)
+        assert (site.shape, site.shared_with) == ((120, 32), ())
+        assert type(model.lm_head) is torch.nn.Linear
+        assert model.lm_head.weight is model.transformer.wte.weight_raw
+
 
 class TestReadByAParent:
     def test_mamba_mixer_draws_for_dt_proj(self, make: Any) -> None:

@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import SurgeryError, apply_dropconnect, dropconnect_sites, strip_dropconnect
+from surgery import (
+    Plan,
+    SurgeryError,
+    apply_dropconnect,
+    dropconnect_sites,
+    load_dropconnect,
+    plan_dropconnect,
+    save_dropconnect,
+    strip_dropconnect,
+)
+from surgery.surgeon import reapplied
 
 from .helpers import Snapshot, keep, masked
 
@@ -147,3 +157,90 @@ def test_assigning_a_parameter_ties_while_operated() -> None:
     assert fresh.grad is not None
     strip_dropconnect(tied)
     assert tied.head.weight is tied.embed.weight is fresh
+
+
+class Many(nn.Module):
+    """Ties of every sort: between kinds, three users, inside one module, read by a parent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.embed = nn.Linear(4, 4), nn.Embedding(4, 4)
+        self.pair = nn.ParameterDict({"a": nn.Parameter(torch.randn(4, 4))})
+        self.pair["b"] = self.pair["a"]
+        self.rnn = nn.LSTM(4, 4, num_layers=2)
+        self.rnn.weight_hh_l1 = self.rnn.weight_hh_l0
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.head.weight = self.second.weight = self.embed.weight
+        self.attention.out_proj.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x @ self.pair["a"])
+
+
+def traced() -> nn.Module:
+    """The weights of one graph, one of which has two names."""
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Parameter(torch.randn(4, 4)) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.linear(F.linear(x, self.c), self.b), self.a)
+
+    graph = torch.fx.symbolic_trace(Functional())
+    graph.b = graph.a
+    return graph
+
+
+@pytest.mark.parametrize("exclude", [None, "embed", "second", "head", ["embed", "head"], "first"])
+@pytest.mark.parametrize("last_first", [False, True])
+def test_the_plan_has_the_names_and_the_order_of_what_is_in_place(exclude, last_first) -> None:
+    """Whatever was named, a site is called by the first of its users that drop; and a plan means the
+    users that it lists, in a file too."""
+    targets = ["embed", "second", "head", "first", "attention", "*.weight_hh_l*", nn.Linear]
+    made = Many()
+    plan = plan_dropconnect(made, targets[::-1] if last_first else targets, 0.3, exclude=exclude)
+    apply_dropconnect(made, targets, 0.3, exclude=exclude)
+    assert dropconnect_sites(made) == plan
+    names = [site.name for site in plan]
+    in_order = [name for name, _ in Many().named_parameters(remove_duplicate=False)]
+    assert names == sorted(names, key=in_order.index)
+    for copied in (plan, Plan.from_json(plan.to_json())):
+        assert plan_dropconnect(Many(), copied) == plan
+        assert dropconnect_sites(apply_dropconnect(Many(), copied)) == plan
+
+
+@pytest.mark.parametrize("name", ["head.weight", "second.weight", "embed.weight"])
+def test_one_user_named_one_name(name: str) -> None:
+    site = plan_dropconnect(Many(), name)[0]
+    assert (site.name, site.shared_with) == ("embed.weight", ("second.weight", "head.weight"))
+    assert site.kind == "embedding"
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_one_user_named_one_name_in_a_graph(name: str) -> None:
+    plan = plan_dropconnect(traced(), [name, "c"])
+    graph = apply_dropconnect(traced(), [name, "c"])
+    assert [(site.name, site.shared_with) for site in plan] == [("c", ()), ("b", ("a",))]
+    assert dropconnect_sites(graph) == plan == plan_dropconnect(traced(), plan)
+    alone = plan_dropconnect(traced(), "a", exclude="b")
+    assert [(site.name, site.shared_with) for site in alone] == [("a", ())]
+    assert dropconnect_sites(apply_dropconnect(traced(), alone)) == alone
+
+
+def test_excluded_users_stay_so(tmp_path) -> None:
+    """Through a plan, a file, and surgery that is done again because a weight was resized."""
+    tied = apply_dropconnect(model(), "embed", exclude="head", toward="pretrained")
+    save_dropconnect(tied, tmp_path)
+    with reapplied(tied):
+        grown = nn.Parameter(torch.cat([tied.embed.weight.detach()] * 2))
+        tied.embed.weight = tied.head.weight = grown
+    assert tied.embed.weight is tied.head.weight is grown
+    loaded = load_dropconnect(model(), tmp_path)
+    again = apply_dropconnect(model(), dropconnect_sites(tied))
+    for one in (tied, loaded, again):
+        (site,) = dropconnect_sites(one)
+        assert (site.name, site.shared_with) == ("embed.weight", ())
+        assert type(one.head) is nn.Linear
