@@ -16,7 +16,7 @@ from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
 
-from surgery.checkpoint import plain_state_dict
+from surgery.keys import plain_state_dict
 from surgery.modules.places import places
 from surgery.savers import resizes_plain, teach, teach_function, works_plain, writes_plain
 

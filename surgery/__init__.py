@@ -17,10 +17,11 @@ from .api import (
     set_p,
     strip_dropconnect,
 )
-from .checkpoint import load_dropconnect, plain_state_dict, save_dropconnect
+from .checkpoint import load_dropconnect, save_dropconnect
 from .config import DropConnectConfig
 from .errors import NoMatchError, NotOperatedError, SurgeryError
 from .inference import set_inference
+from .keys import plain_state_dict, raw_state_dict
 from .modules import DropConnectModule
 from .plan import Plan, Site, Use
 from .predict import MCPrediction, mc_predict
@@ -50,6 +51,7 @@ __all__ = [
     "mc_predict",
     "plain_state_dict",
     "plan_dropconnect",
+    "raw_state_dict",
     "save_dropconnect",
     "set_inference",
     "set_p",

@@ -1,4 +1,4 @@
-"""Raw keys and plain keys, and the small files of our own that lie beside a plain checkpoint.
+"""The small files of our own that lie beside a plain checkpoint.
 
 `dropconnect.json` holds the plan. `dropconnect_anchors.safetensors` holds the pretrained weights that
 dropped weights go toward, and is written only if there are any.
@@ -23,6 +23,7 @@ from .api import apply_dropconnect
 from .config import FORMAT_VERSION
 from .errors import NotOperatedError, SurgeryError
 from .files import whole_file
+from .keys import plain_state_dict
 from .modules.places import places
 from .plan import Plan, join
 from .surgeon import current_plan
@@ -31,34 +32,6 @@ PLAN_FILE = "dropconnect.json"
 ANCHORS_FILE = "dropconnect_anchors.safetensors"
 
 Model = TypeVar("Model", bound=nn.Module)
-Value = TypeVar("Value")
-
-
-def plain_keys(model: nn.Module) -> dict[str, str | None]:
-    """The plain name of every key that DropConnect adds to `state_dict()`; None for anchors."""
-    keys: dict[str, str | None] = {}
-    for place in places(model, remove_duplicate=False):
-        state = place.state
-        keys[join(place.name, state.raw)] = join(place.name, state.name)
-        if state.anchor is not None:
-            keys[join(place.name, state.anchor)] = None
-    return keys
-
-
-def plain_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Value] | None = None
-) -> dict[str, Tensor | Value]:
-    """The state dict with the keys that the model has without DropConnect, in the same order.
-
-    Args:
-        model: operated or not; not changed.
-        state_dict: a state dict of this model to rename, for example one that was gathered from
-            shards; default `model.state_dict()`. Tensors are not copied.
-    """
-    source: Mapping[str, Any] = model.state_dict() if state_dict is None else state_dict
-    keys = plain_keys(model)
-    plain = {keys.get(key, key): value for key, value in source.items()}
-    return {key: value for key, value in plain.items() if key is not None}
 
 
 def anchors(model: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from .checkpoint import plain_state_dict, save_dropconnect
+from .checkpoint import save_dropconnect
+from .keys import plain_state_dict
 from .modules.places import places
 from .surgeon import can_undo, reapplied, suspended
 

@@ -24,13 +24,13 @@ from surgery.checkpoint import (
     PLAN_FILE,
     anchors,
     make_file_plain,
-    plain_state_dict,
     read_dropconnect,
     save_dropconnect,
     set_anchors,
 )
 from surgery.config import DropConnectConfig
 from surgery.errors import SurgeryError
+from surgery.keys import plain_state_dict
 from surgery.modules.places import states_in
 from surgery.modules.state import change_p
 from surgery.schedules import Schedule, make_schedule

@@ -6,6 +6,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,12 @@ def test_entry_points_can_be_imported() -> None:
     pytest.importorskip("transformers")
     for target in project()["project"]["entry-points"]["surgery.plugins"].values():
         importlib.import_module(target)
+
+
+def test_installed_entry_points_are_those_of_the_project() -> None:
+    """An editable install keeps those of the day when it was made: install again."""
+    installed = {entry.name: entry.value for entry in entry_points(group="surgery.plugins")}
+    assert project()["project"]["entry-points"]["surgery.plugins"].items() <= installed.items()
 
 
 @pytest.mark.parametrize("path", MODULES)

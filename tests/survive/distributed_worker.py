@@ -22,10 +22,17 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from surgery import apply_dropconnect, plain_state_dict, set_p, strip_dropconnect
+from surgery import (
+    apply_dropconnect,
+    plain_state_dict,
+    raw_state_dict,
+    set_p,
+    strip_dropconnect,
+)
 
 SUBJECT = BY_NAME["transformer"]
 
@@ -138,6 +145,45 @@ def fsdp_state_dict(rank: int) -> dict[str, Any]:
     return found
 
 
+def plain_keys(rank: int) -> dict[str, Any]:
+    """Plain keys into DDP and into shards, by every way that torch has."""
+    plain = {name: value + 1 for name, value in SUBJECT.plain().state_dict().items()}
+    found: dict[str, Any] = {}
+    for way, full in {
+        "ddp": {},
+        "sharded": {},
+        "full": {"full_state_dict": True},
+        "broadcast": {"full_state_dict": True, "broadcast_from_rank0": True},
+        "offload": {"full_state_dict": True, "cpu_offload": True},
+    }.items():
+        moved = SUBJECT.moved(toward="pretrained")
+        model = DistributedDataParallel(moved) if way == "ddp" else fsdp_model(toward="pretrained")
+        given = dict(plain)
+        if way == "sharded":
+            shards = plain_state_dict(model, get_model_state_dict(model))
+            given = {
+                name: distribute_tensor(plain[name], shard.device_mesh, shard.placements)
+                for name, shard in shards.items()
+            }
+        if way == "broadcast" and rank > 0:
+            given = {}
+        result = set_model_state_dict(model, given, options=StateDictOptions(**full))
+        assert not result.missing_keys
+        assert not result.unexpected_keys
+        state = (model.module if way == "ddp" else model).state_dict()
+        found |= {f"{way}.{name}": whole(value).clone() for name, value in state.items()}
+        raw = raw_state_dict(model, get_plain(model))
+        found[f"keys.{way}"] = list(raw)
+        model.load_state_dict(raw_state_dict(model, plain_state_dict(model)))
+    return found
+
+
+def get_plain(model: nn.Module) -> dict[str, Any]:
+    """Without the names of wrappers, as torch gathers it."""
+    options = StateDictOptions(full_state_dict=True)
+    return plain_state_dict(model, get_model_state_dict(model, options=options))
+
+
 def fsdp_checkpointing(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for way in ("plain", "checkpointed"):
@@ -158,6 +204,7 @@ CASES = (
     fsdp_independent,
     fsdp_errors,
     fsdp_state_dict,
+    plain_keys,
     fsdp_checkpointing,
 )
 

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from surgery import plain_state_dict, set_p, strip_dropconnect
 
@@ -166,6 +172,45 @@ class TestDistributedStateDict:
             assert torch.equal(value, expected[name.removeprefix("got.")]), name
         plain = plain_state_dict(model, {k.removeprefix("got."): v for k, v in got.items()})
         assert set(plain) == set(SUBJECT.plain().state_dict())
+
+    @pytest.mark.parametrize("way", ["ddp", "sharded", "full", "broadcast", "offload"])
+    def test_plain_keys(self, job: Ranks, way: str) -> None:
+        """Each weight is loaded, and each anchor is the one that was in place."""
+        anchors = {anchor(site) for site in SUBJECT.sites}
+        expected = tensors(SUBJECT.moved(toward="pretrained"))
+        start = SUBJECT.plain().state_dict()
+        plain = {raw(site): site for site in SUBJECT.sites}
+        for rank in job:
+            found = rank["plain_keys"]
+            assert set(found[f"keys.{way}"]) == set(expected)
+            for name, value in expected.items():
+                wanted = value if name in anchors else start[plain.get(name, name)] + 1
+                assert torch.equal(found[f"{way}.{name}"], wanted), name
+
+    @pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
+    def test_plain_names_in_an_optimizer(self, flat: bool) -> None:
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+
+        def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+            return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+        plain, model = SUBJECT.plain(), SUBJECT.operated(toward="pretrained")
+        trained = optimizer(plain)
+        plain(SUBJECT.inputs()).square().sum().backward()
+        trained.step()
+        given = get_state_dict(plain, trained, options=options)
+        resumed = optimizer(model)
+        set_state_dict(
+            model,
+            resumed,
+            model_state_dict=given[0],
+            optim_state_dict=given[1],
+            options=options,
+        )
+        assert_same(plain_state_dict(model), given[0])
+        for ours, theirs in zip(model.parameters(), plain.parameters()):
+            momentum = trained.state[theirs]["momentum_buffer"]
+            assert torch.equal(resumed.state[ours]["momentum_buffer"], momentum)
 
     def test_single_process(self) -> None:
         model: nn.Module = SUBJECT.operated(toward="pretrained")

@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from surgery import apply_dropconnect, plain_state_dict, strip_dropconnect
+from surgery import apply_dropconnect, plain_state_dict, raw_state_dict, strip_dropconnect
 
 from .models import (
     BY_NAME,
@@ -40,6 +41,73 @@ def test_keys_are_raw_in_the_plain_order(subject: Subject) -> None:
 
 def test_plain_state_dict_is_the_plain_models(subject: Subject) -> None:
     assert_same(plain_state_dict(subject.operated()), dict(subject.plain().state_dict()))
+
+
+class TestRawStateDict:
+    """`raw_state_dict`, the inverse of `plain_state_dict`."""
+
+    @pytest.mark.parametrize("toward", ["zero", "pretrained"])
+    def test_is_the_inverse(self, subject: Subject, toward: str) -> None:
+        model = subject.operated(toward=toward)
+        state = model.state_dict()
+        back = raw_state_dict(model, plain_state_dict(model))
+        assert [key for key in back if key in state] == list(back)
+        assert_same({key: back[key] for key in state}, dict(state))
+        assert_same(raw_state_dict(model, state), dict(state))
+
+    def test_of_a_plain_model_changes_nothing(self, subject: Subject) -> None:
+        state = dict(subject.plain().state_dict())
+        assert_same(raw_state_dict(subject.plain(), state), state)
+
+    def test_the_recipe_for_partial_loads(self, subject: Subject) -> None:
+        model = subject.operated(toward="pretrained")
+        site = subject.sites[0]
+        value = torch.randn_like(model.state_dict()[raw(site)])
+        given = {site: value, "somebody.else": torch.ones(1)}
+        found = raw_state_dict(model, given)
+        assert list(found) == [raw(site), anchor(site), "somebody.else"]
+        own = model.state_dict()
+        own.update({key: value for key, value in found.items() if key in own})
+        before = tensors(model)
+        model.load_state_dict(own)
+        after = tensors(model)
+        assert torch.equal(after[raw(site)], value)
+        assert_same({**before, raw(site): value}, after)
+
+    def test_both_keys_stay_an_error(self) -> None:
+        model = apply_dropconnect(nn.Sequential(nn.Linear(2, 2)), "0", p=0.5)
+        both = {**model.state_dict(), "0.weight": torch.zeros(2, 2)}
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*0\.weight"):
+            model.load_state_dict(raw_state_dict(model, both))
+
+    def test_tied_weights_under_both_names(self) -> None:
+        embedding, head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        head.weight = embedding.weight
+        model = apply_dropconnect(
+            nn.Sequential(embedding, head), ["0", "1"], p=0.5, toward="pretrained"
+        )
+        value = torch.randn(5, 4)
+        found = raw_state_dict(model, {"0.weight": value, "1.weight": value})
+        assert set(found) == set(model.state_dict())
+        model.load_state_dict(found)
+        assert torch.equal(model[0].weight, value)
+        assert set(raw_state_dict(model, {"1.weight": value})) == {
+            "1.weight_raw",
+            "1.weight_anchor",
+        }
+
+    def test_names_with_and_without_wrappers(self) -> None:
+        """`checkpoint_wrapper` hides its name from state dicts, `torch.compile` and DDP do not."""
+        inner = apply_dropconnect(nn.Sequential(nn.Linear(2, 2)), "0", p=0.5)
+        shown = torch.compile(nn.DataParallel(inner), backend="eager")
+        hidden = nn.Sequential(checkpoint_wrapper(inner))
+        for model in (shown, hidden):
+            plain = plain_state_dict(model)
+            assert not any("_raw" in key for key in plain)
+            assert_same(raw_state_dict(model, plain), dict(model.state_dict()))
+            model.load_state_dict(plain)
+        assert list(plain_state_dict(shown, inner.state_dict())) == ["0.weight", "0.bias"]
+        assert list(raw_state_dict(shown, plain_state_dict(inner))) == ["0.weight_raw", "0.bias"]
 
 
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
