@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence, Set
 
-from torch import nn
+from torch import Tensor, nn
 
 from .catalogue import Catalogue
 from .config import DropConnectConfig
@@ -14,25 +14,41 @@ from .finder import Look
 from .modules.operated import plain_class
 from .modules.reads import GIVEN, Reads, is_at, reads
 from .modules.source import ANY, Chain
-from .plan import Plan
-from .select import Choice
+from .plan import Plan, Site
+from .select import Choice, Key
 from .ties import Ties
+
+_PRODUCTS = ("linear", "conv1d", "attention", "other")
+"""Kinds of module whose weights graphs may read as those of a linear operation."""
 
 
 class Known:
     """Whose forward reads a weight. `plan_dropconnect` and `apply_dropconnect` ask in the same way."""
 
-    def __init__(self, catalogue: Catalogue, ties: Ties, plan: Plan | None, look: Look) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        ties: Ties,
+        plan: Plan | None,
+        look: Look,
+        resized: bool = False,
+    ) -> None:
         self._catalogue = catalogue
         self._ties = ties
         self._look = look
         self._drawn_by: dict[str, set[str]] | None = None if plan is None else {}
         """By the name of a parameter, what the plan says."""
         self._used_by_owner: set[str] = set()
+        self._resized = resized
+        self._planned: dict[Key, tuple[Site, bool]] = {}
+        """What the plan says of a parameter, and whether the site has its name."""
         for site in plan or ():
             assert self._drawn_by is not None
             for name in (site.name, *site.shared_with):
                 self._drawn_by.setdefault(name, set()).update(site.drawn_by)
+                found = catalogue.parameter(name)
+                if found is not None:
+                    self._planned[id(found[0]), found[1]] = site, name == site.name
             if any(use.by == site.module for use in site.uses):
                 self._used_by_owner.add(site.name)
         self._lineages: dict[str, list[tuple[str, nn.Module, tuple[str, ...], Reads]]] = {}
@@ -61,6 +77,17 @@ class Known:
             return True
         seen, mine = self._look(), set(self._catalogue.names[id(user.module)])
         return seen is not None and any(mine.intersection(s) for s in seen.running.get(full, ()))
+
+    def unlike(self, user: Choice, kind: str, parameter: Tensor) -> str | None:
+        """Why a plan was not made for this weight, and what to do; or None. In a graph the operation
+        tells the kind: a product is one, whatever the module was."""
+        site, first = self._planned.get((id(user.module), user.name), (None, False))
+        if site is None or type(parameter) not in (nn.Parameter, Tensor):
+            return None
+        if self._catalogue.is_in_graph(user.module) and site.kind in _PRODUCTS:
+            first = first and kind not in ("linear", "other")
+        shape = None if self._resized else tuple(parameter.shape)
+        return site.unlike(kind if first else None, shape)
 
     def problem(self, name: str, config: DropConnectConfig) -> str | None:
         """Why a run of the model does not allow this, or None."""

@@ -15,6 +15,11 @@ def join(module: str, name: str) -> str:
     return f"{module}.{name}" if module else name
 
 
+def as_text(shape: tuple[int, ...]) -> str:
+    """`8x3`, and `scalar` for none."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Use:
     """One way in which a model uses a parameter, found by `surgery.transforms.find`."""
@@ -80,6 +85,21 @@ class Site:
     def numel(self) -> int:
         """Number of weights."""
         return math.prod(self.shape)
+
+    def unlike(self, kind: str | None, shape: tuple[int, ...] | None) -> str | None:
+        """Why a weight is not the one that the site was planned for, and what to do; or None.
+
+        Args:
+            kind, shape: of the weight; None does not count.
+        """
+        if kind in (None, self.kind) and shape in (None, self.shape):
+            return None
+        here = f"a weight of kind {kind or self.kind!r} and shape {as_text(shape or self.shape)}"
+        return (
+            f"the plan has a weight of kind {self.kind!r} and shape {as_text(self.shape)} here, and "
+            f"this is {here}. Plan anew for this model; if the weight was resized (a vocabulary), "
+            "apply the plan before, and resize then"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -172,8 +192,7 @@ def _row(site: Site) -> Sequence[str]:
     then = ", ".join(dict.fromkeys(use.activation or "-" for use in site.uses))
     notes = [f"tied with {name}" for name in site.shared_with]
     notes += [f"drawn by {name or '(root)'}" for name in site.drawn_by]
-    shape = "x".join(str(size) for size in site.shape) or "scalar"
     return (
-        *(site.name, site.kind, shape, used_by, then, f"{site.p:g}"),
+        *(site.name, site.kind, as_text(site.shape), used_by, then, f"{site.p:g}"),
         *(", ".join(options), ", ".join(notes)),
     )

@@ -84,12 +84,15 @@ def prepare(
     exclude: Any,
     config: DropConnectConfig,
     look: Look,
+    *,
+    resized: bool = False,
 ) -> Prepared:
     """Select, group ties, and validate every site. Changes nothing.
 
     Args:
         model, targets, exclude, config: see `surgery.apply_dropconnect`.
         look: what a run of the model shows, asked for where the source leaves a doubt.
+        resized: whether weights may have another shape than a plan says.
 
     Raises:
         SurgeryError: the first reason, or all the reasons, why the plan cannot be carried out.
@@ -101,7 +104,7 @@ def prepare(
     plan, tied = targets if isinstance(targets, Plan) else None, ties(catalogue)
     if plan is None:  # which lists the users that drop
         choices = with_ties(catalogue, choices, excluded, tied)
-    known = Known(catalogue, tied, plan, look)
+    known = Known(catalogue, tied, plan, look, resized)
     changes: dict[int, Change] = {}
     sites: list[Found] = []
     problems: list[str] = []
@@ -130,7 +133,8 @@ def _site(
         names.append(full)
         parents = known.readers(user, full)
         readers = [parent for parent, _ in parents]
-        problem = why_not(user, parameter, readers, known, catalogue.graphs)
+        problem = known.unlike(user, _kind_name(catalogue, module, user.name), parameter)
+        problem = problem or why_not(user, parameter, readers, known, catalogue.graphs)
         problem = problem or known.problem(full, user.config)
         if problem is None and user.config.inference == "moments":
             problem = not_followed(catalogue, module)
@@ -176,15 +180,22 @@ def _state(
     if follows_weight(config.unit):
         weights = [weight for weight in catalogue.own(module) if kind.bias(weight) == name]
         follows = weights[0] if weights else None
-    product, kind_name = None, kind.name
+    product = None
     if catalogue.graphs is not None and catalogue.is_in_graph(module):
         product = catalogue.graphs.product(module, name)
-        kind_name = catalogue.graphs.kind(module, name)
     elif name == "weight" and not by_parents:
         product = kind.product(plain_class(module))
+    kind_name = _kind_name(catalogue, module, name)
     state = SiteState(name, kind_name, config, layout, follows, full, product)
     state.law_for(parameter)
     return state
+
+
+def _kind_name(catalogue: Catalogue, module: nn.Module, name: str) -> str:
+    """How a weight is read, as `Site.kind`."""
+    if catalogue.graphs is not None and catalogue.is_in_graph(module):
+        return catalogue.graphs.kind(module, name)
+    return kind_of(module).name
 
 
 def _lone_biases(changes: dict[int, Change]) -> list[str]:

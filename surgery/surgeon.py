@@ -276,7 +276,8 @@ def reapplied(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        operate(prepare(model, plan, None, DropConnectConfig(), Look(model, None)))
+        look = Look(model, None)
+        operate(prepare(model, plan, None, DropConnectConfig(), look, resized=True))
         for name, states, anchors in kept:
             for state in states.values():
                 _put_back(model.get_submodule(name), state, anchors)
