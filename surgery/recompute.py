@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import check_unmodified
+from .ops.engine import is_traced
 
 
 class Recipe(NamedTuple):
@@ -77,7 +78,7 @@ def can_recompute() -> bool:
     """Whether saved-tensor hooks work here: autograd records, nothing traces, nothing forbids."""
     return (
         torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and not is_traced()
         and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Law, drop_weight
+from ..ops.engine import is_traced
 from ..ops.linear import as_if_trained
 from ..recompute import Recipe, can_recompute
 from .state import SiteState
@@ -69,7 +70,7 @@ def _as_if_trained(used: Tensor, raw: Tensor) -> Tensor:
     recomputes with gradients."""
     if torch.is_grad_enabled() or not raw.requires_grad:
         return used
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_traced():
         return used
     return as_if_trained(used)
 

@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..caching import cached, lasting
 from . import native
 from .hash import advance_key, mix_into, spread
+from .ordinary import is_batched
 from .workspace import Block, borrow, give_back
 
 Formula = Callable[..., Tensor]
@@ -55,8 +57,11 @@ def set_compile_enabled(enabled: bool) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether the calling code is being traced, by `torch.compile` or by a `torch.func` transform."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether the calling code must be plain tensor operations, because something follows each of them:
+    `torch.compile`, a `torch.func` transform, or forward-mode AD."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return True
+    return torch._C._are_functorch_transforms_active()
 
 
 def run(
@@ -70,7 +75,7 @@ def run(
 ) -> Tensor:
     """Evaluate `formula` on these arguments; see `surgery.ops.mask.masked_formula` for them."""
     args = (weight, anchor, key, threshold, scale, mask)
-    if is_traced():
+    if is_traced() or is_batched(weight):
         return formula(*args)
     if mask is None:
         used = masks(weight, anchor, None, (key, threshold, scale))

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from . import native
-from .engine import CHUNK, has_kernels, run_compiled
+from .engine import CHUNK, has_kernels, is_traced, run_compiled
 from .hash import mix, multipliers, spread
 from .mask import apply_mask
+from .ordinary import unviewed
 
 BLOCK = 1 << 20
 """Masked weights made at a time, where examples have many rows: 4 MB. Without a compiler a CPU makes
@@ -195,7 +196,7 @@ def _product_op(
     masks = _Masks(x, weight, anchor, key, threshold, scale)
     fused = _fused_product(masks, x.flatten(0, 1)) if masks.rows <= FEW_ROWS else None
     if fused is not None:
-        return fused.view(*x.shape[:2], weight.shape[0])
+        return unviewed(fused.view(*x.shape[:2], weight.shape[0]))
     product = x.new_empty(*x.shape[:2], weight.shape[0])
     for place in masks.blocks():
         used, _ = masks.block(place, True, None)
@@ -243,7 +244,7 @@ def _gradients_op(
         found = _block_gradients(masks, grad, x, want_x, want_weight)
     of_x, of_weight = found
     return (
-        x.new_empty(0) if of_x is None else of_x.to(x.dtype).view(x.shape),
+        x.new_empty(0) if of_x is None else unviewed(of_x.to(x.dtype).view(x.shape)),
         weight.new_empty(0) if of_weight is None else of_weight.to(weight.dtype),
     )
 
@@ -305,10 +306,48 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.wanted = tuple(value for value in inputs if isinstance(value, bool))
 
 
+def _keep_for_both(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """For tangents too, which registered operators do not have."""
+    _keep(ctx, inputs, output)
+    ctx.save_for_forward(*(value for value in inputs if not isinstance(value, bool)))
+
+
 def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     want_x, want_weight = ctx.needs_input_grad[:2]
     of_x, of_weight = _gradients(grad, *ctx.saved_tensors, want_x, want_weight)
     return of_x if want_x else None, of_weight if want_weight else None, None, None, None, None
+
+
+def _product_tangent(ctx: Any, x_dot: Any, weight_dot: Any, *rest: Any) -> Tensor:
+    """The product is linear in x, and in W - A."""
+    x, weight, anchor, *law = ctx.saved_tensors
+    dot: Tensor = x.new_zeros(*x.shape[:2], weight.shape[0])
+    if x_dot is not None:
+        dot = dot + example_product(x_dot, weight, anchor, *law)
+    if weight_dot is not None:
+        dot = dot + example_product(x, weight_dot, None, *law)
+    return dot
+
+
+def _gradients_tangent(
+    ctx: Any, grad_dot: Any, x_dot: Any, weight_dot: Any, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x is linear in that of the product and in W - A, the one of W in the former and
+    in x."""
+    grad, x, weight, anchor, *law = ctx.saved_tensors
+    want_x, want_weight = ctx.wanted
+    of_x, of_weight = (
+        like.new_zeros(like.shape if wanted else 0)
+        for like, wanted in ((x, want_x), (weight, want_weight))
+    )
+    if grad_dot is not None:
+        by_x, by_weight = _gradients(grad_dot, x, weight, anchor, *law, want_x, want_weight)
+        of_x, of_weight = of_x + by_x, of_weight + by_weight
+    if x_dot is not None and want_weight:
+        of_weight = of_weight + _gradients(grad, x_dot, weight, None, *law, False, True)[1]
+    if weight_dot is not None and want_x:
+        of_x = of_x + _gradients(grad, x, weight_dot, None, *law, True, False)[0]
+    return of_x, of_weight
 
 
 def _gradients_backward(ctx: Any, of_x: Tensor, of_weight: Tensor) -> tuple[Tensor | None, ...]:
@@ -330,12 +369,14 @@ def _gradients_backward(ctx: Any, of_x: Tensor, of_weight: Tensor) -> tuple[Tens
     )
 
 
-def _differentiable(operator: Any, backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator with its gradient, also inside `torch.func`, which does not differentiate
-    registered operators but functions."""
+def _differentiable(
+    operator: Any, backward: Callable[..., Any], tangent: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The operator with its gradient and its tangent, also inside `torch.func`, which does not
+    differentiate registered operators but functions."""
 
     def call(*args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if not torch.compiler.is_compiling() and is_traced():
             return recorded.apply(*args)
         return operator(*args)
 
@@ -350,12 +391,18 @@ def _differentiable(operator: Any, backward: Callable[..., Any]) -> Callable[...
         return tuple(map(torch.stack, zip(*results))), (0, 0)
 
     operator.register_autograd(backward, setup_context=_keep)
-    rules = {"forward": operator, "setup_context": _keep, "backward": backward, "vmap": vmap}
+    rules = {
+        "forward": operator,
+        "setup_context": _keep_for_both,
+        "backward": backward,
+        "jvp": tangent,
+        "vmap": vmap,
+    }
     methods: dict[str, Any] = {name: staticmethod(rule) for name, rule in rules.items()}
     recorded = cast(Any, type(operator._name, (torch.autograd.Function,), methods))
     return call
 
 
-_gradients = _differentiable(_gradients_op, _gradients_backward)
-example_product = _differentiable(_product_op, _product_backward)
+_gradients = _differentiable(_gradients_op, _gradients_backward, _gradients_tangent)
+example_product = _differentiable(_product_op, _product_backward, _product_tangent)
 """`x_e @ W_e^T` for x (examples, rows, in) and a weight (out, in): see `example_linear`."""

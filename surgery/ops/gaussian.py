@@ -23,6 +23,7 @@ from . import native
 from .engine import has_kernels, is_traced
 from .linear import autocast, matrix
 from .mask import Law
+from .ordinary import is_ordinary, unviewed
 from .workspace import Block, borrow, give_back
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -205,7 +206,7 @@ class _GaussianLinear(torch.autograd.Function):
         ratio: Tensor,
         noise: Tensor,
     ) -> Tensor:
-        mean = F.linear(x, weight, bias)
+        mean = unviewed(F.linear(x, weight, bias))
         block = borrow(weight)
         var = F.linear(x.square(), _squares(weight, anchor, weight.dtype, block))
         give_back(block)
@@ -223,18 +224,24 @@ class _GaussianLinear(torch.autograd.Function):
         weight, rows = ctx.weight, matrix(grads[0])
         by_variance = rows * slope
         of_x = of_weight = None
-        block = borrow(weight)
+        # Neither tangents nor batches of gradients can be written to memory that is there.
+        in_place = is_ordinary(rows) and not is_traced()
+        block = borrow(weight) if in_place else None
         if want_x:
             through = by_variance.mm(_squares(weight, ctx.anchor, weight.dtype, block))
-            of_x = rows.mm(weight).addcmul_(x, through, value=2)
+            of_x = _plus_twice(rows.mm(weight), x, through, in_place)
             of_x = of_x.view(*grads[0].shape[:-1], weight.shape[1])
         if want_weight:
             spread = _difference(weight, ctx.anchor, weight.dtype)
             place = None if block is None else block.view(weight)
             through = torch.mm(by_variance.t(), x.square(), out=place)
-            of_weight = rows.t().mm(x).addcmul_(spread, through, value=2)
+            of_weight = _plus_twice(rows.t().mm(x), spread, through, in_place)
         give_back(block)
         return of_x, of_weight, rows.sum(0) if want_bias else None, None, None, None
+
+
+def _plus_twice(total: Tensor, one: Tensor, other: Tensor, in_place: bool) -> Tensor:
+    return total.addcmul_(one, other, value=2) if in_place else total + 2 * (one * other)
 
 
 def _drawn(mean: Tensor, var: Tensor, noise: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:

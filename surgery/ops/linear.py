@@ -16,6 +16,7 @@ from torch import Tensor
 from ..caching import cached
 from ..errors import check_unmodified
 from .mask import Law, Layout, drop_both, drop_weight
+from .ordinary import unviewed
 from .workspace import borrow, give_back
 
 
@@ -38,13 +39,12 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.weight, ctx.version, ctx.name = weight, weight._version, name
         ctx.law = key, law, layout, anchor
         block = borrow(weight)
-        try:
-            used, _ = drop_both(weight, None, key, law, layout, anchor, block)
-            if bias is None and weight.requires_grad:
-                used = as_if_trained(used)
-            return F.linear(x, used, bias)
-        finally:
-            give_back(block)
+        used, _ = drop_both(weight, None, key, law, layout, anchor, block)
+        if bias is None and weight.requires_grad:
+            used = as_if_trained(used)
+        product = unviewed(F.linear(x, used, bias))
+        give_back(block)
+        return product
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .engine import is_traced, masks, run
 from .hash import advance_key, mix, spread
+from .ordinary import is_batched, unviewed
 from .workspace import Block
 
 SEGMENT = 1 << 30
@@ -175,11 +176,11 @@ class _DropWeight(torch.autograd.Function):
         # takes longer than a small mask. Attributes, not `save_for_backward`: held masks are passed by
         # several backward calls, and activation checkpointing counts saved tensors.
         ctx.key, ctx.law, ctx.layout = key, law, layout
-        return _masked(weight, anchor, key, law, layout)
+        return unviewed(_masked(weight, anchor, key, law, layout))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _drop(grads[0], None, ctx.key, ctx.law, ctx.layout), None, None, None, None
+        return drop_weight(grads[0], ctx.key, ctx.law, ctx.layout), None, None, None, None
 
 
 def _drop(weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, layout: Layout) -> Tensor:
@@ -250,7 +251,7 @@ def _drop_op(
     see `docs/performance.md`.
     """
     layout = Layout.elements(weight.numel())
-    return _evaluate(weight, anchor, key, threshold, scale, layout)
+    return unviewed(_evaluate(weight, anchor, key, threshold, scale, layout))
 
 
 @_drop_op.register_fake
@@ -307,7 +308,7 @@ def drop_weight(
     compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
     if compiling and layout.entries <= SEGMENT:
         return _in_graph(weight, anchor, key, law, layout)
-    if is_traced():
+    if is_traced() or is_batched(weight):
         return _evaluate(weight, anchor, key, law.threshold, law.scale, layout)
     return _drop(weight, anchor, key, law, layout)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .build import NoCompiler, load
 from .hash import LAST
+from .ordinary import is_ordinary
 
 __all__ = [
     "NoCompiler",
@@ -72,12 +73,10 @@ def takes(first: Tensor, *others: Tensor) -> bool:
     which they know."""
     if first.dtype not in _NAMES:
         return False
-    for tensor in (first, *others):
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-            return False
-        if tensor.dtype != first.dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            return False
-    return True
+    return all(
+        tensor.dtype == first.dtype and is_ordinary(tensor) and tensor.is_contiguous()
+        for tensor in (first, *others)
+    )
 
 
 def _address(tensor: Tensor | None) -> int | None:

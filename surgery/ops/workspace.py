@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..caching import lasting
+from .ordinary import is_ordinary
 
 
 class Block:
@@ -36,11 +37,11 @@ _free: dict[torch.dtype, list[Block]] = {}
 def borrow(like: Tensor) -> Block | None:
     """A block that is large enough for a tensor like this one; `give_back` ends its use.
 
-    None on other devices than the CPU, which keep memory themselves, and where a mode looks on, which
-    could hold on to it.
+    None on other devices than the CPU, which keep memory themselves; for what is not an ordinary
+    tensor, whose memory would not be one either; and where a mode looks on, which could hold on to it.
     """
     watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    if watched or like.device.type != "cpu":
+    if watched or not is_ordinary(like):
         return None
     try:
         block = _free[like.dtype].pop()
@@ -50,7 +51,7 @@ def borrow(like: Tensor) -> Block | None:
 
 
 def give_back(block: Block | None) -> None:
-    """Let others use it."""
+    """Let others use it. Not after an exception: then nobody knows what state it is in."""
     if block is not None:
         _free.setdefault(block.base.dtype, []).append(block)
 

@@ -1,0 +1,47 @@
+"""Tensors whose values are what lies in memory: those that code below torch may read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _keys(tensor: Tensor) -> int:
+    found: int = torch._C._dispatch_keys(tensor).raw_repr()
+    return found
+
+
+def _plain_keys() -> frozenset[int]:
+    """The dispatch keys of a dense tensor on the CPU, made outside and inside of inference mode. All
+    else has others: negated and conjugate views, zeros without memory, sparse, nested, quantised and
+    mkldnn tensors, the batches of `vmap`, fake and functional tensors."""
+    found = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.add(_keys(torch.empty(1, device="cpu")))
+    return frozenset(found)
+
+
+_PLAIN = _plain_keys()
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Whether it is a dense tensor on the CPU and nothing else, of any strides."""
+    kind = type(tensor)
+    return (kind is Tensor or kind is torch.nn.Parameter) and _keys(tensor) in _PLAIN
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it is a batch of gradients, of `torch.autograd.grad(..., is_grads_batched=True)`: they do
+    without `torch.func`, and run backward once with operations that each know of the batch."""
+    batched: bool = torch._C._functorch.is_legacy_batchedtensor(tensor)
+    return batched
+
+
+def unviewed(tensor: Tensor) -> Tensor:
+    """The tensor, if it is a view as one that is none: what an autograd Function returns must not be a
+    view of what it made, because torch forbids to write into such a one."""
+    if not tensor._is_view():
+        return tensor
+    own: Tensor = torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
+    return own
