@@ -13,9 +13,9 @@ import torch
 from peft.peft_model import PeftModel
 from peft.utils import hotswap, save_and_load
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from torch import nn
 
+from surgery.checkpoint import open_tensors
 from surgery.keys import plain_state_dict
 from surgery.modules.places import places
 from surgery.savers import resizes_plain, teach, teach_function, works_plain, writes_plain
@@ -47,7 +47,7 @@ def holds_adapters(folder: Path, model: Any) -> bool:
                 model, adapter_name=name, save_embedding_layers=False
             ),
         }
-        with safe_open(file, framework="pt") as stored:
+        with open_tensors(file) as stored:
             for key in stored.keys():  # noqa: SIM118
                 if key not in have or not torch.equal(stored.get_tensor(key), have[key].cpu()):
                     return False

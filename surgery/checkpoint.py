@@ -1,7 +1,7 @@
 """The small files of our own that lie beside a plain checkpoint.
 
-`dropconnect.json` holds the plan. `dropconnect_anchors.safetensors` holds the pretrained weights that
-dropped weights go toward, and is written only if there are any.
+`dropconnect.json` holds the plan. `dropconnect_anchors-<digest>.safetensors` holds the pretrained
+weights that dropped weights go toward, and is written only if there are any.
 """
 
 from __future__ import annotations
@@ -10,26 +10,33 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .api import apply_dropconnect
-from .config import FORMAT_VERSION
+from .catalogue import Catalogue
+from .config import DropConnectConfig
 from .errors import NotOperatedError, SurgeryError
-from .files import whole_file
-from .keys import plain_state_dict
+from .files import check_regular, sync_folder, whole_file
+from .forms import FORMAT_VERSION, Reader, fields, file_name, maybe, migrated, read_json, text
+from .keys import plain_keys, plain_state_dict
 from .modules.places import places
 from .plan import Plan, join
+from .select import select
 from .surgeon import current_plan
 
 PLAN_FILE = "dropconnect.json"
 ANCHORS_FILE = "dropconnect_anchors.safetensors"
+"""The name of the file of anchors in the first release; now their digest comes before the dot."""
+
+_ARE_ANCHORS = re.compile(r"dropconnect_anchors(-[0-9a-f]{16})?\.safetensors")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -53,20 +60,22 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 def make_file_plain(model: nn.Module, path: Path) -> None:
     """Rename the raw keys of a safetensors file that someone wrote from `model.state_dict()`."""
-    with safe_open(path, framework="pt") as stored:
+    with open_tensors(path) as stored:
         metadata = stored.metadata()
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     with whole_file(path) as temporary:
-        save_file(plain_state_dict(model, tensors), temporary, metadata)
+        write_tensors(plain_state_dict(model, tensors), temporary, metadata)
 
 
 def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the plan, and the anchors if there are any, into `directory`.
 
-    Each file appears whole or not at all.
+    Whenever this is cut off, the files are those of the last save or of this one: anchors lie under a
+    name that says what they are, and the plan, which names them, is replaced in one step.
 
     Raises:
         NotOperatedError: no DropConnect is in place.
+        OSError: a file cannot be written; those of the last save are as they were.
     """
     plan = current_plan(model)
     if not plan.sites:
@@ -75,15 +84,42 @@ def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     kept = anchors(model)
     form: dict[str, Any] = {"version": FORMAT_VERSION, "plan": plan.to_json(), "anchors": None}
-    with contextlib.ExitStack() as files:  # both are written before either replaces an old one
-        plan_path = files.enter_context(whole_file(folder / PLAN_FILE))
+    if kept:
+        content = digest(kept)
+        file = ANCHORS_FILE.replace(".", f"-{content[:16]}.")
+        form["anchors"] = {"file": file, "sha256": content}
+    written = json.dumps(form, indent=1) + "\n"
+    try:
         if kept:
-            form["anchors"] = {"file": ANCHORS_FILE, "sha256": digest(kept)}
-            path = files.enter_context(whole_file(folder / ANCHORS_FILE))
-            save_file({name: tensor.contiguous() for name, tensor in kept.items()}, path)
-        Path(plan_path).write_text(json.dumps(form, indent=1) + "\n", encoding="utf-8")
-    if not kept:
-        (folder / ANCHORS_FILE).unlink(missing_ok=True)
+            with whole_file(folder / file) as temporary:
+                write_tensors(kept, temporary)
+        with whole_file(folder / PLAN_FILE) as temporary:
+            Path(temporary).write_text(written, encoding="utf-8")
+    finally:
+        _remove_unused_anchors(folder)
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: str, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file. Raises `OSError` if it cannot be written."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def _remove_unused_anchors(folder: Path) -> None:
+    """Remove the anchors that the plan in `folder` does not name: of the save before, or of one that
+    was cut off."""
+    with contextlib.suppress(OSError, SurgeryError):  # a plan of nobody knows what: leave all
+        form = read_json(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else {}
+        record = form.get("anchors") if isinstance(form, dict) else None
+        used = record.get("file") if isinstance(record, dict) else None
+        for name in os.listdir(folder):
+            if _ARE_ANCHORS.fullmatch(name) and name != used:
+                (folder / name).unlink()
+        sync_folder(folder)
 
 
 def load_dropconnect(model: Model, directory: str | os.PathLike[str]) -> Model:
@@ -94,51 +130,129 @@ def load_dropconnect(model: Model, directory: str | os.PathLike[str]) -> Model:
     Raises:
         FileNotFoundError: the directory holds no `dropconnect.json`.
         SurgeryError: the model does not have the sites, the anchors do not fit, or the files are
-            damaged or of another version.
+            damaged or of a newer version.
+        OSError: a file cannot be read.
     """
-    plan, kept = read_dropconnect(directory)
-    wanted = {site.name: site for site in plan if site.config.toward == "pretrained"}
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for name, tensor in kept.items():
-        shape = tuple(named[name].shape) if name in named else None
-        if shape not in (None, tuple(tensor.shape)):
-            raise SurgeryError(
-                f"the anchor of {name!r} has shape {tuple(tensor.shape)}, the weight {shape}"
-            )
-    if set(kept) != set(wanted):
-        raise SurgeryError(f"{ANCHORS_FILE} does not hold exactly the anchors of {PLAN_FILE}")
+    plan, kept = read_dropconnect(directory, model)
     apply_dropconnect(model, plan)
     set_anchors(model, kept)
     return model
 
 
 def set_anchors(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Copy values into the anchors of `model`, by the plain name of their weight."""
-    for name, anchor in anchors(model).items():
+    """Copy values into the anchors of `model`, by the plain name of their weight.
+
+    Raises:
+        SurgeryError: `kept` lacks one.
+    """
+    own = anchors(model)
+    missing = sorted(set(own) - set(kept))
+    if missing:
+        raise SurgeryError(f"no anchor was saved for {missing[0]!r} ({len(missing)} in all)")
+    for name, anchor in own.items():
         anchor.copy_(kept[name])
 
 
-def read_dropconnect(directory: str | os.PathLike[str]) -> tuple[Plan, dict[str, Tensor]]:
-    """The plan and the anchors that `save_dropconnect` wrote; checks version and digest."""
+def read_dropconnect(
+    directory: str | os.PathLike[str], model: nn.Module
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan that `save_dropconnect` wrote and the anchors, whole and fit for `model`.
+
+    Raises: as `load_dropconnect`.
+    """
     path = Path(directory) / PLAN_FILE
+    form = _read_form(path)
+    while True:
+        plan, record = form["plan"], form["anchors"]
+        try:
+            return plan, _read_anchors(path, plan, record, model)
+        except FileNotFoundError as error:
+            before, form = form, _read_form(path)
+            if form == before:  # else it was saved again since we read the plan
+                raise SurgeryError(
+                    f"{path} refers to anchors in {record['file']}, which is missing"
+                ) from error
+
+
+def _read_form(path: Path) -> dict[str, Any]:
+    form = read_json(path)
     try:
-        form = json.loads(path.read_text(encoding="utf-8"))
-        if form["version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"it has format {form['version']!r}; this release reads {FORMAT_VERSION}"
+        return fields(migrated(form, "file", "it"), "it", _FILE)
+    except SurgeryError as error:
+        raise SurgeryError(f"cannot read {path}: {error}") from error
+
+
+def _record(form: Any, where: str) -> dict[str, Any]:
+    return fields(form, where, {"file": file_name, "sha256": text})
+
+
+_FILE: dict[str, Reader[Any]] = {"plan": Plan.from_json, "anchors": maybe(_record)}
+
+
+def _read_anchors(
+    path: Path, plan: Plan, record: Mapping[str, str] | None, model: nn.Module
+) -> dict[str, Tensor]:
+    wanted = {site.name for site in plan if site.config.toward == "pretrained"}
+    if record is None:
+        if wanted:
+            raise SurgeryError(
+                f"{path} wants anchors for {min(wanted)!r} and names no file of them"
             )
-        plan, record = Plan.from_json(form["plan"]), form["anchors"]
-        if record is None:
-            return plan, {}
-        file, expected = Path(directory) / record["file"], record["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SurgeryError(f"cannot read {path}: {type(error).__name__}: {error}") from error
-    if not file.is_file():
-        raise SurgeryError(f"{path} refers to anchors in {file.name}, which is missing")
+        return {}
+    file = path.parent / record["file"]
+    names = plain_keys(model)
+    weights = {
+        names.get(name, name): weight
+        for name, weight in model.named_parameters(remove_duplicate=False)
+    }
+    with open_tensors(file) as stored:
+        if set(stored.keys()) != wanted:
+            raise SurgeryError(
+                f"{file} is damaged: it does not hold exactly the anchors of {path.name}"
+            )
+        for name in wanted & set(weights):
+            _check_fits(name, stored.get_slice(name), weights[name])
+        # All are there? Then what is read now is no longer than the model.
+        select(Catalogue(model), plan, None, DropConnectConfig())
+        kept = {name: stored.get_tensor(name) for name in wanted}
+    if digest(kept) != record["sha256"]:
+        raise SurgeryError(f"{file} is damaged: its content does not match {path.name}")
+    return {name: _as_weight(name, anchor, weights[name]) for name, anchor in kept.items()}
+
+
+def _as_weight(name: str, anchor: Tensor, weight: Tensor) -> Tensor:
+    """The anchor in the type of its weight."""
+    if anchor.is_complex() == weight.is_complex() and _is_inexact(anchor):
+        with contextlib.suppress(RuntimeError):  # types that torch knows by name only
+            return anchor.to(weight.dtype)
+    raise SurgeryError(f"the anchor of {name!r} is {anchor.dtype}, which no {weight.dtype} can be")
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _check_fits(name: str, anchor: Any, weight: Tensor) -> None:
+    shape = tuple(anchor.get_shape())
+    if shape != tuple(weight.shape):
+        raise SurgeryError(
+            f"the anchor of {name!r} has shape {shape}, the weight {tuple(weight.shape)}"
+        )
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, opened to read.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        SurgeryError: it is damaged, or not a file.
+    """
+    check_regular(path)
     try:
-        kept = load_file(file)
-    except SafetensorError as error:
-        raise SurgeryError(f"{file} is damaged: {error}") from error
-    if digest(kept) != expected:
-        raise SurgeryError(f"{file} is damaged: its content does not match {PLAN_FILE}")
-    return plan, kept
+        with safe_open(path, framework="pt") as stored:
+            yield stored
+    except (OSError, SurgeryError):
+        raise
+    except Exception as error:  # whatever the library makes of such a file
+        raise SurgeryError(f"{path} is damaged: {str(error)[:200]}") from error

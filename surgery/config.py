@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, get_args
+
+from .errors import SurgeryError
+from .forms import (
+    FORMAT_VERSION,
+    Reader,
+    fields,
+    flag,
+    integer,
+    maybe,
+    migrated,
+    number,
+    shown,
+    text,
+)
 
 Unit = Literal["element", "input", "output", "tensor"]
 Toward = Literal["zero", "pretrained"]
@@ -14,18 +27,17 @@ Sampling = Literal["batch", "example", "gaussian"]
 Inference = Literal["mean", "moments", "sample"]
 Ranks = Literal["independent", "same"]
 
-FORMAT_VERSION = 1
-"""Version of the JSON form written by `DropConnectConfig.to_json` and `surgery.checkpoint`."""
-
 
 def check_p(p: Any, where: str = "p") -> float:
     """`p` as a float in [0, 1], or a `ValueError` that names the value (or `TypeError`)."""
     if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"{where} is the probability of dropping, a number in [0, 1]; got {p!r}")
-    value = float(p)
-    if math.isnan(value) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"{where} is the probability of dropping and must be in [0, 1]; got {p!r}")
-    return value
+    value: Any = p
+    if not 0 <= value <= 1:  # also NaN, and integers that no float holds
+        raise ValueError(
+            f"{where} is the probability of dropping and must be in [0, 1]; got {shown(p)}"
+        )
+    return float(p)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,23 +146,38 @@ class DropConnectConfig:
         return {"version": FORMAT_VERSION, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_json(cls, form: dict[str, Any]) -> DropConnectConfig:
+    def from_json(cls, form: Any, where: str = "config") -> DropConnectConfig:
         """The inverse of `to_json`.
 
-        Raises:
-            ValueError: the form has another version, or fields this version does not know.
-        """
-        fields = dict(form)
-        version = fields.pop("version", None)
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"config was saved in format {version!r}; this release reads format {FORMAT_VERSION}"
-            )
-        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"config has unknown fields {unknown}")
-        return cls(**fields)
+        Args:
+            form: of this version or an older one.
+            where: what errors call it.
 
+        Raises:
+            SurgeryError: the form has a newer version, unknown fields, or wrong values.
+        """
+        read = fields(migrated(form, "config", where), where, {}, _READERS)
+        try:
+            return cls(**read)
+        except ValueError as error:
+            raise SurgeryError(f"{where}: {error}") from error
+
+
+def _dimension(value: Any, where: str) -> int | str:
+    return value if value == "all" else integer(value, where)
+
+
+_READERS: dict[str, Reader[Any]] = {
+    "p": number,
+    "unit": text,
+    "toward": text,
+    "sampling": text,
+    "example_dim": _dimension,
+    "inference": text,
+    "samples": maybe(integer),
+    "bias": flag,
+    "ranks": text,
+}
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "unit": get_args(Unit),

@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from .errors import SurgeryError
+
 try:
     import fcntl
 except ImportError:  # not a Unix: leftovers are told by their age
@@ -29,6 +31,36 @@ _MARK, _END = ".dropconnect-", ".unfinished"
 ABANDONED = 24 * 3600.0
 """Seconds after which an unfinished file counts as left over, where no lock tells: on another host, or
 on a file system without locks."""
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The content of a file; never waits for one that is none (a pipe, a device).
+
+    Args:
+        most: the number of bytes that may be read.
+
+    Raises:
+        OSError: there is no file, or it cannot be read.
+        SurgeryError: it is not a regular file, or longer.
+    """
+    check_regular(path)
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(handle, "rb") as file:
+        _check_regular(path, os.fstat(handle))  # it may have been replaced
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise SurgeryError(f"{path} is longer than the {most:,} bytes that are read")
+    return content
+
+
+def check_regular(path: Path) -> None:
+    """Raise what `read_regular` raises for a path that does not lead to a regular file."""
+    _check_regular(path, os.stat(path))
+
+
+def _check_regular(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise SurgeryError(f"{path} is not a regular file")
 
 
 @contextlib.contextmanager

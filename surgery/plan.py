@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
-from .config import FORMAT_VERSION, DropConnectConfig
+from .config import DropConnectConfig
+from .errors import SurgeryError
+from .forms import FORMAT_VERSION, Reader, each, fields, maybe, migrated, size, text
 
 
 def join(module: str, name: str) -> str:
@@ -114,17 +116,25 @@ class Site:
         }
 
     @classmethod
-    def from_json(cls, form: dict[str, Any]) -> Site:
-        return cls(
-            module=form["module"],
-            parameter=form["parameter"],
-            kind=form["kind"],
-            shape=tuple(form["shape"]),
-            config=DropConnectConfig.from_json(form["config"]),
-            shared_with=tuple(form["shared_with"]),
-            drawn_by=tuple(form["drawn_by"]),
-            uses=tuple(Use(**use) for use in form.get("uses", ())),
-        )
+    def from_json(cls, form: Any, where: str = "site") -> Site:
+        """The inverse of `to_json`; `where` is what errors call the form."""
+        return cls(**fields(form, where, _SITE, {"uses": each(_use)}))
+
+
+def _use(form: Any, where: str) -> Use:
+    return Use(**fields(form, where, {"op": text, "by": text}, _USE))
+
+
+_USE: dict[str, Reader[Any]] = {"times": size, "activation": maybe(text)}
+_SITE: dict[str, Reader[Any]] = {
+    "module": text,
+    "parameter": text,
+    "kind": text,
+    "shape": each(size),
+    "config": DropConnectConfig.from_json,
+    "shared_with": each(text),
+    "drawn_by": each(text),
+}
 
 
 @dataclass(frozen=True)
@@ -173,14 +183,25 @@ class Plan:
         return {"version": FORMAT_VERSION, "sites": [site.to_json() for site in self.sites]}
 
     @classmethod
-    def from_json(cls, form: dict[str, Any]) -> Plan:
-        """The inverse of `to_json`. Raises `ValueError` for another version."""
-        if form.get("version") != FORMAT_VERSION:
-            raise ValueError(
-                f"plan was saved in format {form.get('version')!r}; "
-                f"this release reads format {FORMAT_VERSION}"
-            )
-        return cls(tuple(Site.from_json(site) for site in form["sites"]))
+    def from_json(cls, form: Any, where: str = "plan") -> Plan:
+        """The inverse of `to_json`.
+
+        Args:
+            form: of this version or an older one.
+            where: what errors call it.
+
+        Raises:
+            SurgeryError: the form has a newer version, lacks a field, has one that is not known, or a
+                wrong value, or names a weight twice.
+        """
+        read = fields(migrated(form, "plan", where), where, {"sites": each(Site.from_json)})
+        names: set[str] = set()
+        for site in read["sites"]:
+            for name in (site.name, *site.shared_with):
+                if name in names:
+                    raise SurgeryError(f"{where} names {name!r} twice")
+                names.add(name)
+        return cls(read["sites"])
 
 
 _HEAD = ("site", "kind", "shape", "used by", "then", "p", "options", "notes")

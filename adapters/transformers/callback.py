@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import TrainerCallback
 from transformers.modeling_utils import PreTrainedModel
@@ -24,12 +22,14 @@ from surgery.checkpoint import (
     PLAN_FILE,
     anchors,
     make_file_plain,
+    open_tensors,
     read_dropconnect,
     save_dropconnect,
     set_anchors,
 )
 from surgery.config import DropConnectConfig
 from surgery.errors import SurgeryError
+from surgery.forms import file_name, read_json
 from surgery.keys import plain_state_dict
 from surgery.modules.places import states_in
 from surgery.modules.state import change_p
@@ -99,7 +99,7 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
         if not had_it:
             apply_dropconnect(model, self.targets, exclude=self.exclude, config=self.config)
         if found is not None:
-            set_anchors(model, read_dropconnect(found)[1])
+            set_anchors(model, read_dropconnect(found, model)[1])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Move p: every site's own, by the same factor."""
@@ -160,34 +160,49 @@ def _resumed_checkpoint(
     """The checkpoint that Trainer has just loaded. Trainer does not tell callbacks which one that is,
     so it is recognised by its weights, which are those of the model, bit for bit."""
     output = Path(str(args.output_dir))
-    candidates = [hint, args.resume_from_checkpoint, output / f"checkpoint-{state.global_step}"]
-    candidates += sorted(output.glob("**/checkpoint-*"))
+    named = [hint, args.resume_from_checkpoint, output / f"checkpoint-{state.global_step}"]
     plain = plain_state_dict(model)
-    for candidate in candidates:
+    for candidate in (*named, *sorted(output.glob("**/checkpoint-*"))):
         if isinstance(candidate, (str, Path)) and (Path(candidate) / PLAN_FILE).is_file():
             folder = Path(candidate)
-            if read_dropconnect(folder)[1] and (
-                _has_weights(folder, plain) or _has_adapters(folder, model)
-            ):
-                return folder
+            try:
+                if read_dropconnect(folder, model)[1] and (
+                    _has_weights(folder, plain) or _has_adapters(folder, model)
+                ):
+                    return folder
+            except (SurgeryError, OSError):
+                if candidate in named[:2]:  # the others are guesses
+                    raise
     return None
 
 
 def _has_weights(folder: Path, plain: dict[str, Any]) -> bool:
     """Whether the safetensors files in `folder` hold exactly these weights."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = [SAFE_WEIGHTS_NAME]
-    for file in files:
+    files = _files_of(index) if index.is_file() else {SAFE_WEIGHTS_NAME}
+    for file in sorted(files):
         if not (folder / file).is_file():
             return False
-        with safe_open(folder / file, framework="pt") as stored:
+        with open_tensors(folder / file) as stored:
             for name in stored.keys():  # noqa: SIM118
-                if name not in plain or not torch.equal(stored.get_tensor(name), plain[name].cpu()):
+                if name not in plain or not _is_equal(stored, name, plain[name]):
                     return False
     return True
+
+
+def _files_of(index: Path) -> set[str]:
+    """The files that an index of shards names, which all lie beside it."""
+    form = read_json(index)
+    map_ = form.get("weight_map") if isinstance(form, dict) else None
+    if not isinstance(map_, dict):
+        raise SurgeryError(f"{index} holds no weight_map")
+    return {file_name(file, f"{index}: weight_map[{name!r}]") for name, file in map_.items()}
+
+
+def _is_equal(stored: Any, name: str, tensor: Any) -> bool:
+    if stored.get_slice(name).get_shape() != list(tensor.shape):
+        return False
+    return torch.equal(stored.get_tensor(name), tensor.cpu())
 
 
 def _has_adapters(folder: Path, model: Any) -> bool:

@@ -23,7 +23,7 @@ from surgery import (
     set_p,
     strip_dropconnect,
 )
-from surgery.checkpoint import ANCHORS_FILE, PLAN_FILE, anchors
+from surgery.checkpoint import PLAN_FILE, anchors
 from surgery.ops import keep_mask
 
 ALL = ["bert", "gpt2", "t5", "llama", "mixtral", "mamba"]
@@ -72,7 +72,7 @@ def test_save_pretrained_is_plain(
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert torch.equal(logits(loaded), logits(model))
-    assert (tmp_path / ANCHORS_FILE).is_file() is (toward == "pretrained")
+    assert bool(list(tmp_path.glob("dropconnect_anchors-*"))) is (toward == "pretrained")
     load_dropconnect(loaded, tmp_path)
     assert dropconnect_sites(loaded) == dropconnect_sites(model)
     for key, value in anchors(model).items():

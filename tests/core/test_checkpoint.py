@@ -22,7 +22,7 @@ from surgery import (
     set_p,
     strip_dropconnect,
 )
-from surgery.checkpoint import ANCHORS_FILE, PLAN_FILE
+from surgery.checkpoint import PLAN_FILE
 
 from .cases import Case, every_case
 from .helpers import Snapshot, bits_of
@@ -95,6 +95,12 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def anchors_of(folder: Path) -> Path:
+    """The only file of anchors; its name has their digest."""
+    (path,) = folder.glob("dropconnect_anchors-*.safetensors")
+    return path
+
+
 @pytest.mark.parametrize("toward", ["zero", "pretrained"])
 def test_save_and_load(toward: str, tmp_path) -> None:
     saved = operated(toward=toward, unit="tensor", inference="sample")
@@ -102,7 +108,7 @@ def test_save_and_load(toward: str, tmp_path) -> None:
     shift(saved)
     save_dropconnect(saved, tmp_path / "deep" / "folder")
     folder = tmp_path / "deep" / "folder"
-    anchored = [ANCHORS_FILE] if toward == "pretrained" else []
+    anchored = [anchors_of(folder).name] if toward == "pretrained" else []
     assert files(folder) == sorted([PLAN_FILE, *anchored])
     fresh = model()
     shift(fresh)
@@ -134,8 +140,8 @@ def test_json_is_readable_and_versioned(tmp_path) -> None:
     form = json.loads((tmp_path / PLAN_FILE).read_text())
     assert form["version"] == 1
     assert form["plan"]["sites"][0]["parameter"] == "weight"
-    assert form["anchors"]["file"] == ANCHORS_FILE
-    anchors = load_file(tmp_path / ANCHORS_FILE)
+    assert form["anchors"]["file"] == anchors_of(tmp_path).name
+    anchors = load_file(anchors_of(tmp_path))
     assert set(anchors) == {"fc.weight", "embed.weight", "rnn.weight_hh_l0", "conv.weight"}
 
 
@@ -170,18 +176,18 @@ def edit(change) -> Any:
 
 
 def truncate_anchors(folder: Path) -> None:
-    data = (folder / ANCHORS_FILE).read_bytes()
-    (folder / ANCHORS_FILE).write_bytes(data[: len(data) // 2])
+    data = anchors_of(folder).read_bytes()
+    anchors_of(folder).write_bytes(data[: len(data) // 2])
 
 
 def flip_a_bit(folder: Path) -> None:
-    data = bytearray((folder / ANCHORS_FILE).read_bytes())
+    data = bytearray(anchors_of(folder).read_bytes())
     data[-1] ^= 1
-    (folder / ANCHORS_FILE).write_bytes(bytes(data))
+    anchors_of(folder).write_bytes(bytes(data))
 
 
 def other_anchors(folder: Path) -> None:
-    save_file({"fc.weight": torch.zeros(4, 4)}, folder / ANCHORS_FILE)
+    save_file({"fc.weight": torch.zeros(4, 4)}, anchors_of(folder))
 
 
 DAMAGES = {
@@ -196,9 +202,9 @@ DAMAGES = {
         edit(lambda form: form["plan"]["sites"][0]["config"].update(p=3)),
         PLAN_FILE,
     ),
-    "anchors-forgotten": (edit(lambda form: form.update(anchors=None)), ANCHORS_FILE),
-    "anchors-missing": (lambda folder: (folder / ANCHORS_FILE).unlink(), "which is missing"),
-    "anchors-truncated": (truncate_anchors, ANCHORS_FILE),
+    "anchors-forgotten": (edit(lambda form: form.update(anchors=None)), "wants anchors for"),
+    "anchors-missing": (lambda folder: anchors_of(folder).unlink(), "which is missing"),
+    "anchors-truncated": (truncate_anchors, "is damaged"),
     "anchors-bit-flipped": (flip_a_bit, "is damaged"),
     "anchors-of-another": (other_anchors, "is damaged"),
 }
@@ -262,4 +268,4 @@ def test_files_have_ordinary_permissions(tmp_path) -> None:
     (tmp_path / "ordinary").write_text("")
     expected = (tmp_path / "ordinary").stat().st_mode
     assert (tmp_path / PLAN_FILE).stat().st_mode == expected
-    assert (tmp_path / ANCHORS_FILE).stat().st_mode == expected
+    assert anchors_of(tmp_path).stat().st_mode == expected
