@@ -21,7 +21,7 @@ from .plan import Plan
 from .plugins import load_plugins
 from .prepare import Prepared, prepare
 from .select import Choice, select
-from .surgeon import current_plan, operate, undo, unused_sites
+from .surgeon import current_plan, operate, undo, unused_sites, was_trained
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -127,11 +127,10 @@ def strip_dropconnect(model: Model) -> Model:
         NotOperatedError: no DropConnect is in place.
         SurgeryError: something else changed the class of a module since (`fully_shard`).
 
-    Warns (`UserWarning`) of sites that never dropped anything while others did: the model does not
-    use them, or uses them in a way that the plan did not see.
+    Warns (`UserWarning`) of sites that never dropped anything although the model was trained: it does
+    not use them, or uses them in a way that the plan did not see.
     """
-    trained = any(state.drawn for state in states_in(model))
-    unused = unused_sites(model) if trained else []
+    unused = unused_sites(model) if was_trained(model) else []
     undo(model)
     release()
     if unused:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -113,6 +114,11 @@ def prepare(
         if site is not None:
             sites.append(site)
     raise_all(problems or _lone_biases(changes))
+    owned = (catalogue.own(module).values() for module in catalogue.modules.values())
+    if not has_gradients(itertools.chain.from_iterable(owned)):
+        for change in changes.values():
+            for state in change.states.values():
+                state.before_training = True
     return Prepared(sites, list(changes.values()), catalogue.graphs, look.uses)
 
 
@@ -196,6 +202,11 @@ def _kind_name(catalogue: Catalogue, module: nn.Module, name: str) -> str:
     if catalogue.graphs is not None and catalogue.is_in_graph(module):
         return catalogue.graphs.kind(module, name)
     return kind_of(module).name
+
+
+def has_gradients(parameters: Iterable[Tensor | None]) -> bool:
+    """Whether a backward pass has left a gradient on any of them."""
+    return any(one is not None and one.is_leaf and one.grad is not None for one in parameters)
 
 
 def _lone_biases(changes: dict[int, Change]) -> list[str]:

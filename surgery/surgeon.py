@@ -28,7 +28,7 @@ from .modules.places import Place, places, plain_parameters, set_state, states_o
 from .modules.state import SiteState
 from .modules.walk import named_modules
 from .plan import Plan, Site, join
-from .prepare import Change, Prepared, prepare
+from .prepare import Change, Prepared, has_gradients, prepare
 from .scope import needs_scope
 
 _Todo = tuple[Change, type[DropConnectModule] | None, dict[str, Tensor]]
@@ -208,19 +208,35 @@ def _in_place(users: list[Place], catalogue: Catalogue, drawn_by: dict[int, list
     )
 
 
-def unused_sites(model: nn.Module) -> list[str]:
-    """Names of the sites that should drop and have never drawn a mask. Of a tied site any user counts;
-    compiled forwards do not count."""
-    drawn = {
+def unused_sites(model: nn.Module, *, compiled: bool = False) -> list[str]:
+    """Names of the sites that should drop and never did. Of a tied site any user counts.
+
+    Args:
+        model: what was trained.
+        compiled: whether its forwards may be compiled: then sites that replace a product are left
+            out, since what a graph does in their place is not counted.
+    """
+    dropped = {
         join(place.name, place.state.name)
         for place in places(model)
-        if place.state.drawn or place.state.config.p == 0.0
+        if place.state.drawn
+        or place.state.config.p == 0.0
+        or (compiled and place.state.sampling != "batch")
     }
     return [
         site.name
         for site in current_plan(model)
-        if drawn.isdisjoint((site.name, *site.shared_with))
+        if dropped.isdisjoint((site.name, *site.shared_with))
     ]
+
+
+def was_trained(model: nn.Module) -> bool:
+    """Whether there are signs that the model was trained since surgery: something dropped, a forward
+    was seen to read a weight, or parameters have gradients where none had one."""
+    states = [place.state for place in places(model)]
+    if any(state.drawn or state.undropped_by is not None for state in states):
+        return True
+    return any(state.before_training for state in states) and has_gradients(model.parameters())
 
 
 def _drawn_by(catalogue: Catalogue) -> dict[int, list[str]]:

@@ -110,11 +110,11 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """After the first step, warn of sites that never dropped anything."""
-        if self._looked_for_unused or args.torch_compile:
+        if self._looked_for_unused:
             return
         if any(site.p > 0 for site in states_in(model)):
             self._looked_for_unused = True
-            unused = unused_sites(model)
+            unused = unused_sites(model, compiled=bool(args.torch_compile))
             if unused:
                 warnings.warn(
                     f"{len(unused)} DropConnect sites were not used by the first training step, the "

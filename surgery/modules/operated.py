@@ -27,6 +27,7 @@ from .masking import check_anchor, is_sharded, masked_weight
 from .paper_modes import Factor, product_forward
 from .product import LINEAR_PRODUCT
 from .state import SiteState, raw_name
+from .watch import notice, refuse_recomputation
 
 WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
 """Classes, told by name because importing them is slow, that only pass on to the one module inside."""
@@ -134,8 +135,13 @@ def operated_class(base: type[nn.Module], names: tuple[str, ...]) -> type[DropCo
 def _weight_property(name: str) -> property:
     live, raw = f"_{name}_live", raw_name(name)
 
-    def get(self: nn.Module) -> Any:
+    def get(self: Any) -> Any:
         used = self.__dict__[live]
+        if not torch.compiler.is_compiling():
+            if used is not None:
+                self._dropconnect[name].drawn = True
+            elif self.training and torch.is_grad_enabled():
+                notice(self._dropconnect[name])
         return getattr(self, raw) if used is None else used
 
     def refuse(self: nn.Module, value: Any) -> None:
@@ -269,7 +275,7 @@ def _open(module: Any) -> _Opened:
         _open_own(module, opened)
         for child in drawn_children(module):
             if not _any_sharded(child):
-                _open_own(child, opened)
+                _open_own(child, opened, outside=True)
     except BaseException:
         for owner, state, _ in opened:
             object.__setattr__(owner, state.live, None)
@@ -293,17 +299,22 @@ def _any_sharded(child: DropConnectModule) -> bool:
     return any(is_sharded(getattr(child, state.raw)) for state in child._dropconnect.values())
 
 
-def _open_own(module: Any, opened: _Opened) -> None:
+def _open_own(module: Any, opened: _Opened, outside: bool = False) -> None:
     keys: dict[str, Tensor] = {}
     for state in module._dropconnect.values():
         mode = state.mode(module.training)
         if module.__dict__[state.live] is not None or mode is None:
             continue
-        if not torch.compiler.is_compiling():
-            state.drawn = True
         if mode != "batch":
+            if not torch.compiler.is_compiling():  # activation checkpoints in a graph forbid it
+                state.drawn = True
             continue
         raw = getattr(module, state.raw)
+        if not torch.compiler.is_compiling():
+            if outside:
+                state.drawn_outside = True
+            elif state.drawn_outside:
+                refuse_recomputation(state)
         if state.held_key is not None:
             key = state.held_key
         elif state.follows in keys:
@@ -313,6 +324,8 @@ def _open_own(module: Any, opened: _Opened) -> None:
         keys[state.name] = key
         used, recipe = _used(module, state, raw, key)
         object.__setattr__(module, state.live, used)
+        if torch.compiler.is_compiling():  # else whoever reads it says so
+            state.drawn = True
         opened.append((module, state, recipe))
 
 

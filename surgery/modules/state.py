@@ -88,8 +88,14 @@ class SiteState:
         self.group: Group | None = None
         """While `mc_predict` runs several samples in one batch."""
         self.drawn = False
-        """Whether a mask was ever drawn in eager mode: False after a training step means that the
-        weight is not used the way the plan thinks."""
+        """Whether a masked weight was ever used: False after a training step means that the weight is
+        not used the way the plan thinks. Written and never read in a trace, which needs no guard."""
+        self.undropped_by: str | None = None
+        """Who was seen to read the raw parameter in a training forward; see `surgery.modules.watch`."""
+        self.drawn_outside = False
+        """Whether the forward of a module around the owner has drawn a mask."""
+        self.before_training = False
+        """Whether no parameter of the model had a gradient when surgery was done."""
         self.held_key: Tensor | None = None
         self.held: tuple[Any, Tensor] | None = None
         """While masks are held: (what the masked weight was computed from, the masked weight)."""

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from surgery import apply_dropconnect, dropconnect_sites, plan_dropconnect
+from surgery import apply_dropconnect, dropconnect_sites, plan_dropconnect, strip_dropconnect
+from surgery.surgeon import unused_sites
 
 from .helpers import keep, masked
 
@@ -228,3 +230,149 @@ def test_perceiver_and_layoutlmv3_are_planned_as_they_are_operated() -> None:
         assert [site.drawn_by for site in dropconnect_sites(apply_dropconnect(model, target))] == [
             drawn_by
         ]
+
+
+class Watched(nn.Module):
+    """Reads a weight in ways that its source does not show."""
+
+    def __init__(self, read: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+        self.conv = nn.Conv1d(4, 4, 1)
+        self.table = nn.Embedding(4, 4)
+        self.rnn = nn.LSTM(4, 4)
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(dict(self.named_children()), x)
+
+
+def _reads(parts: Any, x: Tensor) -> Tensor:
+    return x @ parts["proj"].weight + x @ parts["conv"].weight[..., 0] + x @ parts["table"].weight
+
+
+def _reads_rnn(parts: Any, x: Tensor) -> Tensor:
+    return x @ getattr(parts["rnn"], "weight_hh_l0")[:4]  # noqa: B009
+
+
+def _reads_by_name(parts: Any, x: Tensor) -> Tensor:
+    weight = parts["proj"].weight
+    return x @ weight
+
+
+def _asks(parts: Any, x: Tensor) -> Tensor:
+    layer = parts["proj"]
+    kind = layer.weight.dtype
+    weight = layer.weight
+    if isinstance(layer.weight, Tensor) and layer.weight is not None and weight.shape[0] == 4:
+        x = x.to(kind)
+    return layer(x)
+
+
+def _recomputes(parts: Any, x: Tensor) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(_reads_by_name, parts, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    ("read", "sites"),
+    [
+        (_reads, ["proj.weight", "conv.weight", "table.weight"]),
+        (_reads_rnn, ["rnn.weight_hh_l0"]),
+        (_reads_by_name, ["proj.weight"]),
+        (_recomputes, ["proj.weight"]),
+    ],
+)
+def test_a_read_that_only_training_shows_is_warned_of_once(read, sites: list[str]) -> None:
+    model = Watched(read)
+    names = [site.rpartition(".")[0] for site in sites]
+    apply_dropconnect(model, names, p=0.5)
+    x = torch.ones(2, 4)
+    model.eval()(x)
+    with torch.no_grad():
+        model.train()(x)
+    with pytest.warns(UserWarning, match="where no mask is drawn") as caught:
+        model(x).sum().backward()
+    words = [str(one.message) for one in caught]
+    assert [text.split()[0] for text in words] == sites
+    assert all("is read by the forward of Watched where no mask is drawn" in text for text in words)
+    assert all(one.filename == __file__ for one in caught)
+    model(x).sum().backward()
+    with pytest.warns(UserWarning, match="never dropped anything, the first of them"):
+        strip_dropconnect(model)
+
+
+def test_what_is_no_read_of_a_forward_is_not_warned_of() -> None:
+    """What a tensor is like, a penalty on the weights, and hooks: warnings are errors here."""
+    model = apply_dropconnect(Watched(_asks), "proj", p=0.5)
+    model.proj.register_forward_hook(lambda layer, args, output: print(layer.weight.norm()))
+    model.register_forward_pre_hook(lambda model, args: print(model.proj.weight.norm()))
+    (model(torch.ones(2, 4)).sum() + model.proj.weight.norm()).backward()
+    assert not unused_sites(model)
+    strip_dropconnect(model)
+
+
+class Spare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.unread = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        getattr(self, "used_not"[:4])
+        return self.used(x)
+
+
+@pytest.mark.parametrize("target", ["spare", "unread"])
+def test_strip_warns_if_no_site_at_all_dropped(target: str) -> None:
+    model = apply_dropconnect(Spare(), target, p=0.5)
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.warns(UserWarning, match=f"1 DropConnect sites never dropped.*{target}"):
+        strip_dropconnect(model)
+    # Gradients that were there before tell nothing, nor does a forward in eval().
+    strip_dropconnect(apply_dropconnect(model, target, p=0.5))
+    model.zero_grad()
+    apply_dropconnect(model, target, p=0.5).eval()(torch.ones(2, 4))
+    strip_dropconnect(model)
+
+
+def test_compiled_forwards_count() -> None:
+    """In regional compilation some layers are compiled and some are not."""
+    model = apply_dropconnect(Spare(), ["used", "spare"], p=0.5)
+    model.used.compile(backend="aot_eager", fullgraph=True)
+    model(torch.ones(2, 4)).sum().backward()
+    assert unused_sites(model) == ["spare.weight"]
+    with pytest.warns(UserWarning, match=r"1 DropConnect sites never dropped.*'spare\.weight'"):
+        strip_dropconnect(model)
+
+
+class Checkpoints(Base):
+    """What is recomputed is inside of what draws."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def inner(h: Tensor) -> Tensor:
+            return h @ self.parts["emb"].weight.t()
+
+        h = self.parts["emb"](x)
+        return torch.utils.checkpoint.checkpoint(inner, h, use_reentrant=False)
+
+
+class ChecksTheOwner(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        emb = self.parts["emb"]
+        h = torch.utils.checkpoint.checkpoint(lambda x: emb(x).sin(), x, use_reentrant=False)
+        return h @ emb.weight.t()
+
+
+@pytest.mark.parametrize("cls", [Checkpoints, ChecksTheOwner])
+def test_a_recomputation_without_the_forward_that_draws_is_refused(cls) -> None:
+    """It would have another mask than the forward had, or none."""
+    model = apply_dropconnect(cls(), "*emb", p=0.5)
+    loss = model(IDS).sum()
+    with pytest.raises(RuntimeError, match=r"recomputes what reads parts\.emb\.weight.*as a whole"):
+        loss.backward()
+    whole = torch.utils.checkpoint.checkpoint(model, IDS, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="recomputes"):
+        whole.sum().backward()
+    model = apply_dropconnect(ToChild(), "*emb", p=0.5)
+    torch.utils.checkpoint.checkpoint(model, IDS, use_reentrant=False).sum().backward()
+    assert 0 < (model.emb.weight_raw.grad == 0).float().mean() < 1
