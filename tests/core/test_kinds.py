@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from surgery import apply_dropconnect, dropconnect_sites, strip_dropconnect
+from surgery import apply_dropconnect, dropconnect_sites, set_p, strip_dropconnect
 from surgery.plan import join
 
 from .cases import Case, every_case
@@ -77,70 +77,57 @@ def test_training_uses_the_masked_weights(case: Case, keys) -> None:
 
 @every_case
 def test_one_mask_per_site_and_call(case: Case, keys) -> None:
+    """Drawn anew at every call, and the same again from the same seed."""
     module, _ = operated(case)
     inputs = case.inputs()
-    for calls in (1, 2, 3):
-        module(*inputs)
+    torch.manual_seed(5)
+    outputs = []
+    for calls in range(1, 7):
+        outputs.append(module(*inputs))
         assert len(keys) == calls * len(case.weights)
     assert len({tuple(key.tolist()) for key in keys}) == len(keys)
-
-
-@every_case
-def test_every_call_draws_anew(case: Case) -> None:
-    module, _ = operated(case)
-    inputs = case.inputs()
-    outputs = [module(*inputs) for _ in range(6)]
     assert not all(equal(outputs[0], other) for other in outputs[1:])
+    torch.manual_seed(5)
+    assert equal(module(*inputs), outputs[0])
 
 
 @every_case
-def test_seed_reproduces_the_masks(case: Case) -> None:
-    module, _ = operated(case)
-    inputs = case.inputs()
-    torch.manual_seed(5)
-    first = module(*inputs)
-    torch.manual_seed(5)
-    assert equal(module(*inputs), first)
-
-
-@every_case
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-def test_eval_is_the_plain_module(case: Case, grad: bool, keys) -> None:
+def test_eval_is_the_plain_module(case: Case, keys) -> None:
     module, plain = operated(case)
     inputs = case.inputs()
     module(*inputs)
     keys.clear()
-    with torch.set_grad_enabled(grad):
-        assert equal(module.eval()(*inputs), plain.eval()(*inputs))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert equal(module.eval()(*inputs), plain.eval()(*inputs))
     assert keys == []
 
 
 @every_case
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-def test_inference_sample_keeps_dropping_in_eval(case: Case, grad: bool, keys) -> None:
+def test_inference_sample_keeps_dropping_in_eval(case: Case, keys) -> None:
     module, plain = operated(case, inference="sample")
     module.eval()
+    plain.eval()
     inputs = case.inputs()
-    with torch.set_grad_enabled(grad):
-        output = module(*inputs)
-        for key, name in zip(keys, site_names(module), strict=True):
-            weight = plain.get_parameter(name)
-            weight.data = masked(weight.data, keep(key, P, *weight.shape), P)
-        assert equal(output, plain.eval()(*inputs))
+    for grad in (True, False):
+        keys.clear()
+        masks = copy.deepcopy(plain)
+        with torch.set_grad_enabled(grad):
+            output = module(*inputs)
+            for key, name in zip(keys, site_names(module), strict=True):
+                weight = masks.get_parameter(name)
+                weight.data = masked(weight.data, keep(key, P, *weight.shape), P)
+            assert equal(output, masks(*inputs))
 
 
 @every_case
-def test_p_zero_is_the_plain_module_and_draws_nothing(case: Case, keys) -> None:
+def test_the_ends_of_p(case: Case, keys) -> None:
+    """At 0 the plain module, and nothing is drawn; at 1 everything is dropped."""
     module, plain = operated(case, p=0.0)
     inputs = case.inputs()
     assert equal(module(*inputs), plain(*inputs))
     assert keys == []
-
-
-@every_case
-def test_p_one_drops_everything(case: Case) -> None:
-    module, plain = operated(case, p=1.0)
-    inputs = case.inputs()
+    set_p(module, 1.0)
     for name in case.weights:
         plain.get_parameter(name).data.zero_()
     assert equal(module(*inputs), plain(*inputs))
@@ -173,27 +160,24 @@ def test_toward_pretrained_masks_the_change(case: Case, keys) -> None:
 
 @every_case
 def test_weights_read_as_before(case: Case) -> None:
-    """`module.weight` is the raw parameter, before and after a forward, in both modes."""
+    """`module.weight` is the raw parameter: before and after a forward, in both modes, and after a
+    forward that failed."""
     module, _ = operated(case)
     for _ in range(2):
-        for name in case.weights:
-            owner, _, parameter = name.rpartition(".")
-            child = module.get_submodule(owner)
-            assert getattr(child, parameter) is plain_parameter(child, parameter)
+        assert_reads_raw(module, case)
         module(*case.inputs())
         module.train(not module.training)
-
-
-@every_case
-def test_failing_forward_leaves_no_mask_behind(case: Case) -> None:
-    module, _ = operated(case)
     with pytest.raises(Exception):  # noqa: B017, PT011
         module(torch.randn(1, 1, 1, 1, 1, 1))
+    assert_reads_raw(module, case)
+    strip_dropconnect(module)
+
+
+def assert_reads_raw(module: nn.Module, case: Case) -> None:
     for name in case.weights:
         owner, _, parameter = name.rpartition(".")
         child = module.get_submodule(owner)
         assert getattr(child, parameter) is plain_parameter(child, parameter)
-    strip_dropconnect(module)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
