@@ -12,7 +12,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from surgery import apply_dropconnect, hold_masks, set_p
 from surgery.ops import Law, Layout, drop_weight, key_from_seed
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+# Warnings are errors in this suite. These are torch's own: hints for its users, not for us.
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
