@@ -7,13 +7,14 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed -o -path '*/kernels/*')
 
-.PHONY: help demo test test-all test-no-compiler bench bench-quick bench-page lint wheel clean
+.PHONY: help demo test test-all test-no-compiler test-oldest test-oldest-quick bench bench-quick bench-page lint wheel clean
 
 help:
 	@echo "make demo      fine-tune a real checkpoint with DropConnect (5 to 7 minutes on 2 cores)"
 	@echo "make test      the tests (about 7 minutes on 2 cores)"
 	@echo "make test-all  the tests with the long sweeps"
 	@echo "make test-no-compiler  those that kernels matter for, as on a machine without a C++ compiler"
+	@echo "make test-oldest  the tests with the oldest torch, transformers and Python that are supported"
 	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 15 minutes)"
 	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
 	@echo "make bench-page   make bench, into docs/performance.md"
@@ -24,7 +25,7 @@ demo: $(VENV)/.examples
 	$(BIN)/python examples/finetune_trainer.py
 
 # One thread a worker: threads that wait for each other cost more than they bring on small models.
-test test-all test-no-compiler: export OMP_NUM_THREADS := 1
+test test-all test-no-compiler test-oldest test-oldest-quick: export OMP_NUM_THREADS := 1
 test-no-compiler: export CXX := no-such-compiler
 
 test: $(VENV)/.test $(VENV)/.examples
@@ -38,6 +39,22 @@ WITH_KERNELS += $(patsubst %,tests/ops/test_%.py,engine example gaussian native)
 
 test-no-compiler: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/pytest -n auto -m "not slow" $(WITH_KERNELS)
+
+# The oldest of all that pyproject.toml allows, in an environment of its own; run before each release.
+# The slice is for CI: what is nearest to the inside of torch.
+OLDEST := .venv-oldest
+OLDEST_PYTHON := $(shell for python in python3.10 $(HOME)/.pyenv/versions/3.10.*/bin/python3 $(PYTHON); \
+	do $$python -c "" 2>/dev/null && echo $$python && break; done)
+SLICE := $(patsubst %,tests/%.py,core/test_round_trip core/test_family core/test_moments_models)
+SLICE += $(patsubst %,tests/%.py,ops/test_mask survive/test_compile survive/test_export)
+
+test-oldest: WHICH := tests --ignore tests/examples --ignore tests/benchmarks
+test-oldest-quick: WHICH := $(SLICE)
+
+test-oldest test-oldest-quick: export PIP_CONSTRAINT := $(CURDIR)/tests/oldest.txt
+test-oldest test-oldest-quick:
+	$(MAKE) VENV=$(OLDEST) PYTHON=$(OLDEST_PYTHON) TORCH=torch $(OLDEST)/.test
+	$(OLDEST)/bin/pytest -n auto -m "not slow" $(WHICH)
 
 # The peers pin old versions of what they need, so they have an environment of their own.
 BENCH := .venv-bench
@@ -61,7 +78,7 @@ wheel: $(VENV)/.torch
 	$(BIN)/python .ci/check_wheel.py dist/*.whl
 
 clean:
-	rm -rf $(VENV) $(BENCH) build dist out *.egg-info
+	rm -rf $(VENV) $(BENCH) $(OLDEST) build dist out *.egg-info
 
 # A virtual environment with torch, then the wheel with one set of extras. The wheel is installed, and
 # not the folders, so that what is tested is what is shipped.
