@@ -10,14 +10,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
+import os
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import nn
 
 from .checkpoint import save_dropconnect
-from .keys import plain_state_dict
+from .keys import plain_keys, plain_state_dict
+from .modules.operated import unwrapped
 from .modules.places import places
 from .surgeon import can_undo, reapplied, suspended
 
@@ -58,56 +64,67 @@ def teach_function(function: Any, how: Callable[[Method], Method]) -> None:
     function.taught_by_surgery = True
 
 
-def writes_plain(save: Method) -> Method:
-    """For `save(model, directory, ...)`: plain keys and classes in what it writes, and beside it the
-    files of `save_dropconnect`.
-
-    A `state_dict` argument is renamed. `is_main_process=False` writes nothing of ours.
-    """
-    signature = inspect.signature(save)
-
-    def taught(model: Any, directory: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _operated(model):
-            return save(model, directory, *args, **kwargs)
-        call = signature.bind(model, directory, *args, **kwargs)
-        arguments = call.arguments
-        named = "state_dict" in signature.parameters
-        holder = arguments if named else arguments.setdefault("kwargs", {})
-        given = holder.get("state_dict")
-        if can_undo(model):
-            if given is not None:
-                holder["state_dict"] = plain_state_dict(model, given)
-            with suspended(model):
-                result = save(*call.args, **call.kwargs)
-        else:  # sharded by fully_shard: the classes cannot change now, but the keys can
-            holder["state_dict"] = plain_state_dict(model, given)
-            result = save(*call.args, **call.kwargs)
-        if arguments.get("is_main_process", True):
-            save_dropconnect(model, directory)
-        return result
-
-    return taught
-
-
 def works_plain(function: Method) -> Method:
-    """For `function(model, ...)` that finds weights by name, to read or to load them: it finds the
+    """For `function(model, ...)` that finds weights by name, to write or to load them: it finds the
     plain names.
 
     A `state_dict` argument is renamed. Modules may be added or wrapped: the sites in place are found
     again by their modules.
     """
     signature = inspect.signature(function)
-    first = next(iter(signature.parameters))
 
     def taught(*args: Any, **kwargs: Any) -> Any:
-        model: Any = args[0] if args else kwargs.get(first)
+        model = _argument(signature, 0, args, kwargs)
         if not _operated(model):
             return function(*args, **kwargs)
-        call = signature.bind(*args, **kwargs)
-        if call.arguments.get("state_dict") is not None:
-            call.arguments["state_dict"] = plain_state_dict(model, call.arguments["state_dict"])
+        call = _renamed(signature.bind(*args, **kwargs), model)
         with _plain_names(model):
             return function(*call.args, **call.kwargs)
+
+    return taught
+
+
+def reads_file(load: Method) -> Method:
+    """For `load(model, path, ...)`: a file, an index of files or a folder with plain keys is read into
+    the plain model, as by `works_plain`, and one with raw keys into the operated model as it is."""
+    signature, plain = inspect.signature(load), works_plain(load)
+
+    def taught(*args: Any, **kwargs: Any) -> Any:
+        model = _argument(signature, 0, args, kwargs)
+        if _operated(model):
+            path = _argument(signature, 1, args, kwargs)
+            if not plain_keys(model).keys().isdisjoint(_stored_keys(path)):
+                return load(*args, **kwargs)
+        return plain(*args, **kwargs)
+
+    return taught
+
+
+def writes_plain(save: Method, model_at: int = 0) -> Method:
+    """For `save(model, directory, ...)`: plain keys and classes in what it writes, and beside it the
+    files of `save_dropconnect`.
+
+    A `state_dict` argument is renamed. Processes that are not the main one, as an argument or the
+    object that saves says, write nothing of ours.
+
+    Args:
+        model_at: which argument is the model; the directory comes next.
+    """
+    signature = inspect.signature(save)
+
+    def taught(*args: Any, **kwargs: Any) -> Any:
+        model = _argument(signature, model_at, args, kwargs)
+        if not _operated(model):
+            return save(*args, **kwargs)
+        call = _renamed(signature.bind(*args, **kwargs), model)
+        with _plain_names(model):
+            result = save(*call.args, **call.kwargs)
+        directory = _argument(signature, model_at + 1, args, kwargs)
+        saver = next(iter(call.arguments.values()))
+        main = getattr(saver, "is_main_process", True) if model_at else True
+        if call.arguments.get("is_main_process", main) and os.path.isdir(directory):
+            save_dropconnect(unwrapped(model), directory)
+        return result
 
     return taught
 
@@ -115,16 +132,55 @@ def works_plain(function: Method) -> Method:
 def resizes_plain(resize: Method) -> Method:
     """For `resize(model, ...)`: the plain model is resized, and the same sites are operated again, also
     where a module was replaced."""
-    first = next(iter(inspect.signature(resize).parameters))
+    signature = inspect.signature(resize)
 
     def taught(*args: Any, **kwargs: Any) -> Any:
-        model: Any = args[0] if args else kwargs.get(first)
+        model = _argument(signature, 0, args, kwargs)
         if not _operated(model):
             return resize(*args, **kwargs)
         with reapplied(model):
             return resize(*args, **kwargs)
 
     return taught
+
+
+def _argument(signature: inspect.Signature, index: int, args: Any, kwargs: Any) -> Any:
+    """One argument of a call, by place or by name; None if it is missing."""
+    if index < len(args):
+        return args[index]
+    return kwargs.get(list(signature.parameters)[index])
+
+
+def _renamed(call: inspect.BoundArguments, model: nn.Module) -> inspect.BoundArguments:
+    """The call with plain keys in its `state_dict`, if it has one."""
+    rest = [p.name for p in call.signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    for given in (call.arguments, *(call.arguments.get(name, {}) for name in rest)):
+        if given.get("state_dict") is not None:
+            given["state_dict"] = plain_state_dict(model, given["state_dict"])
+    return call
+
+
+def _stored_keys(path: Any) -> set[str]:
+    """The keys of a checkpoint; none if it cannot be read, which the loader will say."""
+    keys: set[str] = set()
+    with contextlib.suppress(Exception):
+        folder = Path(path)
+        files = [folder]
+        if folder.is_dir():
+            files = [*folder.glob("*.index.json")] or [*folder.glob("*.safetensors")]
+            files = files or [*folder.glob("*.bin")]
+        for file in files:
+            keys |= _keys_of_file(file)
+    return keys
+
+
+def _keys_of_file(file: Path) -> set[str]:
+    if file.suffix == ".json":
+        return set(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as stored:
+            return set(stored.keys())
+    return set(torch.load(file, map_location="meta", weights_only=True))
 
 
 @contextlib.contextmanager

@@ -6,10 +6,18 @@ from __future__ import annotations
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import load_sharded_checkpoint
 
 from surgery.modules.kinds import LINEAR, columns, product_of, register_kind
 from surgery.modules.product import COLUMN_PRODUCT
-from surgery.savers import resizes_plain, teach, works_plain, writes_plain
+from surgery.savers import (
+    reads_file,
+    resizes_plain,
+    teach,
+    teach_function,
+    works_plain,
+    writes_plain,
+)
 
 
 def register() -> None:
@@ -17,5 +25,6 @@ def register() -> None:
     teach(PreTrainedModel, "save_pretrained", writes_plain)
     teach(PreTrainedModel, "resize_token_embeddings", resizes_plain)
     teach(PeftAdapterMixin, "load_adapter", works_plain)
+    teach_function(load_sharded_checkpoint, reads_file)
     product = product_of(Conv1D, product=COLUMN_PRODUCT)
     register_kind(LINEAR.but(name="conv1d", classes=(Conv1D,), axes=columns, product=product))

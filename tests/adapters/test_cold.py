@@ -41,6 +41,12 @@ adapted = get_peft_model(model, LoraConfig(target_modules=["one"], modules_to_sa
 adapted.save_pretrained(sys.argv[1])
 stored = load_file(sys.argv[1] + "/adapter_model.safetensors")
 assert stored and not [name for name in stored if "_raw" in name], list(stored)
+
+from accelerate import Accelerator
+
+Accelerator(cpu=True).save_model(model, sys.argv[1])
+stored = load_file(sys.argv[1] + "/model.safetensors")
+assert stored and not [name for name in stored if "_raw" in name], list(stored)
 print("done")
 """
 
