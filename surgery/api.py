@@ -13,6 +13,7 @@ from .catalogue import Catalogue
 from .config import DropConnectConfig, check_p
 from .errors import NotOperatedError, SurgeryError
 from .finder import Look
+from .journal import Changes, Reversible, Step
 from .modules.kinds import kind_of
 from .modules.places import Place, places, states_in, states_of
 from .modules.state import SiteState, change_p
@@ -162,8 +163,7 @@ def set_p(model: nn.Module, p: float, targets: Any = None) -> None:
     change_p(states_named(model, targets), value)
 
 
-@contextlib.contextmanager
-def hold_masks(model: nn.Module) -> Iterator[None]:
+class hold_masks(Reversible, contextlib.ContextDecorator):
     """Every mask drawn once, now, and used by every forward call until exit.
 
     For loops written by hand over cells, which need one mask for a whole sequence (Gal and Ghahramani
@@ -180,32 +180,42 @@ def hold_masks(model: nn.Module) -> Iterator[None]:
         SurgeryError: a site has `sampling="gaussian"`.
         RuntimeError: masks are already held.
     """
-    found = list(places(model))
-    if not found:
-        raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place to hold")
-    noisy = [place.state.site for place in found if place.state.sampling == "gaussian"]
-    if noisy:
-        raise SurgeryError(
-            f"{noisy[0]}: sampling='gaussian' draws noise, which has no mask to hold; use "
-            "sampling='example'"
-        )
-    if any(place.state.held_key is not None for place in found):
-        raise RuntimeError("hold_masks is already active on this model; leave that context first")
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def enter(self) -> tuple[Step, Step]:
+        found = list(places(self._model))
+        if not found:
+            name = type(self._model).__name__
+            raise NotOperatedError(f"{name} has no DropConnect in place to hold")
+        noisy = [place.state.site for place in found if place.state.sampling == "gaussian"]
+        if noisy:
+            raise SurgeryError(
+                f"{noisy[0]}: sampling='gaussian' draws noise, which has no mask to hold; use "
+                "sampling='example'"
+            )
+        if any(place.state.held_key is not None for place in found):
+            raise RuntimeError(
+                "hold_masks is already active on this model; leave that context first"
+            )
+        change, back = Changes(), Changes()
+        for place, key in zip(found, _keys_to_hold(found)):
+            change.put(place.state.__dict__, {"held_key": key})
+            back.put(place.state.__dict__, {"held_key": None, "held": None})
+        return change.at_once(), back.at_once()
+
+
+def _keys_to_hold(found: list[Place]) -> Iterator[Tensor]:
+    """One key for each place, in order; a bias that goes with its weight has that one's."""
+    keys: dict[tuple[int, str], Tensor] = {}
     for place in found:
-        place.state.held_key = _key_to_hold(place)
-    try:
-        yield
-    finally:
-        for place in found:
-            place.state.held_key = place.state.held = None
-
-
-def _key_to_hold(place: Place) -> Tensor:
-    follows = place.state.follows
-    leader = states_of(place.owner).get(follows) if follows is not None else None
-    if leader is not None and leader.held_key is not None:
-        return leader.held_key
-    return draw_key(place.raw.device, place.state.rank)
+        state = place.state
+        key = keys.get((id(place.owner), state.follows or ""))
+        if key is None:
+            key = draw_key(place.raw.device, state.rank)
+        keys[id(place.owner), state.name] = key
+        yield key
 
 
 def _prepare(

@@ -20,17 +20,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .api import apply_dropconnect
 from .catalogue import Catalogue
 from .config import DropConnectConfig
 from .errors import NotOperatedError, SurgeryError
 from .files import check_regular, sync_folder, whole_file
+from .finder import Look
 from .forms import FORMAT_VERSION, Reader, fields, file_name, maybe, migrated, read_json, text
 from .keys import plain_keys, plain_state_dict
 from .modules.places import places
 from .plan import Plan, join
+from .plugins import load_plugins
+from .prepare import prepare
 from .select import select
-from .surgeon import current_plan
+from .surgeon import current_plan, operate
 
 PLAN_FILE = "dropconnect.json"
 ANCHORS_FILE = "dropconnect_anchors.safetensors"
@@ -134,8 +136,8 @@ def load_dropconnect(model: Model, directory: str | os.PathLike[str]) -> Model:
         OSError: a file cannot be read.
     """
     plan, kept = read_dropconnect(directory, model)
-    apply_dropconnect(model, plan)
-    set_anchors(model, kept)
+    load_plugins()
+    operate(prepare(model, plan, None, DropConnectConfig(), Look(model, None)), kept)
     return model
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from .config import DropConnectConfig
 from .errors import SurgeryError
+from .journal import Step
 from .modules.node import DropConnect
 from .modules.product import Product
 from .modules.state import SiteState
@@ -44,6 +45,9 @@ class Survey(Protocol):
     def problem(self, module: nn.Module, name: str, config: DropConnectConfig) -> str | None:
         """Why the graphs do not allow this, naming the node, and what to do about it; or None."""
 
+    def image(self) -> list[Step]:
+        """Steps that put the whole model back, if `insert` does not end."""
+
     def insert(
         self, states: Sequence[tuple[nn.Module, Mapping[str, SiteState]]], nodes: Nodes
     ) -> None:
@@ -51,7 +55,7 @@ class Survey(Protocol):
 
         Args:
             states: of the parameters, by module. Their parameters are renamed already.
-            nodes: modules to use again, as `GraphSurgeon.remove` returned them.
+            nodes: modules to use again, as `GraphSurgeon.nodes` returned them.
         """
 
 
@@ -64,9 +68,15 @@ class GraphSurgeon(Protocol):
     def stuck(self, model: nn.Module) -> list[str]:
         """Why the nodes cannot be taken out: they were edited since."""
 
-    def remove(self, model: nn.Module) -> Nodes:
-        """Take every node out, when the parameters that only graphs read have their plain names;
-        returns what the nodes called. Cannot fail if `stuck` found nothing."""
+    def nodes(self, model: nn.Module) -> Nodes:
+        """What the nodes call."""
+
+    def image(self, model: nn.Module) -> list[Step]:
+        """Steps that put the whole model back, if `remove` does not end."""
+
+    def remove(self, model: nn.Module) -> None:
+        """Take every node out, when the parameters that only graphs read have their plain names.
+        Cannot fail if `stuck` found nothing."""
 
 
 _surgeons: list[GraphSurgeon] = []

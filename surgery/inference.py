@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from .api import states_named
 from .catalogue import Catalogue
 from .config import Inference
 from .errors import SurgeryError
+from .journal import Changes, Reversible, Step, at_once
 from .modules.operated import unwrapped
 from .modules.places import places
 from .modules.state import SiteState
@@ -17,7 +19,7 @@ from .refusals import not_followed
 from .surgeon import rescope
 
 
-class set_inference:
+class set_inference(Reversible):
     """Change what `eval()` does, in place; as a context manager, until exit.
 
         set_inference(model, "moments")                 # from now on
@@ -54,24 +56,33 @@ class set_inference:
             _check_products(states)
             _check_followed(self._model, states)
         self._states, self._mode, self._samples = states, mode, samples
-        self._set()
-
-    def _set(self) -> None:
-        self._before = [(state, state.inference, state.draws) for state in self._states]
-        for state in self._states:
-            state.set_inference(self._mode, self._samples)
-        rescope(self._model)
+        changes, self._back = self._changes()
+        changes.make()
         self._is_set = True
 
-    def __enter__(self) -> None:
-        if not self._is_set:  # the second `with` of one object
-            self._set()
+    def _changes(self) -> tuple[Changes, Step]:
+        """What sets the mode, and a step that sets what was before."""
+        changes, before, configs = Changes(), Changes(), {}
+        for state in self._states:
+            changes.put(state.__dict__, state.with_inference(self._mode, self._samples))
+            before.put(state.__dict__, state.with_inference(state.inference, state.draws))
+            configs[id(state)] = state.config.replace(inference=self._mode, samples=self._samples)
+        rescope(changes, self._model, configs)
+        # Twice, since the first can be interrupted; then `IOBase` takes the rest when it is freed.
+        rest = partial(self._rescope), partial(self._rescope)
+        return changes, at_once([before.at_once(), *rest])
 
-    def __exit__(self, *exception: Any) -> None:
-        for state, mode, samples in self._before:
-            state.set_inference(mode, samples)
-        rescope(self._model)
-        self._is_set = False
+    def _rescope(self) -> None:
+        changes = Changes()
+        rescope(changes, self._model)
+        changes.make()
+
+    def enter(self) -> tuple[Step, Step]:
+        if self._is_set:
+            self._is_set = False
+            return at_once([]), self._back
+        changes, back = self._changes()  # the second `with` of one object
+        return changes.at_once(), back
 
 
 def _check_followed(model: nn.Module, states: list[SiteState]) -> None:

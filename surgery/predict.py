@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import NotOperatedError, SurgeryError
+from .journal import Changes, restoring
 from .modules.places import Place, places, product_site
 from .modules.state import Group
 
@@ -101,8 +101,8 @@ def mc_predict(
     args, kwargs = _arguments(inputs)
     rows = _batch_of(args, kwargs)
     total = _Totals(class_dim)
-    with _sampling(model, found), _seeded(seed, found), torch.no_grad():
-        _run(model, found, args, kwargs, rows, samples, batch_size, total)
+    run = partial(_run, model, found, args, kwargs, rows, samples, batch_size, total)
+    _while_sampling(model, found, seed, run)
     return total.result()
 
 
@@ -273,36 +273,46 @@ def _logits(outputs: Any, rows: int) -> Tensor:
     return found
 
 
-@contextlib.contextmanager
-def _sampling(model: nn.Module, found: list[Place]) -> Iterator[None]:
-    """`eval()` with every site dropping, for a while."""
-    flags = [(module, module.training) for module in model.modules()]
-    modes = [(place.state, place.state.inference, place.state.draws) for place in found]
-    try:
-        for module, _ in flags:
-            module.training = False
-        for state, _, _ in modes:
-            state.set_inference("sample", None)
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-        for state, inference, draws in modes:
-            state.set_inference(inference, draws)
+def _while_sampling(
+    model: nn.Module, found: list[Place], seed: int | None, call: Callable[[], None]
+) -> None:
+    """`call()` in `eval()` with every site dropping, without gradients and, with a seed, with torch's
+    generators seeded; afterwards all that is as it was."""
+    now, before = Changes(), Changes()
+    for module in model.modules():
+        now.put(module.__dict__, {"training": False})
+        before.put(module.__dict__, {"training": module.training})
+    for state in (place.state for place in found):
+        now.put(state.__dict__, state.with_inference("sample", None))
+        kept = state.with_inference(state.inference, state.draws)
+        before.put(state.__dict__, {**kept, "group": None})
+    gradients = torch.is_grad_enabled()
+    generators = [] if seed is None else _generators(found)
+    random = [generator.get_state() for generator in generators]
+
+    def put_back() -> None:
+        before.make()
+        torch._C._set_grad_enabled(gradients)
+        for generator, state in zip(generators, random):
+            generator.set_state(state)
+
+    def sample() -> None:
+        now.make()
+        torch._C._set_grad_enabled(False)
+        for generator in generators:
+            generator.manual_seed(seed)
+        call()
+
+    restoring(put_back, sample)
 
 
-@contextlib.contextmanager
-def _seeded(seed: int | None, found: list[Place]) -> Iterator[None]:
-    """Torch's generators seeded for a while, and then as they were."""
-    if seed is None:
-        yield
-        return
+def _generators(found: list[Place]) -> list[Any]:
+    """Torch's own: of the CPU, and of those accelerators that the model is on."""
     devices = {place.raw.device for place in found if place.raw.device.type != "cpu"}
-    kind = next((device.type for device in devices), "cuda")
-    with torch.random.fork_rng([d.index for d in devices], device_type=kind):
-        # Not those of accelerators that the model is not on: they are not put back.
-        (torch.manual_seed if devices else torch.default_generator.manual_seed)(seed)
-        yield
+    return [
+        torch.default_generator,
+        *(torch.get_device_module(one).default_generators[one.index or 0] for one in devices),
+    ]
 
 
 class _Totals:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,11 +16,11 @@ from .finder import Look
 from .graphs import Survey
 from .known import Known
 from .modules.kinds import follows_weight, kind_of, layout_of
-from .modules.operated import plain_class
-from .modules.places import states_of
+from .modules.operated import DropConnectModule, plain_class
+from .modules.places import plain_parameters, states_of
 from .modules.state import SiteState
 from .plan import Plan, Site, Use
-from .refusals import not_followed, why_not
+from .refusals import no_class, not_followed, why_not
 from .scope import needs_scope
 from .select import Choice, select
 from .ties import by_parameter, ties, with_ties
@@ -37,6 +37,16 @@ class Change:
     draws: list[str] = field(default_factory=list)
     scope: bool = False
     """Whether its forward is one that a site inside needs to know of; see `surgery.moments`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Plain names of all parameters that are operated then, in the order of the module."""
+        names = tuple(self.states)
+        if isinstance(self.module, DropConnectModule):
+            names += tuple(self.module._dropconnect)
+        if len(names) < 2:
+            return names
+        return tuple(name for name in plain_parameters(self.module) if name in names)
 
 
 class Found(NamedTuple):
@@ -113,7 +123,7 @@ def prepare(
         site = _site(catalogue, users, parameter, changes, problems, known)
         if site is not None:
             sites.append(site)
-    raise_all(problems or _lone_biases(changes))
+    raise_all(problems or [*_lone_biases(changes), *_without_class(catalogue, changes)])
     owned = (catalogue.own(module).values() for module in catalogue.modules.values())
     if not has_gradients(itertools.chain.from_iterable(owned)):
         for change in changes.values():
@@ -225,3 +235,12 @@ def _lone_biases(changes: dict[int, Change]) -> list[str]:
                 "not the same options; name the weight, whose bias=True takes the bias along"
             )
     return problems
+
+
+def _without_class(catalogue: Catalogue, changes: dict[int, Change]) -> Iterator[str]:
+    """Modules that cannot become what surgery makes of them: of sites, and around them."""
+    for change in changes.values():
+        problem = None if change.in_graph else no_class(change.module, change.names)
+        if problem is not None:
+            name = catalogue.name(change.module) or "(root)"
+            yield f"{name} ({type(change.module).__name__}): {problem}"

@@ -56,7 +56,7 @@ class recompute_masked_weights(torch.autograd.graph.saved_tensors_hooks):
     """
 
     def __init__(self, recipes: dict[int, Recipe]) -> None:
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        outer = _top()
         outer_pack, outer_unpack = outer if outer is not None else (_pack, _unpack)
 
         def pack(tensor: Tensor) -> Any:
@@ -72,6 +72,45 @@ class recompute_masked_weights(torch.autograd.graph.saved_tensors_hooks):
             return _rebuild(saved)
 
         super().__init__(pack, unpack)
+
+
+def call_recomputing(
+    recipes: dict[int, Recipe],
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """`forward(*args, **kwargs)` inside `recompute_masked_weights(recipes)`, if there are any. `with`
+    would leave the hooks in place, for everything that is saved from then on, if an interrupt came at
+    its end."""
+    if not recipes:
+        return forward(*args, **kwargs)
+    hooks = recompute_masked_weights(recipes)
+    try:
+        hooks.__enter__()
+        result = forward(*args, **kwargs)
+        _take_out(hooks)
+        return result
+    except BaseException:
+        _take_out(hooks)
+        raise
+
+
+def _take_out(hooks: recompute_masked_weights) -> None:
+    """Remove hooks, and what somebody who was killed inside has left on top of them; if they are in."""
+    above = []
+    while (top := _top()) is not None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        if top[0] is hooks.pack_hook:
+            return
+        above.append(top)
+    for pack, unpack in reversed(above):
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def _top() -> tuple[Any, Any] | None:
+    """The hooks that act now."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def can_recompute() -> bool:

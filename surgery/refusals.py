@@ -9,9 +9,9 @@ from .catalogue import Catalogue
 from .graphs import Survey
 from .known import Known
 from .modules.kinds import SEPARATE_PROJECTIONS, follows_weight, kind_of, layout_of, needs_axes
-from .modules.operated import plain_class
+from .modules.operated import DropConnectModule, operated_class, plain_class
 from .modules.places import states_of
-from .modules.state import raw_name
+from .modules.state import anchor_name, live_name, raw_name
 from .select import Choice
 
 
@@ -50,8 +50,13 @@ def why_not(
         )
     if not parameter.is_floating_point():
         return f"the weight has dtype {parameter.dtype}; only floating-point weights can be dropped"
-    if _has(module, raw_name(name)):
-        return f"the module already has an attribute {raw_name(name)!r}; rename that first"
+    in_graph = graphs is not None and graphs.owns(module)
+    added = [raw_name(name)] if in_graph else [raw_name(name), live_name(name)]
+    if config.toward == "pretrained":
+        added.append(anchor_name(name))
+    for attribute in added:
+        if _has(module, attribute):
+            return _taken(attribute)
     if config.toward == "pretrained":
         if not parameter.requires_grad:
             return (
@@ -63,7 +68,6 @@ def why_not(
     refused = kind.refuse(module, name)
     if refused is None and graphs is not None:
         refused = graphs.problem(module, name, config)
-    in_graph = graphs is not None and graphs.owns(module)
     if refused is None and not in_graph:
         refused = _no_product(user, parents)
     if refused is not None:
@@ -81,6 +85,24 @@ def why_not(
             "a mask would never act; name the module that uses it"
         )
     return None
+
+
+def no_class(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    """Why a module cannot get the class of one whose parameters `names` are operated, or None."""
+    if isinstance(module, DropConnectModule):
+        return None
+    try:
+        operated_class(type(module), names)
+    except TypeError as error:
+        return f"its class has no subclasses, and DropConnect needs one ({error}); exclude it"
+    for table in (module.__dict__, module._parameters, module._buffers, module._modules):
+        if not table.keys().isdisjoint(DropConnectModule.OWN):
+            return _taken(next(name for name in DropConnectModule.OWN if name in table))
+    return None
+
+
+def _taken(name: str) -> str:
+    return f"the module already has an attribute {name!r}; rename that first"
 
 
 def _has(module: nn.Module, name: str) -> bool:

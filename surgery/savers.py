@@ -13,7 +13,8 @@ import inspect
 import json
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from safetensors import safe_open
 from torch import nn
 
 from .checkpoint import save_dropconnect
+from .journal import at_once, content, restoring
 from .keys import plain_keys, plain_state_dict
 from .modules.operated import unwrapped
 from .modules.places import places
-from .surgeon import can_undo, reapplied, suspended
+from .plain import reapplied, suspended
+from .surgeon import can_undo
 
 Method = Callable[..., Any]
 
@@ -78,8 +81,7 @@ def works_plain(function: Method) -> Method:
         if not _operated(model):
             return function(*args, **kwargs)
         call = _renamed(signature.bind(*args, **kwargs), model)
-        with _plain_names(model):
-            return function(*call.args, **call.kwargs)
+        return _with_plain_names(model, partial(function, *call.args, **call.kwargs))
 
     return taught
 
@@ -117,8 +119,7 @@ def writes_plain(save: Method, model_at: int = 0) -> Method:
         if not _operated(model):
             return save(*args, **kwargs)
         call = _renamed(signature.bind(*args, **kwargs), model)
-        with _plain_names(model):
-            result = save(*call.args, **call.kwargs)
+        result = _with_plain_names(model, partial(save, *call.args, **call.kwargs))
         directory = _argument(signature, model_at + 1, args, kwargs)
         saver = next(iter(call.arguments.values()))
         main = getattr(saver, "is_main_process", True) if model_at else True
@@ -138,8 +139,7 @@ def resizes_plain(resize: Method) -> Method:
         model = _argument(signature, 0, args, kwargs)
         if not _operated(model):
             return resize(*args, **kwargs)
-        with reapplied(model):
-            return resize(*args, **kwargs)
+        return reapplied(model, partial(resize, *args, **kwargs))
 
     return taught
 
@@ -183,19 +183,18 @@ def _keys_of_file(file: Path) -> set[str]:
     return set(torch.load(file, map_location="meta", weights_only=True))
 
 
-@contextlib.contextmanager
-def _plain_names(model: nn.Module) -> Iterator[None]:
-    """The plain model for a while. Where the classes cannot change now (`fully_shard`), only the keys
-    of `model.state_dict()` are plain; plain keys load anyway, and plain names read."""
+def _with_plain_names(model: nn.Module, call: Callable[[], Any]) -> Any:
+    """What `call` returns, with the model plain meanwhile. Where the classes cannot change now
+    (`fully_shard`), only the keys of `model.state_dict()` are plain; plain keys load anyway, and plain
+    names read."""
     if can_undo(model):
-        with suspended(model):
-            yield
-        return
-    hook = model.register_state_dict_post_hook(_rename)  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        hook.remove()
+        return suspended(model, call)
+
+    def while_renamed() -> Any:
+        model.register_state_dict_post_hook(_rename)  # type: ignore[no-untyped-call]
+        return call()
+
+    return restoring(at_once(content(model._state_dict_hooks)), while_renamed)
 
 
 def _rename(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

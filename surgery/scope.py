@@ -99,15 +99,22 @@ def run_in_scope(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     """Run the outermost forward of a model: what it returns is settled."""
     if _scope.active:
         return forward(*args, **kwargs)
-    _scope.active = True
-    if not torch.compiler.is_compiling():
-        given = (*args, *kwargs.values())
-        _scope.shapes = tuple(tuple(one.shape) for one in given if isinstance(one, Tensor))
     try:
-        return settle(forward(*args, **kwargs))
-    finally:
-        _scope.active = False
-        _scope.shapes = ()
+        _scope.active = True
+        if not torch.compiler.is_compiling():
+            given = (*args, *kwargs.values())
+            _scope.shapes = tuple(tuple(one.shape) for one in given if isinstance(one, Tensor))
+        result = settle(forward(*args, **kwargs))
+        _leave()
+        return result
+    except BaseException:  # not `finally`, which an interrupt can end before it has done anything
+        _leave()
+        raise
+
+
+def _leave() -> None:
+    _scope.active = False
+    _scope.shapes = ()
 
 
 def needs_scope(config: DropConnectConfig) -> bool:

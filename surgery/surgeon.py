@@ -1,63 +1,93 @@
 """Operate and undo: the only place that changes a model.
 
-`operate` carries out a prepared plan and cannot fail half-way; `undo` is its exact inverse. Both move
-`Parameter` objects and never copy them.
+`operate` carries out a prepared plan and cannot stop half-way (`surgery.journal`); `undo` is its exact
+inverse. Both move `Parameter` objects and never copy them.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from .catalogue import Catalogue
 from .config import DropConnectConfig
-from .errors import NotOperatedError, raise_all
-from .finder import Look
+from .errors import NotOperatedError, SurgeryError, raise_all
 from .graphs import GraphSurgeon, Nodes, Survey, graph_owners, graph_surgeon
+from .journal import Changes, at_once, surely
 from .modules.operated import (
     DropConnectModule,
     drawn_children,
     operated_among,
     operated_class,
     plain_class,
+    runs_now,
 )
-from .modules.places import Place, places, plain_parameters, set_state, states_of
+from .modules.places import Place, places, plain_parameters, states_of
 from .modules.state import SiteState
 from .modules.walk import named_modules
 from .plan import Plan, Site, join
-from .prepare import Change, Prepared, has_gradients, prepare
+from .prepare import Change, Prepared, has_gradients
 from .scope import needs_scope
 
-_Todo = tuple[Change, type[DropConnectModule] | None, dict[str, Tensor]]
-"""A change, the class that the module gets (None: only nodes of a graph read it), its anchors."""
+Anchors = Mapping[str, Tensor]
+"""Pretrained values by the plain dotted name of a weight."""
+
+_Todo = tuple[Change, dict[str, Tensor]]
+"""A change, and the anchors that come with it, by buffer name."""
 
 
-def operate(prepared: Prepared) -> None:
-    """Carry out a prepared plan. Everything that can fail comes before the first change."""
-    anchors: dict[int, Tensor] = {}
-    todo = [(change, _new_class(change), _anchors(change, anchors)) for change in prepared.changes]
-    _carry_out(todo, prepared.graphs, {})
+def operate(prepared: Prepared, kept: Anchors | None = None) -> None:
+    """Carry out a prepared plan, as a whole or not at all.
+
+    Args:
+        prepared: see `prepare`.
+        kept: values of anchors, by the name of their site; of others the weight's value is taken.
+    """
+    known = {} if kept is None else _kept_anchors(prepared, kept)
+    carry_out([(change, _anchors(change, known)) for change in prepared.changes], prepared.graphs)
 
 
-def _carry_out(todo: Sequence[_Todo], graphs: Survey | None, nodes: Nodes) -> None:
-    for change, cls, its_anchors in todo:
-        _swap(change, cls, its_anchors)
-    if graphs is not None:
-        graphs.insert([(change.module, change.states) for change, _, _ in todo], nodes)
+def _kept_anchors(prepared: Prepared, kept: Anchors) -> dict[int, Tensor]:
+    """Anchors by the id of their weight. Of a tied weight any name will do: which one a file has
+    depends on the model that it was saved from.
+
+    Raises:
+        SurgeryError: one is missing.
+    """
+    known: dict[int, Tensor] = {}
+    for found in prepared.found:
+        if found.state.anchor is None:
+            continue
+        saved = next((kept[name] for name in found.names if name in kept), None)
+        if saved is None:
+            raise SurgeryError(
+                f"no anchor was saved for {found.names[0]!r}, which is toward='pretrained'; the model "
+                "is unchanged"
+            )
+        weight = found.parameter
+        known[id(weight)] = saved.to(weight.device, weight.dtype, copy=True)
+    return known
 
 
-def _new_class(change: Change) -> type[DropConnectModule] | None:
-    if change.in_graph:
-        return None
-    module, names = change.module, tuple(change.states)
-    if isinstance(module, DropConnectModule):
-        names += tuple(module._dropconnect)
-    if len(names) > 1:
-        names = tuple(name for name in plain_parameters(module) if name in names)
-    return operated_class(plain_class(module), names)
+def carry_out(todo: Sequence[_Todo], graphs: Survey | None, nodes: Nodes | None = None) -> None:
+    """Make these changes: to the modules in one step, to graphs so that it is taken back if it does
+    not end. `nodes` are used again."""
+    changes = Changes()
+    for change, anchors in todo:
+        swap(changes, change, anchors)
+    if graphs is None:
+        changes.make()
+        return
+    put_back = at_once(graphs.image())
+    try:
+        changes.make()
+        graphs.insert([(change.module, change.states) for change, _ in todo], nodes or {})
+    except BaseException:
+        surely(put_back)
+        raise
 
 
 def _anchors(change: Change, known: dict[int, Tensor]) -> dict[str, Tensor]:
@@ -74,38 +104,42 @@ def _anchors(change: Change, known: dict[int, Tensor]) -> dict[str, Tensor]:
     return anchors
 
 
-def _swap(change: Change, cls: type[DropConnectModule] | None, anchors: dict[str, Tensor]) -> None:
-    if cls is not None:
-        _swap_class(change, cls)
-    raw = {name: state.raw for name, state in change.states.items()}
-    _rename(change.module._parameters, raw)
-    for name, anchor in anchors.items():
-        change.module.register_buffer(name, anchor)
+def swap(changes: Changes, change: Change, anchors: dict[str, Tensor]) -> None:
+    module = change.module
+    if not change.in_graph:
+        _swap_class(changes, change)
+    _rename(changes, module, {name: state.raw for name, state in change.states.items()})
+    if anchors:
+        changes.put(module._buffers, anchors)
 
 
-def _swap_class(change: Change, cls: type[DropConnectModule]) -> None:
-    held = change.module.__dict__
+def _swap_class(changes: Changes, change: Change) -> None:
+    module, names = change.module, change.names
+    held = module.__dict__
     states = {**held.get("_dropconnect", {}), **change.states}
     draws = (*held.get("_dropconnect_draws", ()), *change.draws)
-    # nn.Module's would look for a parameter first.
-    object.__setattr__(change.module, "__class__", cls)
-    held["_dropconnect"] = {name: states[name] for name in cls._dropconnect_class[1]}
-    held["_dropconnect_draws"] = tuple(dict.fromkeys(draws))
-    held["_dropconnect_scope"] = held.get("_dropconnect_scope", False) or change.scope
+    changes.set_class(module, operated_class(plain_class(module), names))
+    items = {
+        "_dropconnect": {name: states[name] for name in names},
+        "_dropconnect_draws": tuple(dict.fromkeys(draws)),
+        "_dropconnect_scope": held.get("_dropconnect_scope", False) or change.scope,
+    }
     for state in change.states.values():
-        held[state.live] = None
-    held.pop("_flat_weights", None)
+        items[state.live] = None
+    changes.put(held, items)
+    if "_flat_weights" in held:
+        changes.drop(held, "_flat_weights")
 
 
-def _rename(parameters: dict[str, Any], names: dict[str, str]) -> None:
-    """Rename keys in place, keeping order and the dict object."""
-    renamed = {names.get(name, name): value for name, value in parameters.items()}
-    parameters.clear()
-    parameters.update(renamed)
+def _rename(changes: Changes, module: nn.Module, names: dict[str, str]) -> None:
+    """Rename parameters, keeping their order and the dict object."""
+    if names:
+        held = module._parameters
+        changes.fill(held, {names.get(name, name): value for name, value in held.items()})
 
 
-def undo(model: nn.Module) -> Nodes:
-    """Take DropConnect out of every module and graph; returns what the nodes of graphs called.
+def undo(model: nn.Module) -> None:
+    """Take DropConnect out of every module and graph, as a whole or not at all.
 
     Raises:
         NotOperatedError: there is none in place.
@@ -113,22 +147,35 @@ def undo(model: nn.Module) -> Nodes:
     """
     walked = named_modules(model)
     modules = list(operated_among(walked))
-    in_graphs = [(owner, states_of(owner)) for owner in _owners_in_graphs(walked)]
+    in_graphs = [(owner, states_of(owner)) for owner in owners_in_graphs(walked)]
     if not modules and not in_graphs:
         raise NotOperatedError(
             f"{type(model).__name__} has no DropConnect in place; there is nothing to strip"
         )
     surgeon = graph_surgeon([module for _, module in walked])
     raise_all(_all_stuck(model, modules, surgeon), "take DropConnect out")
-    for owner, states in in_graphs:
-        _plain_names(owner, states)
-    nodes = {} if surgeon is None else surgeon.remove(model)
+    changes, names = Changes(), Changes()
     for _, module in modules:
-        _unswap(module)
-    return nodes
+        unswap(changes, module)
+    for owner, states in in_graphs:
+        _plain_names(names, owner, states)
+    if surgeon is None:
+        changes.make()
+    else:
+        put_back = at_once(surgeon.image(model))
+        try:
+            names.make()
+            surgeon.remove(model)
+            changes.make()
+        except BaseException:
+            surely(put_back)
+            raise
+    for _, module in modules:
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
 
 
-def _owners_in_graphs(modules: Iterable[tuple[str, nn.Module]]) -> list[nn.Module]:
+def owners_in_graphs(modules: Iterable[tuple[str, nn.Module]]) -> list[nn.Module]:
     """Of the modules of a model, those that only graphs read."""
     owners = [owner for _, owner, _ in graph_owners(modules)]
     return [owner for owner in owners if not isinstance(owner, DropConnectModule)]
@@ -154,30 +201,37 @@ def _stuck(name: str, module: DropConnectModule) -> str | None:
             f"{name or '(root)'}: its class was changed to {type(module).__name__} after apply (by "
             "fully_shard?); take that out first, or use plain_state_dict to get plain weights"
         )
-    for state in module._dropconnect.values():
-        if module.__dict__[state.live] is not None:
-            return f"{name or '(root)'}: its forward is running"
+    # A live mask alone does not tell: a forward that was killed may have left it.
+    if any(module.__dict__[state.live] is not None for state in module._dropconnect.values()):
+        return f"{name or '(root)'}: its forward is running" if runs_now(module) else None
     return None
 
 
-def _plain_names(module: nn.Module, states: dict[str, SiteState]) -> None:
-    _rename(module._parameters, {state.raw: state.name for state in states.values()})
+def _plain_names(changes: Changes, module: nn.Module, states: dict[str, SiteState]) -> None:
+    _rename(changes, module, {state.raw: state.name for state in states.values()})
     for state in states.values():
         if state.anchor is not None:
-            del module._buffers[state.anchor]
+            changes.drop(cast(dict[str, Any], module._buffers), state.anchor)
 
 
-def _unswap(module: Any) -> None:
+def unswap(changes: Changes, module: DropConnectModule) -> None:
     held = module.__dict__
-    states = held["_dropconnect"]
-    _plain_names(module, states)
-    for state in states.values():
-        del held[state.live]
-    for name in ("_dropconnect", "_dropconnect_draws", "_dropconnect_scope"):
-        del held[name]
-    object.__setattr__(module, "__class__", module._dropconnect_class[0])
+    states = module._dropconnect
+    plain = plain_class(module)
     if isinstance(module, nn.RNNBase):
-        module._init_flat_weights()
+        changes.put(held, _flat_weights(module))
+    _plain_names(changes, module, states)
+    changes.drop(held, "_dropconnect", "_dropconnect_draws", "_dropconnect_scope")
+    changes.drop(held, *[state.live for state in states.values()])
+    changes.set_class(module, plain)
+
+
+def _flat_weights(module: Any) -> dict[str, Any]:
+    """The lists that `torch.nn.RNNBase` makes of its parameters."""
+    parameters = plain_parameters(module)
+    weights = [parameters.get(name) for name in module._flat_weights_names]
+    refs = [None if weight is None else weakref.ref(weight) for weight in weights]
+    return {"_flat_weights": weights, "_flat_weight_refs": refs}
 
 
 def current_plan(model: nn.Module) -> Plan:
@@ -259,88 +313,36 @@ def can_undo(model: nn.Module) -> bool:
     return next(places(model), None) is not None and problem is None
 
 
-@contextlib.contextmanager
-def suspended(model: nn.Module) -> Iterator[None]:
-    """The plain model for a while. Inside, values may change but modules may not."""
-    modules = named_modules(model)
-    kept: list[_Todo] = [
-        (_as_change(module), type(module), _buffers(module))
-        for _, module in operated_among(modules)
+def rescope(
+    changes: Changes, model: nn.Module, configs: Mapping[int, DropConnectConfig] | None = None
+) -> None:
+    """Let exactly those modules follow their forward whose sites need it.
+
+    Args:
+        changes: gets what has to change.
+        model: operated, or not any more.
+        configs: those that states, by their id, are about to get.
+    """
+    coming = configs or {}
+    owners = [
+        place.owner
+        for place in places(model)
+        if needs_scope(coming.get(id(place.state)) or place.state.config)
     ]
-    kept += [
-        (Change(owner, states_of(owner), in_graph=True), None, _buffers(owner))
-        for owner in _owners_in_graphs(modules)
-    ]
-    nodes = undo(model)
-    try:
-        yield
-    finally:
-        _carry_out(kept, Catalogue(model).graphs, nodes)
-
-
-@contextlib.contextmanager
-def reapplied(model: nn.Module) -> Iterator[None]:
-    """The plain model for a while; on exit the same sites, found by name, are operated on again.
-    Inside, weights may be resized and modules replaced, as resizing an embedding does."""
-    plan = current_plan(model)
-    kept = [
-        (name, dict(states_of(module)), _buffers(module))
-        for name, module in named_modules(model)
-        if states_of(module)
-    ]
-    undo(model)
-    try:
-        yield
-    finally:
-        look = Look(model, None)
-        operate(prepare(model, plan, None, DropConnectConfig(), look, resized=True))
-        for name, states, anchors in kept:
-            for state in states.values():
-                _put_back(model.get_submodule(name), state, anchors)
-
-
-def rescope(model: nn.Module) -> None:
-    """Let exactly those modules follow their forward whose sites need it now."""
-    owners = [place.owner for place in places(model) if needs_scope(place.state.config)]
     wanted: dict[int, nn.Module] = {}
     if owners:
         catalogue = Catalogue(model)
         wanted = {id(one): one for owner in owners for one in catalogue.enclosing(owner)}
-    todo = [Change(module, scope=True) for module in wanted.values() if not _has_scope(module)]
-    for change, cls in [(change, _new_class(change)) for change in todo]:
-        _swap(change, cls, {})
+    for module in wanted.values():
+        if not _has_scope(module):
+            swap(changes, Change(module, scope=True), {})
     for _, module in operated_among(named_modules(model)):
         if module._dropconnect_scope and id(module) not in wanted:
-            module.__dict__["_dropconnect_scope"] = False
-            if not module._dropconnect and not module._dropconnect_draws:
-                _unswap(module)
+            if module._dropconnect or module._dropconnect_draws:
+                changes.put(module.__dict__, {"_dropconnect_scope": False})
+            else:
+                unswap(changes, module)
 
 
 def _has_scope(module: nn.Module) -> bool:
     return isinstance(module, DropConnectModule) and module._dropconnect_scope
-
-
-def _as_change(module: DropConnectModule) -> Change:
-    states, draws = dict(module._dropconnect), list(module._dropconnect_draws)
-    return Change(module, states, draws=draws, scope=module._dropconnect_scope)
-
-
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The anchors of a module, by buffer name."""
-    names = [state.anchor for state in states_of(module).values() if state.anchor is not None]
-    return {name: getattr(module, name) for name in names}
-
-
-def _put_back(module: Any, old: SiteState, anchors: dict[str, Tensor]) -> None:
-    """The state and the anchor as they were. If the weight was resized along its first dimension,
-    rows that stayed keep their anchor; new rows keep the one just made, their value now."""
-    if states_of(module)[old.name].layout == old.layout:
-        set_state(module, old)
-    if old.anchor is None:
-        return
-    before, now = anchors[old.anchor], module._buffers[old.anchor]
-    if now.shape == before.shape:
-        module._buffers[old.anchor] = before
-    elif now.shape[1:] == before.shape[1:]:
-        rows = min(len(now), len(before))
-        now[:rows] = before[:rows]

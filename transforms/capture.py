@@ -117,15 +117,17 @@ def first_of(
 
 def symbolic(model: nn.Module) -> fx.GraphModule:
     """`torch.fx.symbolic_trace` in the mode that the model is in."""
-    with untouched(model, evaluate=False):
-        return fx.symbolic_trace(model)
+    return untouched(model, lambda: fx.symbolic_trace(model), evaluate=False)
 
 
 def _export(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
     run = _needed(inputs).without_labels(model).for_one_pass(model)
-    with untouched(model), _silent():
-        program = torch.export.export(model, run.args, dict(run.kwargs), strict=False)
-        graph = program.module()
+
+    def export() -> nn.Module:
+        with _silent():
+            return torch.export.export(model, run.args, dict(run.kwargs), strict=False).module()
+
+    graph = untouched(model, export)
     assert isinstance(graph, fx.GraphModule)
     return graph
 

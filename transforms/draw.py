@@ -159,8 +159,7 @@ def _diagram(
             f"detail='nodes' draws a torch.fx.GraphModule, and {type(model).__name__} is none; "
             "give draw(capture(model, example_inputs)), or detail='modules'"
         )
-    with plain(model):
-        return module_diagram(capture(model, example_inputs), model, root)
+    return plain(model, lambda: module_diagram(capture(model, example_inputs), model, root))
 
 
 def _sheet(panels: Sequence[_Panel], titles: Sequence[str], captions: Sequence[str]) -> str:

@@ -113,9 +113,12 @@ def find(
             traced without; the message has the reason of each way.
         TypeError: `example_inputs` is none of these.
     """
-    with plain(model):
+
+    def findings() -> Findings:
         seen = _graph(model, example_inputs) if graph is None else graph
         return _Finder(model, seen).findings()
+
+    return plain(model, findings)
 
 
 def look(model: nn.Module, example_inputs: Any = None) -> Seen | None:
@@ -138,8 +141,7 @@ def look(model: nn.Module, example_inputs: Any = None) -> Seen | None:
 def _looked(model: nn.Module, inputs: Inputs | None, batch: Shape | None) -> Seen | None:
     if inputs is None:
         return None
-    with plain(model):
-        found = _Finder(model, _recorded(model, inputs)).findings()
+    found = plain(model, lambda: _Finder(model, _recorded(model, inputs)).findings())
     return Seen(found, found.input_shapes, batch, found.running)
 
 

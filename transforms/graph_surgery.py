@@ -8,13 +8,14 @@ from torch import fx, nn
 
 from surgery.config import DropConnectConfig
 from surgery.graphs import Nodes
+from surgery.journal import Step
 from surgery.modules import SiteState
 from surgery.modules.kinds import follows_weight
-from surgery.modules.state import anchor_name, raw_name
 from surgery.moments.elementwise import JOINT
 
 from . import remove as removal
 from .follow import Flow
+from .graph_image import image_with_graphs
 from .insert import combined_bias, insert, node_module
 from .ops import in_place
 from .survey import Survey
@@ -32,7 +33,7 @@ class GraphSurvey(Survey):
         if not self.of(module, name):
             return self._joint_after_call(module, config)
         return (
-            _taken(module, name, config)
+            _taken(module, name)
             or next(filter(None, (_unusable(use) for use in found)), None)
             or self._apart_from_weight(module, name, config)
             or self._no_product(module, name, config, found)
@@ -94,6 +95,10 @@ class GraphSurvey(Survey):
                         return problem
         return None
 
+    def image(self) -> list[Step]:
+        """Steps that put the whole model back."""
+        return image_with_graphs(self.model.modules())
+
     def insert(
         self, states: Sequence[tuple[nn.Module, Mapping[str, SiteState]]], nodes: Nodes
     ) -> None:
@@ -108,13 +113,10 @@ def _mode(config: DropConnectConfig) -> str | None:
     return "inference='moments'" if config.inference == "moments" else None
 
 
-def _taken(module: nn.Module, name: str, config: DropConnectConfig) -> str | None:
-    names = [node_module(name)]
-    names += [raw_name(name)] if raw_name(name) in module._parameters else []
-    names += [anchor_name(name)] if config.toward == "pretrained" else []
-    for taken in names:
-        if hasattr(module, taken):
-            return f"the module already has an attribute {taken!r}; rename that first"
+def _taken(module: nn.Module, name: str) -> str | None:
+    taken = node_module(name)
+    if hasattr(module, taken):
+        return f"the module already has an attribute {taken!r}; rename that first"
     return None
 
 
@@ -182,5 +184,11 @@ class Surgeon:
     def stuck(self, model: nn.Module) -> list[str]:
         return removal.stuck(model)
 
-    def remove(self, model: nn.Module) -> Nodes:
-        return removal.remove(model)[1]
+    def nodes(self, model: nn.Module) -> Nodes:
+        return removal.nodes(model)
+
+    def image(self, model: nn.Module) -> list[Step]:
+        return image_with_graphs(model.modules())
+
+    def remove(self, model: nn.Module) -> None:
+        removal.remove(model)

@@ -44,14 +44,17 @@ def record(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
 
 def record_run(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     """`record` for inputs that have been taken apart."""
-    with untouched(model), _never_compiled():
+
+    def run() -> fx.GraphModule:
         recorder = _Recorder(model)
         recorder.take(inputs)
         for name, module in model.named_modules():
             _watch(module, name, recorder.stack)
-        with recorder:
+        with _never_compiled(), recorder:
             output = model(*inputs.args, **inputs.kwargs)
         return recorder.finish(output)
+
+    return untouched(model, run)
 
 
 @contextlib.contextmanager

@@ -77,20 +77,27 @@ def _is_wired(one: _Called) -> bool:
     return isinstance(raw, fx.Node) and raw.op == "get_attr" and raw.target == wanted
 
 
-def remove(model: nn.Module) -> tuple[list[PassResult], Nodes]:
+def nodes(model: nn.Module) -> Nodes:
+    """The modules that the nodes call."""
+    return {
+        (id(owner), module.name): module
+        for _, owner, modules in graph_owners(named_modules(model))
+        for module in modules
+    }
+
+
+def remove(model: nn.Module) -> list[PassResult]:
     """Take every node out, when the parameters that only graphs read have their plain names.
 
     Returns:
-        one result for each graph, and the modules that were called.
+        one result for each graph.
     """
     results = [_remove_nodes(graph_module) for graph_module in _graphs(model)]
-    nodes: Nodes = {}
     for _, owner, modules in list(graph_owners(named_modules(model))):
         for module in modules:
-            nodes[id(owner), module.name] = module
             forget(owner, module)
             del owner._modules[node_module(module.name)]
-    return results, nodes
+    return results
 
 
 def _remove_nodes(graph_module: fx.GraphModule) -> PassResult:

@@ -31,6 +31,7 @@ class Survey:
     """The graphs of a model, as they are when it is made."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         graphs = [(n, m) for n, m in model.named_modules() if isinstance(m, fx.GraphModule)]
         self.graphs = {graph_module: name for name, graph_module in graphs}
         self.reads: dict[int, list[Read]] = {}

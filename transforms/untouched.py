@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,39 +12,31 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from surgery.errors import SurgeryError
+from surgery.journal import Result, Step, at_once, restoring
 from surgery.modules.places import places
-from surgery.surgeon import suspended
+from surgery.plain import suspended
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
-@contextlib.contextmanager
-def untouched(model: nn.Module, *, evaluate: bool = True) -> Iterator[None]:
-    """Inside: no gradients, DropConnect out of the way and, if `evaluate`, evaluation mode (the flags
-    only: no `train` method is called). Afterwards everything that a forward may have changed is as it
-    was: attributes, buffers and their values, training flags, torch's random state. Warnings are not
-    shown.
+def untouched(model: nn.Module, call: Callable[[], Result], *, evaluate: bool = True) -> Result:
+    """What `call` returns; it runs without gradients, with DropConnect out of the way and, if
+    `evaluate`, in evaluation mode (the flags only: no `train` method is called). Afterwards everything
+    that a forward may have changed is as it was: attributes, buffers and their values, training flags,
+    torch's random state. Warnings are not shown.
 
     Raises:
         SurgeryError: the model has uninitialised (lazy) parameters, or TorchScript modules.
     """
     _refuse(model)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=_devices(model)))
-        stack.enter_context(plain(model))
-        stack.enter_context(_restored(list(model.modules())))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        for module in model.modules() if evaluate else ():
-            module.__dict__["training"] = False
-        yield
+    surroundings = at_once(_surroundings(model))
+    return restoring(surroundings, lambda: plain(model, lambda: _restored(model, call, evaluate)))
 
 
-def plain(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Inside, the model has no DropConnect."""
+def plain(model: nn.Module, call: Callable[[], Result]) -> Result:
+    """What `call` returns, with no DropConnect in the model meanwhile."""
     operated = next(places(model), None) is not None
-    return suspended(model) if operated else contextlib.nullcontext()
+    return suspended(model, call) if operated else call()
 
 
 def _refuse(model: nn.Module) -> None:
@@ -58,20 +50,25 @@ def _refuse(model: nn.Module) -> None:
             )
 
 
-def _devices(model: nn.Module) -> list[int]:
-    """Indices of the accelerator devices on which the model may draw random numbers."""
+def _surroundings(model: nn.Module) -> list[Step]:
+    """Steps that put back what is not the model's: random states, gradient mode, warnings."""
     tensors = (*model.parameters(), *model.buffers())
-    return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
+    devices = {t.device.index or 0 for t in tensors if t.device.type == "cuda"}
+    generators = [torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)]
+    return [
+        *(partial(generator.set_state, generator.get_state()) for generator in generators),
+        partial(torch._C._set_grad_enabled, torch.is_grad_enabled()),
+        partial(setattr, warnings, "filters", warnings.filters),
+    ]
 
 
-@contextlib.contextmanager
-def _restored(modules: list[nn.Module]) -> Iterator[None]:
+def _restored(model: nn.Module, call: Callable[[], Result], evaluate: bool) -> Result:
+    modules = list(model.modules())
     attributes = [dict(module.__dict__) for module in modules]
     tables = [[dict(module.__dict__[name]) for name in _TABLES] for module in modules]
     buffers = [(b, b._version, b.clone()) for m in modules for b in m.buffers(recurse=False)]
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for module, kept, its_tables in zip(modules, attributes, tables):
             _put_back(module.__dict__, kept)
             for name, table in zip(_TABLES, its_tables):
@@ -79,13 +76,21 @@ def _restored(modules: list[nn.Module]) -> Iterator[None]:
         for buffer, version, value in buffers:
             _write_back(buffer, version, value)
 
+    def run() -> Result:
+        for module in modules if evaluate else ():
+            module.__dict__["training"] = False
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return call()
+
+    return restoring(put_back, run)
+
 
 def _put_back(table: dict[str, Any], kept: dict[str, Any]) -> None:
     """Make a dict what it was, in the same order, keeping the dict object."""
     same = list(table) == list(kept) and all(table[name] is kept[name] for name in kept)
     if not same:
-        table.clear()
-        table.update(kept)
+        at_once([partial(table.clear), partial(table.update, kept)])()
 
 
 def _write_back(buffer: Tensor, version: int, value: Tensor) -> None:

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from ..caching import cached
+from ..caching import PerObject, cached
 from ..config import Unit
 from ..ops import Layout
 from .places import plain_parameters
@@ -75,7 +75,7 @@ def register_kind(kind: Kind) -> None:
     _kind_of_class.clear()
 
 
-_kind_of_class: dict[type[nn.Module], Kind | None] = {}
+_kind_of_class: PerObject[type[nn.Module], Kind | None] = PerObject()
 """What was found before; None for a class that no kind was registered for."""
 
 _kind_of_one: WeakKeyDictionary[nn.Module, Kind] = WeakKeyDictionary()
@@ -89,11 +89,11 @@ def set_kind(module: nn.Module, kind: Kind) -> None:
 
 def kind_of(module: nn.Module) -> Kind:
     """The kind of a module; `OTHER` if none was registered for its class."""
-    cls = type(module)
-    if cls not in _kind_of_class:
-        known = (kind for kind in _kinds if isinstance(module, kind.classes))
-        _kind_of_class[cls] = next(known, None)
-    return _kind_of_class[cls] or _kind_of_one.get(module, OTHER)
+    return _kind_of_class.get(type(module), _registered) or _kind_of_one.get(module, OTHER)
+
+
+def _registered(cls: type[nn.Module]) -> Kind | None:
+    return next((kind for kind in _kinds if issubclass(cls, kind.classes)), None)
 
 
 def layout_of(module: nn.Module, name: str, weight: Tensor, unit: Unit) -> Layout | None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from ..caching import lasting
+from ..journal import surely
 from ..ops import Law
 from ..ops.mask import law_dtype, law_numbers
 
@@ -74,17 +75,23 @@ class LawTable:
             self.publish()
         return Row(self, place, self._rows[place])
 
-    def begin(self) -> tuple[array[int], array[float]]:
-        """Thresholds and scales to write to, for those who read after the next `publish`: what a
-        backward under way reads is left alone."""
-        self._thresholds, self._scales = self._thresholds[:], self._scales[:]
-        return self._thresholds, self._scales
+    def copies(self) -> tuple[array[int], array[float]]:
+        """Thresholds and scales to write to: what a backward under way reads is left alone."""
+        return self._thresholds[:], self._scales[:]
 
     def publish(self) -> None:
         """Give the graphs what was put."""
+        self.__dict__.update(self.published(self._thresholds, self._scales))
+
+    def published(self, thresholds: array[int], scales: array[float]) -> dict[str, Any]:
+        """The attributes of a table with these numbers."""
         with lasting():
-            self.thresholds = torch.frombuffer(self._thresholds, dtype=torch.int32).to(self._device)
-            self.scales = torch.frombuffer(self._scales, dtype=self._dtype).to(self._device)
+            return {
+                "_thresholds": thresholds,
+                "_scales": scales,
+                "thresholds": torch.frombuffer(thresholds, dtype=torch.int32).to(self._device),
+                "scales": torch.frombuffer(scales, dtype=self._dtype).to(self._device),
+            }
 
 
 class Row:
@@ -125,32 +132,47 @@ def new_row(p: float, device: torch.device, dtype: torch.dtype) -> Row:
 def change_laws(states: Iterable[SiteState], p: float | None, factor: float) -> None:
     """Give sites the law of `p * factor`, or None: of their own p times `factor`.
 
-    One pass with little in it, since a schedule does this at every step. Neighbours mostly have the
-    same law, and then get the same new one.
+    All of them, or none if an interrupt comes: new laws are made first, and putting them in place is
+    not left before it is done. One pass with little in it, since a schedule does this at every step.
+    Neighbours mostly have the same law, and then get the same new one.
     """
+    changed = list(states)
+    rates: list[float] = []
+    laws: list[Law | None] = []
     old: Law | None = None
     law: Law | None = None
     last: float | None = None
     table: LawTable | None = None
     written: dict[LawTable, tuple[array[int], array[float]]] = {}
     with _lock:
-        for state in states:
+        for state in changed:
             rate = state.rate if p is None else p
             if state.law is not old or rate != last:
                 old, last = state.law, rate
                 numbers = law_numbers(rate * factor)
                 if old is not None:
                     law = shared_law(rate * factor, old.threshold.device, old.scale.dtype)
-            state.rate, state.factor = rate, factor
-            state.law = None if old is None else law
+            rates.append(rate)
+            laws.append(None if old is None else law)
             row = state.row
             if row is None:
                 continue
             if row.table is not table:
                 table = row.table
                 if table not in written:
-                    written[table] = table.begin()
+                    written[table] = table.copies()
                 thresholds, scales = written[table]
             thresholds[row.place], scales[row.place] = numbers
-        for table in written:
-            table.publish()
+        news = [(table, table.published(*numbers_of)) for table, numbers_of in written.items()]
+
+        def put() -> None:
+            for table, new in news:
+                table.__dict__.update(new)
+            for state, rate, law in zip(changed, rates, laws):
+                state.rate, state.factor, state.law = rate, factor, law
+
+        try:
+            put()
+        except BaseException:
+            surely(put)
+            raise

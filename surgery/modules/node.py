@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch._ops import OpOverload
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..ops import draw_key
-from ..recompute import address_of, recompute_masked_weights
+from ..recompute import address_of, call_recomputing
 from ..scope import in_scope, settle
 from .masking import check_anchor, masked_weight
 from .paper_modes import Factor, product_forward
@@ -147,8 +146,7 @@ class DropConnect(nn.Module):
         for name in list(self.states)[1:]:
             assert call.bias is not None
             args, kwargs = _put(args, kwargs, call.bias, used[name])
-        with recompute_masked_weights(recipes) if recipes else contextlib.nullcontext():
-            return call.run(args, kwargs)
+        return call_recomputing(recipes, call.run, (args, kwargs), {})
 
     def _bias(
         self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], anchor: Tensor | None
@@ -194,6 +192,7 @@ class DropConnect(nn.Module):
     def accept_plain_keys(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Hook of the owner: a plain key stands for the raw one. The anchor, which a plain checkpoint
         does not have, stays as it is."""
+        self._loads_plain = False
         for state in self.states.values():
             plain, raw = prefix + state.name, prefix + state.raw
             if plain in state_dict and raw not in state_dict:

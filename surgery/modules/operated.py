@@ -11,22 +11,24 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..caching import cached
+from ..caching import kept_for_class
 from ..ops import draw_key, masked_linear
 from ..ops.engine import is_traced
 from ..plugins import load_plugins
-from ..recompute import Recipe, address_of, recompute_masked_weights
+from ..recompute import Recipe, address_of, call_recomputing
 from ..scope import run_in_scope
 from .masking import check_anchor, is_sharded, masked_weight
 from .paper_modes import Factor, product_forward
 from .product import LINEAR_PRODUCT
-from .state import SiteState, raw_name
+from .state import SiteState, live_name, raw_name
 from .watch import notice, refuse_recomputation
 
 WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
@@ -50,6 +52,9 @@ class DropConnectModule(nn.Module):
 
     _dropconnect_class: tuple[type[nn.Module], tuple[str, ...]]
     """Arguments of `operated_class` that made this class."""
+
+    OWN = ("_dropconnect", "_dropconnect_draws", "_dropconnect_scope", "_dropconnect_class")
+    """Names of these."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """`type(module)(...)` is a new module like the original: a plain one."""
@@ -77,6 +82,13 @@ class DropConnectModule(nn.Module):
                     state_dict.setdefault(prefix + state.anchor, getattr(self, state.anchor))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._fit_laws()
+
+    def train(self, mode: bool = True) -> Any:
+        """Here, too, a mask goes that a killed forward left: in `eval()` it would stay for ever."""
+        for state in self._dropconnect.values():
+            if self.__dict__[state.live] is not None and not runs_now(self):
+                self.__dict__[state.live] = None
+        return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -109,12 +121,15 @@ def _new_operated(base: type[nn.Module], names: tuple[str, ...]) -> Any:
     return object.__new__(operated_class(base, names))
 
 
-@cached
+@kept_for_class
 def operated_class(base: type[nn.Module], names: tuple[str, ...]) -> type[DropConnectModule]:
     """The subclass of `base` whose parameters `names` are operated.
 
     It has the name of `base`, which other libraries look at (`config.architectures`, accelerate's
     `no_split_module_classes`). Called with arguments, it makes a plain `base`.
+
+    Raises:
+        TypeError: `base` has no subclasses (its metaclass says so).
     """
     body: dict[str, Any] = {
         "__module__": base.__module__,
@@ -129,11 +144,35 @@ def operated_class(base: type[nn.Module], names: tuple[str, ...]) -> type[DropCo
         body["_flat_weights"] = property(_flat_weights, _ignore_flat_weights)
         # Dynamo runs RNNs eagerly; without this it would compile each helper of `_forward` alone.
         body["forward"] = torch.compiler.disable(body["forward"])  # type: ignore[no-untyped-call]
-    return type(base.__name__, (DropConnectModule, base), body)
+    if _is_laid_out_as_modules_are(base):
+        return type(base.__name__, (DropConnectModule, base), body)
+    metaclass = _marked_later(type(base))
+    return cast(type[DropConnectModule], metaclass(base.__name__, (base, DropConnectModule), body))
+
+
+def _is_laid_out_as_modules_are(base: type) -> bool:
+    """Whether an object of this class can become one of a class whose first base is a module. Python
+    looks along the first bases, and `class Net(abc.ABC, nn.Module)` leaves `nn.Module` out there."""
+    cls: type | None = base
+    while cls is not None and cls is not nn.Module:
+        cls = cls.__base__
+    return cls is nn.Module
+
+
+def _marked_later(metaclass: type) -> Any:
+    """A metaclass whose classes have the layout of their first base, `base`, and still look for
+    attributes in the second one, `DropConnectModule`, first."""
+
+    def mro(cls: type) -> list[type]:
+        first, *others = type.mro(cls)
+        others.remove(DropConnectModule)
+        return [first, DropConnectModule, *others]
+
+    return type(metaclass.__name__, (metaclass,), {"mro": mro, "__module__": metaclass.__module__})
 
 
 def _weight_property(name: str) -> property:
-    live, raw = f"_{name}_live", raw_name(name)
+    live, raw = live_name(name), raw_name(name)
 
     def get(self: Any) -> Any:
         used = self.__dict__[live]
@@ -190,23 +229,25 @@ def _dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> 
     given = (*args, *kwargs.values())
     if fused is not None and len(given) == 1 and type(given[0]) is Tensor and given[0].ndim > 1:
         return _fused(module, fused, given[0])
-    opened = _open(module)
+    opened: _Opened = []
+    try:
+        _open(module, opened)
+        if opened:
+            result = call_recomputing(_recipes(opened), _inner(base, module), args, kwargs)
+            _close(opened)
+            return result
+    except BaseException:  # not `finally`, which an interrupt can end before it has done anything
+        _close(opened)
+        raise
+    return _inner(base, module)(*args, **kwargs)
+
+
+def _inner(base: type[nn.Module], module: Any) -> Callable[..., Any]:
+    """What runs with the masks: the original forward, or a product in its place."""
     weight = _product_site(module)
     if weight is not None:
-        forward = functools.partial(_by_product, module, weight)
-    else:
-        forward = functools.partial(base.forward, module)
-    if not opened:
-        return forward(*args, **kwargs)
-    try:
-        recipes = _recipes(opened)
-        if recipes:
-            with recompute_masked_weights(recipes):
-                return forward(*args, **kwargs)
-        return forward(*args, **kwargs)
-    finally:
-        for owner, state, _ in opened:
-            object.__setattr__(owner, state.live, None)
+        return functools.partial(_by_product, module, weight)
+    return functools.partial(base.forward, module)
 
 
 def _fused_site(module: DropConnectModule) -> SiteState | None:
@@ -267,20 +308,19 @@ def _anchor(module: Any, state: SiteState) -> Any:
 _Opened = list[tuple[Any, SiteState, Any]]
 
 
-def _open(module: Any) -> _Opened:
+def _open(module: Any, opened: _Opened) -> None:
     """Draw the masks of this forward call: of the module's own sites, and of those it reads for its
     children. A mask that a caller's scope has drawn stays."""
-    opened: _Opened = []
-    try:
-        _open_own(module, opened)
-        for child in drawn_children(module):
-            if not _any_sharded(child):
-                _open_own(child, opened, outside=True)
-    except BaseException:
-        for owner, state, _ in opened:
-            object.__setattr__(owner, state.live, None)
-        raise
-    return opened
+    _open_own(module, opened)
+    for child in drawn_children(module):
+        if not _any_sharded(child):
+            _open_own(child, opened, outside=True)
+
+
+def _close(opened: _Opened) -> None:
+    """Let the masks go."""
+    for owner, state, _ in opened:
+        object.__setattr__(owner, state.live, None)
 
 
 def drawn_children(module: DropConnectModule) -> Iterator[DropConnectModule]:
@@ -303,7 +343,7 @@ def _open_own(module: Any, opened: _Opened, outside: bool = False) -> None:
     keys: dict[str, Tensor] = {}
     for state in module._dropconnect.values():
         mode = state.mode(module.training)
-        if module.__dict__[state.live] is not None or mode is None:
+        if mode is None or (module.__dict__[state.live] is not None and runs_now(module)):
             continue
         if mode != "batch":
             if not torch.compiler.is_compiling():  # activation checkpoints in a graph forbid it
@@ -323,10 +363,10 @@ def _open_own(module: Any, opened: _Opened, outside: bool = False) -> None:
             key = draw_key(raw.device, state.rank)
         keys[state.name] = key
         used, recipe = _used(module, state, raw, key)
+        opened.append((module, state, recipe))  # first, so that it is let go in any case
         object.__setattr__(module, state.live, used)
         if torch.compiler.is_compiling():  # else whoever reads it says so
             state.drawn = True
-        opened.append((module, state, recipe))
 
 
 def _used(module: Any, state: SiteState, raw: Tensor, key: Tensor) -> tuple[Tensor, Recipe | None]:
@@ -359,6 +399,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while type(model).__name__ in WRAPPERS:
         model = next(model.children())
     return model
+
+
+def runs_now(module: DropConnectModule) -> bool:
+    """Whether a forward that drew a mask for this module is running, in any thread. A mask that is
+    there while none is was left by a forward that was killed."""
+    if torch.compiler.is_compiling():
+        return True
+    for frame in sys._current_frames().values():
+        above: FrameType | None = frame
+        while above is not None:
+            if "_dropping" in above.f_code.co_name:
+                opened = above.f_locals.get("opened") or ()
+                if any(owner is module for owner, *_ in opened):
+                    return True
+            above = above.f_back
+    return False
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

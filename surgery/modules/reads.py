@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ..caching import cached
+from ..caching import cached_weakly
 from .source import ANY, Bindings, Call, Chain, bound, first_parameter, source_of
 
 METADATA = frozenset(
@@ -83,7 +83,7 @@ def is_at(chain: Chain, path: Chain) -> bool:
     return all(have in (want, ANY) for have, want in zip(chain, path))
 
 
-@cached
+@cached_weakly
 def reads(cls: type[nn.Module], given: int | str | None = None, method: str = "forward") -> Reads:
     """The chains that `cls.forward`, the methods it mentions, and the functions that these give a part
     of `self` to read from `self`.

@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..caching import cached
+from ..caching import cached_weakly
 
 Chain = tuple[str, ...]
 """Names from `self` on: `("experts", "*", "weight")`; `self` itself is the empty one."""
@@ -44,7 +44,7 @@ class Source(NamedTuple):
     """Whether it reads attributes whose names are computed."""
 
 
-@cached
+@cached_weakly
 def source_of(function: Callable[..., Any], bindings: Bindings) -> Source | None:
     """What a function does with what its parameters stand for; None if it has no source."""
     definition = _definition(function)
@@ -78,7 +78,7 @@ def first_parameter(function: Callable[..., Any]) -> str | None:
     return definition.args.args[0].arg
 
 
-@cached
+@cached_weakly
 def _definition(function: Callable[..., Any]) -> ast.FunctionDef | None:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))

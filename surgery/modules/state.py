@@ -24,6 +24,11 @@ def anchor_name(name: str) -> str:
     return f"{name}_anchor"
 
 
+def live_name(name: str) -> str:
+    """Name of the attribute that holds the masked weight while a forward runs, and else None."""
+    return f"_{name}_live"
+
+
 class Group(NamedTuple):
     """A batch made of repetitions of one batch, each with its own masks."""
 
@@ -64,7 +69,7 @@ class SiteState:
         """Name of the parameter in this module whose key this one uses (a bias whose mask is that
         of its weight), or None."""
         self.raw = raw_name(name)
-        self.live = f"_{name}_live"
+        self.live = live_name(name)
         self.anchor = anchor_name(name) if config.toward == "pretrained" else None
         self.factor = 1.0
         """What a schedule multiplies the p of the config by, for now."""
@@ -131,8 +136,9 @@ class SiteState:
         if law is None or not law.fits(raw):
             law = shared_law(self.p, raw.device, raw.dtype)
             if keep and type(law.threshold) is Tensor:  # not a fake one, of a trace
-                self.law = law
+                # The row first: if an interrupt comes between, there is no law, and this is done again.
                 self.row = new_row(self.p, raw.device, raw.dtype)
+                self.law = law
         return law
 
     def _law_in_trace(self, raw: Tensor, keep: bool) -> Law:
@@ -158,10 +164,12 @@ class SiteState:
         """Whether mean and variance of the pre-activation are known in closed form."""
         return self.product is not None and (self.product.is_matrix or self.unit != "input")
 
-    def set_inference(self, inference: Inference, draws: int | None) -> None:
-        """Change what `eval()` does."""
-        self._config = self.config.replace(inference=inference, samples=draws)
-        self.inference, self.draws = inference, draws
+    def with_inference(self, inference: Inference, draws: int | None) -> dict[str, Any]:
+        """The attributes that change with what `eval()` does."""
+        config = self.config
+        if (config.inference, config.samples) != (inference, draws):
+            config = config.replace(inference=inference, samples=draws)
+        return {"_config": config, "inference": inference, "draws": draws}
 
     def mode(self, training: bool) -> Sampling | Literal["moments", "probe"] | None:
         """What a forward does: how it samples, `"moments"`, or None for nothing. The value of p is

@@ -21,7 +21,7 @@ from surgery import (
     plan_dropconnect,
     save_dropconnect,
 )
-from surgery.surgeon import reapplied
+from surgery.plain import reapplied
 
 from .helpers import Snapshot
 
@@ -141,8 +141,8 @@ def test_a_resized_weight(tmp_path: Path) -> None:
     """An operated vocabulary may grow; a plan that was made before is told what to do."""
     model = apply_dropconnect(nn.ModuleDict({"a": nn.Embedding(8, 4)}), "a")
     save_dropconnect(model, tmp_path)
-    with reapplied(model):
-        model["a"].weight = nn.Parameter(torch.randn(9, 4))
+    grown = nn.Parameter(torch.randn(9, 4))
+    reapplied(model, lambda: setattr(model["a"], "weight", grown))
     assert dropconnect_sites(model)[0].shape == (9, 4)
     with pytest.raises(SurgeryError, match=r"if the weight was resized .* apply the plan before"):
         load_dropconnect(nn.ModuleDict({"a": nn.Embedding(9, 4)}), tmp_path)

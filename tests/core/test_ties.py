@@ -19,7 +19,7 @@ from surgery import (
     save_dropconnect,
     strip_dropconnect,
 )
-from surgery.surgeon import reapplied
+from surgery.plain import reapplied
 
 from .helpers import Snapshot, keep, masked
 
@@ -234,9 +234,12 @@ def test_excluded_users_stay_so(tmp_path) -> None:
     """Through a plan, a file, and surgery that is done again because a weight was resized."""
     tied = apply_dropconnect(model(), "embed", exclude="head", toward="pretrained")
     save_dropconnect(tied, tmp_path)
-    with reapplied(tied):
-        grown = nn.Parameter(torch.cat([tied.embed.weight.detach()] * 2))
+    grown = nn.Parameter(torch.cat([tied.embed.weight.detach()] * 2))
+
+    def grow() -> None:
         tied.embed.weight = tied.head.weight = grown
+
+    reapplied(tied, grow)
     assert tied.embed.weight is tied.head.weight is grown
     loaded = load_dropconnect(model(), tmp_path)
     again = apply_dropconnect(model(), dropconnect_sites(tied))

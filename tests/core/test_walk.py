@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from surgery.caching import PerObject
 from surgery.modules import kind_of, kinds, register_kind
 from surgery.modules.walk import named_modules
 
@@ -31,7 +32,7 @@ def test_a_kind_registered_later_is_found(monkeypatch) -> None:
         pass
 
     monkeypatch.setattr(kinds, "_kinds", list(kinds._kinds))
-    monkeypatch.setattr(kinds, "_kind_of_class", {})
+    monkeypatch.setattr(kinds, "_kind_of_class", PerObject())
     assert kind_of(Mine(2, 2)).name == "linear"
     register_kind(kinds.LINEAR.but(name="mine", classes=(Mine,)))
     assert kind_of(Mine(2, 2)).name == "mine"
