@@ -68,7 +68,7 @@ def _kept_anchors(prepared: Prepared, kept: Anchors) -> dict[int, Tensor]:
                 "is unchanged"
             )
         weight = found.parameter
-        known[id(weight)] = saved.to(weight.device, weight.dtype, copy=True)
+        known[id(weight)] = weight.detach().clone().copy_(saved)  # its strides, not those of the file
     return known
 
 
