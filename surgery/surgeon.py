@@ -68,7 +68,9 @@ def _kept_anchors(prepared: Prepared, kept: Anchors) -> dict[int, Tensor]:
                 "is unchanged"
             )
         weight = found.parameter
-        known[id(weight)] = weight.detach().clone().copy_(saved)  # its strides, not those of the file
+        known[id(weight)] = (
+            weight.detach().clone().copy_(saved)
+        )  # its strides, not those of the file
     return known
 
 
