@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import check_unmodified
+from .errors import check_unmodified, version_of
 from .ops.engine import is_traced
 
 
@@ -140,7 +140,7 @@ def _is_as_made(tensor: Tensor, recipe: Recipe) -> bool:
     """Whether size, stride and offset are all that this view adds to the masked weight: it was not
     changed since, nor is it seen as complex or negated."""
     same = tensor.dtype == recipe.raw.dtype and not tensor.is_neg()
-    return same and tensor._version == recipe.made
+    return same and version_of(tensor) == recipe.made
 
 
 def _rebuild(saved: _SavedView) -> Tensor:
@@ -151,14 +151,15 @@ def _rebuild(saved: _SavedView) -> Tensor:
 
 
 def _pack(tensor: Tensor) -> _Saved:
-    return _Saved(tensor, tensor._version)
+    return _Saved(tensor, version_of(tensor))
 
 
 def _unpack(saved: _Saved) -> Tensor:
-    if saved.tensor._version != saved.version:
+    found = version_of(saved.tensor)
+    if found != saved.version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
             f"operation: a tensor of shape {tuple(saved.tensor.shape)} is at version "
-            f"{saved.tensor._version}; expected version {saved.version} instead"
+            f"{found}; expected version {saved.version} instead"
         )
     return saved.tensor

@@ -103,7 +103,7 @@ def run_in_scope(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
         _scope.active = True
         if not torch.compiler.is_compiling():
             given = (*args, *kwargs.values())
-            _scope.shapes = tuple(tuple(one.shape) for one in given if isinstance(one, Tensor))
+            _scope.shapes = tuple(tuple(one.shape) for one in given if _has_shape(one))
         result = settle(forward(*args, **kwargs))
         _leave()
         return result
@@ -115,6 +115,10 @@ def run_in_scope(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 def _leave() -> None:
     _scope.active = False
     _scope.shapes = ()
+
+
+def _has_shape(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_nested
 
 
 def needs_scope(config: DropConnectConfig) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, version_of
 from surgery.journal import Result, Step, at_once, restoring
 from surgery.modules.places import places
 from surgery.plain import suspended
@@ -66,7 +66,7 @@ def _restored(model: nn.Module, call: Callable[[], Result], evaluate: bool) -> R
     modules = list(model.modules())
     attributes = [dict(module.__dict__) for module in modules]
     tables = [[dict(module.__dict__[name]) for name in _TABLES] for module in modules]
-    buffers = [(b, b._version, b.clone()) for m in modules for b in m.buffers(recurse=False)]
+    buffers = [(b, version_of(b), b.clone()) for m in modules for b in m.buffers(recurse=False)]
 
     def put_back() -> None:
         for module, kept, its_tables in zip(modules, attributes, tables):
@@ -94,6 +94,6 @@ def _put_back(table: dict[str, Any], kept: dict[str, Any]) -> None:
 
 
 def _write_back(buffer: Tensor, version: int, value: Tensor) -> None:
-    if buffer._version != version:
-        with torch.no_grad():
+    if buffer.is_inference() or version_of(buffer) != version:
+        with torch.inference_mode(buffer.is_inference()), torch.no_grad():
             buffer.copy_(value)

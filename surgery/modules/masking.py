@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import version_of
 from ..ops import Law, drop_weight
 from ..ops.engine import is_traced
 from ..ops.linear import as_if_trained
@@ -46,7 +47,7 @@ def masked_weight(
     def rebuild() -> Tensor:
         return drop_weight(raw.detach(), key, law, state.layout, anchor)
 
-    return used, Recipe(raw, raw._version, rebuild, state.name, used._version)
+    return used, Recipe(raw, version_of(raw), rebuild, state.name, version_of(used))
 
 
 def check_anchor(state: SiteState, raw: Tensor, anchor: Tensor | None) -> None:
@@ -78,7 +79,7 @@ def _as_if_trained(used: Tensor, raw: Tensor) -> Tensor:
 def _held(state: SiteState, raw: Tensor, key: Tensor, law: Law, anchor: Tensor | None) -> Tensor:
     """While masks are held, the masked weight is kept too, for as long as what it depends on stays:
     a loop over a cell computes it once, and autograd adds up its gradient once."""
-    source = (id(raw), raw._version, id(law), torch.is_grad_enabled())
+    source = (id(raw), version_of(raw), id(law), torch.is_grad_enabled())
     if state.held is None or state.held[0] != source:
         used = drop_weight(raw, key, law, state.layout, anchor)
         state.held = (source, _as_if_trained(used, raw))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..caching import kept_for_class
 from ..ops import draw_key, masked_linear
 from ..ops.engine import is_traced
+from ..ops.ordinary import is_dense
 from ..plugins import load_plugins
 from ..recompute import Recipe, address_of, call_recomputing
 from ..scope import run_in_scope
@@ -227,7 +228,7 @@ def _dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> 
     """One forward of the original class, with its masks."""
     fused = _fused_site(module)
     given = (*args, *kwargs.values())
-    if fused is not None and len(given) == 1 and type(given[0]) is Tensor and given[0].ndim > 1:
+    if fused is not None and len(given) == 1 and _can_be_fused(given[0]):
         return _fused(module, fused, given[0])
     opened: _Opened = []
     try:
@@ -262,6 +263,10 @@ def _fused_site(module: DropConnectModule) -> SiteState | None:
     if held or module._dropconnect_draws or state.mode(module.training) != "batch":
         return None
     return state if type(module._parameters.get(state.raw)) is nn.Parameter else None
+
+
+def _can_be_fused(x: Any) -> bool:
+    return type(x) is Tensor and is_dense(x) and x.ndim > 1
 
 
 def _fused(module: Any, state: SiteState, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..moments import Gaussian, Points, Source
 from ..ops import Layout, draw_key, drop_weight
+from ..ops.ordinary import is_dense
 from ..scope import in_scope, scope_shapes, settle
 from .product import LINEAR_PRODUCT, Product
 from .state import NotGrouped, SiteState
@@ -57,6 +58,7 @@ def product_forward(
     state = weight.state
     assert state is not None
     x = settle(x)
+    _check_dense(x, state, mode)
     if mode == "probe":
         return _probe(product, module, x, weight, bias, state)
     if mode == "example":
@@ -73,6 +75,22 @@ def product_forward(
         shared = state.unit in ("input", "tensor")
         return Gaussian.of(Source(mean, variance, state.site, state.draws, points, shared))
     return mean
+
+
+def _check_dense(x: Tensor, state: SiteState, mode: str) -> None:
+    """Raise `RuntimeError` for an input that this mode cannot use."""
+    if is_dense(x):
+        return
+    if state.group is not None:
+        raise NotGrouped(state.site)
+    option = "inference='moments'" if mode == "moments" else f"sampling={mode!r}"
+    other = "inference='mean'" if mode == "moments" else "sampling='batch'"
+    form = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+    dense = "x.to_padded_tensor(0.0)" if x.is_nested else "x.to_dense()"
+    raise RuntimeError(
+        f"{state.site}: {option} needs a dense input, and got a {form} tensor. Give it {dense}, or "
+        f"give this site {other}"
+    )
 
 
 def _probe(
@@ -92,7 +110,8 @@ def _probe(
     u = product.run(module, x, weight.raw, None if bias is None else bias.raw)
     samples = state.group.samples
     factors = tilt(samples, u.shape[product.features], u.device, u.dtype)
-    factors = factors.view(samples, *(1,) * leading, -1, *(1,) * (-1 - product.features))
+    spatial = -1 - product.features
+    factors = factors.view(samples, *(1,) * leading, factors.shape[1], *(1,) * spatial)
     tilted = u.reshape(samples, len(u) // samples, *u.shape[1:]) * factors
     return tilted.view(u.shape)
 
@@ -233,9 +252,8 @@ def _matrix_per_example(
     u = ops.example_linear(rows, matrix, key, law, state.unit, anchor)
     if bias is not None:
         u = u + _bias_per_example(bias, key, len(rows)).unsqueeze(1).to(u.dtype)
-    if dim is None:
-        return u.reshape(*leading, -1)
-    return u.reshape(*leading, u.shape[-1]).movedim(0, dim)
+    u = u.reshape(*leading, u.shape[-1])
+    return u if dim is None else u.movedim(0, dim)
 
 
 def _rows(x: Tensor, dim: int | None, groups: int | None) -> tuple[Tensor, tuple[int, ...]]:
@@ -243,7 +261,7 @@ def _rows(x: Tensor, dim: int | None, groups: int | None) -> tuple[Tensor, tuple
     examples first."""
     features = x.shape[-1]
     if dim is None:
-        return x.reshape(-1, 1, features), tuple(x.shape[:-1])
+        return x.reshape(math.prod(x.shape[:-1]), 1, features), tuple(x.shape[:-1])
     first = x.movedim(dim, 0)
     examples = first.shape[0] if groups is None else groups
     size = math.prod(first.shape[:-1]) // max(examples, 1)

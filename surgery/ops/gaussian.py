@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Unit
-from ..errors import check_unmodified
+from ..errors import check_unmodified, version_of
 from . import native
 from .engine import has_kernels, is_traced
 from .linear import autocast, matrix
 from .mask import Law
 from .ordinary import is_ordinary, unviewed
+from .random import drawn
 from .workspace import Block, borrow, give_back
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -115,7 +116,7 @@ def _block_for_squares(weight: Tensor, wide: torch.dtype) -> Block | None:
     recorded = torch.is_grad_enabled() and weight.requires_grad
     if recorded or is_traced() or not weight.is_contiguous() or weight.dtype != wide:
         return None
-    return borrow(weight) if type(weight) in (Tensor, torch.nn.Parameter) else None
+    return borrow(weight)
 
 
 def _no_autocast(kind: str) -> AbstractContextManager[Any]:
@@ -185,7 +186,7 @@ def gaussian_sample(mean: Tensor, var: Tensor) -> Tensor:
         the variance is 0 at var = 0.
     """
     wide = torch.promote_types(mean.dtype, torch.float32)
-    noise = torch.randn_like(mean, dtype=wide)
+    noise = drawn(torch.randn_like, mean, dtype=wide)
     if is_traced():
         return (mean + safe_sqrt(var.to(wide)) * noise).to(mean.dtype)
     sample: Tensor = _Sample.apply(mean, var, noise)[0]  # type: ignore[no-untyped-call]
@@ -212,7 +213,7 @@ class _GaussianLinear(torch.autograd.Function):
         give_back(block)
         sample, slope = _drawn(mean, var, noise, ratio)
         ctx.save_for_backward(x, slope)
-        ctx.weight, ctx.version, ctx.anchor = weight, weight._version, anchor
+        ctx.weight, ctx.version, ctx.anchor = weight, version_of(weight), anchor
         return sample
 
     @staticmethod

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..caching import cached
+from .random import drawn
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B9
@@ -129,7 +130,7 @@ def draw_key(device: torch.device, rank: int = 0) -> Tensor:
     `torch.manual_seed` reproduces it, and activation checkpointing restores it with the generator's
     state. `rank` other than 0 is mixed in, so that processes seeded alike draw different masks.
     """
-    key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=device)
+    key = drawn(torch.randint, -(2**31), 2**31, (2,), dtype=torch.int32, device=device)
     if rank == 0:
         return key
     return key + torch.tensor(_rank_words(rank), dtype=torch.int32, device=device)

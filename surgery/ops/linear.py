@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..caching import cached
-from ..errors import check_unmodified
+from ..errors import check_unmodified, version_of
 from .mask import Law, Layout, drop_both, drop_weight
 from .ordinary import unviewed
 from .workspace import borrow, give_back
@@ -36,7 +36,7 @@ class _MaskedLinear(torch.autograd.Function):
         name: str,
     ) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None)
-        ctx.weight, ctx.version, ctx.name = weight, weight._version, name
+        ctx.weight, ctx.version, ctx.name = weight, version_of(weight), name
         ctx.law = key, law, layout, anchor
         block = borrow(weight)
         used, _ = drop_both(weight, None, key, law, layout, anchor, block)
@@ -80,7 +80,7 @@ def as_if_trained(used: Tensor) -> Tensor:
 
 def matrix(tensor: Tensor) -> Tensor:
     """All leading dimensions as one."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.dim() == 2 else tensor.flatten(0, -2)
 
 
 def _as(like: Tensor, tensor: Tensor) -> Tensor:

@@ -31,6 +31,11 @@ def is_ordinary(tensor: Tensor) -> bool:
     return (kind is Tensor or kind is torch.nn.Parameter) and _keys(tensor) in _PLAIN
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether it has one value for each entry of one shape: no sparse and no nested tensor."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Whether it is a batch of gradients, of `torch.autograd.grad(..., is_grads_batched=True)`: they do
     without `torch.func`, and run backward once with operations that each know of the batch."""
