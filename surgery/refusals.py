@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from .catalogue import Catalogue
 from .graphs import Survey
 from .known import Known
+from .modules.derived import computed, fix
 from .modules.kinds import SEPARATE_PROJECTIONS, follows_weight, kind_of, layout_of, needs_axes
+from .modules.masking import AFTER_FSDP, is_managed
 from .modules.operated import DropConnectModule, operated_class, plain_class
 from .modules.places import states_of
 from .modules.state import anchor_name, live_name, raw_name
@@ -48,8 +50,21 @@ def why_not(
             f"the weight is a {type(parameter).__name__} (sharded or quantised); apply before "
             "fully_shard, tensor parallelism or quantisation"
         )
+    if is_managed(module):
+        return AFTER_FSDP
+    if parameter.layout is not torch.strided:
+        return (
+            f"the weight has layout {parameter.layout}; only strided weights can be dropped: convert "
+            "it with to_dense() first, or exclude it"
+        )
     if not parameter.is_floating_point():
         return f"the weight has dtype {parameter.dtype}; only floating-point weights can be dropped"
+    weight = computed(plain_class(module), module, name)
+    if weight is not None:
+        return (
+            f"{weight!r} is computed from it before a mask could act; {fix(module, weight)}, or "
+            "exclude it"
+        )
     in_graph = graphs is not None and graphs.owns(module)
     added = [raw_name(name)] if in_graph else [raw_name(name), live_name(name)]
     if config.toward == "pretrained":

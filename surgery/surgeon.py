@@ -17,6 +17,7 @@ from .config import DropConnectConfig
 from .errors import NotOperatedError, SurgeryError, raise_all
 from .graphs import GraphSurgeon, Nodes, Survey, graph_owners, graph_surgeon
 from .journal import Changes, at_once, surely
+from .modules.masking import is_managed
 from .modules.operated import (
     DropConnectModule,
     drawn_children,
@@ -202,6 +203,11 @@ def _stuck(name: str, module: DropConnectModule) -> str | None:
         return (
             f"{name or '(root)'}: its class was changed to {type(module).__name__} after apply (by "
             "fully_shard?); take that out first, or use plain_state_dict to get plain weights"
+        )
+    if module._dropconnect and is_managed(module):
+        return (
+            f"{name or '(root)'}: FSDP holds its parameters under their present names; "
+            "plain_state_dict gives plain weights to load into a plain model"
         )
     # A live mask alone does not tell: a forward that was killed may have left it.
     if any(module.__dict__[state.live] is not None for state in module._dropconnect.values()):

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .catalogue import Catalogue
+from .modules.derived import computed, fix
+from .modules.masking import AFTER_FSDP, is_managed
+from .modules.operated import plain_class
 from .select import Choice, Key, in_model_order
 
 Ties = Mapping[int, Sequence[tuple[nn.Module, str]]]
@@ -69,10 +73,17 @@ def _differently(catalogue: Catalogue, choice: Choice, other: Choice) -> str:
 
 
 def _missing(catalogue: Catalogue, choice: Choice) -> str:
-    name = catalogue.full(choice.module, choice.name)
-    if hasattr(choice.module, "parametrizations"):
-        return f"{name} is parametrized; call remove_parametrizations first, or exclude it"
-    return (
-        f"{name}: {type(choice.module).__name__} has no such parameter (pruned, replaced or None); "
-        "exclude it"
-    )
+    """Why a module has not the parameter that its kind drops, and the fix."""
+    module, name = choice.module, catalogue.full(choice.module, choice.name)
+    if is_managed(module):
+        return f"{name}: {AFTER_FSDP}"
+    if is_parametrized(module, choice.name):
+        return f"{name} is parametrized; {fix(module, choice.name)}, or exclude it"
+    cls = plain_class(module)
+    sources = [own for own in module._parameters if computed(cls, module, own) == choice.name]
+    if sources:
+        return (
+            f"{name}: {cls.__name__} has no such parameter, it is computed from {sources[0]!r}; "
+            f"{fix(module, choice.name)}, or exclude it"
+        )
+    return f"{name}: {cls.__name__} has no such parameter (replaced or None); exclude it"

@@ -201,7 +201,7 @@ SEPARATE_PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def _attention_weights(module: nn.Module) -> Sequence[str]:
-    packed = plain_parameters(module).get("in_proj_weight") is not None
+    packed = getattr(module, "_qkv_same_embed_dim", True)
     return (*(("in_proj_weight",) if packed else SEPARATE_PROJECTIONS), "out_proj.weight")
 
 
@@ -211,8 +211,12 @@ def _attention_bias(name: str) -> str | None:
 
 
 def _recurrent_weights(module: nn.Module) -> Sequence[str]:
-    """The AWD-LSTM convention: hidden to hidden, every layer and direction."""
-    return tuple(name for name in plain_parameters(module) if name.startswith("weight_hh"))
+    """The AWD-LSTM convention: hidden to hidden, every layer and direction; also those that are no
+    parameters any more (pruned, normed), which are refused by name."""
+    names = getattr(module, "_flat_weights_names", None)
+    if not isinstance(names, list):
+        names = list(plain_parameters(module))
+    return tuple(name for name in names if name.startswith("weight_hh"))
 
 
 def _refuse_embedding(module: nn.Module, name: str) -> str | None:

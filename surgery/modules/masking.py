@@ -60,6 +60,14 @@ def check_anchor(state: SiteState, raw: Tensor, anchor: Tensor | None) -> None:
         )
 
 
+def is_managed(module: Any) -> bool:
+    """Whether FSDP, of either version, holds the module's parameters under their present names."""
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
+AFTER_FSDP = "FSDP holds the parameters of the module; apply before FSDP wraps the model"
+
+
 def is_sharded(weight: Any) -> bool:
     """Whether it is a DTensor; told by the name because importing that class is slow."""
     return type(weight).__name__ == "DTensor"

@@ -239,6 +239,8 @@ def _dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> 
             return result
     except BaseException:  # not `finally`, which an interrupt can end before it has done anything
         _close(opened)
+        for _, state, _ in opened:  # nobody knows what would have been read
+            state.drawn = True
         raise
     return _inner(base, module)(*args, **kwargs)
 

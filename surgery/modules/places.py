@@ -27,7 +27,7 @@ class Place:
     @property
     def raw(self) -> Any:
         """The raw parameter; None if it was removed since."""
-        return self.owner._parameters[self.state.raw]
+        return getattr(self.owner, self.state.raw, None)  # FSDP keeps it outside of the table
 
     @property
     def anchor(self) -> Tensor | None:

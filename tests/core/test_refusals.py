@@ -62,6 +62,19 @@ def pruned() -> nn.Module:
     return prune.l1_unstructured(nn.Linear(3, 3), "weight", 0.5)
 
 
+def of_layout(convert: Callable[[Tensor], Tensor]) -> nn.Module:
+    layer = nn.Linear(3, 3)
+    layer.weight = nn.Parameter(convert(layer.weight.detach()))
+    return layer
+
+
+def managed() -> nn.Module:
+    """Marked as FSDP marks what it wraps."""
+    layer = nn.Linear(3, 3)
+    layer._is_fsdp_managed_module = True
+    return layer
+
+
 def integer() -> nn.Module:
     layer = nn.Linear(3, 3)
     layer.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
@@ -140,7 +153,22 @@ REFUSALS = {
     "parametrized": Refusal(
         lambda: parametrizations.weight_norm(nn.Linear(3, 3)), "is parametrized", "remove_param"
     ),
-    "pruned": Refusal(pruned, "no such parameter", "exclude it"),
+    "pruned": Refusal(pruned, "computed from 'weight_orig'", "prune.remove(module, 'weight')"),
+    "pruned-by-name": Refusal(
+        pruned,
+        "'weight' is computed from it",
+        "prune.remove(module, 'weight')",
+        targets="site.weight_orig",
+        site="site.weight_orig",
+    ),
+    "parametrized-by-name": Refusal(
+        lambda: parametrizations.weight_norm(nn.Linear(3, 3)),
+        "is computed from it",
+        "remove_parametrizations",
+        targets="site.parametrizations.weight.original1",
+        site="site.parametrizations.weight.original1",
+    ),
+    "fsdp": Refusal(managed, "FSDP holds", "apply before FSDP"),
     "packed-bias": Refusal(
         lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=3),
         "split one packed bias",
@@ -273,3 +301,74 @@ def test_strip_refuses_a_class_that_was_changed_since() -> None:
     with pytest.raises(SurgeryError, match=r"changed to FSDPLinear .*plain_state_dict"):
         strip_dropconnect(layer)
     assert isinstance(layer, own)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize(
+    "convert",
+    [Tensor.to_sparse, Tensor.to_sparse_csr, Tensor.to_sparse_csc, Tensor.to_mkldnn],
+    ids=lambda convert: convert.__name__,
+)
+def test_layouts_that_are_not_strided(convert: Callable[[Tensor], Tensor]) -> None:
+    for options in (
+        {},
+        {"sampling": "gaussian"},
+        {"sampling": "example"},
+        {"toward": "pretrained"},
+    ):
+        with pytest.raises(
+            SurgeryError, match=r"^weight.*layout torch\..*to_dense|- weight .*layout"
+        ):
+            apply_dropconnect(of_layout(convert), nn.Linear, p=0.5, **options)
+
+
+def _drop_by_others(module: nn.Module, name: str) -> nn.Module:
+    """What WeightDrop of awd-lstm does to a module."""
+    raw = module._parameters.pop(name)
+    module.register_parameter(f"{name}_raw", nn.Parameter(raw.data))
+    setattr(module, name, raw.data * 2)
+    return module
+
+
+COMPUTED = {
+    "prune": (lambda m, n: prune.l1_unstructured(m, n, 0.3), ["orig"], "prune.remove"),
+    "weight-norm": (torch.nn.utils.weight_norm, ["g", "v"], "remove_weight_norm"),
+    "spectral-norm": (torch.nn.utils.spectral_norm, ["orig"], "remove_spectral_norm"),
+    "weight-drop": (_drop_by_others, ["raw"], r"WeightDrop\?"),
+}
+OWNERS = {
+    "lstm": (lambda: nn.LSTM(3, 3, 2), "weight_hh_l0"),
+    "gru": (lambda: nn.GRU(3, 3, bidirectional=True), "weight_hh_l0_reverse"),
+    "rnn": (lambda: nn.RNN(3, 3), "weight_ih_l0"),
+    "lstm-cell": (lambda: nn.LSTMCell(3, 3), "weight_hh"),
+    "linear": (lambda: nn.Linear(3, 3), "weight"),
+    "conv": (lambda: nn.ConvTranspose2d(3, 3, 2), "weight"),
+    "embedding": (lambda: nn.Embedding(3, 3), "weight"),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), "in_proj_weight"),
+    "other": (Multiplies, "experts"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("way", COMPUTED)
+def test_weights_that_somebody_computes_before_the_forward(way: str) -> None:
+    """By the name of the module, and by that of the parameter, on every kind of module."""
+    compute, endings, fix = COMPUTED[way]
+    for make, name in OWNERS.values():
+        model = nn.Sequential(compute(make(), name) or nn.Identity())
+        before = Snapshot(model)
+        for ending in endings:
+            with pytest.raises(SurgeryError, match=f"{name}' is computed from it.*{fix}"):
+                apply_dropconnect(model, f"*.{name}_{ending}", p=0.5)
+        if "experts" not in name and "ih" not in name:
+            with pytest.raises(SurgeryError, match=f"0.{name}: .*computed from .*{fix}"):
+                apply_dropconnect(model, "0", p=0.5)
+        assert Snapshot(model) == before
+
+
+def test_an_rnn_with_one_layer_parametrized_is_not_dropped_in_part() -> None:
+    for norm in (parametrizations.weight_norm, parametrizations.spectral_norm):
+        model = norm(nn.LSTM(3, 3, 2), "weight_hh_l1")
+        with pytest.raises(SurgeryError, match=r"weight_hh_l1 is parametrized; .*remove_param"):
+            apply_dropconnect(model, "", p=0.5)
+        apply_dropconnect(model, "weight_hh_l0", p=0.5)
