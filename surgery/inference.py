@@ -68,14 +68,9 @@ class set_inference(Reversible):
             before.put(state.__dict__, state.with_inference(state.inference, state.draws))
             configs[id(state)] = state.config.replace(inference=self._mode, samples=self._samples)
         rescope(changes, self._model, configs)
-        # Twice, since the first can be interrupted; then `IOBase` takes the rest when it is freed.
-        rest = partial(self._rescope), partial(self._rescope)
-        return changes, at_once([before.at_once(), *rest])
-
-    def _rescope(self) -> None:
-        changes = Changes()
-        rescope(changes, self._model)
-        changes.make()
+        # Twice, since the first can be interrupted: then `IOBase` takes the rest when this object is
+        # freed. So nothing here may refer to it.
+        return changes, at_once([before.at_once(), *[partial(_rescope_now, self._model)] * 2])
 
     def enter(self) -> tuple[Step, Step]:
         if self._is_set:
@@ -83,6 +78,12 @@ class set_inference(Reversible):
             return at_once([]), self._back
         changes, back = self._changes()  # the second `with` of one object
         return changes.at_once(), back
+
+
+def _rescope_now(model: nn.Module) -> None:
+    changes = Changes()
+    rescope(changes, model)
+    changes.make()
 
 
 def _check_followed(model: nn.Module, states: list[SiteState]) -> None:

@@ -15,6 +15,9 @@ _OF_NODES = (
     "name", "op", "target", "type", "users",
 )  # fmt: skip
 
+_FILLED = ("_input_nodes", "meta", "users")
+"""Those of them that are changed in place."""
+
 _OF_CLASSES = ("forward", "_wrapped_call", "__call__")
 """What `GraphModule.recompile` writes to the class, of which every graph module has its own."""
 
@@ -47,7 +50,8 @@ def _of_graph(graph: fx.Graph) -> list[Step]:
             value = getattr(node, name)
             # Node's own __setattr__ is Python, and keeps the tables above, which are put back anyway.
             steps.append(partial(object.__setattr__, node, name, value))
-            steps += content(value)
+            if name in _FILLED:
+                steps += content(value)
     return steps
 
 

@@ -9,6 +9,7 @@ The module object stays; hooks, attributes and `isinstance` keep working. In the
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -110,6 +111,16 @@ class DropConnectModule(nn.Module):
         if not isinstance(reduced, tuple) or len(reduced) < 3:
             raise TypeError(f"cannot copy or pickle an operated {type(self).__name__}")
         return (_new_operated, self._dropconnect_class, *reduced[2:])
+
+    def __copy__(self) -> Any:
+        """A shallow copy shares parameters, buffers and children, as that of a plain module; what
+        surgery renames and keeps is its own, so that either can be stripped alone."""
+        new = object.__new__(type(self))
+        states = {name: copy.copy(state) for name, state in self._dropconnect.items()}
+        own = {name: dict(self.__dict__[name]) for name in ("_parameters", "_buffers")}
+        live = {state.live: None for state in states.values()}
+        new.__dict__.update({**self.__dict__, **own, **live, "_dropconnect": states})
+        return new
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
