@@ -194,6 +194,10 @@ def _drop(weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, layout: 
 
 def _masked(weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, layout: Layout) -> Tensor:
     """The masked weight, with the strides of the weight: channels-last stays channels-last."""
+    if layout.is_elementwise and layout.entries <= SEGMENT:
+        found = masks(weight, anchor, None, (key, law.threshold, law.scale))
+        if found is not None:
+            return found
     used = _evaluate(weight.detach(), anchor, key, law.threshold, law.scale, layout)
     return used if weight.is_contiguous() else torch.empty_like(weight).copy_(used)
 
