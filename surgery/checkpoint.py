@@ -26,7 +26,7 @@ from .errors import NotOperatedError, SurgeryError
 from .files import check_regular, sync_folder, whole_file
 from .finder import Look
 from .forms import FORMAT_VERSION, Reader, fields, file_name, maybe, migrated, read_json, text
-from .keys import plain_keys, plain_state_dict
+from .keys import plain_keys
 from .modules.places import places
 from .plan import Plan, join
 from .plugins import load_plugins
@@ -60,15 +60,6 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def make_file_plain(model: nn.Module, path: Path) -> None:
-    """Rename the raw keys of a safetensors file that someone wrote from `model.state_dict()`."""
-    with open_tensors(path) as stored:
-        metadata = stored.metadata()
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    with whole_file(path) as temporary:
-        write_tensors(plain_state_dict(model, tensors), temporary, metadata)
-
-
 def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the plan, and the anchors if there are any, into `directory`.
 
@@ -94,19 +85,17 @@ def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> Non
     try:
         if kept:
             with whole_file(folder / file) as temporary:
-                write_tensors(kept, temporary)
+                _write_tensors(kept, temporary)
         with whole_file(folder / PLAN_FILE) as temporary:
             Path(temporary).write_text(written, encoding="utf-8")
     finally:
         _remove_unused_anchors(folder)
 
 
-def write_tensors(
-    tensors: Mapping[str, Tensor], path: str, metadata: dict[str, str] | None = None
-) -> None:
+def _write_tensors(tensors: Mapping[str, Tensor], path: str) -> None:
     """Write a safetensors file. Raises `OSError` if it cannot be written."""
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 

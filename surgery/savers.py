@@ -43,6 +43,11 @@ def teach(owner: type, name: str, how: Callable[[Method], Method]) -> None:
     setattr(owner, name, taught)
 
 
+def is_taught(thing: Any, name: str) -> bool:
+    """Whether a method of `thing` is one that was taught."""
+    return getattr(getattr(type(thing), name, None), "taught_by_surgery", False)
+
+
 def teach_function(function: Any, how: Callable[[Method], Method]) -> None:
     """Make a module's function do what `how(function)` does, once.
 
@@ -78,10 +83,10 @@ def works_plain(function: Method) -> Method:
 
     def taught(*args: Any, **kwargs: Any) -> Any:
         model = _argument(signature, 0, args, kwargs)
-        if not _operated(model):
+        if not is_operated(model):
             return function(*args, **kwargs)
         call = _renamed(signature.bind(*args, **kwargs), model)
-        return _with_plain_names(model, partial(function, *call.args, **call.kwargs))
+        return with_plain_names(model, partial(function, *call.args, **call.kwargs))
 
     return taught
 
@@ -93,7 +98,7 @@ def reads_file(load: Method) -> Method:
 
     def taught(*args: Any, **kwargs: Any) -> Any:
         model = _argument(signature, 0, args, kwargs)
-        if _operated(model):
+        if is_operated(model):
             path = _argument(signature, 1, args, kwargs)
             if not plain_keys(model).keys().isdisjoint(_stored_keys(path)):
                 return load(*args, **kwargs)
@@ -116,16 +121,15 @@ def writes_plain(save: Method, model_at: int = 0) -> Method:
 
     def taught(*args: Any, **kwargs: Any) -> Any:
         model = _argument(signature, model_at, args, kwargs)
-        if not _operated(model):
+        if not is_operated(model):
             return save(*args, **kwargs)
         call = _renamed(signature.bind(*args, **kwargs), model)
-        result = _with_plain_names(model, partial(save, *call.args, **call.kwargs))
         directory = _argument(signature, model_at + 1, args, kwargs)
         saver = next(iter(call.arguments.values()))
         main = getattr(saver, "is_main_process", True) if model_at else True
-        if call.arguments.get("is_main_process", main) and os.path.isdir(directory):
-            save_dropconnect(unwrapped(model), directory)
-        return result
+        if call.arguments.get("is_main_process", main) and not os.path.isfile(directory):
+            save_dropconnect(unwrapped(model), directory)  # weights are never without their plan
+        return with_plain_names(model, partial(save, *call.args, **call.kwargs))
 
     return taught
 
@@ -137,7 +141,7 @@ def resizes_plain(resize: Method) -> Method:
 
     def taught(*args: Any, **kwargs: Any) -> Any:
         model = _argument(signature, 0, args, kwargs)
-        if not _operated(model):
+        if not is_operated(model):
             return resize(*args, **kwargs)
         return reapplied(model, partial(resize, *args, **kwargs))
 
@@ -183,7 +187,7 @@ def _keys_of_file(file: Path) -> set[str]:
     return set(torch.load(file, map_location="meta", weights_only=True))
 
 
-def _with_plain_names(model: nn.Module, call: Callable[[], Any]) -> Any:
+def with_plain_names(model: nn.Module, call: Callable[[], Any]) -> Any:
     """What `call` returns, with the model plain meanwhile. Where the classes cannot change now
     (`fully_shard`), only the keys of `model.state_dict()` are plain; plain keys load anyway, and plain
     names read."""
@@ -205,5 +209,6 @@ def _rename(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_met
     state_dict.update(renamed)
 
 
-def _operated(model: Any) -> bool:
+def is_operated(model: Any) -> bool:
+    """Whether there is DropConnect in a model."""
     return isinstance(model, nn.Module) and next(places(model), None) is not None

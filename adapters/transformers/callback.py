@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+import surgery.adapters.transformers.trainer  # noqa: F401  it teaches Trainer to save plainly
 from surgery.api import (
     apply_dropconnect,
     dropconnect_sites,
@@ -21,10 +21,8 @@ from surgery.api import (
 from surgery.checkpoint import (
     PLAN_FILE,
     anchors,
-    make_file_plain,
     open_tensors,
     read_dropconnect,
-    save_dropconnect,
     set_anchors,
 )
 from surgery.config import DropConnectConfig
@@ -131,15 +129,6 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
         p = max((site.p for site in states_in(model)), default=None)
         if p is not None:
             logs["dropconnect_p"] = state.log_history[-1]["dropconnect_p"] = p
-
-    def on_save(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
-        """Trainer writes the raw keys of a model that is no `PreTrainedModel`: make them plain."""
-        if not args.should_save or isinstance(model, PreTrainedModel):
-            return
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if dropconnect_sites(model) and (folder / SAFE_WEIGHTS_NAME).is_file():
-            make_file_plain(model, folder / SAFE_WEIGHTS_NAME)
-            save_dropconnect(model, folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Give every site its full p again; strip, if asked to."""

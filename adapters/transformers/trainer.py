@@ -1,0 +1,57 @@
+"""Trainer writes a model that is no `PreTrainedModel` itself: the plain one, with our files before it.
+
+Loaded through the entry point `surgery.plugins` once `Trainer` exists. A checkpoint counts as complete
+for Trainer once it has the weights and, at the end, `trainer_state.json`; so nothing of it may have to
+be put right afterwards.
+"""
+
+from __future__ import annotations
+
+from functools import partial, wraps
+from typing import Any
+
+from transformers.trainer import Trainer
+
+from surgery.checkpoint import save_dropconnect
+from surgery.keys import plain_state_dict
+from surgery.savers import Method, is_operated, is_taught, teach, with_plain_names
+
+
+def register() -> None:
+    """Tell `Trainer` about operated modules."""
+    teach(Trainer, "save_model", _saves_plain)
+    teach(Trainer, "_save", _renames)
+
+
+def _saves_plain(save: Method) -> Method:
+    """For `Trainer.save_model`, whatever `_save` a subclass has."""
+
+    @wraps(save)
+    def taught(trainer: Any, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        inner = _unwrapped(trainer)
+        if not is_operated(trainer.model) or is_taught(inner, "save_pretrained"):
+            return save(trainer, output_dir, *args, **kwargs)
+        if trainer.args.should_save:
+            save_dropconnect(inner, output_dir or trainer.args.output_dir)
+        return with_plain_names(trainer.model, partial(save, trainer, output_dir, *args, **kwargs))
+
+    return taught
+
+
+def _renames(save: Method) -> Method:
+    """For `Trainer._save`, which may be given a state dict that was gathered."""
+
+    @wraps(save)
+    def taught(trainer: Any, output_dir: str | None = None, state_dict: Any = None) -> Any:
+        if state_dict is not None and is_operated(trainer.model):
+            state_dict = plain_state_dict(trainer.model, state_dict)
+        return save(trainer, output_dir, state_dict)
+
+    return taught
+
+
+def _unwrapped(trainer: Any) -> Any:
+    return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+
+
+register()
