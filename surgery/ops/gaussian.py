@@ -21,7 +21,7 @@ from ..config import Unit
 from ..errors import check_unmodified, version_of
 from . import native
 from .engine import has_kernels, is_traced
-from .linear import autocast, matrix
+from .linear import autocast, has_autocast, matrix
 from .mask import Law
 from .ordinary import is_ordinary, unviewed
 from .random import drawn
@@ -120,7 +120,7 @@ def _block_for_squares(weight: Tensor, wide: torch.dtype) -> Block | None:
 
 
 def _no_autocast(kind: str) -> AbstractContextManager[Any]:
-    if torch.amp.is_autocast_available(kind):
+    if has_autocast(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 

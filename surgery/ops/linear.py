@@ -117,10 +117,14 @@ def masked_linear(
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors as `F.linear` would cast them."""
     kind = x.device.type
-    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if not has_autocast(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x, *others
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
 
 
-_has_autocast = cached(torch.amp.is_autocast_available)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_autocast(kind: str) -> bool:
+    """Whether there is autocast for a type of device. Until torch 2.10 dynamo cannot trace the question,
+    and does not need to: the answer never changes."""
+    return torch.amp.is_autocast_available(kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from surgery import apply_dropconnect, hold_masks, set_p, strip_dropconnect
 
@@ -60,18 +60,23 @@ def test_eval_in_narrow_dtype_is_the_plain_model(subject: Subject, dtype: torch.
     assert torch.equal(out, strip_dropconnect(model)(x))
 
 
+def rounding(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """The largest relative error of an output or a gradient."""
+    pairs = [(found[name].double(), value.double()) for name, value in exact.items()]
+    return max(float((one - other).norm() / other.norm()) for one, other in pairs)
+
+
 def test_autocast(subject: Subject) -> None:
-    """The mask acts on the stored weight; autocast rounds the product."""
+    """The mask acts on the stored weight; autocast rounds the product, as that of the plain model."""
     skip_unless_autocast(subject)
     model, x = subject.moved(), subject.inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = step_gradients(model, x)
+        plain = step_gradients(subject.plain(), x)
     exact = step_gradients(model, x)
     for name, value in found.items():
-        if name != "output":
-            assert value.dtype == torch.float32
-        error = (value.double() - exact[name].double()).norm() / exact[name].double().norm()
-        assert error < 0.05, name
+        assert name == "output" or value.dtype == torch.float32
+    assert rounding(found, exact) < 2 * rounding(plain, step_gradients(subject.plain(), x))
     for site in subject.sites:
         assert torch.count_nonzero(found[site][exact[site] == 0]) == 0
 
