@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -187,9 +188,14 @@ def _precision(model: nn.Module, found: list[Place], outputs: Tensor) -> float:
     dtypes = {outputs.dtype, *(place.raw.dtype for place in found)}
     if torch.is_autocast_enabled(device):
         dtypes.add(torch.get_autocast_dtype(device))
-    matmul = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-8}
     roundings = [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
-    return max(*roundings, matmul[torch.get_float32_matmul_precision()])
+    return max(*roundings, {"highest": 0.0, "high": 2.0**-10}.get(_matmul_precision(), 2.0**-8))
+
+
+def _matmul_precision() -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 asks for another way to ask, which is newer
+        return torch.get_float32_matmul_precision()
 
 
 def _forward(

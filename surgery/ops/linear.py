@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..caching import cached
 from ..errors import check_unmodified, version_of
 from .mask import Law, Layout, drop_both, drop_weight
 from .ordinary import unviewed
@@ -125,6 +124,6 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_autocast(kind: str) -> bool:
-    """Whether there is autocast for a type of device. Until torch 2.10 dynamo cannot trace the question,
-    and does not need to: the answer never changes."""
+    """Whether there is autocast for a type of device. Until torch 2.10 dynamo cannot trace the
+    question, and does not need to: the answer never changes."""
     return torch.amp.is_autocast_available(kind)

@@ -303,7 +303,7 @@ def test_a_compiled_graph_keeps_16_bytes_a_site(toward: str) -> None:
     torch._dynamo.reset()
     anchors = sum(buffer.nbytes for buffer in model.buffers())
     kept = kept_for_backward(model, x) - plain - anchors
-    if torch.__version__ < "2.10":  # the table of laws that all sites share, not what is read from it
+    if torch.__version__ < "2.10":  # instead of what is read there, the table that all sites share
         table = next(iter(model[0]._dropconnect.values())).row.table
         kept -= table.thresholds.nbytes + table.scales.nbytes
     assert kept <= 2 * 16
