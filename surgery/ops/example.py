@@ -19,7 +19,7 @@ def example_linear(
     Args:
         x: (examples, rows, in). The rows of an example (its tokens) share its mask.
         weight: (out, in), any strides.
-        key: int32, shape (2,), see `surgery.ops.hash`. The examples differ in the last factor of the
+        key: int32, shape (2,), see `surgery.ops.hash`. The examples differ in round 3 of the
             hash (`multipliers`); a single example has the mask of `drop_weight`.
         law: the drop probability.
         unit: what shares an entry of an example's mask. "element": out * in entries. "input": in

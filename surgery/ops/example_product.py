@@ -33,7 +33,7 @@ FEW_ROWS = 4
 
 
 # The formulas. The place of an entry is the sum of the spread indices of its two coordinates, since
-# spreading is linear; `last` is the last factor of the hash of each example.
+# spreading is linear; `last` is the multiplier of each example in round 3 of the hash.
 
 
 def _masked(
@@ -130,10 +130,10 @@ class _Masks:
         self.anchor = None if anchor is None else anchor.detach().contiguous()
         self.examples, self.rows = x.shape[:2]
         self.law = (key, threshold, scale)
-        self.last = multipliers(self.examples, weight.device)
+        self.last = multipliers(self.examples, key)
 
     def each_row(self) -> Tensor:
-        """The last factor of the hash of each row of the input."""
+        """The multiplier of each row of the input in round 3 of the hash."""
         return self.last if self.rows == 1 else self.last.repeat_interleave(self.rows)
 
     def kernels(self, name: str, *others: Tensor) -> bool:

@@ -1,16 +1,27 @@
 """Random bits as a pure function of (key, index): a counter-based hash in 32-bit integer tensor ops.
 
+    z = index * 0x9E3779B9 + k0
+    round 1     z ^= z >> 17    z *= 0xED5AD4BB    z += k1
+    round 2     z ^= z >> 11    z *= 0xAC4C1B51
+    round 3     z ^= z >> 15    z *= 0x31848BAB
+
 The same formula gives the same bits in eager mode, under `torch.compile`, on CPU and GPU. A key is
 64 bits, held as an int32 tensor of shape (2,). Both words enter the hash, at different rounds: if a
 key were only combined with the index, the masks of two keys would be permutations of each other.
 
-Rounds and constants are those of the `lowbias32` family (C. Wellons, "Prospecting for hash
-functions"), without its last step, which only stirs the low half: a mask compares bits with a
-threshold, and so lives by the high ones. `tests/ops/test_hash.py` holds the statistics that it passes
-and weaker ones fail.
+Rounds and constants are those of `triple32` (C. Wellons, "Prospecting for hash functions"), without
+its last step, which only stirs the low half: a mask compares bits with a threshold, and so lives by the
+high ones. Two rounds are too few: the index enters by one multiplication, so that a lag is a constant
+difference, and there are lags whose difference two rounds do not break. For the same reason two masks
+never have keys that differ by a constant: ranks, and parts of a huge weight, have keys that are hashes
+of the key (`_derived`).
 
-The examples of a batch share all of it but the last product, by an odd multiplier of their own
-(multiply-shift: Dietzfelbinger et al. 1997): one hash of a weight serves all of them.
+The examples of a batch share all but round 3, where each has a multiplier of its own, which is a hash
+of the key too. It also chooses which bits enter the product, of two words: multipliers alone would
+agree wherever a small odd combination of them vanishes modulo 2**32.
+
+`docs/masks.md` says what was tested, and `tests/ops/known_masks.txt` has answers for other
+implementations.
 """
 
 from __future__ import annotations
@@ -18,7 +29,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..caching import cached
 from .random import drawn
 
 _MASK64 = (1 << 64) - 1
@@ -32,9 +42,8 @@ def _signed(word: int) -> int:
 
 
 _STEP = _signed(_GOLDEN)
-_ROUND1 = _signed(0x7FEB352D)
-LAST = _signed(0x846CA68B)
-"""The last factor of the hash, but for the examples of a batch that have their own."""
+_ROUND1, _ROUND2, ROUND3 = map(_signed, (0xED5AD4BB, 0xAC4C1B51, 0x31848BAB))
+"""The multipliers of the rounds; examples of a batch have their own in the third."""
 
 
 def _shift_right(z: Tensor, n: int) -> Tensor:
@@ -63,46 +72,66 @@ def spread(index: Tensor) -> Tensor:
     return ((index.to(torch.int64) * _STEP) & 0xFFFFFFFF).to(torch.int32)
 
 
-def mix(places: Tensor, key: Tensor, multiplier: Tensor | int = LAST) -> Tensor:
+def mix(places: Tensor, key: Tensor, multiplier: Tensor | None = None) -> Tensor:
     """The rest of `hash_bits`, for spread indices; the multiplier of an example broadcasts to them."""
     z = places + key[0]
-    z = (z ^ _shift_right(z, 16)) * _ROUND1 + key[1]
-    return (z ^ _shift_right(z, 15)) * multiplier
+    z = (z ^ _shift_right(z, 17)) * _ROUND1 + key[1]
+    z = (z ^ _shift_right(z, 11)) * _ROUND2
+    z = z ^ _shift_right(z, 15)
+    if multiplier is None:
+        return z * ROUND3
+    other = z * ROUND3
+    other = other ^ _shift_right(other, 16)
+    return (z ^ (other & (multiplier ^ ROUND3))) * multiplier
 
 
 def mix_into(places: Tensor, key: Tensor, z: Tensor, spare: Tensor) -> None:
     """`mix` into memory that is there: one step after the other in `z`, with the help of `spare`."""
     torch.add(places, key[0], out=z)
-    z.bitwise_xor_(_shift_right_into(z, 16, spare))
+    z.bitwise_xor_(_shift_right_into(z, 17, spare))
     torch.add(key[1], z, alpha=_ROUND1, out=z)
-    z.bitwise_xor_(_shift_right_into(z, 15, spare)).mul_(LAST)
+    z.bitwise_xor_(_shift_right_into(z, 11, spare)).mul_(_ROUND2)
+    z.bitwise_xor_(_shift_right_into(z, 15, spare)).mul_(ROUND3)
 
 
 def _shift_right_into(z: Tensor, n: int, spare: Tensor) -> Tensor:
     return torch.bitwise_right_shift(z, n, out=spare).bitwise_and_((1 << (32 - n)) - 1)
 
 
-def multipliers(examples: int, device: torch.device) -> Tensor:
-    """The last factor of the hash for each example: int32, shape (examples,), all odd and different.
+def multipliers(examples: int, key: Tensor) -> Tensor:
+    """The multiplier of round 3 for each example: int32, shape (examples,), all odd and different.
 
     That of example 0 is the one of `hash_bits`, so a single example has the mask of the whole batch.
     """
-    # A hash of the 31 bits above the lowest, one to one: every step keeps the lowest bit 0.
-    even = spread(torch.arange(examples, dtype=torch.int32, device=device) << 1)
-    even = (even ^ (_shift_right(even, 16) & -2)) * _ROUND1
-    return (even ^ (_shift_right(even, 15) & -2)) * _ROUND1 ^ LAST
+    # The rounds again, on the 31 bits above the lowest, which every step keeps 0: one to one.
+    k1, k0 = key & -2
+    z = spread(torch.arange(examples, dtype=torch.int32, device=key.device) << 1) + k0
+    z = (z ^ (_shift_right(z, 17) & -2)) * _ROUND1 + k1
+    z = (z ^ (_shift_right(z, 11) & -2)) * _ROUND2
+    z = (z ^ (_shift_right(z, 15) & -2)) * ROUND3
+    z = z ^ (_shift_right(z, 16) & -2)
+    return z ^ z[:1] ^ ROUND3
 
 
 def advance_key(key: Tensor, start: int) -> Tensor:
     """The key with which index 0 gives the bits that `key` gives at index `start`.
 
-    `start` may exceed 2**32; the high part then enters the second round, so that parts of a huge
-    weight do not repeat each other.
+    Indices repeat after 2**32: from there on, each part of so many weights has a key of its own.
     """
     if start == 0:
         return key
-    words = [_signed(start * _GOLDEN), _signed((start >> 32) * _GOLDEN)]
-    return key + torch.tensor(words, dtype=torch.int32, device=key.device)
+    part = start >> 32
+    if part:
+        key = _derived(key, -part)
+    return torch.stack([key[0] + _signed(start * _GOLDEN), key[1]])
+
+
+def _derived(key: Tensor, number: int) -> Tensor:
+    """Another key, for each number: a hash of the key. Positive numbers are ranks, negative ones parts
+    of a huge weight."""
+    # Made on the device: what is copied there from Python, the host waits for.
+    index = torch.arange(2 * number, 2 * number + 2, dtype=torch.int64, device=key.device)
+    return mix(spread(index), key.flip(0))
 
 
 def _scramble(seed: int) -> tuple[int, int]:
@@ -119,18 +148,11 @@ def key_from_seed(seed: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.tensor(_scramble(seed), dtype=torch.int32, device=device)
 
 
-@cached
-def _rank_words(rank: int) -> tuple[int, int]:
-    return _scramble(rank)
-
-
 def draw_key(device: torch.device, rank: int = 0) -> Tensor:
     """A fresh key from the default generator of `device`: int32, shape (2,).
 
     `torch.manual_seed` reproduces it, and activation checkpointing restores it with the generator's
-    state. `rank` other than 0 is mixed in, so that processes seeded alike draw different masks.
+    state. `rank` other than 0 is hashed into it, so that processes seeded alike draw different masks.
     """
     key = drawn(torch.randint, -(2**31), 2**31, (2,), dtype=torch.int32, device=device)
-    if rank == 0:
-        return key
-    return key + torch.tensor(_rank_words(rank), dtype=torch.int32, device=device)
+    return key if rank == 0 else _derived(key, rank)

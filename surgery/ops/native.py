@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .build import NoCompiler, load
-from .hash import LAST
+from .hash import ROUND3
 from .ordinary import is_ordinary
 
 __all__ = [
@@ -90,7 +90,7 @@ def drop(
     used: Tensor | None,
     masked_grad: Tensor | None,
     law: tuple[Tensor, Tensor, Tensor],
-    multiplier: int = LAST,
+    multiplier: int = ROUND3,
     start: int = 0,
 ) -> None:
     """Write `used`, the masked weight, and `masked_grad`, the masked gradient, with one mask.
@@ -100,7 +100,7 @@ def drop(
 
     Args:
         law: key, threshold and scale.
-        multiplier: the last one of the hash.
+        multiplier: of round 3 of the hash: that of an example, or of the batch.
         start: index of the first entry.
     """
     some = weight if weight is not None else grad
@@ -130,7 +130,7 @@ def example_product(
             before they are scaled.
         dropped: (out, in), the entries that are dropped; None is zero.
         law: key, threshold and scale.
-        multipliers: int32, (rows,), the last factor of the hash of each row.
+        multipliers: int32, (rows,), of round 3 of the hash for each row.
 
     Returns:
         (rows, out).

@@ -80,7 +80,7 @@ def keep(key: Tensor, p: float, *shape: int) -> Tensor:
 def keep_examples(key: Tensor, p: float, examples: int, *shape: int) -> Tensor:
     """The keep masks of the elements of a weight, one for each example."""
     places = spread(torch.arange(math.prod(shape), dtype=torch.int32))
-    bits = mix(places, key, multipliers(examples, key.device)[:, None]).long()
+    bits = mix(places, key, multipliers(examples, key)[:, None]).long()
     return (bits >= min(round(p * 2**32), 2**32) - 2**31).double().view(examples, *shape)
 
 

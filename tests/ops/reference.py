@@ -31,7 +31,7 @@ def example_weights(
     towards = torch.zeros_like(weight) if anchor is None else anchor
     used = []
     places = spread(torch.arange(math.prod(shape), dtype=torch.int32))
-    for example, last in enumerate(multipliers(examples, weight.device)):
+    for example, last in enumerate(multipliers(examples, key)):
         if unit == "element":
             keep = (mix(places, key, last) >= law.threshold).view(shape)
         else:  # masks of inputs and outputs lie one after the other

@@ -45,13 +45,13 @@ template <class T> struct Drop {
   const uint32_t *key;
   int32_t threshold;
   Wide scale;
-  uint32_t start, last;
+  uint32_t start, multiplier;  // index of the first weight; of round 3
 
   /// Weights [begin, end).
-  template <bool Anchor, bool Used, bool Grad> void part(int64_t begin, int64_t end) const {
+  template <bool Anchor, bool Used, bool Grad, bool Example> void part(int64_t begin, int64_t end) const {
     constexpr int64_t BLOCK = 1 << 12;  // a 32-bit counter inside
     // Copies: for all the compiler knows, what is stored may be a member.
-    const uint32_t key1 = key[1], multiplier = last;
+    const uint32_t key1 = key[1], own = multiplier;
     const int32_t least = threshold;
     const Wide factor = scale, towards = 1 - scale;
     for (int64_t at = begin; at < end; at += BLOCK) {
@@ -61,8 +61,10 @@ template <class T> struct Drop {
       T *u = used + at, *m = masked_grad + at;
 #pragma GCC ivdep
       for (int i = 0; i < count; ++i) {
-        const uint32_t z = before_last(base + static_cast<uint32_t>(i) * STEP, key1) * multiplier;
-        const bool keep = static_cast<int32_t>(z) >= least;
+        const uint32_t z = base + static_cast<uint32_t>(i) * STEP;
+        const uint32_t bits = Example ? shared_by_examples(z, key1).bits(own)
+                                      : before_last(z, key1) * ROUND3;
+        const bool keep = static_cast<int32_t>(bits) >= least;
         if (Used) {
           const Wide dropped = Anchor ? Number<T>::widen(a[i]) : Wide(0);
           const Wide scaled = Number<T>::widen(w[i]) * factor;
@@ -77,11 +79,15 @@ template <class T> struct Drop {
     }
   }
 
+  template <bool Example> void dispatch(int64_t begin, int64_t end) const {
+    if (!grad) return anchor ? part<true, true, false, Example>(begin, end) : part<false, true, false, Example>(begin, end);
+    if (!used) return part<false, false, true, Example>(begin, end);
+    return anchor ? part<true, true, true, Example>(begin, end) : part<false, true, true, Example>(begin, end);
+  }
+
   void run(int64_t count, int threads) const {
     in_parallel(count, 1 << 13, threads, [&](int64_t begin, int64_t end) {
-      if (!grad) return anchor ? part<true, true, false>(begin, end) : part<false, true, false>(begin, end);
-      if (!used) return part<false, false, true>(begin, end);
-      return anchor ? part<true, true, true>(begin, end) : part<false, true, true>(begin, end);
+      return multiplier == ROUND3 ? dispatch<false>(begin, end) : dispatch<true>(begin, end);
     });
   }
 };
@@ -92,9 +98,9 @@ template <class T> struct Drop {
   extern "C" void drop_##name(                                                                     \
       const T *weight, const T *anchor, const T *grad, T *used, T *masked_grad,                    \
       const uint32_t *key, const int32_t *threshold, const Number<T>::Wide *scale, int64_t start,  \
-      uint32_t last, int64_t count, int threads) {                                                 \
+      uint32_t multiplier, int64_t count, int threads) {                                                 \
     Drop<T>{weight, anchor, grad, used, masked_grad, key, *threshold, *scale,                      \
-            static_cast<uint32_t>(start), last}                                                    \
+            static_cast<uint32_t>(start), multiplier}                                                    \
         .run(count, threads);                                                                      \
   }
 

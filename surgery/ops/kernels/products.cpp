@@ -63,8 +63,8 @@ inline Words lane_steps() {
 }
 
 /// All ones where a vector of weights is kept.
-inline Ints keeps(Words hashed, uint32_t multiplier, int32_t threshold) {
-  return (Ints)(hashed * multiplier) >= threshold;
+inline Ints keeps(const Shared<Words> &shared, uint32_t multiplier, int32_t threshold) {
+  return (Ints)shared.bits(multiplier) >= threshold;
 }
 
 inline Floats where(Ints keep, Floats kept, Floats dropped) {
@@ -114,9 +114,9 @@ struct Product {
       Floats sums[Rows] = {};
       Words places = steps + weight.start(output);
       auto add = [&](Floats w, Floats a) {
-        const Words hashed = before_last(places, masks.key[1]);
+        const auto shared = shared_by_examples(places, masks.key[1]);
         for (int row = 0; row < Rows; ++row, from += LANES) {
-          const Ints keep = keeps(hashed, multipliers[row], masks.threshold);
+          const Ints keep = keeps(shared, multipliers[row], masks.threshold);
           sums[row] = fused(load(from), Anchor ? where(keep, w, a) : where(keep, w), sums[row]);
         }
         places += LANES * STEP;
@@ -173,13 +173,13 @@ struct Gradients {
   template <int Outputs, bool Anchor>
   void outputs(int64_t output, int64_t i, const float *xs, float *sums) const {
     const int64_t count = weight.inputs - i;
-    Words hashed[Outputs];
+    Shared<Words> shared[Outputs];
     Floats kept[Outputs], dropped[Outputs], by_weight[Outputs];
     const float *grads[Outputs];
     for (int o = 0; o < Outputs; ++o) {
       const int64_t at = (output + o) * weight.inputs + i;
       const uint32_t start = weight.start(output + o) + static_cast<uint32_t>(i) * STEP;
-      hashed[o] = before_last(lane_steps() + (start + masks.key[0]), masks.key[1]);
+      shared[o] = shared_by_examples(lane_steps() + (start + masks.key[0]), masks.key[1]);
       kept[o] = load_some(weight.kept + at, count);
       if (Anchor) dropped[o] = load_some(weight.dropped + at, count);
       by_weight[o] = Floats{};
@@ -189,7 +189,7 @@ struct Gradients {
       const Floats values = load(xs + row * LANES);
       Floats by_x = load(sums + row * LANES);
       for (int o = 0; o < Outputs; ++o) {
-        const Ints keep = keeps(hashed[o], masks.multipliers[row], masks.threshold);
+        const Ints keep = keeps(shared[o], masks.multipliers[row], masks.threshold);
         const Floats grad = Floats{} + grads[o][row];
         const Floats kept_grad = where(keep, grad);
         by_x = Anchor ? fused(grad, where(keep, kept[o], dropped[o]), by_x)
