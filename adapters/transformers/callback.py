@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,10 @@ from surgery.forms import file_name, read_json
 from surgery.keys import plain_state_dict
 from surgery.modules.places import states_in
 from surgery.modules.state import change_p
+from surgery.plain import suspended
+from surgery.plan import Plan, Site
 from surgery.schedules import Schedule, make_schedule
-from surgery.surgeon import unused_sites
+from surgery.surgeon import can_undo, unused_sites
 
 
 class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
@@ -40,13 +44,15 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
 
         Trainer(model, args, ..., callbacks=[DropConnectCallback("all-linear", p=0.1)])
 
-    When training begins, DropConnect is applied unless the model has it already. Every logged loss
+    When training begins, DropConnect is applied. A model that has it already is extended by the sites
+    it does not have; with the default targets it stays as it is. Every logged loss
     has `dropconnect_p` beside it in `trainer.state.log_history`. Checkpoints hold plain weights.
     A resumed run goes on exactly; with `toward="pretrained"` the anchors are those of the checkpoint.
 
     Args:
         targets, p, exclude, config, **options: as for `surgery.apply_dropconnect`; p is 0.1 unless
-            given here or by `config`.
+            given here or by `config`. None for targets means the sites that are in place, and
+            `"all-linear"` if there are none.
         schedule: `"constant"`, `"linear"` or `"cosine"` (falling to 0 at the end of training), or a
             callable from progress in [0, 1] to a factor. It multiplies the p of every site.
         warmup: fraction of training, in [0, 1), over which p rises from 0.
@@ -56,12 +62,13 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         ValueError, TypeError: an option has a wrong value. What is wrong with `targets` shows when
-            training begins, as a `surgery.SurgeryError`.
+            training begins, as a `surgery.SurgeryError`; so does a site that is in place with other
+            options.
     """
 
     def __init__(
         self,
-        targets: Any = "all-linear",
+        targets: Any = None,
         p: float | None = None,
         *,
         exclude: Any = None,
@@ -74,6 +81,7 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.targets = targets
         self.exclude = exclude
+        self.has_options = p is not None or config is not None or bool(options)
         base = config if config is not None else DropConnectConfig(p=0.1)
         self.config = base.replace(**options if p is None else {"p": p, **options})
         self.schedule = make_schedule(schedule, warmup)
@@ -81,6 +89,8 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
         self.strip_at_end = strip_at_end
         self.anchors_from = anchors_from
         self._looked_for_unused = False
+        self._done: weakref.ref[nn.Module] | None = None
+        """The model that this callback has seen to: it may be trained again."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Apply, and after a resume take the anchors from the checkpoint."""
@@ -94,8 +104,7 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
                     f"no checkpoint in {args.output_dir!r} has these weights, so the pretrained "
                     "values are unknown; pass DropConnectCallback(anchors_from=<the checkpoint>)"
                 )
-        if not had_it:
-            apply_dropconnect(model, self.targets, exclude=self.exclude, config=self.config)
+        self._apply(model)
         if found is not None:
             set_anchors(model, read_dropconnect(found, model)[1])
 
@@ -136,11 +145,59 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
         if self.strip_at_end and dropconnect_sites(model):
             strip_dropconnect(model)
 
+    def _apply(self, model: nn.Module) -> None:
+        """Put in place what is missing.
+
+        Raises:
+            SurgeryError: a site is in place with other options.
+        """
+        sites = dropconnect_sites(model)
+        if not sites.sites:
+            apply_dropconnect(model, self._targets, exclude=self.exclude, config=self.config)
+        elif self._done is None or self._done() is not model:
+            have = {name: site for site in sites for name in (site.name, *site.shared_with)}
+            wanted = self._wanted(model, sites)
+            check = self.targets is not None or self.has_options
+            wrong = [one for one in wanted if check and _differs(have.get(one.name), one)]
+            if wrong:
+                raise SurgeryError(
+                    f"{wrong[0].name} has DropConnect already, with {have[wrong[0].name].config}, and "
+                    f"this callback is for {wrong[0].config}; give both the same, or exclude it here, "
+                    "or call strip_dropconnect first"
+                )
+            missing = Plan(tuple(one for one in wanted if one.name not in have))
+            if missing.sites:
+                apply_dropconnect(model, missing)
+        self._done = weakref.ref(model)
+
+    def _wanted(self, model: nn.Module, sites: Plan) -> Plan:
+        """The sites that a model should have which has some."""
+        if self.targets is None:
+            return Plan(tuple(dataclasses.replace(one, config=self.config) for one in sites))
+        if not can_undo(model):  # FSDP holds it: no site can be added
+            return Plan()
+        return suspended(
+            model,
+            lambda: plan_dropconnect(model, self.targets, exclude=self.exclude, config=self.config),
+        )
+
+    @property
+    def _targets(self) -> Any:
+        return "all-linear" if self.targets is None else self.targets
+
     def _wants_anchors(self, model: nn.Module) -> bool:
         if dropconnect_sites(model):
             return bool(anchors(model))
-        plan = plan_dropconnect(model, self.targets, exclude=self.exclude, config=self.config)
+        plan = plan_dropconnect(model, self._targets, exclude=self.exclude, config=self.config)
         return any(site.config.toward == "pretrained" for site in plan)
+
+
+def _differs(there: Site | None, wanted: Site) -> bool:
+    """Whether a site is in place with other options; what `eval()` does may be changed at any time."""
+    if there is None:
+        return False
+    same = wanted.config.replace(inference=there.config.inference, samples=there.config.samples)
+    return same != there.config
 
 
 def _resumed_checkpoint(

@@ -19,6 +19,7 @@ from surgery import (
     dropconnect_sites,
     load_dropconnect,
     plain_state_dict,
+    set_p,
     strip_dropconnect,
 )
 from surgery.adapters.transformers import DropConnectCallback
@@ -265,3 +266,28 @@ def test_wrong_targets_leave_the_model_alone(make: Any, trainer: Any) -> None:
     with pytest.raises(SurgeryError, match=r"'\*\.fc' matches no module"):
         trainer(model, [DropConnectCallback("*.fc")]).train()
     assert list(model.state_dict()) == names
+
+
+def test_two_callbacks_and_a_model_that_was_operated_on(make: Any, trainer: Any) -> None:
+    """Sites are added; what is in place with other options is an error; the same again is nothing."""
+    model = make("bert")
+    callback = DropConnectCallback("*.attention.self.*", p=0.2)
+    others = DropConnectCallback({"*.intermediate.dense": 0.3})
+    run = trainer(model, [callback, others])
+    run.train()
+    found = {site.name: site.p for site in dropconnect_sites(model)}
+    assert sorted(set(found.values())) == [0.2, 0.3]
+    set_p(model, 0.1)
+    run.train()  # what these callbacks put in place may be changed since
+    assert {site.p for site in dropconnect_sites(model)} == {0.1}
+    trainer(model, [DropConnectCallback(schedule="linear")]).train()
+    for wrong in (
+        DropConnectCallback("*.intermediate.dense", p=0.3),
+        DropConnectCallback("*.dense", p=0.1, unit="input"),
+        DropConnectCallback(p=0.3),
+    ):
+        with pytest.raises(
+            SurgeryError, match=r"has DropConnect already, with .*strip_dropconnect"
+        ):
+            trainer(model, [wrong]).train()
+    assert set(found) == {site.name for site in dropconnect_sites(model)}

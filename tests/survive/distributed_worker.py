@@ -21,13 +21,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from surgery import (
     apply_dropconnect,
+    dropconnect_sites,
     plain_state_dict,
     raw_state_dict,
     set_p,
@@ -196,6 +197,34 @@ def fsdp_checkpointing(rank: int) -> dict[str, Any]:
     return found
 
 
+def fsdp1(rank: int) -> dict[str, Any]:
+    """FSDP of the first version around an operated model, and before surgery."""
+    found: dict[str, Any] = {}
+    for own in (True, False):
+        kept = {"use_orig_params": own, "device_id": torch.device("cpu")}
+        single = SUBJECT.moved(ranks="same")
+        wrapped = FullyShardedDataParallel(SUBJECT.moved(ranks="same"), **kept)
+        for name, model in (("single", single), ("wrapped", wrapped)):
+            torch.manual_seed(3)
+            out = model(SUBJECT.inputs())
+            out.square().sum().backward()
+            found[f"{own}.{name}"] = out.detach()
+        found[f"{own}.sites"] = [site.parameter for site in dropconnect_sites(wrapped)]
+        found[f"{own}.plain"] = dict(plain_state_dict(wrapped))
+        late = FullyShardedDataParallel(SUBJECT.plain(), **kept)
+        attempts: dict[str, Callable[[], object]] = {
+            "strip": lambda model=wrapped: strip_dropconnect(model),
+            "strip-inner": lambda model=wrapped: strip_dropconnect(model.module),
+            "apply": lambda model=late: apply_dropconnect(model, "*linear1", p=0.5),
+        }
+        for name, attempt in attempts.items():
+            try:
+                attempt()
+            except ValueError as error:
+                found[f"{own}.{name}"] = str(error)
+    return found
+
+
 CASES = (
     ddp_independent,
     ddp_same,
@@ -206,6 +235,7 @@ CASES = (
     fsdp_state_dict,
     plain_keys,
     fsdp_checkpointing,
+    fsdp1,
 )
 
 

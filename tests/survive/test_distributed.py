@@ -150,6 +150,26 @@ class TestFSDP2:
         assert torch.equal(job[1]["fsdp_errors"]["output"], plain(SUBJECT.inputs()))
 
 
+@pytest.mark.parametrize("own", ["True", "False"], ids=["use_orig_params", "flat"])
+class TestFSDP1:
+    """Of accelerate, the default."""
+
+    def test_applied_before_it_trains_as_one_process_does(self, job: Ranks, own: str) -> None:
+        for rank in job:
+            assert torch.equal(rank["fsdp1"][f"{own}.wrapped"], rank["fsdp1"][f"{own}.single"])
+            assert len(rank["fsdp1"][f"{own}.sites"]) == len(SUBJECT.sites)
+        plain = strip_dropconnect(SUBJECT.moved()).state_dict()
+        assert_same(job[0]["fsdp1"][f"{own}.plain"], dict(plain))
+
+    def test_applied_after_it_is_refused_and_so_is_strip(self, job: Ranks, own: str) -> None:
+        found = job[0]["fsdp1"]
+        assert "linear1.weight" in found[f"{own}.apply"]
+        assert "apply before FSDP" in found[f"{own}.apply"]
+        for verb in ("strip", "strip-inner"):
+            assert "FSDP holds its parameters" in found[f"{own}.{verb}"]
+            assert "plain_state_dict" in found[f"{own}.{verb}"]
+
+
 class TestDistributedStateDict:
     def test_ddp(self, job: Ranks) -> None:
         expected = tensors(SUBJECT.moved(toward="pretrained"))
