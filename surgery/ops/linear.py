@@ -7,6 +7,7 @@ saved tensors replace it (`surgery.recompute`, for all other modules).
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -78,8 +79,10 @@ def as_if_trained(used: Tensor) -> Tensor:
 
 
 def matrix(tensor: Tensor) -> Tensor:
-    """All leading dimensions as one."""
-    return tensor if tensor.dim() == 2 else tensor.flatten(0, -2)
+    """All leading dimensions as one; by `reshape`, which batches of gradients know."""
+    if tensor.dim() == 2:
+        return tensor
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _as(like: Tensor, tensor: Tensor) -> Tensor:
