@@ -17,7 +17,7 @@ from . import remove as removal
 from .follow import Flow
 from .graph_image import image_with_graphs
 from .insert import combined_bias, insert, node_module
-from .ops import in_place
+from .ops import RESHAPING, SELECTING, function_of, in_place
 from .survey import Survey
 from .uses import GraphUse
 
@@ -122,9 +122,12 @@ def _taken(module: nn.Module, name: str) -> str | None:
 
 def _unusable(use: GraphUse) -> str | None:
     """Why a node cannot take a masked weight."""
-    node, root = use.node, use.read.graph_module
-    if node.args and node.args[0] is use.value and in_place(node, root):
-        return f"node {node.name!r} writes into it; a masked weight is new in every forward; exclude it"
+    node, writer = use.node, _writer(use)
+    if writer is not None:
+        return (
+            f"node {writer.name!r} writes into it, and a masked weight is new in every forward; "
+            "exclude it"
+        )
     if use.operation.name != "embedding":
         return None
     weight_first = bool(node.args) and node.args[0] is use.value
@@ -139,6 +142,23 @@ def _unusable(use: GraphUse) -> str | None:
         )
     return None
 
+
+def _writer(use: GraphUse) -> fx.Node | None:
+    """The node that writes into a parameter, or into a view of it, if there is one."""
+    root = use.read.graph_module
+    todo = [(use.node, use.value)]
+    while todo:
+        node, value = todo.pop()
+        if not node.args or node.args[0] is not value:
+            continue
+        if in_place(node, root):
+            return node
+        if function_of(node, root) in _VIEWING:
+            todo += [(user, node) for user in node.users]
+    return None
+
+
+_VIEWING = (SELECTING | RESHAPING) - {"clone", "detach_copy", "lift_fresh_copy", "repeat"}
 
 _EMBEDDING = (
     "input",

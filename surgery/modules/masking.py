@@ -37,6 +37,9 @@ def masked_weight(
             "reads the weight, or on one that contains it; tensor parallelism is not supported."
         )
     check_anchor(state, raw, anchor)
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():  # with a version, see `live.py`
+            return masked_weight(state, raw, anchor, key, keep_law)
     law = state.law_for(raw, keep=keep_law)
     if state.held_key is not None and not torch.compiler.is_compiling():
         return _held(state, raw, key, law, anchor), None

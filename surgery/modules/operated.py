@@ -25,8 +25,9 @@ from ..ops import draw_key, masked_linear
 from ..ops.engine import is_traced
 from ..ops.ordinary import is_dense
 from ..plugins import load_plugins
-from ..recompute import Recipe, address_of, call_recomputing
+from ..recompute import Recipe, call_recomputing
 from ..scope import run_in_scope
+from .live import Open, check_unwritten, close, recipes_of, refuse_write, watched
 from .masking import check_anchor, is_sharded, masked_weight
 from .paper_modes import Factor, product_forward
 from .product import LINEAR_PRODUCT
@@ -69,6 +70,9 @@ class DropConnectModule(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Assigning a `Parameter` to a plain name (tying, resizing) replaces the raw one."""
+        state = self._dropconnect.get(name)
+        if state is not None and self.__dict__[state.live] is not None:
+            refuse_write(self, state)
         super().register_parameter(raw_name(name) if name in self._dropconnect else name, param)
 
     def _load_from_state_dict(
@@ -241,19 +245,26 @@ def _dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> 
     given = (*args, *kwargs.values())
     if fused is not None and len(given) == 1 and _can_be_fused(given[0]):
         return _fused(module, fused, given[0])
-    opened: _Opened = []
+    opened: list[Open] = []
+    result = None
     try:
         _open(module, opened)
         if opened:
-            result = call_recomputing(_recipes(opened), _inner(base, module), args, kwargs)
-            _close(opened)
-            return result
-    except BaseException:  # not `finally`, which an interrupt can end before it has done anything
-        _close(opened)
-        for _, state, _ in opened:  # nobody knows what would have been read
-            state.drawn = True
+            result = call_recomputing(recipes_of(opened), _inner(base, module), args, kwargs)
+            close(opened)
+    except (
+        BaseException
+    ) as error:  # not `finally`, which an interrupt can end before it did anything
+        close(opened)
+        for one in opened:  # nobody knows what would have been read
+            one.state.drawn = True
+        if isinstance(error, Exception):
+            check_unwritten(module, opened)  # which autograd may have complained of
         raise
-    return _inner(base, module)(*args, **kwargs)
+    if not opened:
+        return _inner(base, module)(*args, **kwargs)
+    check_unwritten(module, opened)
+    return result
 
 
 def _inner(base: type[nn.Module], module: Any) -> Callable[..., Any]:
@@ -323,22 +334,13 @@ def _anchor(module: Any, state: SiteState) -> Any:
     return anchor
 
 
-_Opened = list[tuple[Any, SiteState, Any]]
-
-
-def _open(module: Any, opened: _Opened) -> None:
+def _open(module: Any, opened: list[Open]) -> None:
     """Draw the masks of this forward call: of the module's own sites, and of those it reads for its
     children. A mask that a caller's scope has drawn stays."""
     _open_own(module, opened)
     for child in drawn_children(module):
         if not _any_sharded(child):
             _open_own(child, opened, outside=True)
-
-
-def _close(opened: _Opened) -> None:
-    """Let the masks go."""
-    for owner, state, _ in opened:
-        object.__setattr__(owner, state.live, None)
 
 
 def drawn_children(module: DropConnectModule) -> Iterator[DropConnectModule]:
@@ -357,7 +359,7 @@ def _any_sharded(child: DropConnectModule) -> bool:
     return any(is_sharded(getattr(child, state.raw)) for state in child._dropconnect.values())
 
 
-def _open_own(module: Any, opened: _Opened, outside: bool = False) -> None:
+def _open_own(module: Any, opened: list[Open], outside: bool = False) -> None:
     keys: dict[str, Tensor] = {}
     for state in module._dropconnect.values():
         mode = state.mode(module.training)
@@ -381,8 +383,9 @@ def _open_own(module: Any, opened: _Opened, outside: bool = False) -> None:
             key = draw_key(raw.device, state.rank)
         keys[state.name] = key
         used, recipe = _used(module, state, raw, key)
-        opened.append((module, state, recipe))  # first, so that it is let go in any case
-        object.__setattr__(module, state.live, used)
+        one = watched(module, state, used, recipe)
+        opened.append(one)  # first, so that it is let go in any case
+        object.__setattr__(module, state.live, one.used)
         if torch.compiler.is_compiling():  # else whoever reads it says so
             state.drawn = True
 
@@ -390,17 +393,6 @@ def _open_own(module: Any, opened: _Opened, outside: bool = False) -> None:
 def _used(module: Any, state: SiteState, raw: Tensor, key: Tensor) -> tuple[Tensor, Recipe | None]:
     keep_law = not getattr(module, "_is_replica", False)
     return masked_weight(state, raw, _anchor(module, state), key, keep_law)
-
-
-def _recipes(opened: _Opened) -> dict[int, Recipe]:
-    recipes: dict[int, Recipe] = {}
-    if torch.compiler.is_compiling():
-        return recipes
-    for module, state, recipe in opened:
-        address = address_of(module.__dict__[state.live])
-        if recipe is not None and address is not None:
-            recipes[address] = recipe
-    return recipes
 
 
 def operated_among(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..caching import cached_weakly
 from .source import ANY, Bindings, Call, Chain, bound, first_parameter, source_of
@@ -25,6 +25,7 @@ METADATA = frozenset(
         "device",
         "dim",
         "dtype",
+        "grad",
         "is_meta",
         "ndim",
         "numel",
@@ -73,7 +74,7 @@ class Reads:
 
 
 def _reads(chain: Chain, path: Chain) -> bool:
-    if METADATA.intersection(chain[len(path) : len(path) + 1]):
+    if _is_no_value(chain[len(path) :]):
         return False
     return is_at(chain, path)
 
@@ -81,6 +82,16 @@ def _reads(chain: Chain, path: Chain) -> bool:
 def is_at(chain: Chain, path: Chain) -> bool:
     """Whether a chain may lead to `path`, or into it, or to what contains it."""
     return all(have in (want, ANY) for have, want in zip(chain, path))
+
+
+def _is_no_value(rest: Chain) -> bool:
+    """Whether what is read of a parameter is no value of it: its shape, or something that others hung
+    on it."""
+    if rest[:1] == ("data",):
+        rest = rest[1:]
+    if not rest or not rest[0].isidentifier():
+        return False
+    return rest[0] in METADATA or not hasattr(Tensor, rest[0])
 
 
 @cached_weakly

@@ -18,6 +18,9 @@ Chain = tuple[str, ...]
 ANY = "*"
 """Component of a chain that stands for any index: `self.experts[i].weight`."""
 
+_OF_QUANTISED = frozenset({"SCB", "quant_state"})
+"""What bitsandbytes hangs on a weight."""
+
 Bindings = frozenset[tuple[str, Chain]]
 """What the parameters of a function stand for: (name, chain) pairs."""
 
@@ -146,6 +149,10 @@ class _Visitor(ast.NodeVisitor):
     def visit(self, node: ast.AST) -> None:
         """Record the longest chains; what is inside one is not looked at again, but for indices."""
         found: set[Chain] = set()
+        if self._is_written(node):
+            if isinstance(node, ast.Subscript):
+                self.visit(node.slice)
+            return
         if isinstance(node, ast.expr) and not isinstance(getattr(node, "ctx", None), ast.Store):
             found = {chain for chain in self.chains_of(node) if chain}
         self.chains |= found
@@ -156,6 +163,42 @@ class _Visitor(ast.NodeVisitor):
                 self.visit(node.value)
             return
         super().visit(node)
+
+    def _is_written(self, node: ast.AST) -> bool:
+        """`self.weight[i] = x`, `self.weight.data = x`: values are written, none is read."""
+        match node:
+            case ast.Subscript(value=owner, ctx=ast.Store()):
+                return bool(self.chains_of(owner))
+            case ast.Attribute(value=owner, attr="data", ctx=ast.Store()):
+                return bool(self.chains_of(owner))
+            case _:
+                return False
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        """`self.weight.mul_(x)` as a statement writes, and so does `nn.init.zeros_(self.weight)`."""
+        match node.value:
+            case ast.Call(func=ast.Attribute(value=owner, attr=name) as function, args=given) if (
+                name.endswith("_") and not name.startswith("_")
+            ):
+                if any(self.chains_of(owner)):
+                    for argument in (*given, *node.value.keywords):
+                        self.visit(argument)
+                    return
+                found = _resolved(function, self._function)
+                if getattr(found, "__module__", "") == "torch.nn.init":
+                    return  # the other arguments are numbers
+        self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> None:
+        """What is done with a quantised weight is done with no site."""
+        match node.test:
+            case ast.Call(func=ast.Name(id="hasattr"), args=[_, ast.Constant(value=name)]) if (
+                name in _OF_QUANTISED
+            ):
+                for statement in node.orelse:
+                    self.visit(statement)
+            case _:
+                self.generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:
         for target in node.targets:

@@ -101,6 +101,8 @@ class SiteState:
         """Whether the forward of a module around the owner has drawn a mask."""
         self.before_training = False
         """Whether no parameter of the model had a gradient when surgery was done."""
+        self.written = False
+        """Whether a trace has seen a forward write to the masked weight."""
         self.held_key: Tensor | None = None
         self.held: tuple[Any, Tensor] | None = None
         """While masks are held: (what the masked weight was computed from, the masked weight)."""

@@ -134,8 +134,16 @@ def _is_read(node: ast.AST, name: str) -> bool:
 def _is_value(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
     """Whether the value of a tensor is used at a node of a tree."""
     match parents.get(node):
-        case ast.Attribute(attr=name):
-            return name not in METADATA
+        case ast.Attribute(attr="data") as data if isinstance(
+            parents.get(data), (ast.Attribute, ast.Subscript)
+        ):
+            return _is_value(data, parents)
+        case ast.Attribute(attr="data", ctx=ast.Store()) | ast.Subscript(ctx=ast.Store()):
+            return False  # it is written
+        case ast.Attribute(attr=name) as method:
+            call = parents.get(method, method)
+            writes = name.endswith("_") and isinstance(parents.get(call), ast.Expr)
+            return not writes and name not in METADATA
         case ast.Call(func=ast.Name(id=function)) if node is not None:
             return function not in _ASKS
         case ast.Compare(ops=ops):

@@ -1,0 +1,183 @@
+"""A masked weight while a forward reads it as `module.weight`, and whether somebody wrote to it.
+
+What is written into a masked weight would be gone when the forward ends, and cannot be carried over to
+the stored one: of a dropped entry it says nothing. So the forward ends with an error that names the
+weight. What a parent's forward writes to its child's weight is no matter: where it only writes, the
+masks are not its own (see `reads.py`), and `module.weight` is the stored one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SurgeryError
+from ..recompute import Recipe, address_of
+from .state import SiteState
+
+
+class LiveWeight(Tensor):
+    """A masked weight that tells of writes which its version does not: those through `.data`.
+
+    As `torch.nn.Parameter` it takes no part in `__torch_function__`: operations give plain tensors.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    aliases: list[LiveWeight]
+    """What `.data` of this weight, and of these, has handed out. Each has a version of its own."""
+    assigned: bool
+    """Whether `.data` was assigned."""
+
+    @classmethod
+    def of(cls, tensor: Tensor, aliases: list[LiveWeight]) -> LiveWeight:
+        """A view of `tensor`, with its version."""
+        with torch.set_grad_enabled(tensor.requires_grad):  # what requires a gradient is no leaf
+            live = tensor.as_subclass(cls)
+        live.aliases, live.assigned = aliases, False
+        return live
+
+    @property
+    def data(self) -> Tensor:
+        """An alias that autograd does not see."""
+        alias = LiveWeight.of(_DATA.__get__(self), self.aliases)
+        self.aliases.append(alias)
+        return alias
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.assigned = True
+        _DATA.__set__(self, value)
+
+    def was_written(self, version: int) -> bool:
+        """Whether somebody wrote since it was at `version`."""
+        of_data = any(alias._version or alias.assigned for alias in self.aliases)
+        return of_data or self.assigned or self._version != version
+
+
+_DATA: Any = Tensor.data
+
+
+class Open(NamedTuple):
+    """A masked weight that was made for a forward."""
+
+    owner: Any
+    """The module that has the site."""
+    state: SiteState
+    used: Any
+    """The masked weight, as the forward gets it."""
+    version: int
+    """Its version when it was made."""
+    recipe: Recipe | None
+    address: int | None
+    """What autograd knows it by; None if that keeps it."""
+
+
+def watched(owner: Any, state: SiteState, used: Tensor, recipe: Recipe | None) -> Open:
+    """The masked weight `used` of a site, as it is handed out."""
+    address = None if recipe is None else address_of(used)
+    if torch.compiler.is_dynamo_compiling():
+        _in_trace(_mark, None, state, used, 0)
+        return Open(owner, state, used, 0, recipe, address)
+    live = used
+    if type(used) is Tensor and not torch.compiler.is_compiling():
+        live = LiveWeight.of(used, [])
+    return Open(owner, state, live, _version(live), recipe, address)
+
+
+def close(opened: list[Open]) -> None:
+    """Let masked weights go."""
+    for one in opened:
+        object.__setattr__(one.owner, one.state.live, None)
+
+
+def recipes_of(opened: list[Open]) -> dict[int, Recipe]:
+    """How autograd can have them again, by address."""
+    return {
+        one.address: one.recipe
+        for one in opened
+        if one.address is not None and one.recipe is not None
+    }
+
+
+def check_unwritten(reader: nn.Module, opened: list[Open]) -> None:
+    """Raise `SurgeryError` if one of the masked weights was written to.
+
+    Args:
+        reader: the module whose forward had them.
+        opened: what it had.
+    """
+    for one in opened:
+        if torch.compiler.is_dynamo_compiling():
+            _in_trace(_look, reader, one.state, one.used, one.version)
+        else:
+            _check_now(reader, one.state, one.used, one.version)
+
+
+def _check_now(reader: nn.Module, state: SiteState, used: Any, version: int) -> None:
+    written = used.was_written(version) if type(used) is LiveWeight else _version(used) != version
+    if written or state.written:
+        refuse_write(reader, state)
+
+
+def refuse_write(writer: nn.Module, state: SiteState) -> NoReturn:
+    """Raise the `SurgeryError` for a masked weight that is written to."""
+    raise SurgeryError(_sentence(writer, state))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _sentence(writer: nn.Module, state: SiteState) -> str:
+    return (
+        f"{state.site}: the forward of {type(writer).__name__} writes to it while it is masked, and "
+        f"that would be lost. Exclude it, or write to {state.raw!r}, or write before the forward"
+    )
+
+
+def _in_trace(
+    look: Callable[[Any], None], reader: Any, state: Any, used: Any, version: int
+) -> None:
+    """Let `look` see what dynamo knows of these at this point of a trace; nothing is left in the graph.
+    The import is slow, and in a trace it has been done."""
+    from torch._dynamo.comptime import comptime
+
+    # The second is called where `look` breaks the graph: there the code goes on in eager mode.
+    comptime(look, lambda: _check_now(reader, state, used, version))
+
+
+def _mark(context: Any) -> None:
+    fake = context.get_local("used").as_fake()
+    fake._dropconnect_version = fake._version
+
+
+def _look(context: Any) -> None:
+    """Fake tensors have versions as real ones, and so has what shares their memory."""
+    node = context.get_local("used").as_proxy().node
+    used = node.meta["example_value"]
+    made = getattr(used, "_dropconnect_version", None)
+    if made is None:  # after a break: the masked weight was made in another graph
+        context.graph_break("a masked weight")
+    since = itertools.takewhile(lambda other: other is not node, reversed(context.graph().nodes))
+    values = (other.meta.get("example_value") for other in since)
+    aliases = (value for value in values if _is_alias(value, used))
+    if used._version != made or any(alias._version not in (0, made) for alias in aliases):
+        reader, state = (_known(context.get_local(name)) for name in ("reader", "state"))
+        state.written = True
+        context.graph_break(_sentence(reader, state))
+
+
+def _is_alias(value: Any, used: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return bool(value.untyped_storage()._cdata == used.untyped_storage()._cdata)
+
+
+def _known(variable: Any) -> Any:
+    """The object that a variable of dynamo stands for."""
+    return variable._i_will_not_complain_if_bc_breaks_VariableTracker().value
