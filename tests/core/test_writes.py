@@ -162,6 +162,7 @@ def test_what_a_parent_only_writes_reaches_the_stored_weight(kind: str, compiled
     assert torch.equal(model.layers[0].weight, plain.layers[0].weight)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of a graph break, from dynamo itself
 @pytest.mark.parametrize("fullgraph", [False, True], ids=["breaks", "fullgraph"])
 def test_a_write_in_a_compiled_forward(fullgraph: bool) -> None:
     """In one trace or pieced together."""
