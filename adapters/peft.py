@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft.peft_model import PeftModel
+from peft.tuners.adalora import AdaLoraModel
 from peft.utils import hotswap, save_and_load
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
@@ -31,6 +32,7 @@ def register() -> None:
             teach_function(getattr(save_and_load, name), works_plain)
     teach_function(hotswap.hotswap_adapter, works_plain)
     teach_function(hotswap.hotswap_adapter_from_state_dict, works_plain)
+    teach(AdaLoraModel, "update_and_allocate", works_plain)  # it pairs matrices by their names
     teach_function(hotswap.prepare_model_for_compiled_hotswap, resizes_plain)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import json
 import os
 import types
@@ -189,24 +190,31 @@ def _keys_of_file(file: Path) -> set[str]:
 
 def with_plain_names(model: nn.Module, call: Callable[[], Any]) -> Any:
     """What `call` returns, with the model plain meanwhile. Where the classes cannot change now
-    (`fully_shard`), only the keys of `model.state_dict()` are plain; plain keys load anyway, and plain
-    names read."""
+    (`fully_shard`), only the keys of `state_dict()` are plain; plain keys load anyway, and plain names
+    read."""
     if can_undo(model):
         return suspended(model, call)
+    owners = {id(place.owner): place.owner for place in places(model)}
 
     def while_renamed() -> Any:
-        model.register_state_dict_post_hook(_rename)  # type: ignore[no-untyped-call]
+        for owner in owners.values():
+            owner.register_state_dict_post_hook(_rename_own)  # type: ignore[no-untyped-call]
         return call()
 
-    return restoring(at_once(content(model._state_dict_hooks)), while_renamed)
+    before = [content(owner._state_dict_hooks) for owner in owners.values()]
+    return restoring(at_once(itertools.chain.from_iterable(before)), while_renamed)
 
 
-def _rename(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    if prefix:  # somebody's `state_dict` of a bigger model
-        return
-    renamed = plain_state_dict(model, state_dict)
-    state_dict.clear()
-    state_dict.update(renamed)
+def _rename_own(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    """Make the keys of one operated module plain. It has been written last, so they end the dict."""
+    names = {prefix + key: plain for key, plain in plain_keys(module).items()}
+    last = [*itertools.takewhile(lambda key: key.startswith(prefix), reversed(state_dict))]
+    for key in reversed(last):
+        value, plain = state_dict.pop(key), names.get(key, key)
+        if plain is not None:
+            state_dict[prefix + plain if key in names else key] = value
 
 
 def is_operated(model: Any) -> bool:

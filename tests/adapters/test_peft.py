@@ -143,6 +143,44 @@ def test_raw_adapter_keys_are_read_too(lora: Any) -> None:
     assert_same(trained(model), trained(plain))
 
 
+@pytest.mark.parametrize("case", ["modules_to_save", "embedding", "ia3"])
+def test_while_the_classes_cannot_change(
+    adapt: Any, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under `fully_shard`: then only the keys can be plain."""
+    config, targets = CASES[case]
+    plain, model = adapt(config(), 1), adapt(config(), 2)
+    apply_dropconnect(model, targets, p=0.3, toward="pretrained")
+    monkeypatch.setattr("surgery.savers.can_undo", lambda _: False)
+    given = peft.get_peft_model_state_dict(plain)
+    assert list(peft.get_peft_model_state_dict(model)) == list(given)
+    peft.set_peft_model_state_dict(model, given)
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == set(given)
+    assert_same(trained(strip_dropconnect(model)), trained(plain))
+
+
+def test_adalora_pairs_its_matrices(adapt: Any, inputs: Any) -> None:
+    """It allocates ranks by the names of parameters, and saves the names."""
+    config = {"init_r": 8, "target_r": 2, "total_step": 6, "tinit": 0, "tfinal": 2, "deltaT": 1}
+    found = []
+    for targets in (None, ["*.lora_A.*"], ["*.lora_A.*", "*.lora_B.*", "*.lora_E.*"]):
+        model = adapt(peft.AdaLoraConfig(target_modules=WHERE, **config), 1).train()
+        if targets is not None:
+            apply_dropconnect(model, targets, p=0.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for step in range(6):
+            torch.manual_seed(step)
+            model(**inputs(model)).loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+        found.append((model.peft_config["default"].rank_pattern, trained(model)))
+    for pattern, weights in found[1:]:
+        assert pattern == found[0][0]
+        assert_same(weights, found[0][1])
+
+
 @pytest.mark.parametrize("low", [False, True], ids=["", "low_cpu_mem_usage"])
 def test_several_adapters(lora: Any, tmp_path: Path, low: bool) -> None:
     """Load beside an operated adapter and over it, switch, delete, merge, unload."""
