@@ -71,9 +71,9 @@ class Net(nn.Module):
 
     def resize_token_embeddings(self, size: int) -> None:
         old = self.embed.weight
-        with torch.no_grad():
-            self.embed.weight = nn.Parameter(old.new_zeros(size, 8))
-            self.embed.weight[:7] = old
+        self.embed.weight = nn.Parameter(old.new_zeros(size, 8))
+        # Not in `torch.no_grad()`, which an interrupt at its end leaves on, in plain models too.
+        self.embed.weight.data[:7] = old.data
         self.embed.num_embeddings = size
         self.head.weight = self.embed.weight
         self.head.out_features = size
@@ -186,6 +186,7 @@ class Verb:
 
     def fresh(self) -> tuple[nn.Module, list[nn.Parameter], Tensor]:
         torch.manual_seed(0)
+        torch.set_grad_enabled(True)
         model = self.build()
         own = list(model.parameters())
         with torch.no_grad():
@@ -314,10 +315,10 @@ def problem(verb: Verb, model: nn.Module, own: Any, plain: Tensor, forms: list[A
     """What is wrong with a model after an interrupt, or None."""
     if surroundings() != (None, False, True):
         return f"the thread: {surroundings()}"
-    found = form(model, own)
-    if found not in forms:
-        return "neither before nor after"
     try:
+        found = form(model, own)
+        if found not in forms:
+            return "neither before nor after"
         if verb.retry and found == forms[0]:
             verb.run(model)
             if form(model, own) != forms[1]:
@@ -377,7 +378,7 @@ def by_signals(verb: Verb, seconds: float) -> tuple[int, Counter[str]]:
                 verb.run(model)
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 continue
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, Exception):  # C++ may make another error of an interrupt
                 landed += 1
             found = problem(verb, model, own, plain, forms)
             if found is not None:
