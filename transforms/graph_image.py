@@ -11,8 +11,8 @@ from torch import fx, nn
 from surgery.journal import Step, content, image
 
 _OF_NODES = (
-    "_args", "_erased", "_input_nodes", "_kwargs", "_next", "_prev", "_sort_key", "graph", "meta",
-    "name", "op", "target", "type", "users",
+    "_args", "_erased", "_input_nodes", "_kwargs", "_next", "_prev", "_repr_fn", "_sort_key", "graph",
+    "meta", "name", "op", "target", "type", "users",
 )  # fmt: skip
 
 _FILLED = ("_input_nodes", "meta", "users")
