@@ -1,7 +1,8 @@
 """Kill a process again and again, each time a little later, and look at what it left.
 
-The process is forked, so that one start of torch serves all; it dies by SIGKILL when Python comes to
-the n-th event (a line, a call, a return) of the work, so that no moment between two steps is left out.
+The process is forked, so that one start of torch serves all; it dies by SIGKILL when Python is about to
+do the n-th thing to a file (an audit event), so that no state of the disk between two of them is left
+out.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,21 +19,23 @@ def killed_at(work: Callable[[], None], event: int) -> bool:
     """Do the work in a child that is killed at that event; whether it was, or had ended before."""
     child = os.fork()
     if child == 0:
-        left = event
+        left, counts = event, True
 
-        def count(*args: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return count
+        def count(name: str, args: Any) -> None:
+            nonlocal left, counts
+            if counts and (name == "open" or name.startswith(("os.", "shutil.", "fcntl."))):
+                left -= 1
+                if left < 0:
+                    counts = False  # os.kill is an event too
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         code = 1
         try:
-            sys.settrace(count)
+            sys.addaudithook(count)
             work()
-            sys.settrace(None)
-            code = 0
+            counts, code = False, 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     status = os.waitpid(child, 0)[1]
@@ -50,10 +54,11 @@ def events(work: Callable[[], None]) -> int:
     return high
 
 
-def kills(work: Callable[[], None], count: int) -> Iterator[int]:
-    """Kill the work at so many events, spread over all of it; yields each."""
-    total = events(work)
-    for number in range(count):
-        event = total * number // count
+def kills(work: Callable[[], None], before: Callable[[], Any]) -> Iterator[int]:
+    """Kill the work at every event; yields each. `before` makes the state of the disk in which it
+    begins."""
+    before()
+    for event in range(events(work)):
+        before()
         killed_at(work, event)
         yield event

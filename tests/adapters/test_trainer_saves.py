@@ -55,7 +55,7 @@ def trained(trainer: Any, **options: Any) -> Any:
     return run
 
 
-def damage(run: Any, count: int) -> dict[str, int]:
+def damage(run: Any) -> dict[str, int]:
     """Kill the writing of a checkpoint; count those that look complete and are not right."""
     folder = Path(run.args.output_dir) / f"checkpoint-{run.state.global_step}"
 
@@ -64,29 +64,22 @@ def damage(run: Any, count: int) -> dict[str, int]:
         run.callback_handler.on_save(run.args, run.state, run.control)
 
     found = {"kills": 0, "with weights": 0, "complete": 0, "raw": 0, "without a plan": 0}
-    for _ in kills(save, count):
+    for _ in kills(save, before=lambda: shutil.rmtree(folder, ignore_errors=True)):
         found["kills"] += 1
         if (folder / "model.safetensors").exists():
             found["with weights"] += 1
             found["complete"] += (folder / "trainer_state.json").exists()
             found["raw"] += set(load_file(folder / "model.safetensors")) != PLAIN
             found["without a plan"] += not (folder / PLAN_FILE).exists()
-        shutil.rmtree(folder, ignore_errors=True)
     return found
 
 
 def test_a_checkpoint_that_is_killed_is_plain_or_not_there(trainer: Any) -> None:
-    found = damage(trained(trainer), 24)
-    assert found["with weights"] > 4
+    """Trainer's own last file makes it complete: ours have to be there before."""
+    found = damage(trained(trainer))
+    print(f"killed checkpoints: {found}")
+    assert found["kills"] > found["with weights"] > 2
     assert (found["raw"], found["without a plan"]) == (0, 0)
-
-
-@pytest.mark.slow
-def test_many_checkpoints_that_are_killed(trainer: Any, capsys: Any) -> None:
-    found = damage(trained(trainer), 400)
-    with capsys.disabled():
-        print(f"\nkilled checkpoints: {found}")
-    assert (found["kills"], found["raw"], found["without a plan"]) == (400, 0, 0)
 
 
 def test_save_model_is_plain(trainer: Any, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,47 +36,45 @@ def what_lies_in(folder: Path) -> Any:
     return content(load_dropconnect(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), folder))
 
 
-def damage(folder: Path, models: list[nn.Module], count: int) -> dict[str, int]:
-    """Kill saves of these models in turn over each other; count what does not hold afterwards."""
+def damage(folder: Path, models: list[nn.Module]) -> dict[str, int]:
+    """Kill saves of these models over each other, at everything they do to a file; count what does not
+    hold afterwards."""
     found = {"kills": 0, "neither save": 0, "left over after the next": 0}
-    for one, other in zip(models, [*models[1:], models[0]]):
-        save_dropconnect(one, folder)
+    for one, other in itertools.permutations(models, 2):
         allowed = [content(one), content(other)]
-        for _ in kills(lambda other=other: save_dropconnect(other, folder), count):
+        write = partial(save_dropconnect, other, folder)
+        for _ in kills(write, before=partial(save_dropconnect, one, folder)):
             found["kills"] += 1
             try:
                 found["neither save"] += what_lies_in(folder) not in allowed
             except Exception:
                 found["neither save"] += 1
-        save_dropconnect(one, folder)
-        expected = 2 if anchors(one) else 1
-        found["left over after the next"] += len(os.listdir(folder)) - expected
+        write()
+        found["left over after the next"] += len(os.listdir(folder)) - (2 if anchors(other) else 1)
     return found
 
 
-MODELS = ((1.0, 0.2, "pretrained"), (2.0, 0.4, "pretrained"), (0.0, 0.4, "zero"))
-
-
 def test_a_save_that_is_killed_is_the_last_one_or_this_one(tmp_path: Path) -> None:
-    models = [saved(*each) for each in MODELS]
-    found = damage(tmp_path, models, 16)
-    assert found == {"kills": 48, "neither save": 0, "left over after the next": 0}
-
-
-@pytest.mark.slow
-def test_many_saves_that_are_killed(tmp_path: Path, capsys: Any) -> None:
-    found = damage(tmp_path, [saved(*each) for each in MODELS], 400)
-    with capsys.disabled():
-        print(f"\nkilled saves: {found}")
-    assert found == {"kills": 1200, "neither save": 0, "left over after the next": 0}
+    """Other anchors, or none: of the first release, killed between two files, these did not match."""
+    models = [saved(1.0, 0.2), saved(2.0, 0.4), saved(0.0, 0.4, "zero")]
+    found = damage(tmp_path, models)
+    print(f"killed saves: {found}")
+    assert found.pop("kills") > 100
+    assert found == {"neither save": 0, "left over after the next": 0}
 
 
 def test_a_first_save_that_is_killed_is_none_or_whole(tmp_path: Path) -> None:
     model = saved(1.0, 0.2)
-    for _ in kills(lambda: save_dropconnect(model, tmp_path), 12):
-        if (tmp_path / PLAN_FILE).exists():
-            assert what_lies_in(tmp_path) == content(model)
-            (tmp_path / PLAN_FILE).unlink()
+    folder, seen = tmp_path / "save", []
+
+    def remove() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+    for _ in kills(partial(save_dropconnect, model, folder), before=remove):
+        seen.append((folder / PLAN_FILE).exists())
+        if seen[-1]:
+            assert what_lies_in(folder) == content(model)
+    assert set(seen) == {False, True}
 
 
 def test_anchors_that_are_replaced_while_they_are_read(tmp_path: Path, monkeypatch) -> None:
