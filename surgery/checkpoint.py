@@ -95,7 +95,7 @@ def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> Non
 def _write_tensors(tensors: Mapping[str, Tensor], path: str) -> None:
     """Write a safetensors file. Raises `OSError` if it cannot be written."""
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        save_file(_apart(tensors), path)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 
@@ -111,6 +111,18 @@ def _remove_unused_anchors(folder: Path) -> None:
             if _ARE_ANCHORS.fullmatch(name) and name != used:
                 (folder / name).unlink()
         sync_folder(folder)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of which no two share memory, which safetensors does not write. Sites that were tied when
+    surgery was done share an anchor, and may be no longer."""
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        shared = tensor.untyped_storage().data_ptr() in seen
+        apart[name] = tensor.clone() if shared else tensor.contiguous()
+        seen.add(tensor.untyped_storage().data_ptr())
+    return apart
 
 
 def load_dropconnect(model: Model, directory: str | os.PathLike[str]) -> Model:

@@ -22,7 +22,7 @@ from surgery import (
     set_p,
     strip_dropconnect,
 )
-from surgery.checkpoint import PLAN_FILE
+from surgery.checkpoint import PLAN_FILE, anchors
 
 from .cases import Case, every_case
 from .helpers import Snapshot, bits_of
@@ -269,3 +269,38 @@ def test_files_have_ordinary_permissions(tmp_path) -> None:
     expected = (tmp_path / "ordinary").stat().st_mode
     assert (tmp_path / PLAN_FILE).stat().st_mode == expected
     assert anchors_of(tmp_path).stat().st_mode == expected
+
+
+@pytest.mark.parametrize("broken", ["assign", "assign views", "new parameter", "no"])
+def test_a_tie_that_was_broken_after_surgery(tmp_path: Path, broken: str) -> None:
+    """The sites go toward one anchor still, which a file has twice."""
+
+    def untied() -> nn.ModuleDict:
+        return nn.ModuleDict({"a": nn.Embedding(8, 4), "b": nn.Linear(4, 8), "c": nn.Linear(4, 8)})
+
+    def tied() -> nn.ModuleDict:
+        model = untied()
+        model["b"].weight = model["c"].weight = model["a"].weight
+        return model
+
+    model = tied()
+    pretrained = model["a"].weight.detach().clone()
+    plain = {name: value.clone() for name, value in model.state_dict().items()}
+    apply_dropconnect(model, "a", toward="pretrained")
+    if broken == "assign":
+        model.load_state_dict(plain, assign=True)
+    elif broken == "assign views":  # of one piece of memory, anchors too
+        state = model.state_dict()
+        pieces = torch.cat([value.reshape(-1) for value in state.values()])
+        views = pieces.split([value.numel() for value in state.values()])
+        loaded = {k: view.view(v.shape) for view, (k, v) in zip(views, state.items())}
+        model.load_state_dict(loaded, assign=True)
+    elif broken == "new parameter":
+        model["b"].weight = nn.Parameter(torch.randn(8, 4))
+    count = {"assign": 3, "assign views": 3, "new parameter": 2, "no": 1}[broken]
+    assert len(dropconnect_sites(model)) == count
+    save_dropconnect(model, tmp_path)
+    for other in [tied(), *([untied()] if count == 3 else [])]:
+        found = anchors(load_dropconnect(other, tmp_path))
+        assert len(found) == len(dropconnect_sites(other))
+        assert all(torch.equal(anchor, pretrained) for anchor in found.values())
