@@ -3,16 +3,30 @@ while the model runs once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .config import DropConnectConfig
 from .errors import SurgeryError
-from .moments.elementwise import JOINT
+from .modules.examples import where_examples_lie
+from .modules.product import Product
 from .plan import Use
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Act:
+    """One way in which a weight acted in a run of a model."""
+
+    op: str
+    by: str
+    """As in `Use`."""
+    shape: Shape | None
+    """Of what it acts on: of the input of its module, if that is a product of input and weight."""
+    joint: str | None
+    """The function of several entries together that gets the Gaussian which the result would be."""
 
 
 @dataclass(frozen=True)
@@ -22,49 +36,47 @@ class Seen:
     uses: Mapping[str, tuple[Use, ...]]
     """By the dotted plain name of every parameter."""
 
-    input_shapes: Mapping[str, tuple[Shape | None, ...]]
-    """For each use, the shape of what the weight acts on, where it is known."""
+    acts: Mapping[str, tuple[Act, ...]]
+    """By the same names: every different one."""
 
-    batch: Shape | None
-    """Shape of the first tensor among the inputs, if the user gave them."""
+    given: tuple[Shape, ...]
+    """Shapes of the tensors that the model was given, if the user gave them."""
 
     running: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     """By the dotted plain name of every parameter: for each place of use, the names of the modules
     whose forward was running, the outermost first."""
 
-    def problem(self, name: str, config: DropConnectConfig) -> str | None:
-        """Why what was seen does not allow this, and what to do about it; or None."""
-        for use, shape in zip(self.uses.get(name, ()), self.input_shapes.get(name, ())):
-            problem = _joint(use, config) or _batch_elsewhere(use, config, shape, self.batch)
-            if problem is not None:
-                return problem
+    def problem(
+        self, name: str, config: DropConnectConfig, product: Product, by: Collection[str]
+    ) -> str | None:
+        """Why what was seen does not allow this, and what to do about it; or None.
+
+        Args:
+            name: of the parameter.
+            config: what is to be done to it.
+            product: what its module or node computes.
+            by: names of the modules whose forward does.
+        """
+        for act in self.acts.get(name, ()):
+            if act.by in by:
+                problem = _joint(act, config) or self._elsewhere(act, config, product)
+                if problem is not None:
+                    return problem
         return None
 
+    def _elsewhere(self, act: Act, config: DropConnectConfig, product: Product) -> str | None:
+        if config.sampling != "example" or act.shape is None or not self.given:
+            return None
+        return where_examples_lie(act.shape, config.example_dim, product.features, self.given)[1]
 
-def _joint(use: Use, config: DropConnectConfig) -> str | None:
-    if config.inference != "moments" or config.samples is not None or use.activation not in JOINT:
+
+def _joint(act: Act, config: DropConnectConfig) -> str | None:
+    if config.inference != "moments" or config.samples is not None or act.joint is None:
         return None
     return (
-        f"inference='moments' needs an elementwise activation, and its {use.op} in {use.by!r} is "
-        f"followed by {use.activation}; give samples=Z to estimate it by draws, or use "
+        f"inference='moments' needs an elementwise activation, and its {act.op} in {act.by!r} is "
+        f"followed by {act.joint}; give samples=Z to estimate it by draws, or use "
         "inference='mean' for it"
-    )
-
-
-def _batch_elsewhere(
-    use: Use, config: DropConnectConfig, shape: Shape | None, batch: Shape | None
-) -> str | None:
-    dim = config.example_dim
-    if config.sampling != "example" or dim == "all" or shape is None or batch is None:
-        return None
-    if not -len(shape) <= dim < len(shape) or not -len(batch) <= dim < len(batch):
-        return None
-    if shape[dim] == batch[dim]:
-        return None
-    return (
-        f"sampling='example' takes dimension {dim} of its input for the examples; its {use.op} in "
-        f"{use.by!r} gets shape {shape}, but the model's input has shape {batch}. Set example_dim "
-        "('all': a mask for every row), or exclude it"
     )
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence, Set
 from torch import Tensor, nn
 
 from .catalogue import Catalogue
-from .config import DropConnectConfig
 from .finder import Look
 from .modules.operated import plain_class
+from .modules.product import Product
 from .modules.reads import GIVEN, Reads, is_at, reads
 from .modules.source import ANY, Chain
 from .plan import Plan, Site
@@ -89,10 +89,19 @@ class Known:
         shape = None if self._resized else tuple(parameter.shape)
         return site.unlike(kind if first else None, shape)
 
-    def problem(self, name: str, config: DropConnectConfig) -> str | None:
+    def problem(self, user: Choice, full: str, product: Product | None) -> str | None:
         """Why a run of the model does not allow this, or None."""
+        config = user.config
+        if product is None or (config.sampling == "batch" and config.inference != "moments"):
+            return None
         seen = self._look() if config.inference == "moments" else self._look.given()
-        return None if seen is None else seen.problem(name, config)
+        if seen is None:
+            return None
+        by = self._catalogue.names[id(user.module)]
+        if self._catalogue.graphs is not None and self._catalogue.is_in_graph(user.module):
+            readers = (user.module, *self._catalogue.graphs.readers(user.module))
+            by = [name for one in readers for name in self._catalogue.names[id(one)]]
+        return seen.problem(full, config, product, by)
 
     def _above(self, owner: str) -> Iterator[tuple[str, nn.Module, tuple[str, ...], Reads]]:
         """The ancestors of a module with one of its names: name, module, path to it, what it reads."""

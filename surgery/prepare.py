@@ -18,6 +18,7 @@ from .known import Known
 from .modules.kinds import follows_weight, kind_of, layout_of
 from .modules.operated import DropConnectModule, plain_class
 from .modules.places import plain_parameters, states_of
+from .modules.product import Product
 from .modules.state import SiteState
 from .plan import Plan, Site, Use
 from .refusals import no_class, not_followed, why_not
@@ -151,7 +152,7 @@ def _site(
         readers = [parent for parent, _ in parents]
         problem = known.unlike(user, _kind_name(catalogue, module, user.name), parameter)
         problem = problem or why_not(user, parameter, readers, known, catalogue.graphs)
-        problem = problem or known.problem(full, user.config)
+        problem = problem or known.problem(user, full, _product(catalogue, user, bool(parents)))
         if problem is None and user.config.inference == "moments":
             problem = not_followed(catalogue, module)
         if problem is not None:
@@ -196,15 +197,20 @@ def _state(
     if follows_weight(config.unit):
         weights = [weight for weight in catalogue.own(module) if kind.bias(weight) == name]
         follows = weights[0] if weights else None
-    product = None
-    if catalogue.graphs is not None and catalogue.is_in_graph(module):
-        product = catalogue.graphs.product(module, name)
-    elif name == "weight" and not by_parents:
-        product = kind.product(plain_class(module))
+    product = _product(catalogue, user, by_parents)
     kind_name = _kind_name(catalogue, module, name)
     state = SiteState(name, kind_name, config, layout, follows, full, product)
     state.law_for(parameter)
     return state
+
+
+def _product(catalogue: Catalogue, user: Choice, by_parents: bool) -> Product | None:
+    """The product that is made of a weight, and of nothing else, where it is read."""
+    module, name = user.module, user.name
+    if catalogue.graphs is not None and catalogue.is_in_graph(module):
+        return catalogue.graphs.product(module, name)
+    own = name == "weight" and not by_parents
+    return kind_of(module).product(plain_class(module)) if own else None
 
 
 def _kind_name(catalogue: Catalogue, module: nn.Module, name: str) -> str:

@@ -10,20 +10,19 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from surgery.finder import Seen
+from surgery.finder import Act, Seen
+from surgery.modules.kinds import kind_of
 from surgery.modules.masking import is_sharded
+from surgery.modules.operated import plain_class
 from surgery.plan import Use
+from surgery.torch_functions import CASTING, INDEXING, RESHAPING, SELECTING
 
 from .capture import Capture, CaptureError, capture, capture_of, first_of, inputs_for, symbolic
 from .follow import Flow
 from .inputs import Inputs, dummy_inputs
 from .ops import (
-    CASTING,
     DROPPING,
-    INDEXING,
     INSPECTING,
-    RESHAPING,
-    SELECTING,
     Operation,
     function_of,
     leaves,
@@ -52,6 +51,7 @@ class Findings(Mapping[str, tuple[Use, ...]]):
         tied: tuple[tuple[str, ...], ...],
         capture: Capture | None,
         running: dict[str, tuple[tuple[str, ...], ...]],
+        acts: dict[str, tuple[Act, ...]],
     ) -> None:
         self._uses = uses
         self.input_shapes = input_shapes
@@ -61,6 +61,7 @@ class Findings(Mapping[str, tuple[Use, ...]]):
         """Groups of names of the same parameter."""
         self.capture = capture
         """How the graph was captured; None for a graph of other origin."""
+        self.acts = acts
         self.running = running
         """For each parameter and place where it is used, the names of the modules whose forward is
         running there, the outermost first; the root is `""`."""
@@ -129,20 +130,21 @@ def look(model: nn.Module, example_inputs: Any = None) -> Seen | None:
     """
     if example_inputs is None:
         try:
-            return None if _is_sharded(model) else _looked(model, dummy_inputs(model), None)
+            return None if _is_sharded(model) else _looked(model, dummy_inputs(model), ())
         except Exception:  # dummies are a guess, and a model may do anything with them
             return None
     inputs = inputs_for(model, example_inputs)
     assert inputs is not None
-    first = next((tuple(tensor.shape) for _, tensor in inputs.tensors()), None)
-    return _looked(model, inputs, first)
+    given = (*inputs.args, *inputs.kwargs.values())
+    shapes = tuple(tuple(one.shape) for one in given if isinstance(one, torch.Tensor))
+    return _looked(model, inputs, shapes)
 
 
-def _looked(model: nn.Module, inputs: Inputs | None, batch: Shape | None) -> Seen | None:
+def _looked(model: nn.Module, inputs: Inputs | None, given: tuple[Shape, ...]) -> Seen | None:
     if inputs is None:
         return None
     found = plain(model, lambda: _Finder(model, _recorded(model, inputs)).findings())
-    return Seen(found, found.input_shapes, batch, found.running)
+    return Seen(found, found.acts, given, found.running)
 
 
 def _is_sharded(model: nn.Module) -> bool:
@@ -220,9 +222,11 @@ class _Finder:
         running: dict[int, dict[tuple[str, ...], None]] = {
             key: {} for key in self._names
         }  # in order
+        acts: dict[int, dict[Act, None]] = {key: {} for key in self._names}
         for call in self._calls:
             running[call.parameter][self._running(call.node)] = None
             use = self._use(call, flow)
+            acts[call.parameter][self._act(call, use, flow)] = None
             counts = uses[call.parameter]
             counts[use] = counts.get(use, 0) + 1
             shapes[call.parameter].setdefault(use, call.input_shape)
@@ -235,6 +239,7 @@ class _Finder:
             tuple(tuple(names) for names in self._names.values() if len(names) > 1),
             capture_of(self._graph),
             {name: tuple(running[parameter]) for parameter, name in self._each_name()},
+            {name: tuple(acts[parameter]) for parameter, name in self._each_name()},
         )
 
     def _each_name(self) -> Iterator[tuple[int, str]]:
@@ -248,6 +253,12 @@ class _Finder:
             return Use(op="attention", by=by)
         activation = flow.activation(call.node) if call.affine else None
         return Use(op=call.op, by=by, activation=activation)
+
+    def _act(self, call: _Call, use: Use, flow: Flow) -> Act:
+        module = self._module(use.by)
+        product = None if module is None else kind_of(module).product(plain_class(module))
+        shape = call.input_shape if product is None else call.node.meta.get("module_input")
+        return Act(use.op, use.by, shape, flow.joint(call.node) if call.affine else None)
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "get_attr":

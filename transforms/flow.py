@@ -10,15 +10,15 @@ from torch import fx, nn
 
 from surgery.modules.node import DropConnect, Settle
 from surgery.plan import join
+from surgery.torch_functions import ACTIVATIONS, CASTING, COPYING, JOINT
 
 from .boxes import Box, Diagram, all_weights, plain_names
-from .follow import ACTIVATIONS
-from .ops import CASTING, INSPECTING, function_of
+from .ops import INSPECTING, function_of
 from .outline import Part
 
-_NAMED = ACTIVATIONS | {"glu", "log_softmax", "softmax", "softmin"}
+_NAMED = ACTIVATIONS | JOINT | {"glu"}
 """Functions of one value that are worth a box."""
-_SAME = CASTING | {"alias", "clone", "contiguous", "detach"}
+_SAME = CASTING | COPYING
 """Functions whose result may be the very tensor they were given, so that export books what others do
 with that tensor on the module that called them."""
 _SYMBOLS = {"add": "+", "mul": "×", "sub": "−"}

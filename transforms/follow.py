@@ -18,28 +18,28 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from surgery.caching import cached
+from surgery.torch_functions import (
+    ACTIVATIONS,
+    ADDS,
+    CASTING,
+    COPYING,
+    ELEMENTWISE,
+    JOINING,
+    JOINT,
+    NORMALISING,
+    RESHAPING,
+    REVERSED,
+    SCALES,
+    SELECTING,
+    SPLITTING,
+    VIEWS,
+)
 
-from .ops import CASTING, DROPPING, INSPECTING, RESHAPING, SELECTING, function_of, in_place, leaves
+from .ops import DROPPING, INSPECTING, function_of, in_place, leaves
 
-ACTIVATIONS = frozenset(
-    {"celu", "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu",
-     "logsigmoid", "mish", "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus",
-     "softshrink", "softsign", "tanh", "tanhshrink", "threshold"}
-)  # fmt: skip
-"""Elementwise functions that are an activation by themselves."""
-
-_ACROSS = frozenset({"glu", "log_softmax", "softmax", "softmin"})
+_ACROSS = JOINT | {"glu"}
 """Activations that mix entries."""
 
-_ARITHMETIC = frozenset(
-    {"abs", "add", "clamp", "clamp_max", "clamp_min", "div", "erf", "exp", "expm1", "ge", "gt",
-     "le", "log",
-     "log1p", "lt", "maximum", "minimum", "mul", "neg", "pow", "reciprocal", "rpow", "rsqrt", "rsub",
-     "rtruediv", "sign", "sqrt", "square", "sub", "where"}
-)  # fmt: skip
-"""Elementwise functions of which activations are made."""
-
-_ELEMENTWISE = ACTIVATIONS | _ARITHMETIC
 _KEEPING = RESHAPING | CASTING | DROPPING
 
 _GATED = {"sigmoid": "glu", "silu": "swiglu", "relu": "reglu"} | dict.fromkeys(
@@ -101,6 +101,48 @@ class Flow:
         followed = self._follow(node)
         return None if followed is None else followed[0]
 
+    def joint(self, start: fx.Node) -> str | None:
+        """The function of several entries together that would get a Gaussian, if `start` were one; see
+        `surgery.moments`, which says what stays one. What other sites make is taken for a tensor."""
+        gaussian, made_of, todo = {start}, {start}, set(self._readers[start])
+        while todo:
+            node = min(todo, key=self._position.__getitem__)
+            todo.remove(node)
+            sources = made_of.intersection(self._sources[node].values())
+            function, first = self._function[node], self._first(node)
+            if function in JOINT and first in gaussian:
+                return function
+            stays = self._stays(node, function, first, sources, gaussian)
+            if stays:
+                gaussian.add(node)
+            if stays or function in ELEMENTWISE:
+                made_of.add(node)
+                todo.update(self._readers[node])
+        return None
+
+    def _first(self, node: fx.Node) -> fx.Node | None:
+        """Whose value the first argument has now."""
+        given: Any = node.args[0] if node.args else node.kwargs.get("input")
+        return self._sources[node].get(given) if isinstance(given, fx.Node) else None
+
+    def _stays(
+        self,
+        node: fx.Node,
+        function: str,
+        first: fx.Node | None,
+        sources: Collection[fx.Node],
+        gaussian: Collection[fx.Node],
+    ) -> bool:
+        """Whether a function of Gaussians, and of values made of them, is one."""
+        if function in JOINING:
+            return all(source in gaussian for source in sources)
+        if function in VIEWS | CASTING | COPYING | DROPPING | NORMALISING or function == "setitem":
+            return first in gaussian
+        alone = len(sources) == 1 and next(iter(sources)) in gaussian and not node.kwargs
+        if function == "div":
+            return alone and first in gaussian
+        return alone and function in ADDS | REVERSED | SCALES
+
     def _follow(self, start: fx.Node) -> tuple[str, fx.Node] | None:
         """The activation's name and the node that has its result."""
         region = self._region(start)
@@ -131,7 +173,7 @@ class Flow:
 
     def _elementwise(self, node: fx.Node, inside: Collection[fx.Node]) -> bool:
         sources = self._sources[node].values()
-        return self._function[node] in _ELEMENTWISE and all(s in inside for s in sources)
+        return self._function[node] in ELEMENTWISE and all(s in inside for s in sources)
 
     def _cuts(self, start: fx.Node, region: list[fx.Node]) -> Iterator[fx.Node]:
         """The nodes of the region through which everything must pass that `start` flows into."""
@@ -205,7 +247,7 @@ class Flow:
     def _parts(self, start: fx.Node) -> Iterator[fx.Node]:
         """The readers of a node; for one that splits it, the parts."""
         for reader in self._readers[start]:
-            split = self._function[reader] in SELECTING - {"getitem", "narrow", "select", "slice"}
+            split = self._function[reader] in SPLITTING
             yield from self._readers[reader] if split else (reader,)
 
     def _branch(self, node: fx.Node) -> tuple[str, fx.Node] | None:

@@ -11,7 +11,6 @@ from surgery.graphs import Nodes
 from surgery.journal import Step
 from surgery.modules import SiteState
 from surgery.modules.kinds import follows_weight
-from surgery.moments.elementwise import JOINT
 
 from . import remove as removal
 from .follow import Flow
@@ -180,12 +179,12 @@ def _joint(
         return None
     parameters = {read.node for reads in survey.reads.values() for read in reads}
     flow = Flow(graph_module.graph, graph_module, parameters)
-    activation = flow.activation(node)
-    if activation not in JOINT:
+    joint = flow.joint(node)
+    if joint is None:
         return None
     return (
         f"inference='moments' needs an elementwise activation after node {node.name!r}, and "
-        f"{activation} follows; give samples=Z to estimate it by draws, or inference='mean'"
+        f"{joint} follows; give samples=Z to estimate it by draws, or inference='mean'"
     )
 
 

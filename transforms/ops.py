@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
 from surgery.modules.node import DropConnect
+from surgery.torch_functions import DROPOUTS, QUERIES, canonical
 
 Layout = Literal["out_in", "in_out"]
 
@@ -152,64 +153,14 @@ def operation(node: fx.Node, root: nn.Module, holds: Callable[[Any], bool]) -> O
     return next((op for op in rows if holds(op.argument(node, op.weight))), rows[0])
 
 
-SELECTING = frozenset(
-    {"chunk", "getitem", "narrow", "select", "slice", "split", "split_with_sizes", "tensor_split",
-     "unbind"}
-)  # fmt: skip
-"""Functions whose result is a part of their first argument."""
-
-INDEXING = frozenset({"getitem", "index", "index_select"})
-"""Functions whose result is the entries of their first argument that a tensor names."""
-
-RESHAPING = frozenset(
-    {"alias", "clone", "contiguous", "data", "detach", "detach_copy", "expand", "expand_as",
-     "flatten",
-     "identity", "lift_fresh_copy", "mT", "T", "adjoint", "movedim", "moveaxis", "permute", "repeat",
-     "reshape", "reshape_as", "squeeze", "swapaxes", "swapdims", "t", "transpose", "unflatten",
-     "unsafe_view", "unsqueeze", "view", "view_as", "requires_grad"}
-)  # fmt: skip
-"""Functions whose result has the entries of their first argument, elsewhere."""
-
-CASTING = frozenset(
-    {"bfloat16", "cpu", "cuda", "double", "float", "half", "to", "to_copy", "type", "type_as"}
-)
-"""Functions whose result has the values of their first argument, in another dtype or on a device."""
-
-DROPPING = frozenset(
-    {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout",
-     "feature_alpha_dropout", "native_dropout"}
-)  # fmt: skip
+DROPPING = DROPOUTS | {"native_dropout"}
 """Functions that are the identity in evaluation mode."""
 
-INSPECTING = frozenset(
-    {"assert_async", "assert_scalar", "assert_tensor_metadata", "device", "dim", "dtype",
-     "element_size",
-     "get_device", "guards_fn", "is_complex", "is_contiguous", "is_cuda", "is_floating_point", "layout",
-     "ndim", "ndimension", "nelement", "numel", "output", "shape", "size", "stride", "storage_offset",
-     "sym_numel", "sym_size", "sym_stride"}
+INSPECTING = QUERIES | frozenset(
+    {"assert_async", "assert_scalar", "assert_tensor_metadata", "device", "dtype", "guards_fn",
+     "is_cuda", "layout", "ndim", "output", "shape", "sym_numel", "sym_size", "sym_stride"}
 )  # fmt: skip
-"""Functions of a tensor that do not depend on its values."""
-
-_SPELLINGS = {
-    "absolute": "abs",
-    "clip": "clamp",
-    "concat": "cat",
-    "concatenate": "cat",
-    "divide": "div",
-    "iadd": "add",
-    "imatmul": "matmul",
-    "imul": "mul",
-    "isub": "sub",
-    "itruediv": "div",
-    "multiply": "mul",
-    "radd": "add",
-    "rmul": "mul",
-    "subtract": "sub",
-    "swish": "silu",
-    "true_divide": "div",
-    "truediv": "div",
-}
-"""Other names of the same function: Python's operators, and torch's synonyms."""
+"""Functions of a tensor, and nodes of a graph, that do not depend on its values."""
 
 _MODULES: tuple[tuple[Any, str], ...] = (
     (nn.Linear, "linear"),
@@ -233,6 +184,7 @@ _MODULES: tuple[tuple[Any, str], ...] = (
     (nn.modules.dropout._DropoutNd, "dropout"),
     (nn.LeakyReLU, "leaky_relu"),
     (nn.LogSoftmax, "log_softmax"),
+    (nn.Softmax2d, "softmax"),
 )
 
 
@@ -249,8 +201,8 @@ def function_of(node: fx.Node, root: nn.Module) -> str:
         return str(node.args[1])
     else:
         name = _name(node.target)
-    name = name.strip("_")
-    return _SPELLINGS.get(name, name)
+    name = canonical(name)
+    return _WRITING.get(name, name)
 
 
 def _name(target: Any) -> str:
@@ -271,8 +223,11 @@ def _function_of_module(path: str, root: nn.Module) -> str:
     return type(module).__name__.lower() if named is None else named
 
 
-_WRITING = frozenset({"iadd", "imatmul", "imul", "isub", "itruediv", "setitem"})
-"""Python's operators that write into their first argument."""
+_WRITING = {
+    "iadd": "add", "imatmul": "matmul", "imul": "mul", "isub": "sub", "itruediv": "div",
+    "setitem": "setitem",
+}  # fmt: skip
+"""Python's operators that write into their first argument, and the functions that do not."""
 
 
 def in_place(node: fx.Node, root: nn.Module) -> bool:

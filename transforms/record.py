@@ -27,7 +27,8 @@ def record(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     Every model that runs can be recorded, with data-dependent branches, caches and labels: the graph
     is of the branch that these inputs took. It has one node for each torch function called, as the
     model called it (`F.linear`, `Tensor.view`, ...), in `meta["nn_module_stack"]` the modules whose
-    forward was running, and in `meta["shape"]` the shape of the result. It shares the model's
+    forward was running, in `meta["module_input"]` the shape of what the innermost of them got, and in
+    `meta["shape"]` the shape of the result. It shares the model's
     parameters and buffers, takes the tensors among the inputs, in order, and returns the tensors in
     the model's output as a tuple. Sizes and numbers that depended on the inputs are constants.
 
@@ -67,13 +68,18 @@ def _never_compiled() -> Iterator[None]:
         yield
 
 
-def _watch(module: nn.Module, name: str, stack: list[tuple[str, type]]) -> None:
+_Running = tuple[str, type, "tuple[int, ...] | None"]
+"""A module whose forward is running: its name, its class, and the shape of the first tensor it got."""
+
+
+def _watch(module: nn.Module, name: str, stack: list[_Running]) -> None:
     """Note in `stack` while the module's forward runs, also if it is called as `module.forward(x)`."""
-    forward, entry = module.forward, (name, type(module))
+    forward = module.forward
 
     @functools.wraps(forward)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        stack.append(entry)
+        given = (tuple(one.shape) for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
+        stack.append((name, type(module), next(given, None)))
         try:
             return forward(*args, **kwargs)
         finally:
@@ -87,7 +93,7 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.stack: list[tuple[str, type]] = []
+        self.stack: list[_Running] = []
         self._graph = fx.Graph()
         self._attributes: dict[str, Any] = {}
         self._type = type(model).__name__
@@ -111,8 +117,9 @@ class _Recorder(TorchFunctionMode):
         if func in _WRITES or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
             node = self._call(func, self._argument(args), self._argument(kwargs))
             node.meta["nn_module_stack"] = OrderedDict(
-                (name, (name, module_type)) for name, module_type in self.stack
+                (name, (name, module_type)) for name, module_type, _ in self.stack
             )
+            node.meta["module_input"] = self.stack[-1][2] if self.stack else None
             self._made(node, result)
         return result
 

@@ -9,15 +9,11 @@ from typing import Any
 from torch import fx, nn
 
 from surgery.modules.node import DropConnect
+from surgery.torch_functions import CASTING, COPYING, TRANSPOSING
 
-from .ops import CASTING, Operation, function_of, leaves, operation
+from .ops import Operation, function_of, leaves, operation
 
-_TRANSPOSING = frozenset(
-    {"t", "T", "mT", "adjoint", "transpose", "swapaxes", "swapdims", "permute"}
-)
-"""Of a matrix, all of these swap its two dimensions."""
-
-_SAME = CASTING | {"alias", "clone", "contiguous", "detach", "identity", "lift_fresh_copy"}
+_SAME = CASTING | COPYING
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ def _uses(read: Read, value: fx.Node, flipped: bool) -> Iterator[GraphUse]:
     root = read.graph_module
     for user in value.users:
         function = "dropconnect" if _is_dropconnect(user, root) else function_of(user, root)
-        if function in _TRANSPOSING:
+        if function in TRANSPOSING:
             yield from _uses(read, user, not flipped)
         elif function in _SAME or (function == "dropconnect" and not _replaces(user, root)):
             yield from _uses(read, user, flipped)

@@ -18,6 +18,7 @@ from ..moments import Gaussian, Points, Source
 from ..ops import Layout, draw_key, drop_weight
 from ..ops.ordinary import is_dense
 from ..scope import in_scope, scope_shapes, settle
+from .examples import where_examples_lie
 from .product import LINEAR_PRODUCT, Product
 from .state import NotGrouped, SiteState
 
@@ -201,28 +202,11 @@ def _key(state: SiteState, raw: Tensor) -> Tensor:
 
 def _example_dim(product: Product, x: Tensor, state: SiteState) -> int | None:
     """The dimension of the examples, counted from the start; None for all but the features."""
-    leading = x.ndim + product.features
     _check_group(state, x)
-    if state.example_dim == "all" and (leading or product.is_matrix):
-        return None
-    wanted = 0 if state.example_dim == "all" else state.example_dim
-    dim = wanted if wanted >= 0 else x.ndim + wanted
-    if not 0 <= dim < leading:
-        raise RuntimeError(
-            f"{state.site}: sampling='example' finds examples along dimension {wanted} of its input, "
-            f"which has shape {tuple(x.shape)}: no such dimension comes before the features. Give it "
-            "a batch, or set example_dim"
-        )
-    outer = () if torch.compiler.is_compiling() else scope_shapes()
-    # Batch first outside and second inside is right; so is the same place in both.
-    sizes = {size for shape in outer for size in (*shape[:1], *shape[dim : dim + 1])}
-    if sizes and x.shape[dim] not in sizes:
-        raise RuntimeError(
-            f"{state.site}: sampling='example' takes dimension {wanted} of its input for the examples; "
-            f"it has size {x.shape[dim]} (shape {tuple(x.shape)}), but the model's input has shape "
-            f"{', '.join(map(str, outer))}. Set example_dim ('all': a mask for every row), or exclude "
-            "this site"
-        )
+    given = () if torch.compiler.is_compiling() else scope_shapes()
+    dim, problem = where_examples_lie(tuple(x.shape), state.example_dim, product.features, given)
+    if problem is not None:
+        raise RuntimeError(f"{state.site}: {problem}")
     return dim
 
 

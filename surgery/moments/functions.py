@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import torch_functions as table
 from ..scope import settle
-from . import elementwise
 from .gaussian import Apply, Gaussian, Source
 from .pointwise import leaves_domain, pointwise
 
@@ -20,21 +20,22 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `func` does to arguments among which are Gaussians."""
     if not args and "input" in kwargs:
         args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
-    name = _name_of(func)
+    raw = _name_of(func)
+    name = table.canonical(raw)
     values = [value for value in (*args, *kwargs.values()) if isinstance(value, Gaussian)]
-    if name in ("cat", "concat", "concatenate", "stack") and kwargs.get("out") is None:
+    if name in table.JOINING and kwargs.get("out") is None:
         return _joined(func, args, kwargs)
     if not values or kwargs.get("out") is not None:  # inside a list
         return func(*settle(args), **settle(kwargs))
     if name in ("max", "min") and len(args) == 2 and not isinstance(args[1], int):
         name = f"{name}imum"
-    if _writes(name, kwargs):
-        return _in_place(func, name, args, kwargs)
+    if _writes(raw, kwargs):
+        return _in_place(func, raw, args, kwargs)
     if args and isinstance(args[0], Gaussian):
         handler = _handler(name)
         if handler is not None:
             return handler(func, name, args[0], args, kwargs)
-    if name in _ELEMENTWISE and not leaves_domain(name, args):
+    if name in table.ELEMENTWISE and not leaves_domain(name, args):
         return pointwise(func, name, values, args, kwargs)
     return func(*settle(args), **settle(kwargs))
 
@@ -60,39 +61,29 @@ def _variance(part: Any) -> Tensor:
     return torch.zeros_like(part)
 
 
-_ELEMENTWISE = (
-    elementwise.ADDS
-    | elementwise.REVERSED
-    | elementwise.SCALES
-    | elementwise.POINTWISE
-    | elementwise.COMPARISONS
-    | elementwise.PARTIAL
-)
-
 _Handler = Callable[[Any, str, Gaussian, tuple[Any, ...], dict[str, Any]], Any]
 
 
 def _handler(name: str) -> _Handler | None:
     """What is special about some functions of a Gaussian, their first argument."""
-    if name in elementwise.QUERIES:
+    if name in table.QUERIES:
         return _query
-    if name in elementwise.CASTS:
+    if name in table.CASTING | table.COPYING:
         return _cast
-    if name in elementwise.VIEWS:
+    if name in table.VIEWS:
         return _rearrange
-    if name in elementwise.JOINT:
+    if name in table.JOINT:
         return _joint
-    if name in elementwise.DROPOUTS:
+    if name in table.DROPOUTS:
         return _dropout
     return _SPECIAL.get(name)
 
 
 def _name_of(func: Any) -> str:
-    """`mul` of `torch.mul`, `Tensor.__rmul__` is `rmul`, `gelu` of `aten.gelu.default`."""
+    """`mul_` of `Tensor.mul_`, `rmul` of `Tensor.__rmul__`, `gelu` of `aten.gelu.default`."""
     schema = getattr(func, "_schema", None)
     name = str(func.__name__) if schema is None else str(schema.name).rpartition("::")[2]
-    name = name[2:-2] if name.startswith("__") else name
-    return {"_threshold": "threshold"}.get(name, name)
+    return name[2:-2] if name.startswith("__") else name
 
 
 def _writes(name: str, kwargs: dict[str, Any]) -> bool:
@@ -266,7 +257,7 @@ def _joint(
     if value.source.draws is None and value.normal is not None:
         raise RuntimeError(
             f"{value.source.site}: inference='moments' needs an elementwise activation after it, and "
-            f"found {name.strip('_')}. Give samples=Z to estimate it by draws, or give this site "
+            f"found {name}. Give samples=Z to estimate it by draws, or give this site "
             "inference='mean'"
         )
     return _whole(func, value, args, kwargs)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..scope import Deferred
-from .elementwise import VIEWS
+from ..torch_functions import VIEWS
 from .pieces import Piece, disjoint
 
 Apply = Callable[[Tensor], Tensor]

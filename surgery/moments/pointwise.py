@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .. import torch_functions as table
 from ..scope import settle
-from . import elementwise
 from .gaussian import Gaussian, Source
 
 
 def leaves_domain(name: str, args: tuple[Any, ...]) -> bool:
     """Whether a function that is not defined on the whole line, or has a pole, is applied to a
     Gaussian itself: then there is no expectation."""
-    if name in elementwise.PARTIAL:
+    if name in table.PARTIAL:
         reached = args[:1]
     elif "div" in name:
         reached = args[1:]
@@ -72,7 +72,7 @@ def _affine(
         return None
     mean, variance = value.normal
     moved: Tensor = func(*(mean if arg is value else arg for arg in args))
-    if name in elementwise.SCALES:
+    if name in table.SCALES:
         scale = func(*(torch.ones_like(mean) if arg is value else arg for arg in args))
         return moved, variance * scale * scale
     return moved, variance.expand_as(moved)
@@ -83,9 +83,9 @@ def _is_linear(name: str, args: tuple[Any, ...]) -> bool:
     places = [i for i, arg in enumerate(args) if isinstance(arg, Gaussian)]
     if len(places) != 1:
         return False
-    if name in elementwise.SCALES:
+    if name in table.SCALES:
         return "div" not in name or places == [0]
-    return name in elementwise.ADDS or name in elementwise.REVERSED
+    return name in table.ADDS or name in table.REVERSED
 
 
 def _closed(
@@ -94,7 +94,7 @@ def _closed(
     """The expectation of a function of one value, without composing it: of an activation right after
     a Gaussian, some of which have a closed form, and of what is linear in that."""
     value = next((arg for arg in args if isinstance(arg, Gaussian)), None)
-    if value is None or name in elementwise.COMPARISONS or value.source.points is not None:
+    if value is None or name in table.COMPARISONS or value.source.points is not None:
         return None
     before = value.closed
     if before is not None and not kwargs and _is_linear(name, args):
@@ -110,7 +110,7 @@ def _closed(
     tanh = kwargs.get("approximate") == "tanh"  # the other GELU
     mean, variance = torch.broadcast_tensors(mean, variance)  # type: ignore[no-untyped-call]
     return lambda: ops.expectation(
-        activation, mean, variance, None if tanh else elementwise.CLOSED.get(name)
+        activation, mean, variance, None if tanh else table.CLOSED.get(name)
     )
 
 
@@ -124,7 +124,7 @@ def _independent(
         return func(*_at_means(args), **dict(zip(kwargs, _at_means(kwargs.values()))))
     normals = [value.normal for value in values if value.normal is not None]
     result = func(*settle(args), **settle(kwargs))
-    if name not in elementwise.ADDS or kwargs or len(args) != 2 or len(normals) != 2:
+    if name not in table.ADDS or kwargs or len(args) != 2 or len(normals) != 2:
         return result
     variance = normals[0][1] + normals[1][1]
     source = values[0].source

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import apply_dropconnect, mc_predict, set_inference
-from surgery.moments import elementwise
+from surgery import torch_functions as table
 
 P = 0.3
 
@@ -207,25 +207,30 @@ def _unary_pointwise() -> set[str]:
 
 
 def test_every_elementwise_function_has_a_place() -> None:
-    tables = (elementwise.ADDS, elementwise.REVERSED, elementwise.SCALES, elementwise.CASTS,
-              elementwise.POINTWISE, elementwise.PARTIAL, elementwise.COMPARISONS)  # fmt: skip
-    known = frozenset().union(*tables)
-    excluded = frozenset(" ".join(EXCLUDED.values()).split())
+    known = table.ELEMENTWISE | table.CASTING | table.COPYING
+    excluded = frozenset(map(table.canonical, " ".join(EXCLUDED.values()).split()))
     special = ("special_bessel", "special_modified", "special_spherical", "special_scaled",
                "special_airy", "special_chebyshev", "special_shifted", "special_hermite",
                "special_laguerre", "special_legendre")  # fmt: skip
     missing = {
-        name for name in _unary_pointwise() - known - excluded if not name.startswith(special)
+        name
+        for name in set(map(table.canonical, _unary_pointwise())) - known - excluded
+        if not name.startswith(special)
     }
     assert not missing
     assert not known & excluded
 
 
 def test_a_function_is_in_one_table() -> None:
-    tables = [value for name, value in vars(elementwise).items() if name.isupper()]
-    sets = [table for table in tables if isinstance(table, frozenset)]
-    assert sum(map(len, sets)) == len(frozenset().union(*sets))
-    assert set(elementwise.CLOSED) <= elementwise.POINTWISE
+    sets = (table.ADDS, table.REVERSED, table.SCALES, table.POINTWISE, table.COMPARISONS,
+            table.PARTIAL, table.CASTING, table.COPYING, table.VIEWS, table.JOINING, table.DROPOUTS,
+            table.JOINT, table.NORMALISING, table.QUERIES)  # fmt: skip
+    known = frozenset().union(*sets)
+    assert sum(map(len, sets)) == len(known)
+    every = [value for value in vars(table).values() if isinstance(value, frozenset)]
+    assert frozenset().union(*every) <= known
+    assert all(table.canonical(name) == name for name in known - {"H", "T", "mT"})
+    assert set(table.CLOSED) <= table.POINTWISE
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
