@@ -13,7 +13,8 @@ from .config import Inference
 from .errors import SurgeryError
 from .journal import Changes, Reversible, Step, at_once
 from .modules.operated import unwrapped
-from .modules.places import places
+from .modules.places import Place, places, product_site
+from .modules.product import Demand
 from .modules.state import SiteState
 from .refusals import not_followed
 from .surgeon import rescope
@@ -53,7 +54,7 @@ class set_inference(Reversible):
         for state in states:  # raises if they do not go together
             state.config.replace(inference=mode, samples=samples)
         if mode == "moments":
-            _check_products(states)
+            _check_products(self._model, states)
             _check_followed(self._model, states)
         self._states, self._mode, self._samples = states, mode, samples
         changes, self._back = self._changes()
@@ -94,11 +95,21 @@ def _check_followed(model: nn.Module, states: list[SiteState]) -> None:
             raise SurgeryError(f"{place.state.site}: {problem}. The model is unchanged")
 
 
-def _check_products(states: list[SiteState]) -> None:
-    without = [state.site for state in states if not (state.has_moments or state.with_weight)]
+def _check_products(model: nn.Module, states: list[SiteState]) -> None:
+    named = set(map(id, states))
+    found = [place for place in places(model) if id(place.state) in named]
+    without = [place.state.site for place in found if not _has_moments(place, named)]
     if without:
         raise SurgeryError(
             "inference='moments' needs a forward that is a product of input and weight, and for a "
             f"convolution another unit than 'input'; {len(without)} sites are none, the first of them "
             f"{without[0]!r}. Name the others in targets, or use 'sample'. The model is unchanged"
         )
+
+
+def _has_moments(place: Place, named: set[int]) -> bool:
+    """Whether mean and variance of the pre-activation are known: of a bias, with its weight."""
+    by = product_site(place)
+    if by is None or by.product is None or id(by) not in named:
+        return False
+    return Demand(by.sampling, "moments", by.unit).refused(by.product) is None

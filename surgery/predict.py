@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .config import Sampling
 from .errors import NotOperatedError, SurgeryError
 from .journal import Changes, restoring
 from .modules.places import Place, places, product_site
+from .modules.product import Demand
 from .modules.state import Group
 
 ROWS = 256
@@ -230,7 +232,8 @@ def _can_group(place: Place) -> bool:
         return True
     if by is None or by.product is None or by.p == 0.0:
         return False
-    return by.sampling != "batch" or by.product.is_matrix or by.unit != "element"
+    sampling: Sampling = "example" if by.sampling == "batch" else by.sampling
+    return Demand(sampling, "sample", by.unit).refused(by.product) is None
 
 
 def _repeated(value: Any, count: int) -> Any:

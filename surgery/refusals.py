@@ -13,6 +13,7 @@ from .modules.kinds import SEPARATE_PROJECTIONS, follows_weight, kind_of, layout
 from .modules.masking import AFTER_FSDP, is_managed
 from .modules.operated import DropConnectModule, operated_class, plain_class
 from .modules.places import states_of
+from .modules.product import INSTEAD, Demand
 from .modules.state import anchor_name, live_name, raw_name
 from .select import Choice
 
@@ -136,41 +137,26 @@ def _has(module: nn.Module, name: str) -> bool:
 
 def _no_product(user: Choice, parents: list[nn.Module]) -> str | None:
     """Why this site cannot be sampled per example, or its moments be had, if it is to be."""
-    config = user.config
-    if config.sampling != "batch":
-        mode = f"sampling={config.sampling!r}"
-    elif config.inference == "moments":
-        mode = "inference='moments'"
-    else:
+    demand = Demand.of(user.config)
+    if demand.mode is None:
         return None
     cls, kind = plain_class(user.module), kind_of(user.module)
-    instead = "sampling='batch' and inference='mean' or 'sample'"
     if parents:
         return (
-            f"{mode} replaces the product in its own forward, but {type(parents[0]).__name__} reads "
-            f"the weight itself; use {instead} for it"
+            f"{demand.mode} replaces the product in its own forward, but {type(parents[0]).__name__} "
+            f"reads the weight itself; use {INSTEAD} for it"
         )
     product = kind.product(cls)
     if product is None:
         return (
-            f"{mode} needs a forward that is a product of input and weight, and that of "
-            f"{cls.__name__} is not known to be one; use {instead} for it"
+            f"{demand.mode} needs a forward that is a product of input and weight, and that of "
+            f"{cls.__name__} is not known to be one; use {INSTEAD} for it"
         )
     if user.name == kind.bias("weight"):
-        return None if config.bias else f"{mode} drops a bias with its weight only; use bias=True"
+        return demand.refused_bias()
     if user.name != "weight":
-        return f"{mode} is for the weight of {cls.__name__} only; use {instead} for it"
-    if not product.is_matrix and config.unit == "element" and config.sampling == "example":
-        return (
-            "sampling='example' would need a filter bank for every example; use unit='input', 'output' "
-            "or 'tensor', or sampling='gaussian', or sampling='batch'"
-        )
-    if not product.is_matrix and config.unit == "input" and config.inference == "moments":
-        return (
-            "with unit='input' one mask entry multiplies every position of a kernel, and that variance "
-            "is not known; use another unit, or inference='sample'"
-        )
-    return None
+        return f"{demand.mode} is for the weight of {cls.__name__} only; use {INSTEAD} for it"
+    return demand.refused(product)
 
 
 def not_followed(catalogue: Catalogue, module: nn.Module) -> str | None:

@@ -127,6 +127,11 @@ VIEWS = MOVING | SELECTING | INDEXING | _names("gather real take")
 RESHAPING = COPYING | MOVING
 """Every entry of the first argument."""
 
+ANEW = _names(
+    "clone detach_copy flip fliplr flipud lift_fresh_copy repeat repeat_interleave roll tile"
+)
+"""Of these, the ones whose result is never the memory of the first argument."""
+
 JOINING = _names("cat stack")
 """The entries of several tensors."""
 

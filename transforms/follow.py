@@ -138,7 +138,9 @@ class Flow:
             return all(source in gaussian for source in sources)
         if function in VIEWS | CASTING | COPYING | DROPPING | NORMALISING or function == "setitem":
             return first in gaussian
-        alone = len(sources) == 1 and next(iter(sources)) in gaussian and not node.kwargs
+        given = [self._sources[node][one] for one in leaves(node.args)]
+        given = [source for source in given if source in sources]
+        alone = len(given) == 1 and given[0] in gaussian and not node.kwargs
         if function == "div":
             return alone and first in gaussian
         return alone and function in ADDS | REVERSED | SCALES

@@ -11,12 +11,14 @@ from surgery.graphs import Nodes
 from surgery.journal import Step
 from surgery.modules import SiteState
 from surgery.modules.kinds import follows_weight
+from surgery.modules.product import INSTEAD, Demand
+from surgery.torch_functions import ANEW, RESHAPING, SELECTING
 
 from . import remove as removal
 from .follow import Flow
 from .graph_image import image_with_graphs
 from .insert import combined_bias, insert, node_module
-from .ops import RESHAPING, SELECTING, function_of, in_place
+from .ops import function_of, in_place
 from .survey import Survey
 from .uses import GraphUse
 
@@ -69,20 +71,19 @@ class GraphSurvey(Survey):
     def _no_product(
         self, module: nn.Module, name: str, config: DropConnectConfig, found: list[GraphUse]
     ) -> str | None:
-        mode = _mode(config)
-        if mode is None:
+        demand = Demand.of(config)
+        if demand.mode is None:
             return None
         replaced = self.replaced(module, name)
         if replaced is not None and replaced.product is not None:
-            return _joint(self, replaced.read.graph_module, replaced.node, config)
+            graph_module, node = replaced.read.graph_module, replaced.node
+            return demand.refused(replaced.product) or _joint(self, graph_module, node, config)
         weight = self._weight_of(module, name)
         if weight is not None and self._is_combined(module, name, weight):
-            return (
-                None if config.bias else f"{mode} drops a bias with its weight only; use bias=True"
-            )
+            return demand.refused_bias()
         return (
-            f"{mode} needs one matrix product that alone reads the weight, and here it is used by "
-            f"{_named(found)}; use sampling='batch' and inference='mean' or 'sample' for it"
+            f"{demand.mode} needs one matrix product that alone reads the weight, and here it is used "
+            f"by {_named(found)}; use {INSTEAD} for it"
         )
 
     def _joint_after_call(self, module: nn.Module, config: DropConnectConfig) -> str | None:
@@ -103,13 +104,6 @@ class GraphSurvey(Survey):
     ) -> None:
         """Put the nodes of these sites in."""
         insert(self, states, nodes)
-
-
-def _mode(config: DropConnectConfig) -> str | None:
-    """The option that needs a product, as the user wrote it."""
-    if config.sampling != "batch":
-        return f"sampling={config.sampling!r}"
-    return "inference='moments'" if config.inference == "moments" else None
 
 
 def _taken(module: nn.Module, name: str) -> str | None:
@@ -157,7 +151,7 @@ def _writer(use: GraphUse) -> fx.Node | None:
     return None
 
 
-_VIEWING = (SELECTING | RESHAPING) - {"clone", "detach_copy", "lift_fresh_copy", "repeat"}
+_VIEWING = (SELECTING | RESHAPING) - ANEW
 
 _EMBEDDING = (
     "input",

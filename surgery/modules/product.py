@@ -9,6 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import DropConnectConfig, Inference, Sampling, Unit
+
 Run = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -27,6 +29,55 @@ class Product:
     def is_matrix(self) -> bool:
         """Whether the weight is a matrix: then every unit can have a mask per example."""
         return self.features == -1
+
+
+INSTEAD = "sampling='batch' and inference='mean' or 'sample'"
+"""What every module can do."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the options of a site ask of the product that it is part of. Plans, `set_inference` and
+    `mc_predict` ask here, and a forward does what is not refused."""
+
+    sampling: Sampling
+    inference: Inference
+    unit: Unit
+    bias: bool = False
+    """Whether the bias drops with the weight."""
+
+    @classmethod
+    def of(cls, config: DropConnectConfig) -> Demand:
+        return cls(config.sampling, config.inference, config.unit, config.bias)
+
+    @property
+    def mode(self) -> str | None:
+        """The option that needs a product, as the user writes it; None if any forward will do."""
+        if self.sampling != "batch":
+            return f"sampling={self.sampling!r}"
+        return "inference='moments'" if self.inference == "moments" else None
+
+    def refused(self, product: Product) -> str | None:
+        """Why a product cannot do it, and what to do; or None."""
+        if self.mode is None or product.is_matrix:
+            return None
+        if self.unit == "element" and self.sampling == "example":
+            return (
+                "sampling='example' would need a filter bank for every example; use unit='input', "
+                "'output' or 'tensor', or sampling='gaussian', or sampling='batch'"
+            )
+        if self.unit == "input" and self.inference == "moments":
+            return (
+                "with unit='input' one mask entry multiplies every position of a kernel, and that "
+                "variance is not known; use another unit, or inference='sample'"
+            )
+        return None
+
+    def refused_bias(self) -> str | None:
+        """Why the bias of a product cannot do it by itself; or None."""
+        if self.mode is None or self.bias:
+            return None
+        return f"{self.mode} drops a bias with its weight only; use bias=True"
 
 
 def _linear(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

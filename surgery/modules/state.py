@@ -161,11 +161,6 @@ class SiteState:
             return 0
         return dist.get_rank()
 
-    @property
-    def has_moments(self) -> bool:
-        """Whether mean and variance of the pre-activation are known in closed form."""
-        return self.product is not None and (self.product.is_matrix or self.unit != "input")
-
     def with_inference(self, inference: Inference, draws: int | None) -> dict[str, Any]:
         """The attributes that change with what `eval()` does."""
         config = self.config

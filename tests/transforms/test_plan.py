@@ -102,7 +102,7 @@ def test_refuses_what_the_run_shows() -> None:
     apply_dropconnect(model, "0", inference="moments", samples=3, example_inputs=X)
     with pytest.raises(
         SurgeryError,
-        match=r"3\.weight .*takes dimension 0 .* gets shape \(15, 4\), but .* \(5, 3, 4\)",
+        match=r"3\.weight .*takes dimension 0 .* size 15 \(shape \(15, 4\)\), but .* \(5, 3, 4\)",
     ):
         apply_dropconnect(model, "3", sampling="example", example_inputs=X)
     apply_dropconnect(model, "3", sampling="example", example_dim="all", example_inputs=X)
