@@ -234,6 +234,7 @@ def test_excluded_users_stay_so(tmp_path) -> None:
     """Through a plan, a file, and surgery that is done again because a weight was resized."""
     tied = apply_dropconnect(model(), "embed", exclude="head", toward="pretrained")
     save_dropconnect(tied, tmp_path)
+    again = apply_dropconnect(model(), dropconnect_sites(tied))
     grown = nn.Parameter(torch.cat([tied.embed.weight.detach()] * 2))
 
     def grow() -> None:
