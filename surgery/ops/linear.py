@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..caching import constant_in_traces
 from ..errors import check_unmodified, version_of
 from .mask import Law, Layout, drop_both, drop_weight
 from .ordinary import unviewed
@@ -125,7 +126,7 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_traces
 def has_autocast(kind: str) -> bool:
     """Whether there is autocast for a type of device. Until torch 2.10 dynamo cannot trace the
     question, and does not need to: the answer never changes."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..caching import constant_in_traces
+
 
 def drawn(sampler: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """`sampler(*args, **kwargs)`, for a sampler of torch.
@@ -22,21 +24,26 @@ def drawn(sampler: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     return sampler(*args, **kwargs)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_traces
 def _may_draw_again() -> bool:
     import torch._functorch.config as config
 
-    budget: float = config.activation_memory_budget
-    return budget < 1
+    global _outside_of_the_graph
+    if config.activation_memory_budget >= 1:
+        return False
+    # Now, and not at import: this imports dynamo.
+    _outside_of_the_graph = torch.compiler.disable(_outside, reason=_WHY)  # type: ignore[no-untyped-call]
+    return True
 
 
 def _outside(sampler: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     return sampler(*args, **kwargs)
 
 
-_outside_of_the_graph: Callable[..., Tensor] = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    _outside,
-    reason="DropConnect draws its masks outside of the graph while "
+_outside_of_the_graph: Callable[..., Tensor] = _outside
+
+_WHY = (
+    "DropConnect draws its masks outside of the graph while "
     "torch._functorch.config.activation_memory_budget is below 1: the graph's backward could draw "
-    "others, and its gradients would be wrong. Set the budget to 1, or compile without fullgraph=True",
+    "others, and its gradients would be wrong. Set the budget to 1, or compile without fullgraph=True"
 )
