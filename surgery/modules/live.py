@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..errors import SurgeryError
+from ..errors import SurgeryError, version_of
 from ..recompute import Recipe, address_of
 from .state import SiteState
 
@@ -86,7 +86,7 @@ def watched(owner: Any, state: SiteState, used: Tensor, recipe: Recipe | None) -
     live = used
     if type(used) is Tensor and not torch.compiler.is_compiling():
         live = LiveWeight.of(used, [])
-    return Open(owner, state, live, _version(live), recipe, address)
+    return Open(owner, state, live, version_of(live), recipe, address)
 
 
 def close(opened: list[Open]) -> None:
@@ -119,7 +119,7 @@ def check_unwritten(reader: nn.Module, opened: list[Open]) -> None:
 
 
 def _check_now(reader: nn.Module, state: SiteState, used: Any, version: int) -> None:
-    written = used.was_written(version) if type(used) is LiveWeight else _version(used) != version
+    written = used.was_written(version) if type(used) is LiveWeight else version_of(used) != version
     if written or state.written:
         refuse_write(reader, state)
 
@@ -127,10 +127,6 @@ def _check_now(reader: nn.Module, state: SiteState, used: Any, version: int) -> 
 def refuse_write(writer: nn.Module, state: SiteState) -> NoReturn:
     """Raise the `SurgeryError` for a masked weight that is written to."""
     raise SurgeryError(_sentence(writer, state))
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _sentence(writer: nn.Module, state: SiteState) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,11 +88,52 @@ def _as_if_trained(used: Tensor, raw: Tensor) -> Tensor:
     return as_if_trained(used)
 
 
+class _Source(NamedTuple):
+    """What a held masked weight was computed from: objects that are kept, since the ids and addresses
+    of those that are gone are used again."""
+
+    raw: Tensor
+    anchor: Tensor | None
+    law: Law
+    grad: bool
+    contents: tuple[tuple[Tensor, Any], ...]
+    """An alias of each tensor, which keeps its memory, and how it was."""
+
+    @classmethod
+    def of(cls, raw: Tensor, anchor: Tensor | None, law: Law) -> _Source:
+        given = [tensor for tensor in (raw, anchor) if tensor is not None]
+        contents = tuple((tensor.detach(), _form(tensor)) for tensor in given)
+        return cls(raw, anchor, law, torch.is_grad_enabled(), contents)
+
+    def is_still(self, raw: Tensor, anchor: Tensor | None, law: Law) -> bool:
+        """Whether the masked weight of these would be the same."""
+        same = raw is self.raw and anchor is self.anchor and law is self.law
+        return (
+            same
+            and self.grad == torch.is_grad_enabled()
+            and all(_form(t) == form for t, (_, form) in zip((raw, anchor), self.contents))
+        )
+
+
+def _form(tensor: Any) -> Any:
+    """Where the values of a tensor lie, how, and how often they were written."""
+    place = tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return *place, tensor.dtype, tensor.shape, tensor.stride(), version_of(tensor)
+
+
 def _held(state: SiteState, raw: Tensor, key: Tensor, law: Law, anchor: Tensor | None) -> Tensor:
     """While masks are held, the masked weight is kept too, for as long as what it depends on stays:
-    a loop over a cell computes it once, and autograd adds up its gradient once."""
-    source = (id(raw), version_of(raw), id(law), torch.is_grad_enabled())
-    if state.held is None or state.held[0] != source:
+    a loop over a cell computes it once, and autograd adds up its gradient once. A backward ends that:
+    the optimiser that follows may write where no version tells (`p.data.add_`)."""
+    if is_traced():
+        return drop_weight(raw, key, law, state.layout, anchor)
+    if state.held is None or not state.held[0].is_still(raw, anchor, law):
         used = drop_weight(raw, key, law, state.layout, anchor)
-        state.held = (source, _as_if_trained(used, raw))
+        state.held = (_Source.of(raw, anchor, law), _as_if_trained(used, raw))
+        if used.grad_fn is not None:
+            used.register_hook(functools.partial(_let_go, state))
     return state.held[1]
+
+
+def _let_go(state: SiteState, grad: Tensor) -> None:
+    state.held = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import NotOperatedError, apply_dropconnect, hold_masks, set_p, strip_dropconnect
+from surgery.modules import masking
 
 from .cases import Case, every_case
 from .helpers import Snapshot, keep, masked, plain_parameter
@@ -102,6 +103,85 @@ def test_optimizer_step_inside_is_seen() -> None:
         mask = keep(held_key(module, "weight"), P, 8, 8)
         expected = nn.functional.linear(x, masked(module.weight, mask, P), module.bias)
         assert torch.equal(module(x), expected)
+
+
+class Change:
+    """Something that changes what a held masked weight was computed from."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.module = module
+
+    def assign_data(self) -> None:
+        self.module.weight_raw.data = torch.randn(8, 8)
+
+    def assign_parameter(self) -> None:
+        self.module.weight = nn.Parameter(torch.randn(8, 8))
+
+    def write(self) -> None:
+        with torch.no_grad():
+            self.module.weight_raw.add_(1)
+
+    def step_through_data(self) -> None:
+        """As optimisers do that write to `.data`, whose version is its own."""
+        self.module(torch.randn(2, 8)).sum().backward()
+        self.module.weight_raw.data.add_(1)
+
+    def swap(self) -> None:
+        torch.utils.swap_tensors(self.module.weight_raw, nn.Parameter(torch.randn(8, 8)))
+
+    def load(self) -> None:
+        self.module.load_state_dict({"weight": torch.randn(8, 8), "bias": torch.zeros(8)})
+
+    def load_by_assignment(self) -> None:
+        values = {"weight": torch.randn(8, 8), "bias": torch.zeros(8)}
+        self.module.load_state_dict(values, assign=True)
+
+    def move_anchor(self) -> None:
+        self.module.weight_anchor.add_(1)
+
+    def replace_anchor(self) -> None:
+        self.module.weight_anchor = torch.randn(8, 8)
+
+    def assign_data_of_anchor(self) -> None:
+        self.module.weight_anchor.data = torch.randn(8, 8)
+
+    def new_p(self) -> None:
+        set_p(self.module, 0.2)
+        set_p(self.module, float(torch.rand(())))
+
+    def widen(self) -> None:
+        self.module.double().float()
+
+
+@pytest.mark.parametrize("name", [name for name in vars(Change) if name[0] != "_"])
+def test_what_changes_inside_is_seen(name: str) -> None:
+    """So often that ids and addresses are used again."""
+    module = layer(toward="pretrained")
+    x = torch.eye(8)
+    change = Change(module)
+    with torch.no_grad():
+        module.weight.add_(1)
+    for _ in range(20):
+        with hold_masks(module):
+            module(x)
+            for _ in range(3):
+                getattr(change, name)()
+                mask = keep(held_key(module, "weight"), module._dropconnect["weight"].p, 8, 8)
+                used = masked(
+                    module.weight, mask, module._dropconnect["weight"].p, module.weight_anchor
+                )
+                expected = nn.functional.linear(x, used, module.bias)
+                torch.testing.assert_close(module(x), expected)
+
+
+def test_a_loop_computes_the_masked_weight_once(monkeypatch) -> None:
+    cell = apply_dropconnect(nn.GRUCell(6, 4), nn.GRUCell, p=P)
+    made = []
+    drop = masking.drop_weight
+    monkeypatch.setattr(masking, "drop_weight", lambda *args: made.append(1) or drop(*args))
+    with hold_masks(cell):
+        unroll(cell, torch.randn(5, 3, 6)).sum().backward()
+    assert len(made) == 1
 
 
 def test_no_grad_then_grad_inside() -> None:
