@@ -131,7 +131,7 @@ def _held(state: SiteState, raw: Tensor, key: Tensor, law: Law, anchor: Tensor |
         used = drop_weight(raw, key, law, state.layout, anchor)
         state.held = (_Source.of(raw, anchor, law), _as_if_trained(used, raw))
         if used.grad_fn is not None:
-            used.register_hook(functools.partial(_let_go, state))
+            used.register_hook(functools.partial(_let_go, state))  # type: ignore[no-untyped-call]
     return state.held[1]
 
 

@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..ops import draw_key
 from ..recompute import address_of, call_recomputing
 from ..scope import in_scope, settle
+from .functional import teach_functional_call
 from .masking import check_anchor, masked_weight
 from .paper_modes import Factor, product_forward
 from .state import SiteState
@@ -255,6 +256,7 @@ def _teach_owners() -> None:
     empty modules, and put the children in.
     """
     global _taught
+    teach_functional_call()
     if not _taught:
         register_module_module_registration_hook(_teach_owner)
         _taught = True

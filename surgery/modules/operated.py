@@ -27,6 +27,7 @@ from ..ops.ordinary import is_dense
 from ..plugins import load_plugins
 from ..recompute import Recipe, call_recomputing
 from ..scope import run_in_scope
+from .functional import teach_functional_call
 from .live import Open, check_unwritten, close, recipes_of, refuse_write, watched
 from .masking import check_anchor, is_sharded, masked_weight
 from .paper_modes import Factor, product_forward
@@ -147,6 +148,7 @@ def operated_class(base: type[nn.Module], names: tuple[str, ...]) -> type[DropCo
     Raises:
         TypeError: `base` has no subclasses (its metaclass says so).
     """
+    teach_functional_call()
     body: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,

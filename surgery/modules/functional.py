@@ -1,0 +1,56 @@
+"""`torch.func.functional_call` of an operated model takes plain names too.
+
+It sets attributes by name, and knows by name which are tied. With `weight`, which is no parameter while
+DropConnect is in place, it would leave tied twins as they are, or fail and leave in the model what it
+had set until then.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import stateless
+
+from ..caching import cached
+from ..errors import SurgeryError
+
+
+@cached
+def teach_functional_call() -> None:
+    """From now on it gets raw names."""
+    from ..keys import raw_state_dict  # which is about operated modules, and imports them
+
+    call: Any = stateless._functional_call
+
+    @functools.wraps(call)
+    def taught(module: nn.Module, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        raw_of = {} if torch.compiler.is_dynamo_compiling() else _plain_names_in(module, tensors)
+        if not raw_of:
+            return call(module, tensors, *args, **kwargs)
+        raw = raw_state_dict(module, tensors)
+        try:
+            return call(module, raw, *args, **kwargs)
+        finally:  # what the forward put in their place is handed back in the dict
+            tensors.update({name: raw[raw_of.get(name, name)] for name in tensors})
+
+    stateless._functional_call = taught  # type: ignore[assignment]
+
+
+def _plain_names_in(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The raw names of those tensors that are called by the plain name of a site.
+
+    Raises:
+        SurgeryError: one is given under both names.
+    """
+    from ..keys import plain_keys
+
+    raw_of = {plain: raw for raw, plain in plain_keys(module).items() if plain in tensors}
+    for plain, raw in raw_of.items():
+        if raw in tensors:
+            raise SurgeryError(
+                f"{plain!r} and {raw!r} are one weight: give functional_call one of them"
+            )
+    return {plain: raw for plain, raw in raw_of.items() if plain is not None}
