@@ -5,20 +5,21 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ..errors import SurgeryError
 from ..ops import draw_key
 from ..recompute import address_of, call_recomputing
 from ..scope import in_scope, settle
 from .functional import teach_functional_call
 from .masking import check_anchor, masked_weight
 from .paper_modes import Factor, product_forward
-from .state import SiteState
+from .state import SiteState, refusal_to_script
 
 Slot = int | str
 """Where an argument stands in a call: a position, or a keyword."""
@@ -92,6 +93,10 @@ class DropConnect(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _teach_owners()
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by `torch.jit.script`."""
+        raise SurgeryError(refusal_to_script(self._site, "torch.jit.script"))
 
     @property
     def name(self) -> str:

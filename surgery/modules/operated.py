@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..caching import kept_for_class
+from ..errors import SurgeryError
 from ..ops import draw_key, masked_linear
 from ..ops.engine import is_traced
 from ..ops.ordinary import is_dense
@@ -32,7 +33,7 @@ from .live import Open, check_unwritten, close, recipes_of, refuse_write, watche
 from .masking import check_anchor, is_sharded, masked_weight
 from .paper_modes import Factor, product_forward
 from .product import LINEAR_PRODUCT
-from .state import SiteState, live_name, raw_name
+from .state import SiteState, live_name, raw_name, refusal_to_script
 from .watch import notice, refuse_recomputation
 
 WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
@@ -126,6 +127,12 @@ class DropConnectModule(nn.Module):
         live = {state.live: None for state in states.values()}
         new.__dict__.update({**self.__dict__, **own, **live, "_dropconnect": states})
         return new
+
+    def __prepare_scriptable__(self) -> Any:
+        """Called by `torch.jit.script`, of this module and then of those inside."""
+        for state in self._dropconnect.values():
+            raise SurgeryError(refusal_to_script(state.site, "torch.jit.script"))
+        return self
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]

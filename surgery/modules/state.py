@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import DropConnectConfig, Inference, Sampling, check_p
+from ..errors import SurgeryError
 from ..ops import Law, Layout
 from .laws import Row, change_laws, new_row, shared_law
 from .product import Product
@@ -27,6 +28,15 @@ def anchor_name(name: str) -> str:
 def live_name(name: str) -> str:
     """Name of the attribute that holds the masked weight while a forward runs, and else None."""
     return f"_{name}_live"
+
+
+def refusal_to_script(name: str, function: str) -> str:
+    """Why TorchScript cannot have something that drops."""
+    return (
+        f"{name} is masked, and {function} would make the masks constants, or cannot read them; call "
+        "strip_dropconnect first"
+        + (", or trace in eval()" if function == "torch.jit.trace" else "")
+    )
 
 
 class Group(NamedTuple):
@@ -175,6 +185,8 @@ class SiteState:
         if not torch.compiler.is_compiling() and self.p == 0.0:
             return None
         if training or self.inference == "sample":
+            if torch._C._is_tracing():
+                raise SurgeryError(refusal_to_script(self.site, "torch.jit.trace"))
             if self.group is not None and self.group.probing:
                 return "probe"
             grouped = self.group is not None and self.sampling == "batch"
