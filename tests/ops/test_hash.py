@@ -12,7 +12,6 @@ from torch import Tensor
 from surgery.ops.hash import (
     _STEP,
     ROUND3,
-    _shift_right,
     _signed,
     advance_key,
     draw_key,
@@ -24,11 +23,9 @@ from surgery.ops.hash import (
 )
 
 from .statistics import INDEX, LAGS, SIZE, Hash, centred, correlation, faults, lag_scores
+from .weak_hashes import index_xor, two_xors
 
 PROBABILITIES = (0.5, 0.1)
-
-OLD1, OLD2 = _signed(0x7FEB352D), _signed(0x846CA68B)
-"""Multipliers of lowbias32, which has two rounds."""
 
 
 @pytest.fixture(autouse=True)
@@ -44,30 +41,13 @@ def seeds_keys(count: int) -> list[Tensor]:
     return [key_from_seed(seed) for seed in range(count)]
 
 
-def weak_index_xor(index: Tensor, key: Tensor) -> Tensor:
-    """lowbias32(index xor k0)."""
-    z = index ^ key[0]
-    z = (z ^ _shift_right(z, 16)) * OLD1
-    z = (z ^ _shift_right(z, 15)) * OLD2
-    return z ^ _shift_right(z, 16)
-
-
-def weak_two_xors(index: Tensor, key: Tensor) -> Tensor:
-    """The same, with k1 xored in between the rounds."""
-    z = index ^ key[0]
-    z = (z ^ _shift_right(z, 16)) * OLD1
-    z = z ^ key[1]
-    z = (z ^ _shift_right(z, 15)) * OLD2
-    return z ^ _shift_right(z, 16)
-
-
 @pytest.mark.parametrize("p", PROBABILITIES)
 def test_lags_are_independent(p: float) -> None:
     assert faults(lag_scores(hash_bits, p, seeds_keys(25))) == []
 
 
 @pytest.mark.parametrize("p", PROBABILITIES)
-@pytest.mark.parametrize("weak", [weak_index_xor, weak_two_xors])
+@pytest.mark.parametrize("weak", [index_xor, two_xors])
 def test_lag_test_rejects_weak_hashes(weak, p: float) -> None:
     assert faults(lag_scores(weak, p, seeds_keys(25))) != []
 
@@ -155,10 +135,9 @@ def test_consecutive_calls_and_sites_are_independent(p: float) -> None:
 def example_masks(key: Tensor, p: float, examples: Iterable[int]) -> list[Tensor]:
     """The centred masks of some of the first thousand examples."""
     last = multipliers(1000, key)
-    places = spread(INDEX)
 
     def hash_of(example: int) -> Hash:
-        return lambda index, key: mix(places, key, last[example])
+        return lambda index, key: mix(spread(index), key, last[example])
 
     return [centred(hash_of(example), key, p) for example in examples]
 
@@ -204,10 +183,9 @@ def test_lags_between_examples_are_independent(p: float) -> None:
 def test_pair_test_rejects_multipliers_that_are_multiples_of_each_other() -> None:
     """Were example e to multiply by e + 1, the masks of neighbours would go together."""
     key = seeds_keys(1)[0]
-    places = spread(INDEX)
 
     def weak(example: int) -> Hash:
-        return lambda _, key: mix(places, key) * (2 * example + 1)
+        return lambda index, key: mix(spread(index), key) * (2 * example + 1)
 
     masks = [centred(weak(example), key, 0.5) for example in range(24)]
     assert faults(pair_scores(masks)) != []
@@ -263,7 +241,7 @@ def test_masks_are_not_permutations_of_each_other(aligned, p: float) -> None:
 
 def test_permutation_test_rejects_a_key_that_is_only_xored_in() -> None:
     a, b = key_pairs(1)[0]
-    assert torch.equal(weak_index_xor(INDEX, a), weak_index_xor(xored(a, b), b))
+    assert torch.equal(index_xor(INDEX, a), index_xor(xored(a, b), b))
 
 
 def test_permutation_test_rejects_one_key_word() -> None:
@@ -300,23 +278,6 @@ def test_parts_of_a_huge_weight_do_not_repeat_each_other(p: float) -> None:
         for high in (1, 2, 3, 4, 8, 16):
             scores.append(correlation(first, centred(hash_bits, advance_key(key, high << 32), p)))
     assert faults(torch.tensor(scores)) == []
-
-
-def test_bits_are_the_documented_ones() -> None:
-    """The hash is a format: checkpoints and recomputation rely on it. Computed here on Python ints."""
-    key = key_from_seed(2024)
-    k0, k1 = (int(word) & 0xFFFFFFFF for word in key)
-
-    def reference(index: int) -> int:
-        z = (index * 0x9E3779B9 + k0) & 0xFFFFFFFF
-        z = ((z ^ (z >> 17)) * 0xED5AD4BB + k1) & 0xFFFFFFFF
-        z = ((z ^ (z >> 11)) * 0xAC4C1B51) & 0xFFFFFFFF
-        return ((z ^ (z >> 15)) * 0x31848BAB) & 0xFFFFFFFF
-
-    indices = [0, 1, 2, 12345, 2**31 - 1, -1]
-    bits = hash_bits(torch.tensor(indices, dtype=torch.int32), key)
-    assert bits.dtype == torch.int32
-    assert [int(bit) & 0xFFFFFFFF for bit in bits] == [reference(index) for index in indices]
 
 
 def test_key_is_one_step_of_splitmix64() -> None:
