@@ -84,6 +84,16 @@ def test_a_bias_without_its_weight(name: str, mode: dict[str, Any], bias: bool) 
     refused(model, "site.bias", words, bias=bias, **mode)
 
 
+def test_moments_of_a_bias_without_its_weight() -> None:
+    """What a plan refuses, `set_inference` does."""
+    alone = apply_dropconnect(nn.Sequential(nn.Linear(4, 3)), "0.bias", bias=True)
+    both = apply_dropconnect(nn.Sequential(nn.Linear(4, 3)), "0", bias=True)
+    for model, targets in ((alone, None), (both, "0.bias")):
+        with pytest.raises(SurgeryError, match=r"a product .* '0\.bias'"):
+            set_inference(model, "moments", targets=targets)
+    set_inference(both, "moments")
+
+
 def test_a_filter_bank_for_every_example() -> None:
     rule = (
         "sampling='example' would need a filter bank for every example; use unit='input', 'output'"
