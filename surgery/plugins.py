@@ -23,6 +23,7 @@ from .caching import cached
 GROUP = "surgery.plugins"
 
 _loaded: set[str] = set()
+_loading: set[str] = set()
 
 
 @cached
@@ -45,8 +46,15 @@ def _waiting() -> list[EntryPoint]:
 
 
 def _load(entry: EntryPoint) -> None:
-    entry.load()
-    _loaded.add(entry.value)
+    """Import a plugin; nothing if that is under way, as its imports bring what it waits for too."""
+    if entry.value in _loading:
+        return
+    _loading.add(entry.value)
+    try:
+        entry.load()
+        _loaded.add(entry.value)
+    finally:
+        _loading.discard(entry.value)
 
 
 class _Watch(MetaPathFinder):

@@ -151,3 +151,17 @@ def test_python_started_in_a_checkout_finds_all_folders(name: str) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert Path(run.stdout.strip()) == ROOT / "surgery" / "__init__.py"
+
+
+def test_a_library_that_is_imported_after_a_verb_gets_its_plugin() -> None:
+    """In a fresh process: its parts import one another, and the plugin waits for two of them."""
+    code = """
+import torch, surgery
+surgery.apply_dropconnect(torch.nn.Sequential(torch.nn.Linear(3, 3)), "0")
+from transformers import GPT2Config, GPT2LMHeadModel
+model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1, n_positions=4,
+                                   bos_token_id=None, eos_token_id=None))
+print(len(surgery.plan_dropconnect(model, "all-linear")))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split()[-1:] == ["4"], result.stderr[-2000:]
