@@ -28,6 +28,7 @@ from .modules.operated import (
 )
 from .modules.places import Place, places, plain_parameters, states_of
 from .modules.state import SiteState
+from .modules.takers import taken
 from .modules.walk import named_modules
 from .plan import Plan, Site, join
 from .prepare import Change, Prepared, has_gradients
@@ -209,6 +210,10 @@ def _stuck(name: str, module: DropConnectModule) -> str | None:
             f"{name or '(root)'}: FSDP holds its parameters under their present names; "
             "plain_state_dict gives plain weights to load into a plain model"
         )
+    for state in module._dropconnect.values():
+        problem = taken(module, state)
+        if problem is not None:
+            return problem
     # A live mask alone does not tell: a forward that was killed may have left it.
     if any(module.__dict__[state.live] is not None for state in module._dropconnect.values()):
         return f"{name or '(root)'}: its forward is running" if runs_now(module) else None

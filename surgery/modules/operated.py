@@ -34,6 +34,7 @@ from .masking import check_anchor, is_sharded, masked_weight
 from .paper_modes import Factor, product_forward
 from .product import LINEAR_PRODUCT
 from .state import SiteState, live_name, raw_name, refusal_to_script
+from .takers import Parametrizations, Qconfig, refuse_quantised, refuse_taking
 from .watch import notice, refuse_recomputation
 
 WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
@@ -61,6 +62,9 @@ class DropConnectModule(nn.Module):
     OWN = ("_dropconnect", "_dropconnect_draws", "_dropconnect_scope", "_dropconnect_class")
     """Names of these."""
 
+    qconfig = Qconfig()
+    parametrizations = Parametrizations()
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """`type(module)(...)` is a new module like the original: a plain one."""
         if args or kwargs:
@@ -73,8 +77,10 @@ class DropConnectModule(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Assigning a `Parameter` to a plain name (tying, resizing) replaces the raw one."""
         state = self._dropconnect.get(name)
-        if state is not None and self.__dict__[state.live] is not None:
-            refuse_write(self, state)
+        if state is not None:
+            refuse_quantised(state, param)
+            if self.__dict__[state.live] is not None:
+                refuse_write(self, state)
         super().register_parameter(raw_name(name) if name in self._dropconnect else name, param)
 
     def _load_from_state_dict(
@@ -206,6 +212,8 @@ def _weight_property(name: str) -> property:
                 self._dropconnect[name].drawn = True
             elif self.training and torch.is_grad_enabled():
                 notice(self._dropconnect[name])
+            if used is None:
+                refuse_taking(sys._getframe(1).f_code, self._dropconnect[name])
         return getattr(self, raw) if used is None else used
 
     def refuse(self: nn.Module, value: Any) -> None:
@@ -306,7 +314,8 @@ def _fused(module: Any, state: SiteState, x: Tensor) -> Tensor:
     """The forward of a Linear whose weight is masked by element."""
     state.drawn = True
     raw, anchor = module._parameters[state.raw], _anchor(module, state)
-    law, bias = state.law_for(raw), module._parameters["bias"]
+    law, parameters = state.law_for(raw), module._parameters
+    bias = parameters["bias"] if "bias" in parameters else module.bias  # pruned or parametrized
     key = draw_key(raw.device, state.rank)
     return masked_linear(x, raw, bias, key, law, state.layout, anchor, state.name)
 
