@@ -185,7 +185,7 @@ class SiteState:
         if not torch.compiler.is_compiling() and self.p == 0.0:
             return None
         if training or self.inference == "sample":
-            if torch._C._is_tracing():
+            if not torch.compiler.is_compiling() and torch._C._is_tracing():
                 raise SurgeryError(refusal_to_script(self.site, "torch.jit.trace"))
             if self.group is not None and self.group.probing:
                 return "probe"
