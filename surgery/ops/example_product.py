@@ -162,14 +162,14 @@ class _Masks:
 
     def blocks(self) -> Iterator[_Place]:
         """The blocks of masked weights, one after the other."""
-        large = self.weight.device.type != "cpu" or self.kernels("masks")
+        large = self.weight.device.type != "cpu" or self.kernels("example_masks")
         return _blocks(self.examples, self.weight, BLOCK if large else CHUNK)
 
     def block(self, place: _Place, want_used: bool, outer: Tensor | None) -> _Pair:
         """The masked weights of a block, (examples, rows, columns), and its outer products, masked."""
         examples, rows = place
         weight, anchor, last = self.weight[rows], _part(self.anchor, rows), self.last[examples]
-        if not self.kernels("masks", *(() if outer is None else (outer,))):
+        if not self.kernels("example_masks", *(() if outer is None else (outer,))):
             first, second = _coordinates(self.weight)
             rest = (last, *self.law, first[rows], second)
             used = _masked(weight, anchor, *rest) if want_used else None

@@ -44,6 +44,8 @@ def _signed(word: int) -> int:
 _STEP = _signed(_GOLDEN)
 _ROUND1, _ROUND2, ROUND3 = map(_signed, (0xED5AD4BB, 0xAC4C1B51, 0x31848BAB))
 """The multipliers of the rounds; examples of a batch have their own in the third."""
+_MIXER = 0xD1342543DE82EF95 - (1 << 64)
+"""Of `_derived`: from Steele and Vigna, "Computationally easy, spectrally good multipliers" (2021)."""
 
 
 def _shift_right(z: Tensor, n: int) -> Tensor:
@@ -129,23 +131,27 @@ def advance_key(key: Tensor, start: int) -> Tensor:
 def _derived(key: Tensor, number: int) -> Tensor:
     """Another key, for each number: a hash of the key. Positive numbers are ranks, negative ones parts
     of a huge weight."""
-    # Made on the device: what is copied there from Python, the host waits for.
-    index = torch.arange(2 * number, 2 * number + 2, dtype=torch.int64, device=key.device)
-    return mix(spread(index), key.flip(0))
+    # Few operations, as each takes longer to call than to do, and nothing that the host waits for.
+    factor, summand = _scramble(2 * number) | 1, _scramble(2 * number + 1)
+    z = key.to(torch.int64) * factor + summand
+    z = z ^ (z >> 32)
+    z = z * _MIXER + z.flip(0)
+    return (z ^ (z >> 32)).to(torch.int32)
 
 
-def _scramble(seed: int) -> tuple[int, int]:
-    """Two 32-bit words from any integer: one step of splitmix64 (Steele, Lea and Flood 2014)."""
+def _scramble(seed: int) -> int:
+    """A signed 64-bit number from any integer: one step of splitmix64 (Steele, Lea and Flood 2014)."""
     z = (seed + 0x9E3779B97F4A7C15) & _MASK64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
     z ^= z >> 31
-    return _signed(z), _signed(z >> 32)
+    return z - (1 << 64) if z >> 63 else z
 
 
 def key_from_seed(seed: int, device: torch.device | str = "cpu") -> Tensor:
     """The key of an integer seed: int32, shape (2,). Neighbouring seeds give unrelated keys."""
-    return torch.tensor(_scramble(seed), dtype=torch.int32, device=device)
+    word = _scramble(seed)
+    return torch.tensor([_signed(word), _signed(word >> 32)], dtype=torch.int32, device=device)
 
 
 def draw_key(device: torch.device, rank: int = 0) -> Tensor:

@@ -1,6 +1,6 @@
 """The kernels for the CPU: C++ of a few hundred lines, compiled by the machine's compiler at first use.
 
-`kernels/masks.cpp` and `kernels/products.cpp` compute the formulas of `mask.py` and
+`kernels/*masks.cpp` and `kernels/products.cpp` compute the formulas of `mask.py` and
 `example_product.py` with the mask in registers, `kernels/activations.cpp` one of `expect.py`.
 `docs/performance.md` says what inductor reaches with the same formulas, and why that was not enough.
 How they are compiled, kept and loaded is in `build.py`.
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .build import NoCompiler, load
-from .hash import ROUND3
 from .ordinary import is_ordinary
 
 __all__ = [
@@ -31,11 +30,13 @@ __all__ = [
 ]
 
 _POINTER, _INT, _SIZE, _WORD = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
+_DROP: dict[str, list[Any]] = {
+    f"drop_{name}": [_POINTER] * 8 + [_SIZE, _WORD, _SIZE, _INT]
+    for name in ("float32", "float64", "bfloat16")
+}
 _SIGNATURES: dict[str, dict[str, list[Any]]] = {
-    "masks": {
-        f"drop_{name}": [_POINTER] * 8 + [_SIZE, _WORD, _SIZE, _INT]
-        for name in ("float32", "float64", "bfloat16")
-    },
+    "masks": _DROP,
+    "example_masks": _DROP,
     "products": {
         "example_product": [_POINTER] * 8 + [_SIZE] * 3 + [_INT],
         "example_gradients": [_POINTER] * 10 + [_SIZE] * 3 + [_INT],
@@ -50,7 +51,7 @@ _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "b
 
 _lock = threading.RLock()
 _libraries: dict[str, Any] = {}
-_drop_functions: dict[torch.dtype, Any] = {}
+_drop_functions: dict[tuple[str, torch.dtype], Any] = {}
 
 
 def library(name: str) -> Any:
@@ -90,7 +91,7 @@ def drop(
     used: Tensor | None,
     masked_grad: Tensor | None,
     law: tuple[Tensor, Tensor, Tensor],
-    multiplier: int = ROUND3,
+    multiplier: int | None = None,
     start: int = 0,
 ) -> None:
     """Write `used`, the masked weight, and `masked_grad`, the masked gradient, with one mask.
@@ -100,19 +101,20 @@ def drop(
 
     Args:
         law: key, threshold and scale.
-        multiplier: of round 3 of the hash: that of an example, or of the batch.
+        multiplier: that of an example in round 3 of the hash; None for the mask of a batch.
         start: index of the first entry.
     """
     some = weight if weight is not None else grad
     assert some is not None
-    function = _drop_functions.get(some.dtype)
+    name = "masks" if multiplier is None else "example_masks"
+    function = _drop_functions.get((name, some.dtype))
     if function is None:
-        function = getattr(library("masks"), f"drop_{_NAMES[some.dtype]}")
-        _drop_functions[some.dtype] = function
+        function = getattr(library(name), f"drop_{_NAMES[some.dtype]}")
+        _drop_functions[name, some.dtype] = function
     tensors = (weight, anchor, grad, used, masked_grad, *law)
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     threads = torch.get_num_threads()
-    function(*addresses, start, multiplier & 0xFFFFFFFF, some.numel(), threads)
+    function(*addresses, start, (multiplier or 0) & 0xFFFFFFFF, some.numel(), threads)
 
 
 def example_product(

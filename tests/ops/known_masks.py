@@ -16,7 +16,7 @@ RUN = 8
 """Consecutive indices on a line."""
 RATES = ("0.1", "0.5", "0.9")
 
-_WORD = 0xFFFFFFFF
+_WORD, _LONG = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 _GOLDEN = 0x9E3779B9
 
 Key = tuple[int, int]
@@ -54,12 +54,30 @@ def bits_of_example(index: int, key: Key, example: int) -> int:
     return ((before_last(index, key) ^ (second & (own ^ 0x31848BAB))) * own) & _WORD
 
 
+def scrambled(seed: int) -> int:
+    """The first output of splitmix64."""
+    z = (seed + 0x9E3779B97F4A7C15) & _LONG
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _LONG
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _LONG
+    return z ^ (z >> 31)
+
+
 def derived(key: Key, number: int) -> Key:
     """The key of a rank (number > 0), or of a part of 2**32 indices (number < 0)."""
     if number == 0:
         return key
-    exchanged = key[1], key[0]
-    return bits_of_batch(2 * number, exchanged), bits_of_batch(2 * number + 1, exchanged)
+    factor, summand = scrambled(2 * number) | 1, scrambled(2 * number + 1)
+    words = (word - (1 << 32) if word >> 31 else word for word in key)
+    a, b = (folded(word * factor + summand) for word in words)
+    first, second = (folded(x * 0xD1342543DE82EF95 + y) for x, y in ((a, b), (b, a)))
+    return first & _WORD, second & _WORD
+
+
+def folded(z: int) -> int:
+    """z ^ z >> 32 on signed 64-bit numbers."""
+    z &= _LONG
+    z = z - (1 << 64) if z >> 63 else z
+    return z ^ (z >> 32)
 
 
 def is_kept(bits: int, p: float) -> bool:

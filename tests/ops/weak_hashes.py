@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from surgery.ops.hash import _scramble, _shift_right, _signed, mix, spread
+from surgery.ops.hash import _shift_right, _signed, key_from_seed, mix, spread
 
 OLD1, OLD2 = _signed(0x7FEB352D), _signed(0x846CA68B)
 """Multipliers of `lowbias32`, which has two rounds."""
@@ -52,4 +52,4 @@ def only_multiplied(multiplier: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 def added_rank(key: Tensor, rank: int) -> Tensor:
     """A constant for each rank, added to the key."""
-    return key if rank == 0 else key + torch.tensor(_scramble(rank), dtype=torch.int32)
+    return key if rank == 0 else key + key_from_seed(rank)

@@ -1,109 +1,17 @@
-// The masked weight of mask.py, and beside it the masked gradient: one pass over memory, one hash.
-//
-// What they are is defined by `masked_formula`; tests compare the two bit by bit.
+// The mask of a whole batch: see drop.h.
 
-#include "common.h"
+#include "drop.h"
 
 namespace {
 
-// Numbers: how each is widened for the formula, and rounded after it.
+struct Batch {
+  uint32_t key1, multiplier;  // the latter is that of examples
 
-struct BFloat16 {
-  uint16_t bits;
-};
-
-template <class T> struct Number {
-  using Wide = T;
-  static Wide widen(T value) { return value; }
-  static T round(Wide value) { return value; }
-};
-
-template <> struct Number<BFloat16> {
-  using Wide = float;
-  static float widen(BFloat16 value) {
-    const uint32_t bits = uint32_t{value.bits} << 16;
-    float wide;
-    std::memcpy(&wide, &bits, 4);
-    return wide;
-  }
-  static BFloat16 round(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    const uint32_t nearest = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-    return {static_cast<uint16_t>(is_nan ? 0x7FC0u : nearest)};
-  }
-};
-
-// The masked weight, and beside it the masked gradient
-
-template <class T> struct Drop {
-  using Wide = typename Number<T>::Wide;
-  const T *weight, *anchor, *grad;
-  T *used;
-  T *masked_grad;
-  const uint32_t *key;
-  int32_t threshold;
-  Wide scale;
-  uint32_t start, multiplier;  // index of the first weight; of round 3
-
-  /// Weights [begin, end).
-  template <bool Anchor, bool Used, bool Grad, bool Example> void part(int64_t begin, int64_t end) const {
-    constexpr int64_t BLOCK = 1 << 12;  // a 32-bit counter inside
-    // Copies: for all the compiler knows, what is stored may be a member.
-    const uint32_t key1 = key[1], own = multiplier;
-    const int32_t least = threshold;
-    const Wide factor = scale, towards = 1 - scale;
-    for (int64_t at = begin; at < end; at += BLOCK) {
-      const int count = static_cast<int>(std::min(BLOCK, end - at));
-      const uint32_t base = (start + static_cast<uint32_t>(at)) * STEP + key[0];
-      const T *w = weight + at, *a = anchor + at, *g = grad + at;
-      T *u = used + at, *m = masked_grad + at;
-#pragma GCC ivdep
-      for (int i = 0; i < count; ++i) {
-        const uint32_t z = base + static_cast<uint32_t>(i) * STEP;
-        const uint32_t bits = Example ? shared_by_examples(z, key1).bits(own)
-                                      : before_last(z, key1) * ROUND3;
-        const bool keep = static_cast<int32_t>(bits) >= least;
-        if (Used) {
-          const Wide dropped = Anchor ? Number<T>::widen(a[i]) : Wide(0);
-          const Wide scaled = Number<T>::widen(w[i]) * factor;
-          const Wide kept = Anchor ? scaled + dropped * towards : scaled;
-          u[i] = Number<T>::round(keep ? kept : dropped);
-        }
-        if (Grad) {
-          const Wide kept = Number<T>::widen(g[i]) * factor;
-          m[i] = Number<T>::round(keep ? kept : Wide(0));
-        }
-      }
-    }
-  }
-
-  template <bool Example> void dispatch(int64_t begin, int64_t end) const {
-    if (!grad) return anchor ? part<true, true, false, Example>(begin, end) : part<false, true, false, Example>(begin, end);
-    if (!used) return part<false, false, true, Example>(begin, end);
-    return anchor ? part<true, true, true, Example>(begin, end) : part<false, true, true, Example>(begin, end);
-  }
-
-  void run(int64_t count, int threads) const {
-    in_parallel(count, 1 << 13, threads, [&](int64_t begin, int64_t end) {
-      return multiplier == ROUND3 ? dispatch<false>(begin, end) : dispatch<true>(begin, end);
-    });
-  }
+  uint32_t operator()(uint32_t z) const { return before_last(z, key1) * ROUND3; }
 };
 
 }  // namespace
 
-#define DROP(name, T)                                                                              \
-  extern "C" void drop_##name(                                                                     \
-      const T *weight, const T *anchor, const T *grad, T *used, T *masked_grad,                    \
-      const uint32_t *key, const int32_t *threshold, const Number<T>::Wide *scale, int64_t start,  \
-      uint32_t multiplier, int64_t count, int threads) {                                                 \
-    Drop<T>{weight, anchor, grad, used, masked_grad, key, *threshold, *scale,                      \
-            static_cast<uint32_t>(start), multiplier}                                                    \
-        .run(count, threads);                                                                      \
-  }
-
-DROP(float32, float)
-DROP(float64, double)
-DROP(bfloat16, BFloat16)
+DROP(float32, float, Batch)
+DROP(float64, double, Batch)
+DROP(bfloat16, BFloat16, Batch)

@@ -113,13 +113,16 @@ struct Product {
       const float *from = packed_x;
       Floats sums[Rows] = {};
       Words places = steps + weight.start(output);
+      auto shared = shared_by_examples(places, masks.key[1]);
       auto add = [&](Floats w, Floats a) {
-        const auto shared = shared_by_examples(places, masks.key[1]);
+        // Started before it is needed: the hash is a chain of products, each of which waits for one.
+        places += LANES * STEP;
+        const auto next = shared_by_examples(places, masks.key[1]);
         for (int row = 0; row < Rows; ++row, from += LANES) {
           const Ints keep = keeps(shared, multipliers[row], masks.threshold);
           sums[row] = fused(load(from), Anchor ? where(keep, w, a) : where(keep, w), sums[row]);
         }
-        places += LANES * STEP;
+        shared = next;
       };
       int64_t i = 0;
       for (; i + LANES <= weight.inputs; i += LANES)
@@ -132,13 +135,14 @@ struct Product {
     }
   }
 
-  /// Blocks of 8 rows, then what is left in blocks of 4, 2 and 1.
+  /// Blocks of 16 rows, then what is left in blocks of 8, 4, 2 and 1.
   template <class Visit> void each_block(Visit visit) const {
     const int64_t vectors = (weight.inputs + LANES - 1) / LANES;
     int64_t row = 0;
     auto visit_all = [&](auto size) {
       for (; row + size() <= rows; row += size()) visit(size, row, row * vectors * LANES);
     };
+    visit_all(std::integral_constant<int, 16>());
     visit_all(std::integral_constant<int, 8>());
     visit_all(std::integral_constant<int, 4>());
     visit_all(std::integral_constant<int, 2>());
