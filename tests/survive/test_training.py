@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -274,3 +274,31 @@ def test_flatten_parameters_of_an_rnn() -> None:
     assert_same(step_gradients(model, x), expected)
     strip_dropconnect(model).rnn.flatten_parameters()
     assert torch.equal(model(x), subject.plain()(x))
+
+
+def test_lbfgs_with_one_mask_for_a_step() -> None:
+    """It compares losses of several evaluations. With held masks it takes the steps that it takes on a
+    model whose masks are constants."""
+    x, y = torch.randn(16, 6, dtype=torch.float64), torch.randn(16, 4, dtype=torch.float64)
+    layer = nn.Linear(6, 4).double()
+    weight, bias = (p.detach().clone().requires_grad_() for p in layer.parameters())
+    apply_dropconnect(layer, nn.Linear, p=0.5)
+
+    def fit(parameters: list[Tensor], predict: Callable[[], Tensor]) -> None:
+        optimizer = torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = (predict() - y).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    with hold_masks(layer):
+        ones = torch.ones_like(weight)
+        kept = (layer(torch.eye(6, dtype=torch.float64)) - layer.bias).t().detach() != 0
+        fit(list(layer.parameters()), lambda: layer(x))
+    fit([weight, bias], lambda: x @ (weight * torch.where(kept, 2 * ones, 0)).t() + bias)
+    torch.testing.assert_close(layer.weight, weight, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(layer.bias, bias, rtol=1e-9, atol=1e-9)
