@@ -146,8 +146,8 @@ def _is_as_made(tensor: Tensor, recipe: Recipe) -> bool:
 def _rebuild(saved: _SavedView) -> Tensor:
     recipe = saved.recipe
     check_unmodified(recipe.name, recipe.raw, recipe.version)
-    with torch.no_grad():
-        return recipe.rebuild().as_strided(saved.size, saved.stride, saved.offset)
+    # Of detached tensors, so that nothing is recorded: an interrupt inside `no_grad` could leave it on.
+    return recipe.rebuild().as_strided(saved.size, saved.stride, saved.offset)
 
 
 def _pack(tensor: Tensor) -> _Saved:
