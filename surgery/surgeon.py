@@ -17,14 +17,13 @@ from .config import DropConnectConfig
 from .errors import NotOperatedError, SurgeryError, raise_all
 from .graphs import GraphSurgeon, Nodes, Survey, graph_owners, graph_surgeon
 from .journal import Changes, at_once, surely
+from .modules.dropping import drawn_children, runs_now
 from .modules.masking import is_managed
 from .modules.operated import (
     DropConnectModule,
-    drawn_children,
     operated_among,
     operated_class,
     plain_class,
-    runs_now,
 )
 from .modules.places import Place, places, plain_parameters, states_of
 from .modules.state import SiteState

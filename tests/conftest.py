@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from surgery.modules import node, operated, paper_modes
+from surgery.modules import dropping, node, paper_modes
 from surgery.ops.engine import set_compile_enabled
 
 
@@ -93,13 +93,13 @@ def check_mean() -> Callable[..., Estimate]:
 def keys(monkeypatch) -> list[Tensor]:
     """Every key drawn by a forward call, in order: how many masks there were, and which."""
     drawn: list[Tensor] = []
-    draw = operated.draw_key
+    draw = dropping.draw_key
 
     def spy(*args):
         drawn.append(draw(*args))
         return drawn[-1]
 
-    monkeypatch.setattr(operated, "draw_key", spy)
+    monkeypatch.setattr(dropping, "draw_key", spy)
     monkeypatch.setattr(paper_modes, "draw_key", spy)
     monkeypatch.setattr(node, "draw_key", spy)
     return drawn

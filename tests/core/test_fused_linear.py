@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery import apply_dropconnect, hold_masks, strip_dropconnect
-from surgery.modules import operated
+from surgery.modules import dropping
 from surgery.ops import native, release, workspace
 
 from .helpers import keep, masked
@@ -41,13 +41,13 @@ def kernel_calls(monkeypatch) -> list[tuple[bool, bool]]:
 @pytest.fixture
 def fused_calls(monkeypatch) -> list[str]:
     calls: list[str] = []
-    fused = operated._fused
+    fused = dropping._fused
 
     def count(module, state, x):
         calls.append(state.site)
         return fused(module, state, x)
 
-    monkeypatch.setattr(operated, "_fused", count)
+    monkeypatch.setattr(dropping, "_fused", count)
     return calls
 
 

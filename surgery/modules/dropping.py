@@ -1,0 +1,200 @@
+"""One forward of an operated module: masks are drawn, the forward of the original class runs with
+them, and they are let go."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import draw_key, masked_linear
+from ..ops.engine import is_traced
+from ..ops.ordinary import is_dense
+from ..recompute import Recipe, call_recomputing
+from .live import Open, check_unwritten, close, recipes_of, watched
+from .masking import check_anchor, is_sharded, masked_weight
+from .paper_modes import Factor, product_forward
+from .product import LINEAR_PRODUCT
+from .state import SiteState
+from .watch import refuse_recomputation
+
+if TYPE_CHECKING:
+    from .operated import DropConnectModule
+
+
+def dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> Any:
+    """One forward of the original class, with its masks."""
+    fused = _fused_site(module)
+    given = (*args, *kwargs.values())
+    if fused is not None and len(given) == 1 and _can_be_fused(given[0]):
+        return _fused(module, fused, given[0])
+    opened: list[Open] = []
+    result = None
+    try:
+        _open(module, opened)
+        if opened:
+            result = call_recomputing(recipes_of(opened), _inner(base, module), args, kwargs)
+            close(opened)
+    except (
+        BaseException
+    ) as error:  # not `finally`, which an interrupt can end before it did anything
+        close(opened)
+        for one in opened:  # nobody knows what would have been read
+            one.state.drawn = True
+        if isinstance(error, Exception):
+            check_unwritten(module, opened)  # which autograd may have complained of
+        raise
+    if not opened:
+        return _inner(base, module)(*args, **kwargs)
+    check_unwritten(module, opened)
+    return result
+
+
+def _inner(base: type[nn.Module], module: Any) -> Callable[..., Any]:
+    """What runs with the masks: the original forward, or a product in its place."""
+    weight = _product_site(module)
+    if weight is not None:
+        return functools.partial(_by_product, module, weight)
+    return functools.partial(base.forward, module)
+
+
+def _fused_site(module: DropConnectModule) -> SiteState | None:
+    """The weight of a Linear, if nothing but a mask by element is asked of it, in eager training: then
+    one function does the product, its gradients and the masks, and autograd keeps no weight."""
+    if len(module._dropconnect) != 1 or is_traced() or not torch.is_grad_enabled():
+        return None
+    (state,) = module._dropconnect.values()
+    if state.product is not LINEAR_PRODUCT or not state.layout.is_elementwise:
+        return None
+    held = state.held_key is not None or module.__dict__[state.live] is not None
+    if held or module._dropconnect_draws or state.mode(module.training) != "batch":
+        return None
+    return state if type(module._parameters.get(state.raw)) is nn.Parameter else None
+
+
+def _can_be_fused(x: Any) -> bool:
+    return type(x) is Tensor and is_dense(x) and x.ndim > 1
+
+
+def _fused(module: Any, state: SiteState, x: Tensor) -> Tensor:
+    """The forward of a Linear whose weight is masked by element."""
+    state.drawn = True
+    raw, anchor = module._parameters[state.raw], _anchor(module, state)
+    law, parameters = state.law_for(raw), module._parameters
+    bias = parameters["bias"] if "bias" in parameters else module.bias  # noqa: SIM401 (asked only if pruned or parametrized)
+    key = draw_key(raw.device, state.rank)
+    return masked_linear(x, raw, bias, key, law, state.layout, anchor, state.name)
+
+
+def _product_site(module: DropConnectModule) -> SiteState | None:
+    """The weight of this module, if its product is to be replaced in this forward."""
+    for state in module._dropconnect.values():
+        if state.product is not None and state.mode(module.training) not in (None, "batch"):
+            return state
+    return None
+
+
+def _by_product(module: Any, state: SiteState, *args: Tensor, **kwargs: Tensor) -> Any:
+    """What the forward of a module with a product would return, with the paper's masks or moments."""
+    (x,) = (*args, *kwargs.values())  # the name of the input differs from class to class
+    weight = Factor(getattr(module, state.raw), state, _anchor(module, state))
+    mode = state.mode(module.training)
+    assert state.product is not None
+    assert mode is not None
+    return product_forward(state.product, module, x, weight, _bias(module), mode)
+
+
+def _bias(module: Any) -> Factor | None:
+    """The bias as a forward finds it: dropped by the product, or masked by now, or plain."""
+    state = module._dropconnect.get("bias")
+    if state is not None and state.mode(module.training) not in (None, "batch"):
+        return Factor(getattr(module, state.raw), state, _anchor(module, state))
+    return None if module.bias is None else Factor(module.bias)
+
+
+def _anchor(module: Any, state: SiteState) -> Any:
+    anchor = None if state.anchor is None else getattr(module, state.anchor)
+    check_anchor(state, getattr(module, state.raw), anchor)
+    return anchor
+
+
+def _open(module: Any, opened: list[Open]) -> None:
+    """Draw the masks of this forward call: of the module's own sites, and of those it reads for its
+    children. A mask that a caller's scope has drawn stays."""
+    _open_own(module, opened)
+    for child in drawn_children(module):
+        if not _any_sharded(child):
+            _open_own(child, opened, outside=True)
+
+
+def drawn_children(module: DropConnectModule) -> Iterator[DropConnectModule]:
+    """The descendants whose weights this module's forward reads itself; not those that were replaced,
+    removed or stripped since."""
+    for path in module._dropconnect_draws:
+        child: Any = module
+        for part in path.split("."):
+            child = getattr(child, part, None)
+        if isinstance(child, nn.Module) and "_dropconnect" in child.__dict__:
+            yield cast("DropConnectModule", child)
+
+
+def _any_sharded(child: DropConnectModule) -> bool:
+    """Whether a child is sharded now: then it is gathered, and draws, in its own forward."""
+    return any(is_sharded(getattr(child, state.raw)) for state in child._dropconnect.values())
+
+
+def _open_own(module: Any, opened: list[Open], outside: bool = False) -> None:
+    keys: dict[str, Tensor] = {}
+    for state in module._dropconnect.values():
+        mode = state.mode(module.training)
+        if mode is None or (module.__dict__[state.live] is not None and runs_now(module)):
+            continue
+        if mode != "batch":
+            if not torch.compiler.is_compiling():  # activation checkpoints in a graph forbid it
+                state.drawn = True
+            continue
+        raw = getattr(module, state.raw)
+        if not torch.compiler.is_compiling():
+            if outside:
+                state.drawn_outside = True
+            elif state.drawn_outside:
+                refuse_recomputation(state)
+        if state.held_key is not None:
+            key = state.held_key
+        elif state.follows in keys:
+            key = keys[state.follows]
+        else:
+            key = draw_key(raw.device, state.rank)
+        keys[state.name] = key
+        used, recipe = _used(module, state, raw, key)
+        one = watched(module, state, used, recipe)
+        opened.append(one)  # first, so that it is let go in any case
+        object.__setattr__(module, state.live, one.used)
+        if torch.compiler.is_compiling():  # else whoever reads it says so
+            state.drawn = True
+
+
+def _used(module: Any, state: SiteState, raw: Tensor, key: Tensor) -> tuple[Tensor, Recipe | None]:
+    keep_law = not getattr(module, "_is_replica", False)
+    return masked_weight(state, raw, _anchor(module, state), key, keep_law)
+
+
+def runs_now(module: DropConnectModule) -> bool:
+    """Whether a forward that drew a mask for this module is running, in any thread. A mask that is
+    there while none is was left by a forward that was killed."""
+    if torch.compiler.is_compiling():
+        return True
+    for frame in sys._current_frames().values():
+        above: FrameType | None = frame
+        while above is not None:
+            if "dropping" in above.f_code.co_name:
+                opened = above.f_locals.get("opened") or ()
+                if any(owner is module for owner, *_ in opened):
+                    return True
+            above = above.f_back
+    return False
