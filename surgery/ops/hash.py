@@ -106,9 +106,9 @@ def multipliers(examples: int, key: Tensor) -> Tensor:
     That of example 0 is the one of `hash_bits`, so a single example has the mask of the whole batch.
     """
     # The rounds again, on the 31 bits above the lowest, which every step keeps 0: one to one.
-    k1, k0 = key & -2
-    z = spread(torch.arange(examples, dtype=torch.int32, device=key.device) << 1) + k0
-    z = (z ^ (_shift_right(z, 17) & -2)) * _ROUND1 + k1
+    even = key & -2
+    z = spread(torch.arange(examples, dtype=torch.int32, device=key.device) << 1) + even[1]
+    z = (z ^ (_shift_right(z, 17) & -2)) * _ROUND1 + even[0]
     z = (z ^ (_shift_right(z, 11) & -2)) * _ROUND2
     z = (z ^ (_shift_right(z, 15) & -2)) * ROUND3
     z = z ^ (_shift_right(z, 16) & -2)

@@ -185,7 +185,7 @@ class TestExamples:
 
     @pytest.mark.parametrize("factor", [3, -3, 5, -1, 7])
     def test_multipliers_that_are_multiples_of_each_other(self, factor: int) -> None:
-        """One key in ten has such a pair among a thousand examples."""
+        """Some keys have such a pair among a thousand examples."""
         index, scores = window(0, 1 << 19), []
         for key in KEYS[:4]:
             own = int(multipliers(6, key)[5])
