@@ -108,6 +108,8 @@ def graph_owners(
 ) -> Iterator[tuple[str, nn.Module, list[DropConnect]]]:
     """Of named modules, those beside whose parameters DropConnect nodes lie, and these."""
     for name, module in modules:
+        if not module._modules:
+            continue
         nodes = [child for child in module._modules.values() if isinstance(child, DropConnect)]
         if nodes:
             yield name, module, nodes

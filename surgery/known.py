@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .catalogue import Catalogue
 from .finder import Look
 from .modules.operated import plain_class
-from .modules.product import Product
+from .modules.product import Product, needs_product
 from .modules.reads import GIVEN, Reads, is_at, reads
 from .modules.source import ANY, Chain
 from .plan import Plan, Site
@@ -20,6 +20,9 @@ from .ties import Ties
 
 _PRODUCTS = ("linear", "conv1d", "attention", "other")
 """Kinds of module whose weights graphs may read as those of a linear operation."""
+
+_Around = tuple[str, nn.Module, tuple[str, ...], Reads]
+"""A module that contains another: name, module, path to the other, what its forward reads."""
 
 
 class Known:
@@ -51,20 +54,22 @@ class Known:
                     self._planned[id(found[0]), found[1]] = site, name == site.name
             if any(use.by == site.module for use in site.uses):
                 self._used_by_owner.add(site.name)
-        self._lineages: dict[str, list[tuple[str, nn.Module, tuple[str, ...], Reads]]] = {}
+        self._lineages: dict[str, tuple[list[_Around], list[_Around]]] = {}
 
     def readers(self, user: Choice, full: str) -> list[tuple[nn.Module, str]]:
         """The ancestors that draw the mask of a weight, because their own forward reads it, or because
         the forward of a module that does not contain the owner reads it inside theirs; each with the
         relative name of the owner."""
-        told = self._told(user, full)
+        around = self._above(user.module)
+        told = self._told(user, full, around)
+        if told:
+            around = self._above(user.module, every=True)
         found: dict[tuple[int, str], tuple[nn.Module, str]] = {}
-        for owner in self._catalogue.names[id(user.module)]:
-            for name, ancestor, path, its in self._above(owner):
-                full_path = (*path, user.name)
-                if name in told or its.reads(full_path) or _passed_on(ancestor, its, full_path):
-                    relative = ".".join(path)
-                    found[id(ancestor), relative] = (ancestor, relative)
+        for name, ancestor, path, its in around:
+            full_path = (*path, user.name)
+            if name in told or its.reads(full_path) or _passed_on(ancestor, its, full_path):
+                relative = ".".join(path)
+                found[id(ancestor), relative] = (ancestor, relative)
         return list(found.values())
 
     def reads_itself(self, user: Choice) -> bool:
@@ -81,6 +86,8 @@ class Known:
     def unlike(self, user: Choice, kind: str, parameter: Tensor) -> str | None:
         """Why a plan was not made for this weight, and what to do; or None. In a graph the operation
         tells the kind: a product is one, whatever the module was."""
+        if not self._planned:
+            return None
         site, first = self._planned.get((id(user.module), user.name), (None, False))
         if site is None or type(parameter) not in (nn.Parameter, Tensor):
             return None
@@ -92,7 +99,7 @@ class Known:
     def problem(self, user: Choice, full: str, product: Product | None) -> str | None:
         """Why a run of the model does not allow this, or None."""
         config = user.config
-        if product is None or (config.sampling == "batch" and config.inference != "moments"):
+        if product is None or not needs_product(config.sampling, config.inference):
             return None
         seen = self._look() if config.inference == "moments" else self._look.given()
         if seen is None:
@@ -103,43 +110,40 @@ class Known:
             by = [name for one in readers for name in self._catalogue.names[id(one)]]
         return seen.problem(full, config, product, by)
 
-    def _above(self, owner: str) -> Iterator[tuple[str, nn.Module, tuple[str, ...], Reads]]:
-        """The ancestors of a module with one of its names: name, module, path to it, what it reads."""
-        parent, _, last = owner.rpartition(".")
-        for name, ancestor, path, its in self._lineage(parent) if owner else ():
-            yield name, ancestor, (*path, last), its
+    def _above(self, module: nn.Module, *, every: bool = False) -> list[_Around]:
+        """The ancestors of a module, under each name that it has; only those whose forward may concern
+        its parameters, or every one. They are looked up once for all children of a module."""
+        above: list[_Around] = []
+        for owner in filter(None, self._catalogue.names[id(module)]):
+            parent, _, last = owner.rpartition(".")
+            found = self._lineages.get(parent)
+            if found is None:
+                found = self._lineages[parent] = self._lineage(parent)
+            for name, ancestor, path, its in found[not every]:
+                above.append((name, ancestor, (*path, last), its))
+        return above
 
-    def _lineage(self, full: str) -> list[tuple[str, nn.Module, tuple[str, ...], Reads]]:
-        """A module and its ancestors with what their forward reads; looked up once for all children."""
-        found = self._lineages.get(full)
-        if found is None:
-            found = self._lineages[full] = [
-                (name, module, path, reads(plain_class(module)))
-                for name, module, path in self._catalogue.lineage(full)
-                if not self._catalogue.is_in_graph(module)
-            ]
-        return found
+    def _lineage(self, full: str) -> tuple[list[_Around], list[_Around]]:
+        """A module and its ancestors, and those of them that may concern a parameter of a child."""
+        every = [
+            (name, module, path, reads(plain_class(module)))
+            for name, module, path in self._catalogue.lineage(full)
+            if not self._catalogue.is_in_graph(module)
+        ]
+        return every, [one for one in every if one[3].concerns(len(one[2]) + 2)]
 
-    def _told(self, user: Choice, full: str) -> Set[str]:
+    def _told(self, user: Choice, full: str, around: list[_Around]) -> Set[str]:
         """Names of the modules that draw for a parameter, as a plan or a run says."""
         if self._drawn_by is not None:
             told: Set[str] = self._drawn_by.get(full, set())
             seen = self._look.given()
         else:
             told = set()
-            seen = self._look() if self._is_unsure(user) else self._look.given()
+            seen = self._look() if _is_unsure(around) else self._look.given()
         if seen is None:
             return told
         drawers = (self._drawer(user, running) for running in seen.running.get(full, ()))
         return told | {name for name in drawers if name is not None}
-
-    def _is_unsure(self, user: Choice) -> bool:
-        """Whether a forward around the owner gives it to code whose source is not known."""
-        return any(
-            its.hands_out(path) or _passed_out(ancestor, its, path)
-            for owner in self._catalogue.names[id(user.module)]
-            for _, ancestor, path, its in self._above(owner)
-        )
 
     def _drawer(self, user: Choice, running: Sequence[str]) -> str | None:
         """Who has to draw the mask of a weight that is read while these forwards run: the innermost of
@@ -154,6 +158,14 @@ class Known:
             return None
         mine = {name for name, _, _ in catalogue.ancestors(user.module)}
         return next((name for name in reversed(running) if name in mine), None)
+
+
+def _is_unsure(around: list[_Around]) -> bool:
+    """Whether a forward around an owner gives it to code whose source is not known."""
+    for _, ancestor, path, its in around:
+        if its.hands_out(path) or _passed_out(ancestor, its, path):
+            return True
+    return False
 
 
 def _passed_on(ancestor: nn.Module, its: Reads, path: Chain) -> bool:

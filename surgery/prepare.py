@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from .known import Known
 from .modules.kinds import follows_weight, kind_of, layout_of
 from .modules.operated import DropConnectModule, plain_class
 from .modules.places import plain_parameters, states_of
-from .modules.product import Product
+from .modules.product import Product, needs_product
 from .modules.state import SiteState
 from .plan import Plan, Site, Use
 from .refusals import no_class, not_followed, why_not
@@ -125,8 +124,7 @@ def prepare(
         if site is not None:
             sites.append(site)
     raise_all(problems or [*_lone_biases(changes), *_without_class(catalogue, changes)])
-    owned = (catalogue.own(module).values() for module in catalogue.modules.values())
-    if not has_gradients(itertools.chain.from_iterable(owned)):
+    if not have_gradients(catalogue.modules.values()):
         for change in changes.values():
             for state in change.states.values():
                 state.before_training = True
@@ -150,16 +148,17 @@ def _site(
         names.append(full)
         parents = known.readers(user, full)
         readers = [parent for parent, _ in parents]
-        problem = known.unlike(user, _kind_name(catalogue, module, user.name), parameter)
+        kind_name, product = _operation(catalogue, user, bool(parents))
+        problem = known.unlike(user, kind_name, parameter)
         problem = problem or why_not(user, parameter, readers, known, catalogue.graphs)
-        problem = problem or known.problem(user, full, _product(catalogue, user, bool(parents)))
+        problem = problem or known.problem(user, full, product)
         if problem is None and user.config.inference == "moments":
             problem = not_followed(catalogue, module)
         if problem is not None:
             problems.append(f"{full} ({type(module).__name__}): {problem}")
             continue
         change = _change(changes, module)
-        change.states[user.name] = _state(catalogue, user, full, parameter, bool(parents))
+        change.states[user.name] = _state(catalogue, user, full, parameter, kind_name, product)
         if catalogue.graphs is not None:
             change.in_graph = catalogue.graphs.owns(module)
             drawn_by.update(map(catalogue.name, catalogue.graphs.readers(module)))
@@ -187,42 +186,43 @@ def _change(changes: dict[int, Change], module: nn.Module) -> Change:
 
 
 def _state(
-    catalogue: Catalogue, user: Choice, full: str, parameter: Tensor, by_parents: bool
+    catalogue: Catalogue,
+    user: Choice,
+    full: str,
+    parameter: Tensor,
+    kind_name: str,
+    product: Product | None,
 ) -> SiteState:
     module, name, config = user.module, user.name, user.config
-    kind = kind_of(module)
     layout = layout_of(module, name, parameter, config.unit)
     assert layout is not None  # why_not has looked
     follows = None
     if follows_weight(config.unit):
+        kind = kind_of(module)
         weights = [weight for weight in catalogue.own(module) if kind.bias(weight) == name]
         follows = weights[0] if weights else None
-    product = _product(catalogue, user, by_parents)
-    kind_name = _kind_name(catalogue, module, name)
     state = SiteState(name, kind_name, config, layout, follows, full, product)
     state.law_for(parameter)
     return state
 
 
-def _product(catalogue: Catalogue, user: Choice, by_parents: bool) -> Product | None:
-    """The product that is made of a weight, and of nothing else, where it is read."""
+def _operation(catalogue: Catalogue, user: Choice, by_parents: bool) -> tuple[str, Product | None]:
+    """How a weight is read, as `Site.kind`, and the product that is made of it and of nothing else."""
     module, name = user.module, user.name
     if catalogue.graphs is not None and catalogue.is_in_graph(module):
-        return catalogue.graphs.product(module, name)
+        return catalogue.graphs.kind(module, name), catalogue.graphs.product(module, name)
+    kind = kind_of(module)
     own = name == "weight" and not by_parents
-    return kind_of(module).product(plain_class(module)) if own else None
+    return kind.name, kind.product(plain_class(module)) if own else None
 
 
-def _kind_name(catalogue: Catalogue, module: nn.Module, name: str) -> str:
-    """How a weight is read, as `Site.kind`."""
-    if catalogue.graphs is not None and catalogue.is_in_graph(module):
-        return catalogue.graphs.kind(module, name)
-    return kind_of(module).name
-
-
-def has_gradients(parameters: Iterable[Tensor | None]) -> bool:
-    """Whether a backward pass has left a gradient on any of them."""
-    return any(one is not None and one.is_leaf and one.grad is not None for one in parameters)
+def have_gradients(modules: Iterable[nn.Module]) -> bool:
+    """Whether a backward pass has left a gradient on a parameter of any of these."""
+    for module in modules:
+        for one in module._parameters.values():
+            if one is not None and one.is_leaf and one.grad is not None:
+                return True
+    return False
 
 
 def _lone_biases(changes: dict[int, Change]) -> list[str]:
@@ -231,7 +231,7 @@ def _lone_biases(changes: dict[int, Change]) -> list[str]:
     problems = []
     for change in changes.values():
         bias = None if change.in_graph else change.states.get("bias")
-        if bias is None or (bias.sampling == "batch" and bias.inference != "moments"):
+        if bias is None or not needs_product(bias.sampling, bias.inference):
             continue
         weight = {**states_of(change.module), **change.states}.get("weight")
         if weight is None or (weight.sampling, weight.inference) != (bias.sampling, bias.inference):

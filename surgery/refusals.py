@@ -13,7 +13,7 @@ from .modules.kinds import SEPARATE_PROJECTIONS, follows_weight, kind_of, layout
 from .modules.masking import AFTER_FSDP, is_managed
 from .modules.operated import DropConnectModule, operated_class, plain_class
 from .modules.places import states_of
-from .modules.product import INSTEAD, Demand
+from .modules.product import INSTEAD, Demand, needs_product
 from .modules.state import anchor_name, live_name, raw_name
 from .select import Choice
 
@@ -70,9 +70,9 @@ def why_not(
     added = [raw_name(name)] if in_graph else [raw_name(name), live_name(name)]
     if config.toward == "pretrained":
         added.append(anchor_name(name))
-    for attribute in added:
-        if _has(module, attribute):
-            return _taken(attribute)
+    taken = _first_taken(module, added)
+    if taken is not None:
+        return _taken(taken)
     if config.toward == "pretrained":
         if not parameter.requires_grad:
             return (
@@ -112,7 +112,7 @@ def no_class(module: nn.Module, names: tuple[str, ...]) -> str | None:
     except TypeError as error:
         return f"its class has no subclasses, and DropConnect needs one ({error}); exclude it"
     for table in (module.__dict__, module._parameters, module._buffers, module._modules):
-        if not table.keys().isdisjoint(DropConnectModule.OWN):
+        if table and not table.keys().isdisjoint(DropConnectModule.OWN):
             return _taken(next(name for name in DropConnectModule.OWN if name in table))
     return None
 
@@ -121,25 +121,28 @@ def _taken(name: str) -> str:
     return f"the module already has an attribute {name!r}; rename that first"
 
 
-def _has(module: nn.Module, name: str) -> bool:
-    """Whether a module has an attribute. `nn.Module` makes an error with a message to say no, so it is
-    asked only if a class changes how attributes are found."""
-    if type(module).__getattr__ is not nn.Module.__getattr__:
-        return hasattr(module, name)
-    return (
-        name in module._parameters
-        or name in module._buffers
-        or name in module._modules
-        or name in module.__dict__
-        or hasattr(type(module), name)
-    )
+def _first_taken(module: nn.Module, names: list[str]) -> str | None:
+    """The first of these names that a module has an attribute of. `nn.Module` makes an error with a
+    message to say no, so it is asked only if a class changes how attributes are found."""
+    cls = type(module)
+    if cls.__getattr__ is not nn.Module.__getattr__:
+        return next((name for name in names if hasattr(module, name)), None)
+    own, parameters = module.__dict__, module._parameters
+    buffers, children = module._buffers, module._modules
+    for name in names:
+        if name in own or name in parameters or name in buffers or name in children:
+            return name
+        if hasattr(cls, name):
+            return name
+    return None
 
 
 def _no_product(user: Choice, parents: list[nn.Module]) -> str | None:
     """Why this site cannot be sampled per example, or its moments be had, if it is to be."""
-    demand = Demand.of(user.config)
-    if demand.mode is None:
+    config = user.config
+    if not needs_product(config.sampling, config.inference):
         return None
+    demand = Demand.of(config)
     cls, kind = plain_class(user.module), kind_of(user.module)
     if parents:
         return (

@@ -25,12 +25,12 @@ from .modules.operated import (
     operated_class,
     plain_class,
 )
-from .modules.places import Place, places, plain_parameters, states_of
+from .modules.places import Place, places, plain_parameters, states_in, states_of
 from .modules.state import SiteState
 from .modules.takers import taken
 from .modules.walk import named_modules
 from .plan import Plan, Site, join
-from .prepare import Change, Prepared, has_gradients
+from .prepare import Change, Prepared, have_gradients
 from .scope import needs_scope
 
 Anchors = Mapping[str, Tensor]
@@ -213,29 +213,31 @@ def _stuck(name: str, module: DropConnectModule) -> str | None:
         problem = taken(module, state)
         if problem is not None:
             return problem
-    # A live mask alone does not tell: a forward that was killed may have left it.
-    if any(module.__dict__[state.live] is not None for state in module._dropconnect.values()):
-        return f"{name or '(root)'}: its forward is running" if runs_now(module) else None
+    for state in module._dropconnect.values():
+        # A live mask alone does not tell: a forward that was killed may have left it.
+        if module.__dict__[state.live] is not None and runs_now(module):
+            return f"{name or '(root)'}: its forward is running"
     return None
 
 
 def _plain_names(changes: Changes, module: nn.Module, states: dict[str, SiteState]) -> None:
-    _rename(changes, module, {state.raw: state.name for state in states.values()})
+    names: dict[str, str] = {}
     for state in states.values():
+        names[state.raw] = state.name
         if state.anchor is not None:
             changes.drop(cast(dict[str, Any], module._buffers), state.anchor)
+    _rename(changes, module, names)
 
 
 def unswap(changes: Changes, module: DropConnectModule) -> None:
-    held = module.__dict__
-    states = module._dropconnect
-    plain = plain_class(module)
+    held, states = module.__dict__, module._dropconnect
     if isinstance(module, nn.RNNBase):
         changes.put(held, _flat_weights(module))
-    _plain_names(changes, module, states)
-    changes.drop(held, "_dropconnect", "_dropconnect_draws", "_dropconnect_scope")
-    changes.drop(held, *[state.live for state in states.values()])
-    changes.set_class(module, plain)
+    if states:
+        _plain_names(changes, module, states)
+    live = [state.live for state in states.values()]
+    changes.drop(held, "_dropconnect", "_dropconnect_draws", "_dropconnect_scope", *live)
+    changes.set_class(module, module._dropconnect_class[0])
 
 
 def _flat_weights(module: Any) -> dict[str, Any]:
@@ -299,10 +301,12 @@ def unused_sites(model: nn.Module, *, compiled: bool = False) -> list[str]:
 def was_trained(model: nn.Module) -> bool:
     """Whether there are signs that the model was trained since surgery: something dropped, a forward
     was seen to read a weight, or parameters have gradients where none had one."""
-    states = [place.state for place in places(model)]
-    if any(state.drawn or state.undropped_by is not None for state in states):
-        return True
-    return any(state.before_training for state in states) and has_gradients(model.parameters())
+    before_training = False
+    for state in states_in(model):
+        if state.drawn or state.undropped_by is not None:
+            return True
+        before_training = before_training or state.before_training
+    return before_training and have_gradients(module for _, module in named_modules(model))
 
 
 def _drawn_by(catalogue: Catalogue) -> dict[int, list[str]]:

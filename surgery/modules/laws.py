@@ -136,24 +136,24 @@ def change_laws(states: Iterable[SiteState], p: float | None, factor: float) -> 
     not left before it is done. One pass with little in it, since a schedule does this at every step.
     Neighbours mostly have the same law, and then get the same new one.
     """
-    changed = list(states)
-    rates: list[float] = []
-    laws: list[Law | None] = []
+    runs: list[tuple[list[SiteState], float, Law | None]] = []
+    run: list[SiteState] = []
     old: Law | None = None
     law: Law | None = None
     last: float | None = None
     table: LawTable | None = None
     written: dict[LawTable, tuple[array[int], array[float]]] = {}
     with _lock:
-        for state in changed:
+        for state in states:
             rate = state.rate if p is None else p
             if state.law is not old or rate != last:
                 old, last = state.law, rate
                 numbers = law_numbers(rate * factor)
                 if old is not None:
                     law = shared_law(rate * factor, old.threshold.device, old.scale.dtype)
-            rates.append(rate)
-            laws.append(None if old is None else law)
+                run = []
+                runs.append((run, rate, None if old is None else law))
+            run.append(state)
             row = state.row
             if row is None:
                 continue
@@ -168,8 +168,9 @@ def change_laws(states: Iterable[SiteState], p: float | None, factor: float) -> 
         def put() -> None:
             for table, new in news:
                 table.__dict__.update(new)
-            for state, rate, law in zip(changed, rates, laws):
-                state.rate, state.factor, state.law = rate, factor, law
+            for run, rate, law in runs:
+                for state in run:
+                    state.rate, state.factor, state.law = rate, factor, law
 
         try:
             put()

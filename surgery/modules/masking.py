@@ -65,8 +65,9 @@ def check_anchor(state: SiteState, raw: Tensor, anchor: Tensor | None) -> None:
 
 
 def is_managed(module: Any) -> bool:
-    """Whether FSDP, of either version, holds the module's parameters under their present names."""
-    return bool(getattr(module, "_is_fsdp_managed_module", False))
+    """Whether FSDP, of either version, holds the module's parameters under their present names. It
+    marks the object; `nn.Module.__getattr__` would take long to say that it did not."""
+    return bool(module.__dict__.get("_is_fsdp_managed_module", False))
 
 
 AFTER_FSDP = "FSDP holds the parameters of the module; apply before FSDP wraps the model"

@@ -31,6 +31,11 @@ class Product:
         return self.features == -1
 
 
+def needs_product(sampling: Sampling, inference: Inference) -> bool:
+    """Whether these options ask for a forward that is a product; any other forward can do the rest."""
+    return sampling != "batch" or inference == "moments"
+
+
 INSTEAD = "sampling='batch' and inference='mean' or 'sample'"
 """What every module can do."""
 
@@ -53,9 +58,9 @@ class Demand:
     @property
     def mode(self) -> str | None:
         """The option that needs a product, as the user writes it; None if any forward will do."""
-        if self.sampling != "batch":
-            return f"sampling={self.sampling!r}"
-        return "inference='moments'" if self.inference == "moments" else None
+        if not needs_product(self.sampling, self.inference):
+            return None
+        return "inference='moments'" if self.sampling == "batch" else f"sampling={self.sampling!r}"
 
     def refused(self, product: Product) -> str | None:
         """Why a product cannot do it, and what to do; or None."""

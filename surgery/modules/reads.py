@@ -67,6 +67,12 @@ class Reads:
         """Whether a chain reads the value found at `path`."""
         return any(_reads(chain, path) for chain in self.chains if len(chain) >= len(path))
 
+    def concerns(self, depth: int) -> bool:
+        """Whether anything that it reads, hands out or passes on may be found at a path so long."""
+        if self.handed or self.passed:
+            return True
+        return any(len(chain) >= depth for chain in self.chains)
+
     def hands_out(self, path: Chain) -> bool:
         """Whether the module at `path`, or one that contains it, is given to a call that the source
         does not show, and that may read its weights."""
