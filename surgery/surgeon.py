@@ -117,15 +117,17 @@ def swap(changes: Changes, change: Change, anchors: dict[str, Tensor]) -> None:
 
 
 def _swap_class(changes: Changes, change: Change) -> None:
-    module, names = change.module, change.names
-    held = module.__dict__
-    states = {**held.get("_dropconnect", {}), **change.states}
-    draws = (*held.get("_dropconnect_draws", ()), *change.draws)
+    module, names, held = change.module, change.names, change.module.__dict__
+    states, draws, scope = change.states, tuple(change.draws), change.scope
+    if isinstance(module, DropConnectModule):
+        states = {**module._dropconnect, **states}
+        draws = tuple(dict.fromkeys((*module._dropconnect_draws, *draws)))
+        scope = scope or module._dropconnect_scope
     changes.set_class(module, operated_class(plain_class(module), names))
     items = {
         "_dropconnect": {name: states[name] for name in names},
-        "_dropconnect_draws": tuple(dict.fromkeys(draws)),
-        "_dropconnect_scope": held.get("_dropconnect_scope", False) or change.scope,
+        "_dropconnect_draws": draws,
+        "_dropconnect_scope": scope,
     }
     for state in change.states.values():
         items[state.live] = None

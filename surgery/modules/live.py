@@ -36,7 +36,10 @@ class LiveWeight(Tensor):
     @classmethod
     def of(cls, tensor: Tensor, aliases: list[LiveWeight]) -> LiveWeight:
         """A view of `tensor`, with its version."""
-        with torch.set_grad_enabled(tensor.requires_grad):  # what requires a gradient is no leaf
+        if tensor.requires_grad and not torch.is_grad_enabled():
+            with torch.enable_grad():  # what requires a gradient is no leaf
+                live = tensor.as_subclass(cls)
+        else:
             live = tensor.as_subclass(cls)
         live.aliases, live.assigned = aliases, False
         return live

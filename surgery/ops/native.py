@@ -74,10 +74,10 @@ def takes(first: Tensor, *others: Tensor) -> bool:
     which they know."""
     if first.dtype not in _NAMES:
         return False
-    return all(
-        tensor.dtype == first.dtype and is_ordinary(tensor) and tensor.is_contiguous()
-        for tensor in (first, *others)
-    )
+    for tensor in (first, *others):
+        if tensor.dtype != first.dtype or not is_ordinary(tensor) or not tensor.is_contiguous():
+            return False
+    return True
 
 
 def _address(tensor: Tensor | None) -> int | None:
