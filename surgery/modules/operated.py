@@ -72,7 +72,7 @@ class DropConnectModule(nn.Module):
         state = self._dropconnect.get(name)
         if state is not None:
             refuse_quantised(state, param)
-            if self.__dict__[state.live] is not None:
+            if self.__dict__[state.live] is not None and runs_now(self):
                 refuse_write(self, state)
         super().register_parameter(raw_name(name) if name in self._dropconnect else name, param)
 

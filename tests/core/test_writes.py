@@ -191,3 +191,11 @@ def test_a_graph_that_writes_is_refused(name: str) -> None:
     graph = torch.fx.symbolic_trace(WritesInGraph(WRITES[name]))
     with pytest.raises(SurgeryError, match=r"writes into it|max_norm"):
         apply_dropconnect(graph, "weight", p=0.5)
+
+
+def test_a_weight_can_be_assigned_after_a_forward_was_killed() -> None:
+    """Which may have left its mask there."""
+    model = apply_dropconnect(nn.Conv1d(2, 3, 2), nn.Conv1d, p=0.5)
+    model.__dict__["_weight_live"] = torch.zeros(3, 2, 2)
+    model.weight = value = nn.Parameter(torch.ones(3, 2, 2))
+    assert strip_dropconnect(model).weight is value
