@@ -39,6 +39,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
+@pytest.fixture(scope="session")
+def traced_experts() -> str:
+    """How transformers shall compute experts that are to be compiled or exported: torch 2.9 runs
+    `grouped_mm` in float32 and does not trace it, in a plain model neither."""
+    with torch.device("meta"):
+        rows, experts, offs = torch.empty(4, 8), torch.empty(2, 8, 8), torch.empty(2).int()
+    try:
+        torch._grouped_mm(rows, experts, offs=offs)
+    except RuntimeError:
+        return "batched_mm"
+    return "grouped_mm"
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Seed torch's default generators before every test."""

@@ -251,8 +251,12 @@ class TestReadByAParent:
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "llama", "mixtral"])
-def test_compiles_as_one_graph_without_recompiling(make: Any, inputs: Any, name: str) -> None:
+def test_compiles_as_one_graph_without_recompiling(
+    make: Any, inputs: Any, traced_experts: str, name: str
+) -> None:
     model = apply_dropconnect(make(name).train(), "all-linear", p=0.3)
+    model.config._experts_implementation = traced_experts
+    model.config.use_cache = False  # the cache of transformers 5.0 breaks the graph of a plain T5
     data = inputs(model)
     model(**data)  # Bert notes its problem type at the first call
     torch._dynamo.reset()

@@ -282,6 +282,10 @@ def test_transformers_own_integration(
     monkeypatch.setattr(integration, "check_peft_version", lambda **_: None)
     plain = lora(1, operated=False)
     plain.save_pretrained(tmp_path / "adapter")
+    untouched = make("bert")
+    untouched.load_adapter(tmp_path / "adapter")
+    if not torch.equal(logits(untouched), logits(plain)):
+        pytest.skip("this transformers does not load the adapter into a plain model either")
     model = apply_dropconnect(make("bert"), "all-linear", p=0.3, toward="pretrained")
     model.load_adapter(tmp_path / "adapter", is_trainable=True)
     apply_dropconnect(model, LORA, p=0.3)

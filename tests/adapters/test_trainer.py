@@ -107,6 +107,7 @@ def test_load_best_model_at_end(make: Any, trainer: Any) -> None:
     assert_same({k: weights(model)[k] for k in best}, best)
 
 
+@pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")  # transformers 5.0
 def test_save_total_limit_with_anchors(make: Any, trainer: Any) -> None:
     model = make("bert")
     callback = DropConnectCallback(p=0.2, toward="pretrained")
