@@ -130,20 +130,20 @@ def look(model: nn.Module, example_inputs: Any = None) -> Seen | None:
     """
     if example_inputs is None:
         try:
-            return None if _is_sharded(model) else _looked(model, dummy_inputs(model), ())
+            if _is_sharded(model) or dummy_inputs(model) is None:
+                return None
+            return _looked(model, None, ())
         except Exception:  # dummies are a guess, and a model may do anything with them
             return None
     inputs = inputs_for(model, example_inputs)
     assert inputs is not None
     given = (*inputs.args, *inputs.kwargs.values())
     shapes = tuple(tuple(one.shape) for one in given if isinstance(one, torch.Tensor))
-    return _looked(model, inputs, shapes)
+    return _looked(model, example_inputs, shapes)
 
 
-def _looked(model: nn.Module, inputs: Inputs | None, given: tuple[Shape, ...]) -> Seen | None:
-    if inputs is None:
-        return None
-    found = plain(model, lambda: _Finder(model, _recorded(model, inputs)).findings())
+def _looked(model: nn.Module, example_inputs: Any, given: tuple[Shape, ...]) -> Seen:
+    found = plain(model, lambda: _Finder(model, _graph(model, example_inputs)).findings())
     return Seen(found, found.acts, given, found.running)
 
 
