@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
@@ -256,7 +257,8 @@ def test_compiles_as_one_graph_without_recompiling(
 ) -> None:
     model = apply_dropconnect(make(name).train(), "all-linear", p=0.3)
     model.config._experts_implementation = traced_experts
-    model.config.use_cache = False  # the cache of transformers 5.0 breaks the graph of a plain T5
+    if transformers.__version__.startswith("5.0."):
+        model.config.use_cache = False  # its cache breaks the graph of a plain T5
     data = inputs(model)
     model(**data)  # Bert notes its problem type at the first call
     torch._dynamo.reset()

@@ -78,7 +78,7 @@ def test_a_checkpoint_that_is_killed_is_plain_or_not_there(trainer: Any) -> None
     """Trainer's own last file makes it complete: ours have to be there before."""
     found = damage(trained(trainer))
     print(f"killed checkpoints: {found}")
-    assert found["kills"] > found["with weights"] > 0
+    assert found["kills"] > found["with weights"] >= 2
     assert (found["raw"], found["without a plan"]) == (0, 0)
 
 
