@@ -194,7 +194,8 @@ def _drop(weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, layout: 
 
 def _masked(weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, layout: Layout) -> Tensor:
     """The masked weight, with the strides of the weight: channels-last stays channels-last."""
-    if layout.is_elementwise and layout.entries <= SEGMENT:
+    fit = weight.numel() == layout.entries and (anchor is None or anchor.shape == weight.shape)
+    if fit and layout.is_elementwise and layout.entries <= SEGMENT:  # else `_evaluate` complains
         found = masks(weight, anchor, None, (key, law.threshold, law.scale))
         if found is not None:
             return found
