@@ -162,7 +162,7 @@ def _keeps_repetitions_apart(
         among = _forward(model, found, args, kwargs, rows, three, True)
     except Exception:  # a size that was fixed, a nested input, memory
         return False
-    return _close(alone, among[rows : 2 * rows], _precision(model, found, alone))
+    return _close(alone, among[rows : 2 * rows], _precision(found, alone))
 
 
 def _close(expected: Tensor, found: Tensor, precision: float) -> bool:
@@ -184,7 +184,7 @@ def _close(expected: Tensor, found: Tensor, precision: float) -> bool:
     return bool(((one - other).abs() <= min(math.sqrt(precision), 1 / 32) * size).all())
 
 
-def _precision(model: nn.Module, found: list[Place], outputs: Tensor) -> float:
+def _precision(found: list[Place], outputs: Tensor) -> float:
     """The coarsest relative rounding that outputs may have been computed with."""
     device = outputs.device.type
     dtypes = {outputs.dtype, *(place.raw.dtype for place in found)}

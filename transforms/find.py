@@ -19,7 +19,7 @@ from surgery.torch_functions import CASTING, INDEXING, RESHAPING, SELECTING
 
 from .capture import Capture, CaptureError, capture, capture_of, first_of, inputs_for, symbolic
 from .follow import Flow
-from .inputs import Inputs, dummy_inputs
+from .inputs import dummy_inputs
 from .ops import (
     DROPPING,
     INSPECTING,
@@ -143,7 +143,7 @@ def look(model: nn.Module, example_inputs: Any = None) -> Seen | None:
 
 
 def _looked(model: nn.Module, example_inputs: Any, given: tuple[Shape, ...]) -> Seen:
-    found = plain(model, lambda: _Finder(model, _graph(model, example_inputs)).findings())
+    found = find(model, example_inputs)
     return Seen(found, found.acts, given, found.running)
 
 
@@ -152,16 +152,12 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(is_sharded(parameter) for parameter in model.parameters())
 
 
-def _recorded(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
-    run = inputs.for_one_pass(model)
-    return first_of({"record": lambda: record_run(model, run)}, model, inputs)
-
-
 def _graph(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     inputs = inputs_for(model, example_inputs)
     if inputs is not None:
+        run = inputs.for_one_pass(model)
         try:
-            return _recorded(model, inputs)
+            return first_of({"record": lambda: record_run(model, run)}, model, inputs)
         except CaptureError:
             if example_inputs is not None:
                 raise

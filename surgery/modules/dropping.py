@@ -40,10 +40,8 @@ def dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> A
         if opened:
             result = call_recomputing(recipes_of(opened), _inner(base, module), args, kwargs)
             close(opened)
-    except (
-        BaseException
-    ) as error:  # not `finally`, which an interrupt can end before it did anything
-        close(opened)
+    except BaseException as error:
+        close(opened)  # not in `finally`, which an interrupt can end before it did anything
         for one in opened:  # nobody knows what would have been read
             one.state.drawn = True
         if isinstance(error, Exception):
@@ -85,8 +83,9 @@ def _fused(module: Any, state: SiteState, x: Tensor) -> Tensor:
     """The forward of a Linear whose weight is masked by element."""
     state.drawn = True
     raw, anchor = module._parameters[state.raw], _anchor(module, state)
-    law, parameters = state.law_for(raw), module._parameters
-    bias = parameters["bias"] if "bias" in parameters else module.bias  # noqa: SIM401 (asked only if pruned or parametrized)
+    law, bias = state.law_for(raw), module._parameters.get("bias")
+    if bias is None:  # there is none, or it is pruned or parametrized
+        bias = module.bias
     key = draw_key(raw.device, state.rank)
     return masked_linear(x, raw, bias, key, law, state.layout, anchor, state.name)
 
