@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from surgery import apply_dropconnect
 from surgery.ops import Law, Layout, draw_key, drop_weight, masked_formula
-from surgery.ops.engine import set_compile_enabled
 from surgery.ops.mask import drop_both
+from surgery.ops.switch import set_compile_enabled
 from surgery.ops.workspace import Block
 
 from . import peers

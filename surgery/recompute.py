@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import check_unmodified, version_of
-from .ops.engine import is_traced
+from .ops.tracing import is_traced
 
 
 class Recipe(NamedTuple):

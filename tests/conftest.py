@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from surgery.modules import dropping, node, paper_modes
-from surgery.ops.engine import set_compile_enabled
+from surgery.ops.switch import set_compile_enabled
 
 
 def has_compiler() -> bool:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import draw_key, masked_linear
-from ..ops.engine import is_traced
 from ..ops.ordinary import is_dense
+from ..ops.tracing import is_traced
 from ..recompute import Recipe, call_recomputing
 from .live import Open, check_unwritten, close, recipes_of, watched
 from .masking import check_anchor, is_sharded, masked_weight

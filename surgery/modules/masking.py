@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..errors import version_of
 from ..ops import Law, drop_weight
-from ..ops.engine import is_traced
 from ..ops.linear import as_if_trained
+from ..ops.tracing import is_traced
 from ..recompute import Recipe, can_recompute
 from .state import SiteState
 

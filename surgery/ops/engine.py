@@ -11,21 +11,24 @@ All give the same bits. Code that is being traced gets the formula, which become
 from __future__ import annotations
 
 import inspect
-import os
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..caching import cached, lasting
-from . import native
+from . import gpu, native
 from .hash import advance_key, mix_into, spread
 from .ordinary import is_batched
+from .switch import compile_enabled, give_up
+from .tracing import is_traced
 from .workspace import Block, borrow, give_back
+
+if TYPE_CHECKING:
+    from .mask import Law
 
 Formula = Callable[..., Tensor]
 
@@ -38,30 +41,6 @@ INDUCTOR = frozenset({"cuda"})
 
 _lock = threading.Lock()
 _compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
-_enabled = os.environ.get("DROPCONNECT_COMPILE", "1") != "0"
-_broken = False
-
-
-def compile_enabled() -> bool:
-    """Whether anything is compiled: not switched off by `DROPCONNECT_COMPILE=0`, nor found not to
-    work on this machine."""
-    return _enabled and not _broken
-
-
-def set_compile_enabled(enabled: bool) -> bool:
-    """Switch compiling on or off; returns what it was. At the start, the environment variable
-    `DROPCONNECT_COMPILE` tells."""
-    global _enabled
-    before, _enabled = _enabled, enabled
-    return before
-
-
-def is_traced() -> bool:
-    """Whether the calling code must be plain tensor operations, because something follows each of them:
-    `torch.compile`, a `torch.func` transform, or forward-mode AD."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return True
-    return torch._C._are_functorch_transforms_active()
 
 
 def run(
@@ -73,52 +52,62 @@ def run(
     scale: Tensor,
     mask: tuple[int, ...] | None,
 ) -> Tensor:
-    """Evaluate `formula` on these arguments; see `surgery.ops.mask.masked_formula` for them."""
-    args = (weight, anchor, key, threshold, scale, mask)
-    if is_traced() or is_batched(weight):
-        return formula(*args)
-    if mask is None:
-        used = masks(weight, anchor, None, (key, threshold, scale))
-        if used is not None:
-            return used
-    compiled: Tensor | None = run_compiled(formula, weight, args)
-    if compiled is not None:
-        return compiled
-    if mask is None:
+    """Evaluate `formula` on these arguments, in chunks if they may be many; see
+    `surgery.ops.mask.masked_formula` for them."""
+    if mask is None and not is_traced() and not is_batched(weight):
         return _in_chunks(formula, weight, anchor, key, threshold, scale)
-    return formula(*args)
-
-
-Law = tuple[Tensor, Tensor, Tensor]
-"""Key, threshold and scale of a mask."""
+    return formula(weight, anchor, key, threshold, scale, mask)
 
 
 def masks(
     weight: Tensor,
     anchor: Tensor | None,
     grad: Tensor | None,
+    key: Tensor,
     law: Law,
     block: Block | None = None,
-) -> Tensor | None:
-    """The masked weight, by the kernel for the CPU.
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None] | None:
+    """The masked weight, and the gradient of the weight by the same mask, by a kernel.
 
     Args:
         weight, anchor: of one shape; the anchor may be None.
-        grad: of that shape, or None. It gets the same mask, in place.
-        law: key, threshold and scale.
+        grad: of the masked weight, or None. It may be overwritten.
+        key, law: of the mask.
         block: memory in which to put the masked weight.
+        dtype: of the masked weight; None is that of the weight.
 
     Returns:
-        None where there is no kernel for these tensors; then nothing was done.
+        both, the gradient in the dtype of the weight; None where there is no kernel for these tensors,
+        and then nothing was done.
     """
+    if gpu.takes(weight, anchor, grad):
+        used = torch.empty_like(weight, dtype=dtype)
+        fits = grad is None or grad.dtype == weight.dtype
+        of_weight = grad if fits else torch.empty_like(weight)
+        if gpu.drop(weight, anchor, grad, used, of_weight, key, law):
+            return used, of_weight
     given = [tensor for tensor in (weight, anchor, grad) if tensor is not None]
-    if is_traced() or not native.takes(*given) or not has_kernels("masks"):
+    if is_traced() or not native.takes(*given) or dtype not in (None, weight.dtype):
+        return None
+    if not has_kernels("masks"):
         return None
     used = torch.empty_like(weight) if block is None else block.view(weight)
     if block is None and not native.takes(used):  # a mode that makes tensors of its own
         return None
-    native.drop(weight, anchor, grad, used, grad, law)
-    return used
+    native.drop(weight, anchor, grad, used, grad, (key, law.threshold, law.scale))
+    return used, grad
+
+
+def shared_masks(
+    weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, layout: Layout
+) -> Tensor | None:
+    """The masked weight where entries share a mask, by the kernel for the GPU; or None."""
+    shape = gpu.steps(layout)
+    if shape is None or layout.entries > gpu.INDEX or not gpu.takes(weight, anchor):
+        return None
+    used = torch.empty_like(weight)
+    return used if gpu.drop_shared(weight, anchor, used, key, law, shape) else None
 
 
 def has_kernels(name: str) -> bool:
@@ -128,7 +117,7 @@ def has_kernels(name: str) -> bool:
     try:
         native.library(name)
     except native.NoCompiler as error:
-        _give_up(error)
+        give_up(error)
         return False
     return True
 
@@ -143,7 +132,7 @@ def run_compiled(formula: Callable[..., Any], weight: Tensor, args: tuple[Any, .
         except Exception as error:
             if not _is_of_compiler(error):
                 raise
-            _give_up(error)
+            give_up(error)
     return None
 
 
@@ -247,19 +236,3 @@ def _is_of_compiler(error: Exception) -> bool:
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     return isinstance(error, (TorchDynamoException, CppCompileError, InvalidCxxCompiler))
-
-
-def _give_up(error: BaseException) -> None:
-    global _broken
-    with _lock:
-        if _broken:
-            return
-        _broken = True
-    reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
-    warnings.warn(
-        "No kernels can be compiled here, so DropConnect masks are computed by the slower plain "
-        f"formula (the results are the same). Install a C++ compiler to speed it up, or set "
-        f"DROPCONNECT_COMPILE=0 to silence this. Reason: {reason}",
-        RuntimeWarning,
-        stacklevel=2,
-    )

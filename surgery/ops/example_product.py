@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from . import native
-from .engine import CHUNK, has_kernels, is_traced, run_compiled
+from .engine import CHUNK, has_kernels, run_compiled
 from .hash import mix, multipliers, spread
 from .mask import apply_mask
 from .ordinary import unviewed
+from .tracing import is_traced
 
 BLOCK = 1 << 20
 """Masked weights made at a time, where examples have many rows: 4 MB. Without a compiler a CPU makes

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import native
-from .engine import CHUNK, has_kernels, is_traced
+from .engine import CHUNK, has_kernels
 from .gaussian import gaussian_sample, safe_sqrt
+from .tracing import is_traced
 
 Function = Callable[[Tensor], Tensor]
 ClosedForm = Callable[[Function, Tensor, Tensor], Tensor]

@@ -20,11 +20,12 @@ from torch import Tensor
 from ..config import Unit
 from ..errors import check_unmodified, version_of
 from . import native
-from .engine import has_kernels, is_traced
+from .engine import has_kernels
 from .linear import autocast, has_autocast, matrix
 from .mask import Law
 from .ordinary import is_ordinary, unviewed
 from .random import drawn
+from .tracing import is_traced
 from .workspace import Block, borrow, give_back
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]

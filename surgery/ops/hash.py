@@ -29,7 +29,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .random import drawn
+from .random import drawn, host_seed
+from .tracing import is_traced
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B9
@@ -139,6 +140,26 @@ def _derived(key: Tensor, number: int) -> Tensor:
     return (z ^ (z >> 32)).to(torch.int32)
 
 
+def words(key: Tensor) -> tuple[int, int]:
+    """Both words of a key, as signed integers of 32 bits. Waits for the device, if it is on one."""
+    k0, k1 = key.tolist()
+    return k0, k1
+
+
+def _derived_words(k0: int, k1: int, number: int) -> tuple[int, int]:
+    """`_derived` for a key on the host, in far less time than that takes there."""
+    factor, summand = _scramble(2 * number) | 1, _scramble(2 * number + 1)
+    z0, z1 = (_signed64(word * factor + summand) for word in (k0, k1))
+    z0, z1 = z0 ^ (z0 >> 32), z1 ^ (z1 >> 32)
+    z0, z1 = _signed64(z0 * _MIXER + z1), _signed64(z1 * _MIXER + z0)
+    return _signed(z0 ^ (z0 >> 32)), _signed(z1 ^ (z1 >> 32))
+
+
+def _signed64(word: int) -> int:
+    word &= _MASK64
+    return word - (1 << 64) if word >> 63 else word
+
+
 def _scramble(seed: int) -> int:
     """A signed 64-bit number from any integer: one step of splitmix64 (Steele, Lea and Flood 2014)."""
     z = (seed + 0x9E3779B97F4A7C15) & _MASK64
@@ -150,8 +171,16 @@ def _scramble(seed: int) -> int:
 
 def key_from_seed(seed: int, device: torch.device | str = "cpu") -> Tensor:
     """The key of an integer seed: int32, shape (2,). Neighbouring seeds give unrelated keys."""
+    return _key(*_words_of(seed), device)
+
+
+def _words_of(seed: int) -> tuple[int, int]:
     word = _scramble(seed)
-    return torch.tensor([_signed(word), _signed(word >> 32)], dtype=torch.int32, device=device)
+    return _signed(word), _signed(word >> 32)
+
+
+def _key(k0: int, k1: int, device: torch.device | str = "cpu") -> Tensor:
+    return torch.tensor((k0, k1), dtype=torch.int32, device=device)
 
 
 def draw_key(device: torch.device, rank: int = 0) -> Tensor:
@@ -159,6 +188,17 @@ def draw_key(device: torch.device, rank: int = 0) -> Tensor:
 
     `torch.manual_seed` reproduces it, and activation checkpointing restores it with the generator's
     state. `rank` other than 0 is hashed into it, so that processes seeded alike draw different masks.
+
+    On a GPU a draw would be a launch, and the host does not know its result. In eager code the key is
+    there made of the generator's seed and offset, as a tensor on the CPU.
     """
+    seed = host_seed(device)
+    if seed is not None:
+        found = _words_of(seed)
+        return _key(*(found if rank == 0 else _derived_words(*found, rank)))
     key = drawn(torch.randint, -(2**31), 2**31, (2,), dtype=torch.int32, device=device)
-    return key if rank == 0 else _derived(key, rank)
+    if rank == 0:
+        return key
+    if key.device.type == "cpu" and not is_traced():
+        return _key(*_derived_words(*words(key), rank))
+    return _derived(key, rank)

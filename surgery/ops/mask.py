@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .engine import is_traced, masks, run
+from .engine import masks, run, shared_masks
 from .hash import advance_key, mix, spread
 from .ordinary import is_batched, unviewed
+from .tracing import is_traced
 from .workspace import Block
 
 SEGMENT = 1 << 30
@@ -71,8 +72,13 @@ class Law:
     """int32."""
     scale: Tensor
     """float32, or float64 for float64 weights."""
-    drops_all: bool = False
-    """Whether p is 1: for eager code. A traced graph looks at the scale, as its p may change."""
+    numbers: tuple[int, float] | None = None
+    """Both as numbers of the host, for eager code; None in a traced graph, where p may change."""
+
+    @property
+    def drops_all(self) -> bool:
+        """Whether p is 1: for eager code. A traced graph looks at the scale."""
+        return self.numbers is not None and self.numbers[1] == 0.0
 
     @classmethod
     def of(cls, p: float, device: torch.device, dtype: torch.dtype) -> Law:
@@ -82,7 +88,7 @@ class Law:
             return cls(
                 torch.tensor(threshold, dtype=torch.int32, device=device),
                 torch.tensor(scale, dtype=law_dtype(dtype), device=device),
-                scale == 0.0,
+                (threshold, scale),
             )
 
     @functools.cached_property
@@ -170,76 +176,94 @@ class _DropWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, layout: Layout
+        ctx: Any,
+        weight: Tensor,
+        anchor: Tensor | None,
+        key: Tensor,
+        law: Law,
+        layout: Layout,
+        dtype: torch.dtype | None,
     ) -> Tensor:
         # No `setup_context`: with it torch binds the arguments to the signature at every call, which
         # takes longer than a small mask. Attributes, not `save_for_backward`: held masks are passed by
         # several backward calls, and activation checkpointing counts saved tensors.
-        ctx.key, ctx.law, ctx.layout = key, law, layout
-        return unviewed(_masked(weight, anchor, key, law, layout))
+        ctx.key, ctx.law, ctx.layout, ctx.dtype = key, law, layout, weight.dtype
+        return unviewed(_masked(weight, anchor, key, law, layout, dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return drop_weight(grads[0], ctx.key, ctx.law, ctx.layout), None, None, None, None
+        of_weight = drop_weight(grads[0], ctx.key, ctx.law, ctx.layout, dtype=ctx.dtype)
+        return of_weight, None, None, None, None, None
 
 
-def _drop(weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, layout: Layout) -> Tensor:
+def _drop(weight: Tensor, *args: Any) -> Tensor:
     """The masked weight, part of the graph of autograd if that is being recorded."""
-    args = (weight, anchor, key, law, layout)
     if not torch.is_grad_enabled() or not weight.requires_grad:
-        return _masked(*args)
-    used: Tensor = _DropWeight.apply(*args)  # type: ignore[no-untyped-call]
+        return _masked(weight, *args)
+    used: Tensor = _DropWeight.apply(weight, *args)  # type: ignore[no-untyped-call]
     return used
 
 
-def _masked(weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, layout: Layout) -> Tensor:
+def _masked(
+    weight: Tensor,
+    anchor: Tensor | None,
+    key: Tensor,
+    law: Law,
+    layout: Layout,
+    dtype: torch.dtype | None,
+) -> Tensor:
     """The masked weight, with the strides of the weight: channels-last stays channels-last."""
     fit = weight.numel() == layout.entries and (anchor is None or anchor.shape == weight.shape)
     if fit and layout.is_elementwise and layout.entries <= SEGMENT:  # else `_evaluate` complains
-        found = masks(weight, anchor, None, (key, law.threshold, law.scale))
+        found = masks(weight, anchor, None, key, law, dtype=dtype)
         if found is not None:
-            return found
-    used = _evaluate(weight.detach(), anchor, key, law.threshold, law.scale, layout)
-    return used if weight.is_contiguous() else torch.empty_like(weight).copy_(used)
+            return found[0]
+    used = _evaluate(weight.detach(), anchor, key, law, layout, dtype)
+    return used if weight.is_contiguous() else torch.empty_like(weight, dtype=dtype).copy_(used)
 
 
 def _evaluate(
     weight: Tensor,
     anchor: Tensor | None,
     key: Tensor,
-    threshold: Tensor,
-    scale: Tensor,
+    law: Law,
     layout: Layout,
-    places: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The formula on a weight of any shape; contiguous."""
-    mask = None if layout.is_elementwise else layout.mask
-    view = (layout.entries,) if mask is None else layout.view
-    flat = weight.reshape(view)
-    towards = None if anchor is None else anchor.reshape(view)
-    if places is not None:
-        used = masked_formula(flat, towards, key, threshold, scale, mask, places)
-    elif mask is None:
-        used = _in_segments(flat, towards, key, threshold, scale)
+    if dtype is not None and dtype != weight.dtype:  # rounded once
+        wide = weight.to(law.scale.dtype)
+        return _evaluate(wide, anchor, key, law, layout).to(dtype)
+    flat = weight.reshape(layout.view)
+    towards = None if anchor is None else anchor.reshape(layout.view)
+    if layout.is_elementwise:
+        used = _in_segments(flat.view(-1), None if towards is None else towards.view(-1), key, law)
     else:
-        used = run(masked_formula, flat, towards, key, threshold, scale, mask)
+        found = None if is_batched(weight) else shared_masks(flat, towards, key, law, layout)
+        used = found
+        if found is None:
+            args = key.to(weight.device), law.threshold, law.scale, layout.mask
+            used = run(masked_formula, flat, towards, *args)
     return used.view(weight.shape)
 
 
-def _in_segments(
-    weight: Tensor, anchor: Tensor | None, key: Tensor, threshold: Tensor, scale: Tensor
-) -> Tensor:
+def _in_segments(weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law) -> Tensor:
     """The elementwise formula on a 1-D weight of any length."""
     numel = weight.shape[0]
-    if numel <= SEGMENT:
-        return run(masked_formula, weight, anchor, key, threshold, scale, None)
     parts = []
-    for start in range(0, numel, SEGMENT):
-        stop = min(start + SEGMENT, numel)
-        part = None if anchor is None else anchor[start:stop]
-        moved = advance_key(key, start)
-        parts.append(run(masked_formula, weight[start:stop], part, moved, threshold, scale, None))
-    return torch.cat(parts)
+    for start in range(0, max(1, numel), SEGMENT):
+        part = slice(start, min(start + SEGMENT, numel))
+        towards = None if anchor is None else anchor[part]
+        parts.append(_segment(weight[part], towards, advance_key(key, start), law))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _segment(weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law) -> Tensor:
+    found = None if is_batched(weight) else masks(weight, anchor, None, key, law)
+    if found is not None:
+        return found[0]
+    args = key.to(weight.device), law.threshold, law.scale, None
+    return run(masked_formula, weight, anchor, *args)
 
 
 @torch.library.custom_op(
@@ -256,7 +280,7 @@ def _drop_op(
     see `docs/performance.md`.
     """
     layout = Layout.elements(weight.numel())
-    return unviewed(_evaluate(weight, anchor, key, threshold, scale, layout))
+    return unviewed(_evaluate(weight, anchor, key, Law(threshold, scale), layout))
 
 
 @_drop_op.register_fake
@@ -284,38 +308,61 @@ def _in_graph(
     masked weight are not kept for backward but computed again. The spread indices stay outside: they do
     not depend on the key, so sites of one size would share them, and what is shared would be kept.
     """
+    key = key.to(weight.device)  # one that is held was drawn in eager code
     args: tuple[Any, ...] = (weight, anchor, key, law.threshold, law.scale)
     compute: Any = _drop_op
     if weight.device.type != "cpu" or not layout.is_elementwise:
-        compute, args = _evaluate, (*args, layout, _places(layout.entries, weight.device))
+        compute, args = _traced_formula, (*args, layout, _places(layout.entries, weight.device))
     if not torch.is_grad_enabled():
         return cast(Tensor, compute(*args))
     used: Tensor = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
     return used
 
 
+def _traced_formula(
+    weight: Tensor,
+    anchor: Tensor | None,
+    key: Tensor,
+    threshold: Tensor,
+    scale: Tensor,
+    layout: Layout,
+    places: Tensor,
+) -> Tensor:
+    mask = None if layout.is_elementwise else layout.mask
+    view = (layout.entries,) if mask is None else layout.view
+    flat = weight.reshape(view)
+    towards = None if anchor is None else anchor.reshape(view)
+    return masked_formula(flat, towards, key, threshold, scale, mask, places).view(weight.shape)
+
+
 def drop_weight(
-    weight: Tensor, key: Tensor, law: Law, layout: Layout, anchor: Tensor | None = None
+    weight: Tensor,
+    key: Tensor,
+    law: Law,
+    layout: Layout,
+    anchor: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The weight to use in a forward call.
 
     Args:
         weight: the raw weight, any shape, any floating dtype.
-        key: int32, shape (2,), see `surgery.ops.hash`.
+        key: int32, shape (2,), see `surgery.ops.hash`; on the weight's device or on the CPU.
         law: the drop probability.
         layout: which weights share a mask entry.
         anchor: where dropped weights go; None is zero.
+        dtype: of the result, which is rounded once; None is that of the weight.
 
     Returns:
-        `A + m * (W - A) / (1 - p)`, shape, dtype and strides of `weight`. Its expectation over keys
-        is `weight`.
+        `A + m * (W - A) / (1 - p)`, shape and strides of `weight`. Its expectation over keys is
+        `weight`.
     """
     compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-    if compiling and layout.entries <= SEGMENT:
+    if compiling and dtype is None and layout.entries <= SEGMENT:
         return _in_graph(weight, anchor, key, law, layout)
     if is_traced() or is_batched(weight):
-        return _evaluate(weight, anchor, key, law.threshold, law.scale, layout)
-    return _drop(weight, anchor, key, law, layout)
+        return _evaluate(weight, anchor, key, law, layout, dtype)
+    return _drop(weight, anchor, key, law, layout, dtype)
 
 
 def drop_both(
@@ -326,18 +373,24 @@ def drop_both(
     layout: Layout,
     anchor: Tensor | None,
     block: Block | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The masked weight, and the gradient of the weight given that of the masked weight: what a
     backward needs, of one mask. Not for traced code.
 
     Args:
-        weight, key, law, layout, anchor: see `drop_weight`.
-        grad: of the masked weight; shape and dtype of `weight`. It may be overwritten. Or None.
+        weight, key, law, layout, anchor, dtype: see `drop_weight`.
+        grad: of the masked weight, of its shape. It may be overwritten. Or None.
         block: memory in which the masked weight may be put.
+
+    Returns:
+        both; the gradient in the dtype of the weight.
     """
     if layout.is_elementwise and layout.entries <= SEGMENT and not torch.is_grad_enabled():
-        used = masks(weight, anchor, grad, (key, law.threshold, law.scale), block)
-        if used is not None:
-            return used, grad
-    used = drop_weight(weight, key, law, layout, anchor)
-    return used, None if grad is None else drop_weight(grad, key, law, layout)
+        found = masks(weight, anchor, grad, key, law, block, dtype)
+        if found is not None:
+            return found
+    used = drop_weight(weight, key, law, layout, anchor, dtype)
+    if grad is None:
+        return used, None
+    return used, drop_weight(grad, key, law, layout, dtype=weight.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -11,24 +13,32 @@ def _keys(tensor: Tensor) -> int:
     return found
 
 
-def _plain_keys() -> frozenset[int]:
-    """The dispatch keys of a dense tensor on the CPU, made outside and inside of inference mode. All
-    else has others: negated and conjugate views, zeros without memory, sparse, nested, quantised and
-    mkldnn tensors, the batches of `vmap`, fake and functional tensors."""
+@functools.cache
+def _plain_keys(kind: str) -> frozenset[int]:
+    """The dispatch keys of a dense tensor on that type of device, made outside and inside of inference
+    mode. All else has others: negated and conjugate views, zeros without memory, sparse, nested,
+    quantised and mkldnn tensors, the batches of `vmap`, fake and functional tensors."""
     found = set()
     for inference in (False, True):
         with torch.inference_mode(inference):
-            found.add(_keys(torch.empty(1, device="cpu")))
+            found.add(_keys(torch.empty(1, device=kind)))
     return frozenset(found)
 
 
-_PLAIN = _plain_keys()
+_PLAIN = _plain_keys("cpu")
 
 
 def is_ordinary(tensor: Tensor) -> bool:
     """Whether it is a dense tensor on the CPU and nothing else, of any strides."""
     kind = type(tensor)
     return (kind is Tensor or kind is torch.nn.Parameter) and _keys(tensor) in _PLAIN
+
+
+def is_ordinary_there(tensor: Tensor) -> bool:
+    """The same on whatever device it is."""
+    kind = type(tensor)
+    known = kind is Tensor or kind is torch.nn.Parameter
+    return known and _keys(tensor) in _plain_keys(tensor.device.type)
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -1,4 +1,5 @@
-"""Random numbers that are the same in forward and backward, in compiled graphs too."""
+"""Random numbers that are the same in forward and backward, in compiled graphs too; and seeds that the
+host knows."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..caching import constant_in_traces
+from .tracing import is_traced
 
 
 def drawn(sampler: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -47,3 +49,34 @@ _WHY = (
     "torch._functorch.config.activation_memory_budget is below 1: the graph's backward could draw "
     "others, and its gradients would be wrong. Set the budget to 1, or compile without fullgraph=True"
 )
+
+
+PHILOX_STEP = 4
+"""Offsets of the generators of GPUs are multiples of it."""
+
+
+def host_seed(device: torch.device) -> int | None:
+    """A number of 64 bits that a draw from the generator of a GPU could have given: a function of its
+    seed and offset. The offset moves on, as by a draw.
+
+    None where the generator must draw itself: on other devices, in traced code, and in what is captured
+    into a CUDA graph, which must draw anew in each replay.
+    """
+    if device.type not in _SEEDED or is_traced() or is_capturing(device):
+        return None
+    module = torch.get_device_module(device)
+    index = module.current_device() if device.index is None else device.index
+    generator = module.default_generators[index]
+    offset = generator.get_offset()
+    generator.set_offset(offset + PHILOX_STEP)
+    # Offsets count small draws: times an odd number, they reach all bits and no two of them meet.
+    return int((generator.initial_seed() + offset * 0xD1342543DE82EF95) & ((1 << 64) - 1))
+
+
+_SEEDED = frozenset({"cuda", "xpu"})
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on the device becomes part of a CUDA graph, which runs it again and
+    again: then no number of the host may be part of it."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

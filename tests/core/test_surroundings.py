@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from surgery import apply_dropconnect
 from surgery.ops import engine, release
-from surgery.ops.engine import set_compile_enabled
+from surgery.ops.switch import set_compile_enabled
 
 WIDTH = 600  # more than a chunk of weights
 

@@ -37,8 +37,8 @@ towards = pytest.mark.parametrize("anchored", [False, True], ids=["zero", "pretr
 @pytest.fixture(autouse=True)
 def fresh_engine(monkeypatch):
     """An engine that has not found out yet whether compiling works."""
-    monkeypatch.setattr(engine, "_broken", False)
-    monkeypatch.setattr(engine, "_enabled", True)
+    monkeypatch.setattr(switch, "_broken", False)
+    monkeypatch.setattr(switch, "_enabled", True)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def plain(monkeypatch):
     """Switch compiling off, as `DROPCONNECT_COMPILE=0` does; `plain(False)` switches it on again."""
 
     def switch(off: bool = True) -> None:
-        monkeypatch.setattr(engine, "_enabled", not off)
+        monkeypatch.setattr(switch, "_enabled", not off)
 
     return switch
 
@@ -267,7 +267,7 @@ def test_switching_off_means_not_compiling(plain, kernel_calls, inductor) -> Non
     law = Law.of(0.5, torch.device("cpu"), torch.float32)
     drop_weight(torch.randn(20_000), KEY, law, Layout.elements(20_000))
     assert kernel_calls == inductor == []
-    assert not engine.compile_enabled()
+    assert not switch.compile_enabled()
 
 
 def compiler_failures() -> dict[str, Exception]:
@@ -306,7 +306,7 @@ def test_fallback_warns_once_and_gives_the_same_bits(name, plain, inductor, monk
     assert "DROPCONNECT_COMPILE=0" in str(seen[0].message)
     assert torch.equal(first, expected)
     assert torch.equal(second, expected)
-    assert not engine.compile_enabled()
+    assert not switch.compile_enabled()
 
 
 def test_fallback_where_torch_compile_itself_refuses(plain, inductor, monkeypatch) -> None:

@@ -122,7 +122,7 @@ def test_inductor_against_all_weights_at_once(anchored: bool, monkeypatch) -> No
 @towards
 def test_plain_against_all_weights_at_once(sizes, anchored: bool, monkeypatch) -> None:
     """Without a compiler, and with blocks of some rows of one example, or of several examples."""
-    monkeypatch.setattr(engine, "_enabled", False)
+    monkeypatch.setattr(switch, "_enabled", False)
     for chunk in (100, 1 << 13, 1 << 16):
         monkeypatch.setattr(example_product, "CHUNK", chunk)
         check(sizes, "element", anchored, 0.3)

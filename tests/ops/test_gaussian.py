@@ -17,7 +17,7 @@ from surgery.ops import (
     moments_of,
     native,
 )
-from surgery.ops.engine import set_compile_enabled
+from surgery.ops.switch import set_compile_enabled
 from tests.ops.reference import every_mask, mask_shape
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from surgery.ops import Law, Layout, drop_weight, engine, native
+from surgery.ops import Law, Layout, drop_weight, native
 from surgery.ops.hash import (
     _derived,
     _signed,
@@ -76,7 +76,7 @@ def test_drawn_key_of_a_rank(monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_without_a_compiler(dtype: torch.dtype) -> None:
     ones = torch.ones(RUN, dtype=dtype)
-    enabled = engine.set_compile_enabled(False)
+    enabled = switch.set_compile_enabled(False)
     try:
         of_batches = [line for line in LINES if line.example == 0]
         for line, law, expected in masks(of_batches, dtype):
@@ -84,7 +84,7 @@ def test_without_a_compiler(dtype: torch.dtype) -> None:
             used = drop_weight(ones, key, law, Layout.elements(RUN))
             assert torch.equal(used != 0, expected), line
     finally:
-        engine.set_compile_enabled(enabled)
+        switch.set_compile_enabled(enabled)
 
 
 @pytest.mark.compiler

@@ -1,0 +1,15 @@
+"""Kernels for the GPU, in Triton: what `native.py` is for the CPU.
+
+    launch.py               which tensors they take, and how one is launched at little cost to the host
+    hash_kernels.py         the hash of `hash.py`, for the kernels
+    masks.py                mask and apply                       (kernels in mask_kernels.py)
+
+A file of kernels imports triton, which comes with torch's builds for a GPU; it is imported when the first
+kernel is launched, by `launch.Kernel`. Nothing here is of one vendor. The kernels have the bits of the
+formulas they stand for, and are tested against them on machines without a GPU, in Triton's interpreter.
+"""
+
+from .launch import INDEX, takes
+from .masks import drop, drop_shared, steps
+
+__all__ = ["INDEX", "drop", "drop_shared", "steps", "takes"]

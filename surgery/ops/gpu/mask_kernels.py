@@ -1,0 +1,116 @@
+"""`A + m * (W - A) / (1 - p)`: see `surgery.ops.mask.masked_formula`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .hash_kernels import before_last, of_batch, words_of
+from .numbers_kernels import rounded
+
+
+@triton.jit
+def kept_or_not(keep, values, anchors, scale, HAS_ANCHOR: tl.constexpr):
+    """`apply_mask`: values and anchors are as wide as the scale."""
+    wide = values * scale
+    if HAS_ANCHOR:
+        return tl.where(keep, wide + anchors * (1 - scale), anchors)
+    return tl.where(keep, wide, 0.0)
+
+
+@triton.jit(do_not_specialize=["k0", "k1", "key_is_there", "threshold", "law_is_there"])
+def drop(
+    weight,
+    anchor,
+    grad,
+    used,
+    of_weight,
+    key_pointer,
+    threshold_pointer,
+    scale_pointer,
+    k0,
+    k1,
+    key_is_there,
+    threshold,
+    scale,
+    law_is_there,
+    size,
+    HAS_ANCHOR: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Mask a weight, and a gradient by the same mask, entry by entry.
+
+    Key, threshold and scale are numbers of the host, or in memory.
+    """
+    WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    values = tl.load(weight + index, mask=inside).to(WIDE)
+    if HAS_GRAD:
+        slopes = tl.load(grad + index, mask=inside).to(WIDE)
+    k0, k1 = words_of(key_pointer, k0, k1, key_is_there)
+    threshold = tl.load(threshold_pointer, mask=law_is_there != 0, other=threshold)
+    if DOUBLE:  # a number of the host would be rounded
+        scale = tl.load(scale_pointer)
+    else:
+        scale = tl.load(scale_pointer, mask=law_is_there != 0, other=scale)
+    keep = of_batch(before_last(index, k0, k1)) >= threshold
+    anchors = values
+    if HAS_ANCHOR:
+        anchors = tl.load(anchor + index, mask=inside).to(WIDE)
+    found = kept_or_not(keep, values, anchors, scale, HAS_ANCHOR)
+    tl.store(used + index, rounded(found, used.dtype.element_ty), mask=inside)
+    if HAS_GRAD:
+        found = kept_or_not(keep, slopes, slopes, scale, False)
+        tl.store(of_weight + index, rounded(found, of_weight.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["k0", "k1", "key_is_there", "threshold", "law_is_there"])
+def drop_shared(
+    weight,
+    anchor,
+    used,
+    key_pointer,
+    threshold_pointer,
+    scale_pointer,
+    k0,
+    k1,
+    key_is_there,
+    threshold,
+    scale,
+    law_is_there,
+    size,
+    size1,
+    size2,
+    size3,
+    step0,
+    step1,
+    step2,
+    step3,
+    HAS_ANCHOR: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Mask a weight of four dimensions whose entries share theirs: a step of 0 is shared along."""
+    WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    values = tl.load(weight + index, mask=inside).to(WIDE)
+    k0, k1 = words_of(key_pointer, k0, k1, key_is_there)
+    threshold = tl.load(threshold_pointer, mask=law_is_there != 0, other=threshold)
+    if DOUBLE:
+        scale = tl.load(scale_pointer)
+    else:
+        scale = tl.load(scale_pointer, mask=law_is_there != 0, other=scale)
+    rest = index // size3
+    place = (index % size3) * step3 + (rest % size2) * step2
+    rest = rest // size2
+    place += (rest % size1) * step1 + (rest // size1) * step0
+    keep = of_batch(before_last(place, k0, k1)) >= threshold
+    anchors = values
+    if HAS_ANCHOR:
+        anchors = tl.load(anchor + index, mask=inside).to(WIDE)
+    found = kept_or_not(keep, values, anchors, scale, HAS_ANCHOR)
+    tl.store(used + index, rounded(found, used.dtype.element_ty), mask=inside)
