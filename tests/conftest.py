@@ -14,7 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+if not torch.cuda.is_available():  # before triton is imported: its interpreter runs the kernels
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from surgery.modules import dropping, node, paper_modes
+from surgery.ops.gpu import launch
 from surgery.ops.switch import set_compile_enabled
 
 
@@ -50,6 +54,24 @@ def traced_experts() -> str:
     except RuntimeError:
         return "batched_mm"
     return "grouped_mm"
+
+
+@pytest.fixture
+def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels for the GPU run on the CPU, in Triton's interpreter; the names of those that ran."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("Triton compiles here: see tests/gpu")
+    ran: list[str] = []
+    launched = launch.Kernel.launch
+
+    def note(self: launch.Kernel, *args: Any) -> bool:
+        ran.append(self.name)
+        return launched(self, *args)
+
+    monkeypatch.setattr(launch.Kernel, "launch", note)
+    monkeypatch.setattr(launch, "DEVICES", {"cpu"})
+    return ran
 
 
 @pytest.fixture(autouse=True)

@@ -240,10 +240,8 @@ def _evaluate(
         used = _in_segments(flat.view(-1), None if towards is None else towards.view(-1), key, law)
     else:
         found = None if is_batched(weight) else shared_masks(flat, towards, key, law, layout)
-        used = found
-        if found is None:
-            args = key.to(weight.device), law.threshold, law.scale, layout.mask
-            used = run(masked_formula, flat, towards, *args)
+        args = key.to(weight.device), law.threshold, law.scale, layout.mask
+        used = run(masked_formula, flat, towards, *args) if found is None else found
     return used.view(weight.shape)
 
 

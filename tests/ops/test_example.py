@@ -21,6 +21,7 @@ from surgery.ops import (
     example_vector,
     keep_mask,
     key_from_seed,
+    switch,
 )
 from tests.ops.reference import example_weights
 

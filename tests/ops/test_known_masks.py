@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from surgery.ops import Law, Layout, drop_weight, native
+from surgery.ops import Law, Layout, drop_weight, native, switch
 from surgery.ops.hash import (
     _derived,
     _signed,

@@ -4,9 +4,9 @@
     hash_kernels.py         the hash of `hash.py`, for the kernels
     masks.py                mask and apply                       (kernels in mask_kernels.py)
 
-A file of kernels imports triton, which comes with torch's builds for a GPU; it is imported when the first
-kernel is launched, by `launch.Kernel`. Nothing here is of one vendor. The kernels have the bits of the
-formulas they stand for, and are tested against them on machines without a GPU, in Triton's interpreter.
+A file of kernels imports triton, which comes with torch's builds for a GPU; it is imported when the
+first kernel is launched, by `launch.Kernel`. Nothing here is of one vendor. The kernels have the bits
+of the formulas they stand for; on machines without a GPU, tests run them in Triton's interpreter.
 """
 
 from .launch import INDEX, takes

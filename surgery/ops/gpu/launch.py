@@ -1,8 +1,8 @@
 """Which tensors the kernels take, and how one is launched at little cost to the host.
 
-Training on a GPU is often bound by the host, which launches many small kernels. Triton's own launch looks
-at every argument each time. Here the caller says in a few words what a compiled kernel depends on, and
-the kernel that was compiled for that is launched at once.
+Training on a GPU is often bound by the host, which launches many small kernels. Triton's own launch
+looks at every argument each time. Here the caller says in a few words what a compiled kernel depends
+on, and the kernel that was compiled for that is launched at once.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Kernel:
     """
 
     def __init__(self, file: str, name: str, **options: Any) -> None:
-        self._file, self._name = file, name
+        self._file, self.name = file, name
         # Sums of products are rounded twice, as by the formulas.
         self._options = {"enable_fp_fusion": False, **options}
         self._compiled: dict[Any, Any] = {}
@@ -91,13 +91,14 @@ class Kernel:
         if compiled is not None and _is_current(device):
             compiled[grid](*args, *constants)
             return True
-        function = getattr(importlib.import_module(f"{__package__}.{self._file}"), self._name)
         with _on(device):
             try:
+                kernels = importlib.import_module(f"{__package__}.{self._file}")
+                function = getattr(kernels, self.name)
                 compiled = function[grid](*args, *constants, **self._options)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
                 give_up(error)
                 return False
         if hasattr(compiled, "packed_metadata"):  # not in the interpreter
@@ -106,7 +107,7 @@ class Kernel:
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    if device.index is None:  # in the interpreter
+    if device.type == "cpu":  # in the interpreter
         return nullcontext()
     there: AbstractContextManager[Any] = torch.get_device_module(device).device(device.index)
     return there

@@ -1,5 +1,6 @@
 """`A + m * (W - A) / (1 - p)`: see `surgery.ops.mask.masked_formula`."""
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 import triton

@@ -74,7 +74,7 @@ Steps = tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
 
 @functools.lru_cache(maxsize=4096)
 def steps(layout: Layout) -> Steps | None:
-    """A layout as the kernel takes it; None if it has too many dimensions that take turns in sharing."""
+    """A layout as the kernel takes it; None if too many of its dimensions take turns."""
     found: list[tuple[int, bool]] = []
     for size, own in zip(layout.view, layout.mask):
         if size == 1:

@@ -1,5 +1,6 @@
 """Conversions of floating-point numbers, for Triton kernels."""
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 import triton
