@@ -56,7 +56,12 @@ class LawTable:
         with lasting():
             self._rows = torch.arange(self.SIZE, device=device).view(-1, 1).unbind()
         self._taken = 0
+        self._captured: list[Tensor] = []
+        """Thresholds and scales that are written to, and never replaced: for CUDA graphs."""
         self.publish()
+        if device.type != "cpu":  # now, because nothing can be made while a graph is captured
+            with lasting():
+                self._captured = [self.thresholds.clone(), self.scales.clone()]
 
     @property
     def is_full(self) -> bool:
@@ -73,6 +78,7 @@ class LawTable:
         self._thresholds[place], self._scales[place] = law_numbers(p)
         if self._device.type != "cpu":  # there the tensors are these arrays
             self.publish()
+            self.show()
         return Row(self, place, self._rows[place])
 
     def copies(self) -> tuple[array[int], array[float]]:
@@ -82,6 +88,16 @@ class LawTable:
     def publish(self) -> None:
         """Give the graphs what was put."""
         self.__dict__.update(self.published(self._thresholds, self._scales))
+
+    def show(self) -> None:
+        """Let CUDA graphs that were captured see what is published."""
+        for seen, values in zip(self._captured, (self.thresholds, self.scales)):
+            seen.copy_(values)
+
+    def captured(self, place: int) -> Law:
+        """The law of a row as replays of a CUDA graph shall see it: as it is then."""
+        thresholds, scales = self._captured
+        return Law(thresholds[place], scales[place])
 
     def published(self, thresholds: array[int], scales: array[float]) -> dict[str, Any]:
         """The attributes of a table with these numbers."""
@@ -168,6 +184,7 @@ def change_laws(states: Iterable[SiteState], p: float | None, factor: float) -> 
         def put() -> None:
             for table, new in news:
                 table.__dict__.update(new)
+                table.show()
             for run, rate, law in runs:
                 for state in run:
                     state.rate, state.factor, state.law = rate, factor, law

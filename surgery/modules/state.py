@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import DropConnectConfig, Inference, Sampling, check_p
 from ..errors import SurgeryError
 from ..ops import Law, Layout
+from ..ops.random import is_capturing
 from .laws import Row, change_laws, new_row, shared_law
 from .product import Product
 
@@ -145,6 +146,8 @@ class SiteState:
         if torch.compiler.is_dynamo_compiling():
             return self._law_in_trace(raw, keep)
         law = self.law
+        if is_capturing(raw.device):
+            return self._law_in_capture(raw)
         if law is None or not law.fits(raw):
             law = shared_law(self.p, raw.device, raw.dtype)
             if keep and type(law.threshold) is Tensor:  # not a fake one, of a trace
@@ -152,6 +155,15 @@ class SiteState:
                 self.row = new_row(self.p, raw.device, raw.dtype)
                 self.law = law
         return law
+
+    def _law_in_capture(self, raw: Tensor) -> Law:
+        """The law in memory that `set_p` writes to."""
+        if self.row is None or not self.row.table.fits(raw):
+            raise RuntimeError(
+                f"{self.site}: nothing can be made while a CUDA graph is captured. Run the model once "
+                "before, on the device and in the mode of the capture"
+            )
+        return self.row.table.captured(self.row.place)
 
     def _law_in_trace(self, raw: Tensor, keep: bool) -> Law:
         row, law = self.row, self.law
@@ -171,6 +183,10 @@ class SiteState:
             return 0
         return dist.get_rank()
 
+    def _is_captured(self) -> bool:
+        """Whether a CUDA graph is captured, whose replays may have another p."""
+        return self.law is not None and is_capturing(self.law.threshold.device)
+
     def with_inference(self, inference: Inference, draws: int | None) -> dict[str, Any]:
         """The attributes that change with what `eval()` does."""
         config = self.config
@@ -182,7 +198,7 @@ class SiteState:
         """What a forward does: how it samples, `"moments"`, or None for nothing. The value of p is
         looked at in eager mode only: in a compiled graph it is data, so that it can change without
         recompiling."""
-        if not torch.compiler.is_compiling() and self.p == 0.0:
+        if self.p == 0.0 and not torch.compiler.is_compiling() and not self._is_captured():
             return None
         if training or self.inference == "sample":
             if not torch.compiler.is_compiling() and torch._C._is_tracing():

@@ -133,7 +133,7 @@ def _ratio(law: Law) -> Tensor:
 
 def _average(weight: Tensor, anchor: Tensor | None, law: Law) -> Tensor:
     """The expectation of the masked weight: the weight, unless every entry is dropped."""
-    if not is_traced() and not law.drops_all:
+    if law.numbers is not None and not law.drops_all:
         return weight
     zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
     return torch.where(law.scale == 0, zero if anchor is None else anchor, weight)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..caching import constant_in_traces
 from ..errors import check_unmodified, version_of
+from . import gpu
 from .mask import Law, Layout, drop_both, drop_weight
 from .ordinary import unviewed
 from .workspace import borrow, give_back
@@ -40,7 +41,7 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.weight, ctx.version, ctx.name = weight, version_of(weight), name
         ctx.law = key, law, layout, anchor
         block = borrow(weight)
-        used, _ = drop_both(weight, None, key, law, layout, anchor, block)
+        used, _ = drop_both(weight, None, key, law, layout, anchor, block, _as_wide_as(x, weight))
         if bias is None and weight.requires_grad:
             used = as_if_trained(used)
         product = unviewed(F.linear(x, used, bias))
@@ -56,19 +57,27 @@ class _MaskedLinear(torch.autograd.Function):
         rows = matrix(grad)
         of_x = of_weight = None
         if want_weight:
-            of_weight = _as(weight, rows.t().mm(matrix(x)))
+            of_weight = rows.t().mm(matrix(x))
+            if not gpu.is_there(weight):
+                of_weight = _as(weight, of_weight)
         if want_x:
             block = borrow(weight)
-            key, law, layout, anchor = ctx.law
-            used, of_weight = drop_both(weight, of_weight, key, law, layout, anchor, block)
+            args = *ctx.law, block, _as_wide_as(rows, weight)
+            used, of_weight = drop_both(weight, of_weight, *args)
             of_x = rows.mm(_as(rows, used))
             give_back(block)
             if grad.dim() > 2:
                 of_x = of_x.view(*grad.shape[:-1], weight.shape[1])
         elif of_weight is not None:
-            of_weight = drop_weight(of_weight, *ctx.law[:3])
+            key, law, layout, _ = ctx.law
+            of_weight = drop_weight(of_weight, key, law, layout, dtype=weight.dtype)
         of_bias = rows.sum(0) if want_bias else None
         return of_x, of_weight, of_bias, None, None, None, None, None
+
+
+def _as_wide_as(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The dtype in which kernels give the masked weight: on a GPU, that of the product."""
+    return x.dtype if gpu.is_there(weight) else None
 
 
 def as_if_trained(used: Tensor) -> Tensor:
@@ -111,19 +120,30 @@ def masked_linear(
 
     Returns:
         (..., out), differentiable any number of times. Backward raises `RuntimeError` if the weight was
-        changed since.
+        changed since, unless autograd keeps the masked weight: under autocast on a GPU.
     """
+    narrow = _autocast_dtype(x)
+    if narrow is not None and narrow != weight.dtype and gpu.is_there(weight):
+        # A plain layer casts its weight, and autograd keeps what it gets: one kernel casts and masks.
+        return F.linear(x, drop_weight(weight, key, law, layout, anchor, narrow), bias)
     x, bias = autocast(x, bias)
     return cast(Tensor, _MaskedLinear.apply(x, weight, bias, anchor, key, law, layout, name))  # type: ignore[no-untyped-call]
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors as `F.linear` would cast them."""
+    dtype = _autocast_dtype(x)
+    if dtype is None:
+        return x, *others
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of an input of a product; None where it leaves it."""
     kind = x.device.type
     if not has_autocast(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return x, *others
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 @constant_in_traces

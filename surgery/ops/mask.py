@@ -96,6 +96,8 @@ class Law:
         """p / (1 - p), the variance of what multiplies a weight, or 0 if everything is dropped: for
         eager code."""
         with torch.inference_mode(False), torch.no_grad():
+            if self.numbers is None:
+                return torch.where(self.scale == 0, 0, self.scale - 1)
             return torch.zeros_like(self.scale) if self.drops_all else self.scale - 1
 
     def fits(self, weight: Tensor) -> bool:

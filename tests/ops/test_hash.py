@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from surgery.ops.hash import (
     _STEP,
     ROUND3,
+    _derived,
+    _derived_words,
     _signed,
     advance_key,
     draw_key,
@@ -20,6 +25,7 @@ from surgery.ops.hash import (
     mix,
     multipliers,
     spread,
+    words,
 )
 
 from .statistics import INDEX, LAGS, SIZE, Hash, centred, correlation, faults, lag_scores
@@ -294,3 +300,51 @@ def test_draw_key_is_reproduced_by_the_seed() -> None:
     assert len({tuple(key.tolist()) for key in keys}) == 3
     assert keys[0].dtype == torch.int32
     assert keys[0].shape == (2,)
+
+
+@given(word=st.integers(0, 2**64 - 1), number=st.integers(-(2**33), 2**33))
+def test_keys_derived_on_the_host_are_those_of_the_device(word: int, number: int) -> None:
+    key = key_from_seed(word)
+    assert _derived_words(*words(key), number) == tuple(_derived(key, number).tolist())
+
+
+class PhiloxGenerator:
+    """What the generator of a GPU tells the host."""
+
+    def __init__(self, seed: int, offset: int) -> None:
+        self.seed, self.offset = seed, offset
+
+    def initial_seed(self) -> int:
+        return self.seed
+
+    def get_offset(self) -> int:
+        return self.offset
+
+    def set_offset(self, offset: int) -> None:
+        assert offset % 4 == 0
+        self.offset = offset
+
+
+def test_keys_of_a_gpu_are_made_of_its_seed_and_offset(monkeypatch) -> None:
+    generators = [PhiloxGenerator(7, 0), PhiloxGenerator(8, 0)]
+    module = SimpleNamespace(default_generators=generators, current_device=lambda: 1)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    first, other, current = (torch.device(name) for name in ("cuda:0", "cuda:1", "cuda"))
+
+    def drawn(device: torch.device, rank: int = 0) -> tuple[int, ...]:
+        key = draw_key(device, rank)
+        assert key.device.type == "cpu"
+        assert key.dtype == torch.int32
+        return tuple(key.tolist())
+
+    keys = [drawn(first) for _ in range(50)]
+    assert len(set(keys)) == 50
+    assert generators[0].offset == 200  # moves on, so that torch's own draws are others too
+    generators[0].offset = 100
+    assert drawn(first) == keys[25]  # as activation checkpointing restores it
+    generators[0].offset = 100
+    assert drawn(first, rank=3) != keys[25]
+    assert drawn(other) not in keys
+    before = generators[1].offset
+    drawn(current)
+    assert generators[1].offset == before + 4

@@ -9,7 +9,7 @@ first kernel is launched, by `launch.Kernel`. Nothing here is of one vendor. The
 of the formulas they stand for; on machines without a GPU, tests run them in Triton's interpreter.
 """
 
-from .launch import INDEX, takes
+from .launch import INDEX, is_there, takes
 from .masks import drop, drop_shared, steps
 
-__all__ = ["INDEX", "drop", "drop_shared", "steps", "takes"]
+__all__ = ["INDEX", "drop", "drop_shared", "is_there", "steps", "takes"]

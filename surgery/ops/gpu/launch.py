@@ -35,11 +35,16 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def is_there(tensor: Tensor) -> bool:
+    """Whether a tensor is on a GPU."""
+    return tensor.device.type in DEVICES
+
+
 def takes(first: Tensor, *others: Tensor | None) -> bool:
     """Whether kernels can read tensors together: dense ones on one GPU, of floating dtypes, while
     nothing follows each operation."""
     device = first.device
-    if device.type not in DEVICES or is_traced() or not (has_triton() and compile_enabled()):
+    if not is_there(first) or is_traced() or not (has_triton() and compile_enabled()):
         return False
     for tensor in (first, *others):
         if tensor is None:
