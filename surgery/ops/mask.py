@@ -236,10 +236,11 @@ def _evaluate(
     if dtype is not None and dtype != weight.dtype:  # rounded once
         wide = weight.to(law.scale.dtype)
         return _evaluate(wide, anchor, key, law, layout).to(dtype)
-    flat = weight.reshape(layout.view)
-    towards = None if anchor is None else anchor.reshape(layout.view)
+    view = (layout.entries,) if layout.is_elementwise else layout.view
+    flat = weight.reshape(view)
+    towards = None if anchor is None else anchor.reshape(view)
     if layout.is_elementwise:
-        used = _in_segments(flat.view(-1), None if towards is None else towards.view(-1), key, law)
+        used = _in_segments(flat, towards, key, law)
     else:
         found = None if is_batched(weight) else shared_masks(flat, towards, key, law, layout)
         args = key.to(weight.device), law.threshold, law.scale, layout.mask

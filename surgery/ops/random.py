@@ -79,4 +79,5 @@ _SEEDED = frozenset({"cuda", "xpu"})
 def is_capturing(device: torch.device) -> bool:
     """Whether what is launched on the device becomes part of a CUDA graph, which runs it again and
     again: then no number of the host may be part of it."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    on_gpu = device.type == "cuda" and torch.cuda.is_initialized()
+    return on_gpu and torch.cuda.is_current_stream_capturing()
