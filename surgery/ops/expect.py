@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import native
+from . import gpu, native
 from .engine import CHUNK, has_kernels
 from .gaussian import gaussian_sample, safe_sqrt
 from .tracing import is_traced
@@ -58,9 +58,12 @@ def expectation(f: Function, mean: Tensor, var: Tensor, name: str | None = None)
         the shape and dtype of `mean`, computed in at least float32; at var = 0 it is f(mean). Where a
         gradient by var would be infinite or 0 / 0, at var = 0, it is 0.
     """
+    form = _FORMS.get(name or _name_of(f) or "")
+    found = _on_gpu(_ON_GPU.get(form), mean, var)
+    if found is not None:
+        return found
     wide = torch.promote_types(mean.dtype, torch.float32)
     args = f, mean.to(wide), var.to(wide)
-    form = _FORMS.get(name or _name_of(f) or "")
     expected: Tensor = _quadrature(*args) if form is None else form(*args)
     return expected.to(mean.dtype)
 
@@ -162,6 +165,9 @@ def excess(mean: Tensor, var: Tensor) -> Tensor:
     """
     if _has_kernel(mean, var):
         return native.excess(mean, var)
+    by_kernel = _on_gpu("excess", mean, var)
+    if by_kernel is not None:
+        return by_kernel
     sd = safe_sqrt(var)
     z = _score(mean, sd)
     t = torch.where(mean > 0, z, -z)
@@ -172,10 +178,23 @@ def excess(mean: Tensor, var: Tensor) -> Tensor:
 
 def _has_kernel(mean: Tensor, var: Tensor) -> bool:
     """Whether `excess` need not be differentiated, and can be had in one pass."""
-    recorded = torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad)
-    if recorded or is_traced() or mean.dtype != torch.float32 or mean.shape != var.shape:
+    if _is_recorded(mean, var) or is_traced() or mean.dtype != torch.float32:
         return False
-    return native.takes(mean, var) and has_kernels("activations")
+    same = mean.shape == var.shape
+    return same and native.takes(mean, var) and has_kernels("activations")
+
+
+def _is_recorded(mean: Tensor, var: Tensor) -> bool:
+    return torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad)
+
+
+def _on_gpu(name: str | None, mean: Tensor, var: Tensor) -> Tensor | None:
+    """What the kernel for the GPU finds in one pass, where nobody differentiates by it; or None."""
+    if name is None or mean.dtype == torch.float64 or mean.shape != var.shape:
+        return None
+    if _is_recorded(mean, var) or not gpu.takes(mean, var):
+        return None
+    return gpu.expect(name, mean, var)
 
 
 def _identity(f: Function, mean: Tensor, var: Tensor) -> Tensor:
@@ -221,6 +240,9 @@ def _gelu(f: Function, mean: Tensor, var: Tensor) -> Tensor:
     z = mean / sd
     return mean * _cdf(z) + var / sd * _density(z)
 
+
+_ON_GPU: dict[ClosedForm | None, str] = {_relu: "relu", _gelu: "gelu"}
+"""What the kernel of `gpu.expect` knows as a whole."""
 
 register_closed_form("identity", _identity, nn.Identity)
 register_closed_form("relu", _relu, nn.ReLU, torch.relu, torch.relu_, F.relu, F.relu_)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..config import Unit
 from ..errors import check_unmodified, version_of
-from . import native
+from . import gpu, native
 from .engine import has_kernels
-from .linear import autocast, has_autocast, matrix
+from .linear import has_autocast, matrix
 from .mask import Law
 from .ordinary import is_ordinary, unviewed
 from .random import drawn
@@ -84,7 +84,8 @@ def moments_of(
 
     Returns:
         mean and variance, in the dtype of the product. The variance of narrow floats is computed in
-        float32, where squares neither overflow nor vanish.
+        float32, where squares neither overflow nor vanish; on a GPU, that of bfloat16 of squares in
+        bfloat16, see `_dtype_of_squares`.
 
     Raises:
         ValueError: `unit="input"` with a kernel of more than one position.
@@ -105,11 +106,51 @@ def moments_of(
             var = product(x.to(wide), _difference(weight, anchor, wide), spread_bias).square()
         else:
             squared_bias = None if spread_bias is None else spread_bias.square()
+            given = x, weight, anchor, squared_bias
+            found = None if law.numbers is None else _squares_on_gpu(*given, law, mean.dtype)
+            if found is not None:
+                return mean, product(*found).to(mean.dtype)
             block = _block_for_squares(weight, wide)
             squares = _squares(weight, anchor, wide, block)
             var = product(x.to(wide).square(), squares, squared_bias)
             give_back(block)
         return mean, (ratio * var).to(mean.dtype)
+
+
+def _squares_on_gpu(
+    x: Tensor,
+    weight: Tensor,
+    anchor: Tensor | None,
+    squared_bias: Tensor | None,
+    law: Law,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """What the product of the variance takes, its weight and bias times the ratio, by one kernel: where
+    nobody differentiates by them, on a GPU; or None."""
+    recorded = x, weight, squared_bias
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in recorded):
+        return None
+    if not gpu.takes(x, weight, anchor):
+        return None
+    squares = _dtype_of_squares(dtype, law.scale.dtype)
+    found = gpu.factors(x, weight, anchor, squares, law.ratio, copies=False)
+    if found is None:
+        return None
+    offset = None if squared_bias is None else (squared_bias * law.ratio).to(squares)
+    return found.square_x, found.square_weight, offset
+
+
+def _dtype_of_squares(dtype: torch.dtype, wide: torch.dtype) -> torch.dtype:
+    """In which dtype a GPU multiplies squares, for a pre-activation of dtype `dtype`.
+
+    bfloat16 has the range of float32, and products of it run many times faster, with sums in float32. A
+    square is rounded by up to 2^-9 of itself, so that of n products of two, unrelated to each other, the
+    sum is off by about 2^-9 sqrt(k / n), where k = E[(x w)^4] / E[(x w)^2]^2 is 9 for Gaussians, and
+    their standard deviation by half of that. The rounding of that sum to bfloat16 adds up to 2^-10. Both
+    are below what rounding the pre-activation itself costs, 2^-9; and the mean has none of it.
+    Squares of float16 overflow above 256 and vanish below 2^-12: they are multiplied in float32.
+    """
+    return dtype if dtype == torch.bfloat16 else wide
 
 
 def _block_for_squares(weight: Tensor, wide: torch.dtype) -> Block | None:
@@ -160,6 +201,10 @@ class _Sample(torch.autograd.Function):
 
     @staticmethod
     def forward(mean: Tensor, var: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        if gpu.takes(mean, var, noise):
+            sample, slope = torch.empty_like(mean), torch.empty_like(mean)
+            if gpu.draw(mean, var, noise, sample, slope, None):
+                return sample, slope
         sd = safe_sqrt(var.to(noise.dtype))
         slope = torch.where(sd > 0, noise / (2 * sd), 0)
         return (mean + sd * noise).to(mean.dtype), slope.to(mean.dtype)
@@ -207,14 +252,17 @@ class _GaussianLinear(torch.autograd.Function):
         anchor: Tensor | None,
         ratio: Tensor,
         noise: Tensor,
+        dtype: torch.dtype,
     ) -> Tensor:
-        mean = unviewed(F.linear(x, weight, bias))
         block = borrow(weight)
-        var = F.linear(x.square(), _squares(weight, anchor, weight.dtype, block))
+        factor, matrix_, square, squares = _factors(x, weight, anchor, dtype, block)
+        mean = unviewed(F.linear(factor, matrix_, bias))
+        var = F.linear(square, squares)
         give_back(block)
         sample, slope = _drawn(mean, var, noise, ratio)
         ctx.save_for_backward(x, slope)
         ctx.weight, ctx.version, ctx.anchor = weight, version_of(weight), anchor
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return sample
 
     @staticmethod
@@ -223,23 +271,74 @@ class _GaussianLinear(torch.autograd.Function):
         check_unmodified("weight", ctx.weight, ctx.version)
         x, slope = (matrix(tensor) for tensor in ctx.saved_tensors)
         want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
-        weight, rows = ctx.weight, matrix(grads[0])
-        by_variance = rows * slope
-        of_x = of_weight = None
-        # Neither tangents nor batches of gradients can be written to memory that is there.
-        in_place = is_ordinary(rows) and not is_traced()
-        block = borrow(weight) if in_place else None
-        if want_x:
-            through = by_variance.mm(_squares(weight, ctx.anchor, weight.dtype, block))
-            of_x = _plus_twice(rows.mm(weight), x, through, in_place)
-            of_x = of_x.view(*grads[0].shape[:-1], weight.shape[1])
-        if want_weight:
-            spread = _difference(weight, ctx.anchor, weight.dtype)
-            place = None if block is None else block.view(weight)
-            through = torch.mm(by_variance.t(), x.square(), out=place)
-            of_weight = _plus_twice(rows.t().mm(x), spread, through, in_place)
-        give_back(block)
-        return of_x, of_weight, rows.sum(0) if want_bias else None, None, None, None
+        rows, want = matrix(grads[0]), (want_x, want_weight)
+        found = _gradients_on_gpu(rows, slope, x, ctx.weight, ctx.anchor, want)
+        if found is None:
+            found = _gradients(rows, slope, x, ctx.weight, ctx.anchor, want)
+        of_x, of_weight = found
+        if of_x is not None:
+            of_x = of_x.view(*grads[0].shape[:-1], of_x.shape[1])
+        of_bias = rows.sum(0, dtype=ctx.bias_dtype) if want_bias else None
+        return of_x, of_weight, of_bias, None, None, None, None
+
+
+Gradients = tuple[Tensor | None, Tensor | None]
+
+
+def _gradients(
+    rows: Tensor,
+    slope: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    anchor: Tensor | None,
+    want: tuple[bool, bool],
+) -> Gradients:
+    """Of x and of the weight, if they are wanted.
+
+    Args:
+        rows: (rows, out), the gradient of the sample.
+        slope: of that shape, the derivative of the sample by the variance.
+        x: (rows, in).
+    """
+    by_variance, dtype = rows * slope, rows.dtype
+    of_x = of_weight = None
+    # Neither tangents nor batches of gradients can be written to memory that is there.
+    in_place = is_ordinary(rows) and not is_traced()
+    block = borrow(weight) if in_place else None
+    factor, matrix_ = x.to(dtype), weight.to(dtype)
+    if want[0]:
+        through = by_variance.mm(_squares(weight, anchor, dtype, block))
+        of_x = _plus_twice(rows.mm(matrix_), factor, through, in_place).to(x.dtype)
+    if want[1]:
+        spread = _difference(weight, anchor, dtype)
+        place = None if block is None else block.view(weight)
+        through = torch.mm(by_variance.t(), factor.square(), out=place)
+        of_weight = _plus_twice(rows.t().mm(factor), spread, through, in_place).to(weight.dtype)
+    give_back(block)
+    return of_x, of_weight
+
+
+def _gradients_on_gpu(
+    rows: Tensor,
+    slope: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    anchor: Tensor | None,
+    want: tuple[bool, bool],
+) -> Gradients | None:
+    """`_gradients` with one kernel before the products and one after them; None elsewhere."""
+    if not gpu.takes(slope, x, weight, anchor) or not gpu.takes(rows := rows.contiguous()):
+        return None
+    found = gpu.factors(x, weight, anchor, rows.dtype, None, (rows, slope), want)
+    if found is None or found.by_variance is None:
+        return None
+    by_variance = found.by_variance
+    of_x = of_weight = None
+    if want[0]:
+        of_x = rows.mm(found.weight), x, by_variance.mm(found.square_weight)
+    if want[1]:
+        of_weight = rows.t().mm(found.x), weight, by_variance.t().mm(found.square_x)
+    return gpu.add_twice(of_x, of_weight, anchor)
 
 
 def _plus_twice(total: Tensor, one: Tensor, other: Tensor, in_place: bool) -> Tensor:
@@ -248,13 +347,28 @@ def _plus_twice(total: Tensor, one: Tensor, other: Tensor, in_place: bool) -> Te
 
 def _drawn(mean: Tensor, var: Tensor, noise: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
     """mean + sd * noise with sd^2 = ratio * var, and its derivative by var; in place."""
+    if gpu.takes(mean, var, noise) and gpu.draw(mean, var, noise, mean, var, ratio):
+        return mean, var
     known = mean.dtype == torch.float32 and native.takes(mean, var, noise)
     if known and has_kernels("activations"):
         native.sample(mean, var, noise, ratio)
         return mean, var
-    sd = var.mul_(ratio).sqrt_()
-    slope = torch.where(sd > 0, noise * (0.5 * ratio) / sd, 0)
+    sd = var.to(noise.dtype).mul_(ratio).sqrt_()
+    slope = torch.where(sd > 0, noise * (0.5 * ratio) / sd, 0).to(mean.dtype)
     return mean.addcmul_(sd, noise), slope
+
+
+def _factors(
+    x: Tensor, weight: Tensor, anchor: Tensor | None, dtype: torch.dtype, block: Block | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x and the weight, and the squares of x and of the weight less its anchor."""
+    if gpu.takes(x, weight, anchor):
+        found = gpu.factors(x, weight, anchor, dtype)
+        if found is not None:
+            return found[:4]
+    squares = _squares(weight, anchor, dtype, block)
+    x = x.to(dtype)
+    return x, weight.to(dtype), x.square(), squares
 
 
 def _squares(
@@ -273,7 +387,8 @@ def gaussian_linear(
     anchor: Tensor | None = None,
 ) -> Tensor:
     """`gaussian_sample` of `moments_of` a linear layer whose bias is not dropped, with less memory
-    traffic where that is possible: in eager code, for tensors of one wide dtype.
+    traffic where that is possible: in eager code, for tensors of one wide dtype, and on a GPU for
+    products in bfloat16, whose squares are then of it too.
 
     Args:
         x: (..., in).
@@ -284,11 +399,36 @@ def gaussian_linear(
     Returns:
         (..., out), differentiable once.
     """
-    wide = x.dtype == weight.dtype == law.scale.dtype and weight.is_contiguous()
     plain = type(x) is Tensor and x.dim() > 1 and unit in ("element", "input")
-    if is_traced() or not (wide and plain) or law.drops_all or autocast(x)[0] is not x:
+    known = not is_traced() and law.numbers is not None and not law.drops_all
+    if not (plain and known and _is_fast(x, weight, anchor, law)):
         return gaussian_sample(*moments_of(F.linear, x, weight, bias, law, unit, anchor))
-    noise = torch.randn(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device)
-    args = (x, weight, bias, anchor, law.ratio, noise)
+    dtype = _dtype_of_product(x)
+    noise = torch.randn(*x.shape[:-1], len(weight), dtype=law.scale.dtype, device=x.device)
+    args = (x, weight, bias, anchor, law.ratio, noise, dtype)
     sample: Tensor = _GaussianLinear.apply(*args)  # type: ignore[no-untyped-call]
     return sample
+
+
+def _is_fast(x: Tensor, weight: Tensor, anchor: Tensor | None, law: Law) -> bool:
+    """Whether `_GaussianLinear` is for these tensors: all of one wide dtype, or on a GPU and multiplied
+    in bfloat16."""
+    dtype, wide = _dtype_of_product(x), law.scale.dtype
+    same = x.dtype == weight.dtype == dtype
+    if dtype == wide:
+        return same and weight.is_contiguous()
+    cast = {x.dtype, weight.dtype} <= {dtype, wide} and _has_autocast_on(x.device.type)
+    squares = _dtype_of_squares(dtype, wide)
+    return (same or cast) and squares == dtype and gpu.takes(x, weight, anchor)
+
+
+def _dtype_of_product(x: Tensor) -> torch.dtype:
+    """The dtype that `F.linear` would give."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and _has_autocast_on(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _has_autocast_on(kind: str) -> bool:
+    return has_autocast(kind) and torch.is_autocast_enabled(kind)

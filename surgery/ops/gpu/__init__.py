@@ -3,13 +3,29 @@
     launch.py               which tensors they take, and how one is launched at little cost to the host
     hash_kernels.py         the hash of `hash.py`, for the kernels
     masks.py                mask and apply                       (kernels in mask_kernels.py)
+    gaussians.py            between the products of a Gaussian pre-activation (gaussian_kernels.py)
+    expectations.py         activations of a Gaussian            (expect_kernels.py)
+    numbers_kernels.py      rounding, roots and quotients, for the kernels
 
 A file of kernels imports triton, which comes with torch's builds for a GPU; it is imported when the
 first kernel is launched, by `launch.Kernel`. Nothing here is of one vendor. The kernels have the bits
 of the formulas they stand for; on machines without a GPU, tests run them in Triton's interpreter.
 """
 
+from .expectations import expect
+from .gaussians import add_twice, draw, factors
 from .launch import INDEX, is_there, takes
 from .masks import drop, drop_shared, steps
 
-__all__ = ["INDEX", "drop", "drop_shared", "is_there", "steps", "takes"]
+__all__ = [
+    "INDEX",
+    "add_twice",
+    "draw",
+    "drop",
+    "drop_shared",
+    "expect",
+    "factors",
+    "is_there",
+    "steps",
+    "takes",
+]

@@ -20,3 +20,18 @@ def rounded(values, dtype: tl.constexpr):
         bits = tl.where(narrow == narrow, bits, 0x7FC0)
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return values.to(dtype)
+
+
+@triton.jit
+def root(values, DOUBLE: tl.constexpr):
+    """The square root, rounded to nearest."""
+    if DOUBLE:
+        return tl.sqrt(values)
+    return tl.sqrt_rn(values)
+
+
+@triton.jit
+def divided(values, by):
+    """The quotient of float32, rounded to nearest: `/` has an error of two units there, which tails
+    multiply by the square of how far out they are."""
+    return tl.div_rn(values, by)
