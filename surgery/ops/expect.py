@@ -163,11 +163,11 @@ def excess(mean: Tensor, var: Tensor) -> Tensor:
     It is sd * g(|mean| / sd) with g(t) = phi(t) - t * Phi(-t), here by erfcx, whose tail does not
     vanish. At mean = 0 its slope is that on the left, which completes torch's slope of relu, 0.
     """
-    if _has_kernel(mean, var):
-        return native.excess(mean, var)
     by_kernel = _on_gpu("excess", mean, var)
     if by_kernel is not None:
         return by_kernel
+    if _has_kernel(mean, var):
+        return native.excess(mean, var)
     sd = safe_sqrt(var)
     z = _score(mean, sd)
     t = torch.where(mean > 0, z, -z)

@@ -123,8 +123,8 @@ def add_twice(
     DOUBLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """of_x = total + 2 * x * through, and the same for the weight less its anchor, by the programs after
-    those of x. Either may have no entries."""
+    """of_x = total + 2 * x * through, and the same for the weight less its anchor, by the programs
+    after those of x. Either may have no entries."""
     WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     program = tl.program_id(0)
     programs_of_x = (size_x + BLOCK - 1) // BLOCK

@@ -1,7 +1,8 @@
 """Gaussian pre-activations on the GPU: what stands between their products, in one launch each.
 
-Training at usual sizes is bound by the host here, which launches kernels more slowly than they run. So one
-kernel squares input and weight, another draws, and backward has one before its products and one after.
+Training at usual sizes is bound by the host here, which launches kernels more slowly than they run.
+So one kernel squares input and weight, another draws, and backward has one before its products and one
+after them.
 """
 
 from __future__ import annotations
