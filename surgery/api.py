@@ -17,6 +17,7 @@ from .journal import Changes, Reversible, Step
 from .modules.kinds import kind_of
 from .modules.places import Place, places, states_in, states_of
 from .modules.state import SiteState, change_p
+from .modules.walk import named_modules
 from .ops import draw_key, release
 from .plan import Plan
 from .plugins import load_plugins
@@ -131,8 +132,9 @@ def strip_dropconnect(model: Model) -> Model:
     Warns (`UserWarning`) of sites that never dropped anything although the model was trained: it does
     not use them, or uses them in a way that the plan did not see.
     """
-    unused = unused_sites(model) if was_trained(model) else []
-    undo(model)
+    modules = named_modules(model)
+    unused = unused_sites(model) if was_trained(modules) else []
+    undo(model, modules)
     release()
     if unused:
         warnings.warn(

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, repeat
 from typing import Any, TypeVar
@@ -85,10 +85,10 @@ class Changes:
         self._others: list[Step] = []
         """Of dicts of other types, which have methods of their own."""
 
-    def set_class(self, thing: object, cls: type) -> None:
-        """Change the class of an object."""
-        self._objects.append(thing)
-        self._classes.append(cls)
+    def set_class(self, things: Sequence[object], cls: type) -> None:
+        """Change the class of objects."""
+        self._objects += things
+        self._classes += [cls] * len(things)
 
     def fill(self, table: dict[str, Any], content: Mapping[str, Any]) -> None:
         """Give a dict this content, in this order; the dict object stays, for those who hold it."""
@@ -113,6 +113,13 @@ class Changes:
             return
         self._poorer += [table] * len(keys)
         self._keys += keys
+
+    def drop_attributes(self, things: Sequence[object], names: Sequence[str]) -> None:
+        """Delete attributes that are items of the `__dict__` of objects, if they are there."""
+        tables = [thing.__dict__ for thing in things]
+        for name in names:
+            self._poorer += tables
+            self._keys += [name] * len(tables)
 
     def at_once(self) -> Callable[[], Any]:
         """A call that changes everything with nothing in between."""

@@ -15,7 +15,8 @@ from .finder import Look
 from .graphs import Survey
 from .known import Known
 from .modules.kinds import follows_weight, kind_of, layout_of
-from .modules.operated import DropConnectModule, plain_class
+from .modules.laws import give_laws
+from .modules.operated import DropConnectModule, operated_class, plain_class
 from .modules.places import plain_parameters, states_of
 from .modules.product import Product, needs_product
 from .modules.state import SiteState
@@ -23,7 +24,7 @@ from .plan import Plan, Site, Use
 from .refusals import no_class, not_followed, why_not
 from .scope import needs_scope
 from .select import Choice, select
-from .ties import by_parameter, ties, with_ties
+from .ties import Users, by_parameter, ties, with_ties
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Change:
     draws: list[str] = field(default_factory=list)
     scope: bool = False
     """Whether its forward is one that a site inside needs to know of; see `surgery.moments`."""
+    _new_class: type[DropConnectModule] | None = field(default=None, init=False, repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -47,6 +49,16 @@ class Change:
         if len(names) < 2:
             return names
         return tuple(name for name in plain_parameters(self.module) if name in names)
+
+    def new_class(self) -> type[DropConnectModule]:
+        """The class that the module gets.
+
+        Raises:
+            TypeError: there can be none.
+        """
+        if self._new_class is None:
+            self._new_class = operated_class(plain_class(self.module), self.names)
+        return self._new_class
 
 
 class Found(NamedTuple):
@@ -119,15 +131,13 @@ def prepare(
     changes: dict[int, Change] = {}
     sites: list[Found] = []
     problems: list[str] = []
-    for users, parameter in by_parameter(catalogue, choices, problems):
+    found = by_parameter(catalogue, choices, problems)
+    for users, parameter in found:
         site = _site(catalogue, users, parameter, changes, problems, known)
         if site is not None:
             sites.append(site)
     raise_all(problems or [*_lone_biases(changes), *_without_class(catalogue, changes)])
-    if not have_gradients(catalogue.modules.values()):
-        for change in changes.values():
-            for state in change.states.values():
-                state.before_training = True
+    _complete(found, changes, have_gradients(catalogue.modules.values()))
     return Prepared(sites, list(changes.values()), catalogue.graphs, look.uses)
 
 
@@ -201,9 +211,7 @@ def _state(
         kind = kind_of(module)
         weights = [weight for weight in catalogue.own(module) if kind.bias(weight) == name]
         follows = weights[0] if weights else None
-    state = SiteState(name, kind_name, config, layout, follows, full, product)
-    state.law_for(parameter)
-    return state
+    return SiteState(name, kind_name, config, layout, follows, full, product)
 
 
 def _operation(catalogue: Catalogue, user: Choice, by_parents: bool) -> tuple[str, Product | None]:
@@ -214,6 +222,19 @@ def _operation(catalogue: Catalogue, user: Choice, by_parents: bool) -> tuple[st
     kind = kind_of(module)
     own = name == "weight" and not by_parents
     return kind.name, kind.product(plain_class(module)) if own else None
+
+
+def _complete(found: list[Users], changes: dict[int, Change], had_gradients: bool) -> None:
+    """Give the states of a plan that can be carried out what is not known of one alone."""
+    new = [
+        (changes[id(user.module)].states[user.name], parameter)
+        for users, parameter in found
+        for user in users
+    ]
+    give_laws(new)
+    if had_gradients:
+        for state, _ in new:
+            state.had_gradients = True
 
 
 def have_gradients(modules: Iterable[nn.Module]) -> bool:
@@ -246,7 +267,9 @@ def _lone_biases(changes: dict[int, Change]) -> list[str]:
 def _without_class(catalogue: Catalogue, changes: dict[int, Change]) -> Iterator[str]:
     """Modules that cannot become what surgery makes of them: of sites, and around them."""
     for change in changes.values():
-        problem = None if change.in_graph else no_class(change.module, change.names)
+        if change.in_graph or isinstance(change.module, DropConnectModule):
+            continue
+        problem = no_class(change.module, change.new_class)
         if problem is not None:
             name = catalogue.name(change.module) or "(root)"
             yield f"{name} ({type(change.module).__name__}): {problem}"

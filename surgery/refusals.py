@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from .known import Known
 from .modules.derived import computed, fix
 from .modules.kinds import SEPARATE_PROJECTIONS, follows_weight, kind_of, layout_of, needs_axes
 from .modules.masking import AFTER_FSDP, is_managed
-from .modules.operated import DropConnectModule, operated_class, plain_class
+from .modules.operated import DropConnectModule, plain_class
 from .modules.places import states_of
 from .modules.product import INSTEAD, Demand, needs_product
 from .modules.state import anchor_name, live_name, raw_name
@@ -103,37 +105,37 @@ def why_not(
     return None
 
 
-def no_class(module: nn.Module, names: tuple[str, ...]) -> str | None:
-    """Why a module cannot get the class of one whose parameters `names` are operated, or None."""
-    if isinstance(module, DropConnectModule):
-        return None
+def no_class(module: nn.Module, new_class: Callable[[], type]) -> str | None:
+    """Why a module cannot get the class of an operated one, which `new_class` returns, or None."""
     try:
-        operated_class(type(module), names)
+        new_class()
     except TypeError as error:
         return f"its class has no subclasses, and DropConnect needs one ({error}); exclude it"
-    for table in (module.__dict__, module._parameters, module._buffers, module._modules):
-        if table and not table.keys().isdisjoint(DropConnectModule.OWN):
-            return _taken(next(name for name in DropConnectModule.OWN if name in table))
-    return None
+    taken = _first_held(module, DropConnectModule.OWN)
+    return None if taken is None else _taken(taken)
 
 
 def _taken(name: str) -> str:
     return f"the module already has an attribute {name!r}; rename that first"
 
 
-def _first_taken(module: nn.Module, names: list[str]) -> str | None:
+def _first_taken(module: nn.Module, names: Sequence[str]) -> str | None:
     """The first of these names that a module has an attribute of. `nn.Module` makes an error with a
     message to say no, so it is asked only if a class changes how attributes are found."""
     cls = type(module)
     if cls.__getattr__ is not nn.Module.__getattr__:
         return next((name for name in names if hasattr(module, name)), None)
-    own, parameters = module.__dict__, module._parameters
-    buffers, children = module._buffers, module._modules
     for name in names:
-        if name in own or name in parameters or name in buffers or name in children:
-            return name
         if hasattr(cls, name):
             return name
+    return _first_held(module, names)
+
+
+def _first_held(module: nn.Module, names: Sequence[str]) -> str | None:
+    """The first of these names under which a module itself, not its class, has something."""
+    for table in (module.__dict__, module._parameters, module._buffers, module._modules):
+        if table and not table.keys().isdisjoint(names):
+            return next(name for name in names if name in table)
     return None
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from .caching import cached
 from .catalogue import Catalogue
 from .config import DropConnectConfig
 from .errors import NotOperatedError, SurgeryError, raise_all
@@ -22,11 +23,9 @@ from .modules.masking import is_managed
 from .modules.operated import (
     DropConnectModule,
     operated_among,
-    operated_class,
-    plain_class,
 )
-from .modules.places import Place, places, plain_parameters, states_in, states_of
-from .modules.state import SiteState
+from .modules.places import Place, places, plain_parameters, states_of
+from .modules.state import SiteState, live_name, raw_name
 from .modules.takers import taken
 from .modules.walk import named_modules
 from .plan import Plan, Site, join
@@ -35,6 +34,9 @@ from .scope import needs_scope
 
 Anchors = Mapping[str, Tensor]
 """Pretrained values by the plain dotted name of a weight."""
+
+Modules = Sequence[tuple[str, nn.Module]]
+"""What `named_modules` found."""
 
 _Todo = tuple[Change, dict[str, Tensor]]
 """A change, and the anchors that come with it, by buffer name."""
@@ -117,15 +119,15 @@ def swap(changes: Changes, change: Change, anchors: dict[str, Tensor]) -> None:
 
 
 def _swap_class(changes: Changes, change: Change) -> None:
-    module, names, held = change.module, change.names, change.module.__dict__
+    module, held, cls = change.module, change.module.__dict__, change.new_class()
     states, draws, scope = change.states, tuple(change.draws), change.scope
     if isinstance(module, DropConnectModule):
         states = {**module._dropconnect, **states}
         draws = tuple(dict.fromkeys((*module._dropconnect_draws, *draws)))
         scope = scope or module._dropconnect_scope
-    changes.set_class(module, operated_class(plain_class(module), names))
+    changes.set_class([module], cls)
     items = {
-        "_dropconnect": {name: states[name] for name in names},
+        "_dropconnect": {name: states[name] for name in cls._dropconnect_class[1]},
         "_dropconnect_draws": draws,
         "_dropconnect_scope": scope,
     }
@@ -143,25 +145,30 @@ def _rename(changes: Changes, module: nn.Module, names: dict[str, str]) -> None:
         changes.fill(held, {names.get(name, name): value for name, value in held.items()})
 
 
-def undo(model: nn.Module) -> None:
+def undo(model: nn.Module, walked: Modules | None = None) -> None:
     """Take DropConnect out of every module and graph, as a whole or not at all.
+
+    Args:
+        model: operated.
+        walked: its `named_modules`, if somebody has walked over them already.
 
     Raises:
         NotOperatedError: there is none in place.
         SurgeryError: a module's class was changed again since, or a node; the model is unchanged.
     """
-    walked = named_modules(model)
+    walked = named_modules(model) if walked is None else walked
     modules = list(operated_among(walked))
-    in_graphs = [(owner, states_of(owner)) for owner in owners_in_graphs(walked)]
+    surgeon = graph_surgeon([module for _, module in walked])
+    owners = [] if surgeon is None else owners_in_graphs(walked)
+    in_graphs = [(owner, states_of(owner)) for owner in owners]
     if not modules and not in_graphs:
         raise NotOperatedError(
             f"{type(model).__name__} has no DropConnect in place; there is nothing to strip"
         )
-    surgeon = graph_surgeon([module for _, module in walked])
     raise_all(_all_stuck(model, modules, surgeon), "take DropConnect out")
     changes, names = Changes(), Changes()
-    for _, module in modules:
-        unswap(changes, module)
+    for alike in _by_class(modules):
+        unswap(changes, alike)
     for owner, states in in_graphs:
         _plain_names(names, owner, states)
     if surgeon is None:
@@ -178,6 +185,16 @@ def undo(model: nn.Module) -> None:
     for _, module in modules:
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()
+
+
+def _by_class(
+    modules: Iterable[tuple[str, DropConnectModule]],
+) -> Iterable[list[DropConnectModule]]:
+    """Modules that have one class together."""
+    alike: dict[type, list[DropConnectModule]] = {}
+    for _, module in modules:
+        alike.setdefault(type(module), []).append(module)
+    return alike.values()
 
 
 def owners_in_graphs(modules: Iterable[tuple[str, nn.Module]]) -> list[nn.Module]:
@@ -211,35 +228,49 @@ def _stuck(name: str, module: DropConnectModule) -> str | None:
             f"{name or '(root)'}: FSDP holds its parameters under their present names; "
             "plain_state_dict gives plain weights to load into a plain model"
         )
+    held, parameters = module.__dict__, module._parameters
     for state in module._dropconnect.values():
-        problem = taken(module, state)
-        if problem is not None:
-            return problem
-    for state in module._dropconnect.values():
+        if state.raw not in parameters:
+            return taken(module, state)
         # A live mask alone does not tell: a forward that was killed may have left it.
-        if module.__dict__[state.live] is not None and runs_now(module):
+        if held[state.live] is not None and runs_now(module):
             return f"{name or '(root)'}: its forward is running"
     return None
 
 
 def _plain_names(changes: Changes, module: nn.Module, states: dict[str, SiteState]) -> None:
-    names: dict[str, str] = {}
+    _rename(changes, module, {state.raw: state.name for state in states.values()})
+    _drop_anchors(changes, module, states)
+
+
+def _drop_anchors(changes: Changes, module: nn.Module, states: dict[str, SiteState]) -> None:
     for state in states.values():
-        names[state.raw] = state.name
         if state.anchor is not None:
             changes.drop(cast(dict[str, Any], module._buffers), state.anchor)
-    _rename(changes, module, names)
 
 
-def unswap(changes: Changes, module: DropConnectModule) -> None:
-    held, states = module.__dict__, module._dropconnect
-    if isinstance(module, nn.RNNBase):
-        changes.put(held, _flat_weights(module))
-    if states:
-        _plain_names(changes, module, states)
-    live = [state.live for state in states.values()]
-    changes.drop(held, "_dropconnect", "_dropconnect_draws", "_dropconnect_scope", *live)
-    changes.set_class(module, module._dropconnect_class[0])
+def unswap(changes: Changes, modules: Sequence[DropConnectModule]) -> None:
+    """Make modules plain that have one class."""
+    cls, names = modules[0]._dropconnect_class
+    plain_names, added = _of_names(names)
+    for module in modules:
+        _rename(changes, module, plain_names)
+        if module._buffers:
+            _drop_anchors(changes, module, module._dropconnect)
+    if issubclass(cls, nn.RNNBase):
+        for module in modules:
+            changes.put(module.__dict__, _flat_weights(module))
+    changes.drop_attributes(modules, added)
+    changes.set_class(modules, cls)
+
+
+@cached
+def _of_names(names: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Of parameters with these plain names: plain names by raw ones, and what surgery adds to the
+    attributes of their module."""
+    own = ("_dropconnect", "_dropconnect_draws", "_dropconnect_scope")
+    plain_names = {raw_name(name): name for name in names}
+    return plain_names, (*own, *(live_name(name) for name in names))
 
 
 def _flat_weights(module: Any) -> dict[str, Any]:
@@ -300,15 +331,20 @@ def unused_sites(model: nn.Module, *, compiled: bool = False) -> list[str]:
     ]
 
 
-def was_trained(model: nn.Module) -> bool:
-    """Whether there are signs that the model was trained since surgery: something dropped, a forward
-    was seen to read a weight, or parameters have gradients where none had one."""
-    before_training = False
-    for state in states_in(model):
-        if state.drawn or state.undropped_by is not None:
-            return True
-        before_training = before_training or state.before_training
-    return before_training and have_gradients(module for _, module in named_modules(model))
+def was_trained(modules: Modules) -> bool:
+    """Whether there are signs that a model was trained since surgery: something dropped, a forward
+    was seen to read a weight, or parameters have gradients where none had one.
+
+    Args:
+        modules: all of the model.
+    """
+    had_gradients = True
+    for _, module in modules:
+        for state in states_of(module).values():
+            if state.drawn or state.undropped_by is not None:
+                return True
+            had_gradients = had_gradients and state.had_gradients
+    return not had_gradients and have_gradients(module for _, module in modules)
 
 
 def _drawn_by(catalogue: Catalogue) -> dict[int, list[str]]:
@@ -359,7 +395,7 @@ def rescope(
             if module._dropconnect or module._dropconnect_draws:
                 changes.put(module.__dict__, {"_dropconnect_scope": False})
             else:
-                unswap(changes, module)
+                unswap(changes, [module])
 
 
 def _has_scope(module: nn.Module) -> bool:

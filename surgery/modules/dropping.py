@@ -149,16 +149,17 @@ def _any_sharded(child: DropConnectModule) -> bool:
 
 def _open_own(module: Any, opened: list[Open], outside: bool = False) -> None:
     keys: dict[str, Tensor] = {}
+    compiling = torch.compiler.is_compiling()
     for state in module._dropconnect.values():
         mode = state.mode(module.training)
         if mode is None or (module.__dict__[state.live] is not None and runs_now(module)):
             continue
         if mode != "batch":
-            if not torch.compiler.is_compiling():  # activation checkpoints in a graph forbid it
+            if not compiling:  # activation checkpoints in a graph forbid it
                 state.drawn = True
             continue
         raw = getattr(module, state.raw)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             if outside:
                 state.drawn_outside = True
             elif state.drawn_outside:
@@ -174,7 +175,7 @@ def _open_own(module: Any, opened: list[Open], outside: bool = False) -> None:
         one = watched(module, state, used, recipe)
         opened.append(one)  # first, so that it is let go in any case
         object.__setattr__(module, state.live, one.used)
-        if torch.compiler.is_compiling():  # else whoever reads it says so
+        if compiling:  # else whoever reads it says so
             state.drawn = True
 
 

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..caching import lasting
+from ..caching import cached, lasting
 from ..journal import surely
 from ..ops import Law
 from ..ops.mask import law_dtype, law_numbers
@@ -39,6 +39,13 @@ def shared_law(p: float, device: torch.device, dtype: torch.dtype) -> Law:
     return law
 
 
+@cached
+def _indices(device: torch.device) -> tuple[Tensor, ...]:
+    """The places of a table as tensors, for all tables of a device."""
+    with lasting():
+        return torch.arange(LawTable.SIZE, device=device).view(-1, 1).unbind()
+
+
 class LawTable:
     """The laws of up to `SIZE` sites whose weights are on one device."""
 
@@ -50,11 +57,10 @@ class LawTable:
     """float32 or float64, shape (SIZE,)."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
+        self.device, self._dtype = device, dtype
         self._thresholds = array("i", [0]) * self.SIZE
         self._scales = array("d" if dtype == torch.float64 else "f", [1.0]) * self.SIZE
-        with lasting():
-            self._rows = torch.arange(self.SIZE, device=device).view(-1, 1).unbind()
+        self._indices = _indices(device)
         self._taken = 0
         self._captured: list[Tensor] = []
         """Thresholds and scales that are written to, and never replaced: for CUDA graphs."""
@@ -69,17 +75,21 @@ class LawTable:
 
     def fits(self, weight: Tensor) -> bool:
         """Whether the laws can be used with `weight`."""
-        return self._device == weight.device and self._dtype == law_dtype(weight.dtype)
+        return self.device == weight.device and self._dtype == law_dtype(weight.dtype)
 
-    def add(self, p: float) -> Row:
-        """A row for a new site. Nobody reads there yet, so the tensors may change."""
+    def add(self, threshold: int, scale: float) -> Row:
+        """A row for a new site. Nobody reads there yet, so the tensors may change; call `added` then."""
         place = self._taken
-        self._taken += 1
-        self._thresholds[place], self._scales[place] = law_numbers(p)
-        if self._device.type != "cpu":  # there the tensors are these arrays
+        self._taken = place + 1
+        self._thresholds[place] = threshold
+        self._scales[place] = scale
+        return Row(self, place, self._indices[place])
+
+    def added(self) -> None:
+        """Give the graphs the rows that were added. On the CPU the tensors are the arrays."""
+        if self.device.type != "cpu":
             self.publish()
             self.show()
-        return Row(self, place, self._rows[place])
 
     def copies(self) -> tuple[array[int], array[float]]:
         """Thresholds and scales to write to: what a backward under way reads is left alone."""
@@ -105,8 +115,8 @@ class LawTable:
             return {
                 "_thresholds": thresholds,
                 "_scales": scales,
-                "thresholds": torch.frombuffer(thresholds, dtype=torch.int32).to(self._device),
-                "scales": torch.frombuffer(scales, dtype=self._dtype).to(self._device),
+                "thresholds": torch.frombuffer(thresholds, dtype=torch.int32).to(self.device),
+                "scales": torch.frombuffer(scales, dtype=self._dtype).to(self.device),
             }
 
 
@@ -135,14 +145,41 @@ _open: dict[tuple[torch.device, torch.dtype], LawTable] = {}
 """The tables that new sites are put into."""
 
 
-def new_row(p: float, device: torch.device, dtype: torch.dtype) -> Row:
-    """A row of one's own in a table for weights of that device and dtype."""
-    key = (device, law_dtype(dtype))
+def give_laws(sites: Iterable[tuple[SiteState, Tensor]]) -> None:
+    """Give sites the law of their p on the device of their weight, and a row of their own in a table.
+
+    One pass for all sites of a model, of which neighbours mostly have the same law. In a trace nothing
+    is given: what is made there does not last.
+    """
+    last: tuple[float, torch.device, torch.dtype] | None = None
+    table: LawTable | None = None
+    touched: set[LawTable] = set()
     with _lock:
-        table = _open.get(key)
-        if table is None or table.is_full:
-            table = _open[key] = LawTable(*key)
-        return table.add(p)
+        for state, weight in sites:
+            wanted = state.p, weight.device, weight.dtype
+            if wanted != last:
+                last, law = wanted, shared_law(*wanted)
+                threshold, scale = law_numbers(state.p)
+                key = weight.device, law_dtype(weight.dtype)
+                table = None
+            if type(law.threshold) is not Tensor:
+                continue
+            if table is None or table.is_full:
+                table = _open_table(*key)
+                touched.add(table)
+            # The row first: if an interrupt comes between, there is no law, and this is done again.
+            state.row = table.add(threshold, scale)
+            state.law = law
+        for used in touched:
+            used.added()
+
+
+def _open_table(device: torch.device, dtype: torch.dtype) -> LawTable:
+    """One that has room."""
+    table = _open.get((device, dtype))
+    if table is None or table.is_full:
+        table = _open[device, dtype] = LawTable(device, dtype)
+    return table
 
 
 def change_laws(states: Iterable[SiteState], p: float | None, factor: float) -> None:

@@ -12,7 +12,7 @@ from ..config import DropConnectConfig, Inference, Sampling, check_p
 from ..errors import SurgeryError
 from ..ops import Law, Layout
 from ..ops.random import is_capturing
-from .laws import Row, change_laws, new_row, shared_law
+from .laws import Row, change_laws, give_laws, shared_law
 from .product import Product
 
 
@@ -57,6 +57,19 @@ class NotGrouped(RuntimeError):
 
 class SiteState:
     """What one module knows of one of its operated parameters. Holds no parameter itself."""
+
+    # What is seldom set, and never read in a trace, whose guards would tell that an object has no such
+    # attribute of its own yet. Python lays out objects of 30 attributes or more as dicts of their own.
+    undropped_by: str | None = None
+    """Who was seen to read the raw parameter in a training forward; see `surgery.modules.watch`."""
+    drawn_outside = False
+    """Whether the forward of a module around the owner has drawn a mask."""
+    had_gradients = False
+    """Whether a parameter of the model had a gradient already when surgery was done."""
+    written = False
+    """Whether a trace has seen a forward write to the masked weight."""
+    held: tuple[Any, Tensor] | None = None
+    """While masks are held: (what the masked weight was computed from, the masked weight)."""
 
     def __init__(
         self,
@@ -106,17 +119,8 @@ class SiteState:
         self.drawn = False
         """Whether a masked weight was ever used: False after a training step means that the weight is
         not used the way the plan thinks. Written and never read in a trace, which needs no guard."""
-        self.undropped_by: str | None = None
-        """Who was seen to read the raw parameter in a training forward; see `surgery.modules.watch`."""
-        self.drawn_outside = False
-        """Whether the forward of a module around the owner has drawn a mask."""
-        self.before_training = False
-        """Whether no parameter of the model had a gradient when surgery was done."""
-        self.written = False
-        """Whether a trace has seen a forward write to the masked weight."""
         self.held_key: Tensor | None = None
-        self.held: tuple[Any, Tensor] | None = None
-        """While masks are held: (what the masked weight was computed from, the masked weight)."""
+        """While masks are held."""
 
     @property
     def p(self) -> float:
@@ -139,7 +143,7 @@ class SiteState:
         """A copy has a p of its own."""
         self.__dict__.update(state)
         if self.law is not None:
-            self.row = new_row(self.p, self.law.threshold.device, self.law.scale.dtype)
+            give_laws([(self, self.law.scale)])
 
     def law_for(self, raw: Tensor, keep: bool = True) -> Law:
         """The law on the weight's device; computed again when the weight has moved."""
@@ -150,10 +154,8 @@ class SiteState:
             return self._law_in_capture(raw)
         if law is None or not law.fits(raw):
             law = shared_law(self.p, raw.device, raw.dtype)
-            if keep and type(law.threshold) is Tensor:  # not a fake one, of a trace
-                # The row first: if an interrupt comes between, there is no law, and this is done again.
-                self.row = new_row(self.p, raw.device, raw.dtype)
-                self.law = law
+            if keep:
+                give_laws([(self, raw)])
         return law
 
     def _law_in_capture(self, raw: Tensor) -> Law:
@@ -198,10 +200,11 @@ class SiteState:
         """What a forward does: how it samples, `"moments"`, or None for nothing. The value of p is
         looked at in eager mode only: in a compiled graph it is data, so that it can change without
         recompiling."""
-        if self.p == 0.0 and not torch.compiler.is_compiling() and not self._is_captured():
+        eager = not torch.compiler.is_compiling()
+        if eager and self.rate * self.factor == 0.0 and not self._is_captured():
             return None
         if training or self.inference == "sample":
-            if not torch.compiler.is_compiling() and torch._C._is_tracing():
+            if eager and torch._C._is_tracing():
                 raise SurgeryError(refusal_to_script(self.site, "torch.jit.trace"))
             if self.group is not None and self.group.probing:
                 return "probe"

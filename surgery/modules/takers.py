@@ -89,10 +89,8 @@ class Parametrizations:
 _PARAMETRIZE = parametrize.register_parametrization.__code__
 
 
-def taken(module: nn.Module, state: SiteState) -> str | None:
-    """Who has taken the raw parameter of a site since, and what to do; None if it is there."""
-    if state.raw in module._parameters:
-        return None
+def taken(module: nn.Module, state: SiteState) -> str:
+    """Who has taken the raw parameter of a site that is not there any more, and what to do."""
     if getattr(module, state.raw, None) is None:
         return f"{state.site}: {state.raw!r} was deleted after apply; put it back first"
     return f"{state.site}: {state.raw!r} is computed from others; {derived.fix(module, state.raw)}"

@@ -202,8 +202,8 @@ def test_changes_fail_as_a_whole() -> None:
     one, other, table = nn.Linear(2, 2), nn.Linear(2, 2), {"a": 1}
     changes = Changes()
     changes.put(table, {"a": 2})
-    changes.set_class(one, type("Linear", (nn.Linear,), {}))
-    changes.set_class(other, int)
+    changes.set_class([one], type("Linear", (nn.Linear,), {}))
+    changes.set_class([other], int)
     with pytest.raises(TypeError):
         changes.make()
     assert type(one) is type(other) is nn.Linear
