@@ -78,7 +78,7 @@ class LawTable:
         return self.device == weight.device and self._dtype == law_dtype(weight.dtype)
 
     def add(self, threshold: int, scale: float) -> Row:
-        """A row for a new site. Nobody reads there yet, so the tensors may change; call `added` then."""
+        """A row for a new site. Nobody reads there yet, so tensors may change; call `added` then."""
         place = self._taken
         self._taken = place + 1
         self._thresholds[place] = threshold
