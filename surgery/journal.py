@@ -21,6 +21,7 @@ nothing but the putting back is left, that is done once more by whoever catches 
 from __future__ import annotations
 
 import io
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -65,6 +66,30 @@ def restoring(put_back: Callable[[], Any], call: Callable[[], Result]) -> Result
     except BaseException:  # not `finally`, which an interrupt can end before it has done anything
         surely(put_back)
         raise
+
+
+class Lock:
+    """Lets one thread at a time call something.
+
+    `with` on a lock of `threading` can be interrupted between its block and its release: the lock stays
+    taken, and the next call waits for ever.
+    """
+
+    def __init__(self) -> None:
+        self._lock: Any = threading.RLock()  # one that knows whose it is
+
+    def holding(self, call: Callable[[], Result]) -> Result:
+        """What `call` returns, which no other thread calls meanwhile."""
+
+        def taken() -> Result:
+            self._lock.acquire()
+            return call()
+
+        return restoring(self._let_go, taken)
+
+    def _let_go(self) -> None:
+        while self._lock._is_owned():
+            self._lock.release()
 
 
 class Changes:

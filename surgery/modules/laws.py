@@ -8,9 +8,9 @@ whatever their p is, at a row of each site's own. A change of p makes a new tabl
 
 from __future__ import annotations
 
-import threading
 from array import array
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..caching import cached, lasting
-from ..journal import surely
+from ..journal import Lock, surely
 from ..ops import Law
 from ..ops.mask import law_dtype, law_numbers
 
@@ -139,7 +139,7 @@ class Row:
         return Law(threshold, scale)
 
 
-_lock = threading.Lock()
+_lock = Lock()
 """Of all tables."""
 _open: dict[tuple[torch.device, torch.dtype], LawTable] = {}
 """The tables that new sites are put into."""
@@ -151,27 +151,33 @@ def give_laws(sites: Iterable[tuple[SiteState, Tensor]]) -> None:
     One pass for all sites of a model, of which neighbours mostly have the same law. In a trace nothing
     is given: what is made there does not last.
     """
+    _lock.holding(partial(_give_laws, sites))
+
+
+def _give_laws(sites: Iterable[tuple[SiteState, Tensor]]) -> None:
     last: tuple[float, torch.device, torch.dtype] | None = None
     table: LawTable | None = None
     touched: set[LawTable] = set()
-    with _lock:
-        for state, weight in sites:
-            wanted = state.p, weight.device, weight.dtype
-            if wanted != last:
-                last, law = wanted, shared_law(*wanted)
-                threshold, scale = law_numbers(state.p)
-                key = weight.device, law_dtype(weight.dtype)
-                table = None
-            if type(law.threshold) is not Tensor:
-                continue
-            if table is None or table.is_full:
-                table = _open_table(*key)
-                touched.add(table)
-            # The row first: if an interrupt comes between, there is no law, and this is done again.
-            state.row = table.add(threshold, scale)
-            state.law = law
-        for used in touched:
-            used.added()
+    given: list[tuple[SiteState, Row, Law]] = []
+    for state, weight in sites:
+        wanted = state.p, weight.device, weight.dtype
+        if wanted != last:
+            last, law = wanted, shared_law(*wanted)
+            threshold, scale = law_numbers(state.p)
+            key = weight.device, law_dtype(weight.dtype)
+            table = None
+        if type(law.threshold) is not Tensor:
+            continue
+        if table is None or table.is_full:
+            table = _open_table(*key)
+            touched.add(table)
+        given.append((state, table.add(threshold, scale), law))
+    for used in touched:
+        used.added()
+    # The row first: if an interrupt comes between, there is no law, and this is done again.
+    for state, row, law in given:
+        state.row = row
+        state.law = law
 
 
 def _open_table(device: torch.device, dtype: torch.dtype) -> LawTable:
@@ -189,6 +195,10 @@ def change_laws(states: Iterable[SiteState], p: float | None, factor: float) -> 
     not left before it is done. One pass with little in it, since a schedule does this at every step.
     Neighbours mostly have the same law, and then get the same new one.
     """
+    _lock.holding(partial(_change_laws, states, p, factor))
+
+
+def _change_laws(states: Iterable[SiteState], p: float | None, factor: float) -> None:
     runs: list[tuple[list[SiteState], float, Law | None]] = []
     run: list[SiteState] = []
     old: Law | None = None
@@ -196,38 +206,37 @@ def change_laws(states: Iterable[SiteState], p: float | None, factor: float) -> 
     last: float | None = None
     table: LawTable | None = None
     written: dict[LawTable, tuple[array[int], array[float]]] = {}
-    with _lock:
-        for state in states:
-            rate = state.rate if p is None else p
-            if state.law is not old or rate != last:
-                old, last = state.law, rate
-                numbers = law_numbers(rate * factor)
-                if old is not None:
-                    law = shared_law(rate * factor, old.threshold.device, old.scale.dtype)
-                run = []
-                runs.append((run, rate, None if old is None else law))
-            run.append(state)
-            row = state.row
-            if row is None:
-                continue
-            if row.table is not table:
-                table = row.table
-                if table not in written:
-                    written[table] = table.copies()
-                thresholds, scales = written[table]
-            thresholds[row.place], scales[row.place] = numbers
-        news = [(table, table.published(*numbers_of)) for table, numbers_of in written.items()]
+    for state in states:
+        rate = state.rate if p is None else p
+        if state.law is not old or rate != last:
+            old, last = state.law, rate
+            numbers = law_numbers(rate * factor)
+            if old is not None:
+                law = shared_law(rate * factor, old.threshold.device, old.scale.dtype)
+            run = []
+            runs.append((run, rate, None if old is None else law))
+        run.append(state)
+        row = state.row
+        if row is None:
+            continue
+        if row.table is not table:
+            table = row.table
+            if table not in written:
+                written[table] = table.copies()
+            thresholds, scales = written[table]
+        thresholds[row.place], scales[row.place] = numbers
+    news = [(table, table.published(*numbers_of)) for table, numbers_of in written.items()]
 
-        def put() -> None:
-            for table, new in news:
-                table.__dict__.update(new)
-                table.show()
-            for run, rate, law in runs:
-                for state in run:
-                    state.rate, state.factor, state.law = rate, factor, law
+    def put() -> None:
+        for table, new in news:
+            table.__dict__.update(new)
+            table.show()
+        for run, rate, law in runs:
+            for state in run:
+                state.rate, state.factor, state.law = rate, factor, law
 
-        try:
-            put()
-        except BaseException:
-            surely(put)
-            raise
+    try:
+        put()
+    except BaseException:
+        surely(put)
+        raise

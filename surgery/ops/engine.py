@@ -11,15 +11,16 @@ All give the same bits. Code that is being traced gets the formula, which become
 from __future__ import annotations
 
 import inspect
-import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..caching import cached, lasting
+from ..journal import Lock
 from . import gpu, native
 from .hash import advance_key, mix_into, spread
 from .ordinary import is_batched
@@ -39,7 +40,7 @@ the int32 temporaries of larger ones leave the cache."""
 INDUCTOR = frozenset({"cuda"})
 """Types of device on which formulas are compiled by inductor."""
 
-_lock = threading.Lock()
+_lock = Lock()
 _compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
@@ -201,11 +202,13 @@ def _places(count: int) -> Tensor:
 def _compile(formula: Callable[..., Any]) -> Callable[..., Any]:
     """The compiled formula. `torch.compile` imports triton when called, so it is called late."""
     compiled = _compiled.get(formula)
+    return _lock.holding(partial(_compile_once, formula)) if compiled is None else compiled
+
+
+def _compile_once(formula: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = _compiled.get(formula)
     if compiled is None:
-        with _lock:
-            compiled = _compiled.get(formula)
-            if compiled is None:
-                compiled = _compiled[formula] = _make_compiled(formula)
+        compiled = _compiled[formula] = _make_compiled(formula)
     return compiled
 
 

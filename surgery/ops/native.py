@@ -9,12 +9,13 @@ How they are compiled, kept and loaded is in `build.py`.
 from __future__ import annotations
 
 import ctypes
-import threading
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..journal import Lock
 from .build import NoCompiler, load
 from .ordinary import is_ordinary
 
@@ -49,7 +50,7 @@ _SIGNATURES: dict[str, dict[str, list[Any]]] = {
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
-_lock = threading.RLock()
+_lock = Lock()
 _libraries: dict[str, Any] = {}
 _drop_functions: dict[tuple[str, torch.dtype], Any] = {}
 
@@ -61,11 +62,13 @@ def library(name: str) -> Any:
         NoCompiler: there is no compiler, or it fails.
     """
     found = _libraries.get(name)
+    return _lock.holding(partial(_loaded, name)) if found is None else found
+
+
+def _loaded(name: str) -> Any:
+    found = _libraries.get(name)
     if found is None:
-        with _lock:
-            found = _libraries.get(name)
-            if found is None:
-                found = _libraries[name] = load(name, _SIGNATURES[name])
+        found = _libraries[name] = load(name, _SIGNATURES[name])
     return found
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 
-_lock = threading.Lock()
+from ..journal import Lock
+
+_lock = Lock()
 _enabled = os.environ.get("DROPCONNECT_COMPILE", "1") != "0"
 _broken = False
 
@@ -25,13 +26,16 @@ def set_compile_enabled(enabled: bool) -> bool:
     return before
 
 
+def _is_first_failure() -> bool:
+    global _broken
+    first, _broken = not _broken, True
+    return first
+
+
 def give_up(error: BaseException) -> None:
     """Compile nothing any more, and warn of it once, with the error as the reason."""
-    global _broken
-    with _lock:
-        if _broken:
-            return
-        _broken = True
+    if not _lock.holding(_is_first_failure):
+        return
     reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
     warnings.warn(
         "No kernels can be compiled here, so DropConnect masks are computed by the slower plain "

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import pytest
 import torch
 from torch import nn
+
+from surgery.journal import Lock
 
 from .interrupted_verbs import VERBS
 from .interrupts import AtOpcode, by_signals, run_traced, sweep
@@ -49,6 +52,20 @@ def test_torch_itself_leaves_gradients_off() -> None:
         if not hit:
             break
     assert left_off > 0
+
+
+def test_a_lock_is_never_left_taken() -> None:
+    """At every instruction: else the next `set_p`, of any thread, would wait for ever."""
+    for count in itertools.count(1):
+        lock = Lock()
+        hit = run_traced(lambda: lock.holding(int), AtOpcode(count, everywhere=True))  # noqa: B023
+        other = threading.Thread(target=lock.holding, args=(int,), daemon=True)
+        other.start()
+        other.join(10)
+        assert not other.is_alive()
+        if not hit:
+            break
+    assert count > 20
 
 
 @pytest.mark.slow
