@@ -9,6 +9,7 @@ masks are not its own (see `reads.py`), and `module.weight` is the stored one.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
@@ -162,13 +163,23 @@ def _look(context: Any) -> None:
     made = getattr(used, "_dropconnect_version", None)
     if made is None:  # after a break: the masked weight was made in another graph
         context.graph_break("a masked weight")
-    since = itertools.takewhile(lambda other: other is not node, reversed(context.graph().nodes))
-    values = (other.meta.get("example_value") for other in since)
-    aliases = (value for value in values if _is_alias(value, used))
-    if used._version != made or any(alias._version not in (0, made) for alias in aliases):
+    nodes = itertools.takewhile(lambda other: other is not node, reversed(context.graph().nodes))
+    since = list(nodes)
+    aliases = [value for value in map(_value, since) if _is_alias(value, used)]
+    written = used._version != made or any(alias._version not in (0, made) for alias in aliases)
+    if written or any(_is_item_of(used, other) for other in since):
         reader, state = (_known(context.get_local(name)) for name in ("reader", "state"))
         state.written = True
         context.graph_break(_sentence(reader, state))
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("example_value")
+
+
+def _is_item_of(used: Tensor, node: Any) -> bool:
+    """Whether a node is `used[...] = value`: torch 2.9 does not carry that out on fake tensors."""
+    return node.target is operator.setitem and _is_alias(_value(node.args[0]), used)
 
 
 def _is_alias(value: Any, used: Tensor) -> bool:

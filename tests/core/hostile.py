@@ -117,7 +117,17 @@ def change_the_header(folder: Path, rng: random.Random) -> None:
     path.write_bytes(len(new).to_bytes(8, "little") + new + data[8 + length :])
 
 
-DTYPES = (torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.uint8)
+def _is_known(dtype: torch.dtype) -> bool:
+    """Whether this safetensors can write the type: 0.4 knows no complex numbers."""
+    try:
+        save({"x": torch.ones(1, dtype=dtype)})
+    except KeyError:
+        return False
+    return True
+
+
+_NUMBERS = (torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.uint8)
+DTYPES = tuple(filter(_is_known, _NUMBERS))
 
 
 def other_tensors(folder: Path, rng: random.Random) -> None:
