@@ -15,6 +15,7 @@ help:
 	@echo "make test-all  the tests with the long sweeps"
 	@echo "make test-no-compiler  those that kernels matter for, as on a machine without a C++ compiler"
 	@echo "make test-oldest  the tests with the oldest torch, transformers and Python that are supported"
+	@echo "make test-oldest-quick  those of them that are nearest to torch and transformers"
 	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 15 minutes)"
 	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
 	@echo "make bench-page   make bench, into docs/performance.md"
@@ -49,7 +50,8 @@ OLDEST_PYTHON := $(shell for python in \
 	do $$python -c "import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))" \
 	2>/dev/null && echo $$python && break; done)
 SLICE := $(patsubst %,tests/%.py,core/test_round_trip core/test_family core/test_moments_models)
-SLICE += $(patsubst %,tests/%.py,ops/test_mask survive/test_compile survive/test_export)
+SLICE += $(patsubst %,tests/survive/test_%.py,compile compile_cold export)
+SLICE += $(patsubst %,tests/%.py,ops/test_mask adapters/test_trainer adapters/test_trainer_saves)
 
 test-oldest: WHICH := tests --ignore tests/examples --ignore tests/benchmarks
 test-oldest-quick: WHICH := $(SLICE)
