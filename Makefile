@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed -o -path '*/kernels/*')
 
-.PHONY: help demo test test-all test-no-compiler test-oldest test-oldest-quick bench bench-quick bench-page lint wheel clean
+.PHONY: help demo test test-all test-no-compiler test-oldest test-oldest-quick bench bench-quick bench-page bench-gpu lint wheel clean
 
 help:
 	@echo "make demo      fine-tune a real checkpoint with DropConnect (5 to 7 minutes on 2 cores)"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 15 minutes)"
 	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
 	@echo "make bench-page   make bench, into docs/performance.md"
+	@echo "make bench-gpu    the same on a GPU, into out/bench-gpu.md (under 4 minutes); nothing without one"
 	@echo "make lint      ruff and mypy"
 	@echo "make wheel     build the wheel and check what is in it"
 
@@ -75,6 +76,13 @@ bench-page: OPTIONS := --page docs/performance.md
 bench bench-quick bench-page:
 	$(MAKE) VENV=$(BENCH) $(BENCH)/.peers
 	$(BENCH)/bin/python -m benchmarks $(OPTIONS)
+
+HAS_GPU := -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
+
+bench-gpu:
+	$(MAKE) VENV=$(BENCH) $(BENCH)/.wheel
+	! $(BENCH)/bin/python $(HAS_GPU) || $(MAKE) VENV=$(BENCH) $(BENCH)/.peers
+	$(BENCH)/bin/python -m benchmarks.gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

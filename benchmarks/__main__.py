@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import gpu, growth, layers, memory, models, paper, verbs
+from . import growth, layers, memory, models, paper, verbs
 from .conditions import busy, conditions, now, wait_for_quiet
 from .measure import FULL, QUICK, Settings
 from .plots import draw
@@ -40,7 +40,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     "apply": verbs.apply_and_strip,
     "set_p": verbs.change_p,
     "first": verbs.first_step,
-    "gpu": gpu.gpu,
 }
 GROWTH = "growth"
 

@@ -107,11 +107,11 @@ def markdown(
     plots: Sequence[str],
 ) -> str:
     """The table, what is missing in it, conditions and plots."""
-    known = [f"- {name}: {_shown(value)}" for name, value in where.items() if value is not None]
+    known = [f"- {name}: {shown(value)}" for name, value in where.items() if value is not None]
     warning = busy(machine["before"]["load"])
     doubt = [] if warning is None else [f"**Warning: {warning}.**", ""]
     changed = [
-        f"- {name}: {_shown(value)} before, {_shown(machine['after'][name])} after"
+        f"- {name}: {shown(value)} before, {shown(machine['after'][name])} after"
         for name, value in machine["before"].items()
     ]
     return "\n".join(
@@ -153,12 +153,13 @@ def into_page(page: Path, text: str, folder: Path, plots: Sequence[str]) -> None
     head, _, rest = old.partition(BEGIN)
     named = {name: f"performance-{name}" for name in plots}
     for name, new in named.items():
-        _replace(page.parent / new, (folder / name).read_text())
+        replace(page.parent / new, (folder / name).read_text())
         text = text.replace(f"({name})", f"({new})")
-    _replace(page, f"{head}{BEGIN}\n{text.strip()}\n{END}{rest.partition(END)[2]}")
+    replace(page, f"{head}{BEGIN}\n{text.strip()}\n{END}{rest.partition(END)[2]}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A condition as text."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {part or 'not installed'}" for name, part in value.items())
     return " / ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -187,9 +188,10 @@ def write(folder: Path, report: dict[str, Any], text: str) -> None:
     numbers = json.dumps(report, indent=1, allow_nan=False)
     content = {"bench.json": numbers, "bench.md": f"# Benchmarks\n\n{text}"}
     for name, body in content.items():
-        _replace(folder / name, body + "\n")
+        replace(folder / name, body + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
+    """Write a file whole, or not at all."""
     with whole_file(path) as unfinished:
         Path(unfinished).write_text(text)
