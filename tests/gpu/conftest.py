@@ -1,0 +1,88 @@
+"""These tests are for a GPU. `DROPCONNECT_TEST_DEVICE=cpu` runs on the CPU, with the kernels in
+Triton's interpreter, whatever does not need CUDA itself: so they are tried where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from surgery.ops import gaussian, key_from_seed
+from surgery.ops.gpu import launch
+
+HERE = Path(__file__).parent
+ON_CPU = not torch.cuda.is_available() and os.environ.get("DROPCONNECT_TEST_DEVICE") == "cpu"
+
+TORCHS_OWN = (
+    "TensorFloat32 tensor cores for float32",  # a hint of inductor
+    "Please use the new API settings to control TF32",
+    "Synchronization debug mode is a prototype",
+    "Not enough SMs to use max_autotune_gemm mode",
+    "Online softmax is disabled on the fly",
+)
+"""Beginnings of warnings that torch gives its users with plain models too. All others are errors."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE not in item.path.parents:
+            continue
+        for message in TORCHS_OWN:
+            item.add_marker(pytest.mark.filterwarnings(f"ignore:{message}"))
+        if not torch.cuda.is_available():
+            needs_cuda = "cuda" in getattr(item, "fixturenames", ())
+            if needs_cuda or not ON_CPU:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def cuda() -> str:
+    """The device, for what no other has."""
+    return "cuda"
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The device that is tested."""
+    if torch.cuda.is_available():
+        yield "cuda"
+        return
+    numpy = pytest.importorskip("numpy")
+    monkeypatch.setattr(launch, "DEVICES", {"cpu"})
+    with numpy.errstate(all="ignore"):  # a GPU does not warn of what overflows
+        yield "cpu"
+
+
+@pytest.fixture
+def same_draws(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Keys and noise are the same on every device. Call it before each run: then draws start anew."""
+    count = 0
+
+    def restart() -> None:
+        nonlocal count
+        count = 0
+
+    def draw(device: torch.device, rank: int = 0) -> Tensor:
+        nonlocal count
+        count += 1
+        return key_from_seed(count)
+
+    def noise(sampler: Any, like: Tensor, **options: Any) -> Tensor:
+        nonlocal count
+        count += 1
+        assert sampler is torch.randn_like
+        generator = torch.Generator().manual_seed(count)
+        values = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+        return values.to(like.device, options.get("dtype", like.dtype))
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("surgery.") and hasattr(module, "draw_key"):
+            monkeypatch.setattr(module, "draw_key", draw)
+    monkeypatch.setattr(gaussian, "drawn", noise, raising=False)
+    return restart
