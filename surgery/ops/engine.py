@@ -1,7 +1,7 @@
 """How a formula is run: by a kernel where there is one, else as it is, in chunks.
 
     CPU     the C++ kernels of `native.py`, compiled at first use
-    GPU     what inductor makes of the formula, at first use
+    GPU     the Triton kernels of `gpu/`, compiled at first use
     else    the formula, in chunks, so that memory stays bounded; with one warning if that is because
             compiling failed
 
@@ -10,11 +10,8 @@ All give the same bits. Code that is being traced gets the formula, which become
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -36,12 +33,6 @@ Formula = Callable[..., Tensor]
 CHUNK = 1 << 18
 """The plain formula works on this many weights at a time: smaller parts spend their time in calls, and
 the int32 temporaries of larger ones leave the cache."""
-
-INDUCTOR = frozenset({"cuda"})
-"""Types of device on which formulas are compiled by inductor."""
-
-_lock = Lock()
-_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def run(
@@ -123,20 +114,6 @@ def has_kernels(name: str) -> bool:
     return True
 
 
-def run_compiled(formula: Callable[..., Any], weight: Tensor, args: tuple[Any, ...]) -> Any:
-    """`formula(*args)`, compiled by inductor; None where that is not the way, or does not work.
-    `weight` is the argument that says where it runs."""
-    plain = type(weight) in (Tensor, torch.nn.Parameter)
-    if plain and weight.device.type in INDUCTOR and compile_enabled():
-        try:
-            return _compile(formula)(*args)
-        except Exception as error:
-            if not _is_of_compiler(error):
-                raise
-            give_up(error)
-    return None
-
-
 def _in_chunks(
     formula: Formula,
     weight: Tensor,
@@ -197,45 +174,3 @@ def _places(count: int) -> Tensor:
     """The spread indices of a chunk, which are the same for all of them."""
     with lasting():
         return spread(torch.arange(count, dtype=torch.int32, device="cpu"))
-
-
-def _compile(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled formula. `torch.compile` imports triton when called, so it is called late."""
-    compiled = _compiled.get(formula)
-    return _lock.holding(partial(_compile_once, formula)) if compiled is None else compiled
-
-
-def _compile_once(formula: Callable[..., Any]) -> Callable[..., Any]:
-    compiled = _compiled.get(formula)
-    if compiled is None:
-        compiled = _compiled[formula] = _make_compiled(formula)
-    return compiled
-
-
-class _NoCompiler(RuntimeError):
-    """`torch.compile` could not even be called."""
-
-
-def _make_compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        with warnings.catch_warnings():
-            # where warnings are errors, torch's own deprecations would look like a broken compiler
-            warnings.simplefilter("ignore")
-            import torch._inductor.compile_fx
-        options: dict[str, Any] = {}
-        if "recompile_limit" in inspect.signature(torch.compile).parameters:
-            # one entry for each dtype, device, rank of the mask and presence of an anchor
-            options["recompile_limit"] = 64
-        return torch.compile(formula, dynamic=True, fullgraph=True, **options)
-    except Exception as error:
-        raise _NoCompiler(str(error) or type(error).__name__) from error
-
-
-def _is_of_compiler(error: Exception) -> bool:
-    """Whether an error says that compiling failed, rather than the formula's own work."""
-    if isinstance(error, _NoCompiler):
-        return True
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-
-    return isinstance(error, (TorchDynamoException, CppCompileError, InvalidCxxCompiler))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Unit
-from .example_product import example_product
+from .example_operators import example_product
 from .linear import autocast
 from .mask import Law, Layout, drop_weight
 
@@ -37,8 +37,7 @@ def example_linear(
     x, weight, anchor = autocast(x, weight, anchor)
     _check(x, weight, anchor)
     if unit == "element":
-        product: Tensor = example_product(x, weight, anchor, key, law.threshold, law.scale)
-        return product
+        return example_product(x, weight, anchor, key, law)
     examples, rows, width = x.shape
     if unit == "input":
         layout = Layout.shared((examples, rows, width), (0, 2))

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from surgery import SurgeryError, apply_dropconnect
 from surgery.ops import Law, draw_key
-from surgery.ops.example_product import example_product
+from surgery.ops.example_operators import example_product
 from surgery.ops.gaussian import gaussian_linear, gaussian_sample
 from surgery.ops.linear import masked_linear
 from surgery.ops.mask import Layout, drop_weight
@@ -137,7 +137,7 @@ def test_no_function_returns_a_view() -> None:
             assert not gaussian_linear(x, weight, bias, law, "element")._is_view()
     for rows in (2, 9):
         x = torch.randn(3, rows, 6, requires_grad=True)
-        found = example_product(x, weight, None, key, law.threshold, law.scale)
+        found = example_product(x, weight, None, key, law)
         assert not found._is_view()
         assert not any(grad._is_view() for grad in torch.autograd.grad(found.sum(), (x, weight)))
     assert not drop_weight(weight, key, law, layout)._is_view()

@@ -15,7 +15,6 @@ from surgery.ops import (
     Law,
     Layout,
     drop_weight,
-    engine,
     example_linear,
     example_product,
     example_vector,
@@ -104,19 +103,6 @@ def test_threads_do_not_change_products(threads: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, *results))
-
-
-@pytest.mark.compiler
-@towards
-def test_inductor_against_all_weights_at_once(anchored: bool, monkeypatch) -> None:
-    """The formulas for the GPU, compiled for the CPU."""
-    monkeypatch.setattr(engine, "INDUCTOR", {"cpu"})
-    monkeypatch.setattr(engine, "has_kernels", lambda name: False)
-    monkeypatch.setattr(example_product, "has_kernels", lambda name: False)
-    check((12, 1, 48, 40), "element", anchored, 0.3, torch.float32)
-    assert {example_product._product_formula, example_product._outer_formula} <= set(
-        engine._compiled
-    )
 
 
 @pytest.mark.parametrize("sizes", COMPILED.values(), ids=COMPILED)

@@ -3,6 +3,7 @@
     launch.py               which tensors they take, and how one is launched at little cost to the host
     hash_kernels.py         the hash of `hash.py`, for the kernels
     masks.py                mask and apply                       (kernels in mask_kernels.py)
+    products.py             a masked weight for each example     (kernels in product_kernels.py)
     gaussians.py            between the products of a Gaussian pre-activation (gaussian_kernels.py)
     expectations.py         activations of a Gaussian            (expect_kernels.py)
     numbers_kernels.py      rounding, roots and quotients, for the kernels
@@ -16,6 +17,7 @@ from .expectations import expect
 from .gaussians import add_twice, draw, factors
 from .launch import INDEX, is_there, takes
 from .masks import drop, drop_shared, steps
+from .products import example_gradients, example_product
 
 __all__ = [
     "INDEX",
@@ -23,6 +25,8 @@ __all__ = [
     "draw",
     "drop",
     "drop_shared",
+    "example_gradients",
+    "example_product",
     "expect",
     "factors",
     "is_there",

@@ -32,16 +32,18 @@ def of_batch(z):
 
 
 @triton.jit
-def stirred(z):
-    """The second word of which an example chooses bits; the same for all examples."""
+def for_examples(z):
+    """The two words of which each example makes its bits. From `mix`, with what all examples share of
+    its last line already done: `other & (m ^ ROUND3)` is `(other & m) ^ (other & ROUND3)`."""
     other = z * 0x31848BAB
-    return other ^ (other >> 16)
+    other = other ^ (other >> 16)
+    return z ^ (other & 0x31848BAB), other
 
 
 @triton.jit
 def of_example(z, other, multiplier):
-    """The last product of an example: int32. `other` is `stirred(z)`."""
-    return ((z ^ (other & (multiplier ^ 0x31848BAB))) * multiplier).to(tl.int32, bitcast=True)
+    """The last product of an example: int32. `z` and `other` are of `for_examples`."""
+    return ((z ^ (other & multiplier)) * multiplier).to(tl.int32, bitcast=True)
 
 
 @triton.jit

@@ -40,9 +40,9 @@ def is_there(tensor: Tensor) -> bool:
     return tensor.device.type in DEVICES
 
 
-def takes(first: Tensor, *others: Tensor | None) -> bool:
+def takes(first: Tensor, *others: Tensor | None, strided: bool = False) -> bool:
     """Whether kernels can read tensors together: dense ones on one GPU, of floating dtypes, while
-    nothing follows each operation."""
+    nothing follows each operation. With `strided`, whether they could read contiguous copies."""
     device = first.device
     if not is_there(first) or is_traced() or not (has_triton() and compile_enabled()):
         return False
@@ -51,7 +51,7 @@ def takes(first: Tensor, *others: Tensor | None) -> bool:
             continue
         if tensor.dtype not in FLOATS or tensor.device != device:
             return False
-        if not is_ordinary_there(tensor) or not tensor.is_contiguous():
+        if not is_ordinary_there(tensor) or not (strided or tensor.is_contiguous()):
             return False
     return True
 

@@ -1,0 +1,211 @@
+"""The product of each example, as autograd, compilers and `torch.func` see it.
+
+It and its gradients are two registered operators, which `torch.compile`, `torch.export` and
+`torch.func` leave whole. Eager code on a GPU does without them: they take longer to call there than the
+work takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import gpu
+from .example_product import gradients, product
+from .mask import Law
+from .tracing import is_traced
+
+
+def example_product(
+    x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law
+) -> Tensor:
+    """`x_e @ W_e^T` for x (examples, rows, in) and a weight (out, in): see `example_linear`."""
+    if not gpu.takes(x, weight, anchor, strided=True):
+        found: Tensor = _product(x, weight, anchor, key, law.threshold, law.scale)
+        return found
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return cast(Tensor, _Eager.apply(x, weight, anchor, key, law))  # type: ignore[no-untyped-call]
+    return product(x, weight, anchor, key, law)
+
+
+class _Eager(torch.autograd.Function):
+    """The product in eager code. Keeps x, W and the key."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, anchor)
+        ctx.law = key, law
+        return product(x, weight, anchor, key, law)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        args = (grads[0], *ctx.saved_tensors)
+        wanted = ctx.needs_input_grad[:2]
+        key, law = ctx.law
+        if not torch.is_grad_enabled() and gpu.takes(*args, strided=True):
+            return *gradients(*args, key, law, *wanted), None, None, None
+        found = _gradients(*args, key, law.threshold, law.scale, *wanted)
+        return *(grad if want else None for grad, want in zip(found, wanted)), None, None, None
+
+
+@torch.library.custom_op(
+    "surgery::example_product",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? anchor, Tensor key, Tensor threshold, Tensor scale)"
+    " -> Tensor",
+)
+def _product_op(
+    x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, threshold: Tensor, scale: Tensor
+) -> Tensor:
+    return product(x, weight, anchor, key, Law(threshold, scale))
+
+
+@torch.library.custom_op(
+    "surgery::example_product_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor? anchor, Tensor key, Tensor threshold,"
+    " Tensor scale, bool want_x, bool want_weight) -> (Tensor, Tensor)",
+)
+def _gradients_op(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    anchor: Tensor | None,
+    key: Tensor,
+    threshold: Tensor,
+    scale: Tensor,
+    want_x: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weight; empty where not wanted."""
+    law = Law(threshold, scale)
+    of_x, of_weight = gradients(grad, x, weight, anchor, key, law, want_x, want_weight)
+    return (
+        x.new_empty(0) if of_x is None else of_x,
+        weight.new_empty(0) if of_weight is None else of_weight,
+    )
+
+
+@_product_op.register_fake
+def _(x: Tensor, weight: Tensor, *rest: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], weight.shape[0])
+
+
+@_gradients_op.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    want_x, want_weight = rest[-2:]
+    return (
+        x.new_empty(x.shape if want_x else 0),
+        weight.new_empty(weight.shape if want_weight else 0),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*(value for value in inputs if not isinstance(value, bool)))
+    ctx.wanted = tuple(value for value in inputs if isinstance(value, bool))
+
+
+def _keep_for_both(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """For tangents too, which registered operators do not have."""
+    _keep(ctx, inputs, output)
+    ctx.save_for_forward(*(value for value in inputs if not isinstance(value, bool)))
+
+
+def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    want_x, want_weight = ctx.needs_input_grad[:2]
+    of_x, of_weight = _gradients(grad, *ctx.saved_tensors, want_x, want_weight)
+    return of_x if want_x else None, of_weight if want_weight else None, None, None, None, None
+
+
+def _product_tangent(ctx: Any, x_dot: Any, weight_dot: Any, *rest: Any) -> Tensor:
+    """The product is linear in x, and in W - A."""
+    x, weight, anchor, *law = ctx.saved_tensors
+    dot: Tensor = x.new_zeros(*x.shape[:2], weight.shape[0])
+    if x_dot is not None:
+        dot = dot + _product(x_dot, weight, anchor, *law)
+    if weight_dot is not None:
+        dot = dot + _product(x, weight_dot, None, *law)
+    return dot
+
+
+def _gradients_tangent(
+    ctx: Any, grad_dot: Any, x_dot: Any, weight_dot: Any, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x is linear in that of the product and in W - A, the one of W in the former and
+    in x."""
+    grad, x, weight, anchor, *law = ctx.saved_tensors
+    want_x, want_weight = ctx.wanted
+    of_x, of_weight = (
+        like.new_zeros(like.shape if wanted else 0)
+        for like, wanted in ((x, want_x), (weight, want_weight))
+    )
+    if grad_dot is not None:
+        by_x, by_weight = _gradients(grad_dot, x, weight, anchor, *law, want_x, want_weight)
+        of_x, of_weight = of_x + by_x, of_weight + by_weight
+    if x_dot is not None and want_weight:
+        of_weight = of_weight + _gradients(grad, x_dot, weight, None, *law, False, True)[1]
+    if weight_dot is not None and want_x:
+        of_x = of_x + _gradients(grad, x, weight_dot, None, *law, True, False)[0]
+    return of_x, of_weight
+
+
+def _gradients_backward(ctx: Any, of_x: Tensor, of_weight: Tensor) -> tuple[Tensor | None, ...]:
+    """Both gradients are linear in each of grad, x and weight, so theirs are made of the same two."""
+    grad, x, weight, anchor, *law = ctx.saved_tensors
+    want_x, want_weight = ctx.wanted
+    for_grad = torch.zeros_like(grad)
+    if want_x:
+        for_grad = for_grad + _product(of_x, weight, anchor, *law)
+    if want_weight:
+        for_grad = for_grad + _product(x, of_weight, None, *law)
+    values = (of_x if want_x else x, of_weight if want_weight else weight)
+    for_x, for_weight = _gradients(grad, *values, None, *law, want_weight, want_x)
+    return (
+        for_grad,
+        for_x if want_weight else None,
+        for_weight if want_x else None,
+        *(None,) * 6,
+    )
+
+
+def _differentiable(
+    operator: Any, backward: Callable[..., Any], tangent: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The operator with its gradient and its tangent, also inside `torch.func`, which does not
+    differentiate registered operators but functions."""
+
+    def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling() and is_traced():
+            return recorded.apply(*args)
+        return operator(*args)
+
+    def vmap(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        """One after another, so that memory stays bounded."""
+        results = [
+            call(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, dims)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results))), (0, 0)
+
+    operator.register_autograd(backward, setup_context=_keep)
+    rules = {
+        "forward": operator,
+        "setup_context": _keep_for_both,
+        "backward": backward,
+        "jvp": tangent,
+        "vmap": vmap,
+    }
+    methods: dict[str, Any] = {name: staticmethod(rule) for name, rule in rules.items()}
+    recorded = cast(Any, type(operator._name, (torch.autograd.Function,), methods))
+    return call
+
+
+_gradients = _differentiable(_gradients_op, _gradients_backward, _gradients_tangent)
+_product = _differentiable(_product_op, _product_backward, _product_tangent)

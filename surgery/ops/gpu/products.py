@@ -1,0 +1,279 @@
+"""The product with a masked weight for each example, and its gradients, on the GPU.
+
+Where an example has few rows, a mask is drawn inside the product, so that no masked weight exists at
+all. Else the masked weights of a block of examples are written to memory by one kernel and multiplied,
+and then those of the next block, in the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .launch import INDEX, Kernel, form
+from .masks import arguments
+
+if TYPE_CHECKING:
+    from ..mask import Law
+
+FEW_ROWS = 4
+"""Up to so many rows an example, drawing its mask for each row costs less than storing its weight."""
+
+SCRATCH = 1 << 25
+"""Bytes of masked weights at a time, where examples have many rows; one weight, if that is larger."""
+
+BLOCK = 1024
+"""Entries of a program that writes masked weights or sums them."""
+
+UNROLL = 4
+"""Rows whose outer products are summed in one go."""
+
+PROGRAMS = 256
+"""Rows are summed in parts where a weight has fewer tiles than that: a GPU has so many places."""
+
+_FUSED: dict[str, Any] = {"enable_fp_fusion": True}
+"""Sums are in another order than those of the formula anyway."""
+
+_product = Kernel("product_kernels", "product", num_warps=4, **_FUSED)
+_input_gradient = Kernel("product_kernels", "input_gradient", num_warps=4, **_FUSED)
+_weight_gradient = Kernel("product_kernels", "weight_gradient", num_warps=4, **_FUSED)
+_masked_weights = Kernel("product_kernels", "masked_weights", num_warps=4)
+_masked_sum = Kernel("product_kernels", "masked_sum", num_warps=4)
+
+
+def example_product(
+    x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law
+) -> Tensor | None:
+    """`x_e @ W_e^T` for each example e.
+
+    Args:
+        x: (examples, rows, in).
+        weight: (out, in).
+        anchor: like the weight, or None.
+        key, law: see `masks.drop`.
+
+    Returns:
+        (examples, rows, out); None where there is no kernel. All tensors are contiguous.
+    """
+    if not _fit(x, weight):
+        return None
+    found = x.new_empty(*x.shape[:2], weight.shape[0])
+    if not found.numel() or not weight.numel():
+        return found.zero_()
+    if x.shape[1] > FEW_ROWS:
+        done = _block_product(x, weight, anchor, key, law, found)
+    else:
+        tile = _tile(x)
+        programs = -(-weight.shape[0] // tile[1])
+        done = _by_rows(_product, programs, (x, weight, anchor, found), key, law, tile)
+    return found if done else None
+
+
+def example_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    anchor: Tensor | None,
+    key: Tensor,
+    law: Law,
+    want_x: bool,
+    want_weight: bool,
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """The gradients of x and of the weight.
+
+    Args:
+        grad: (examples, rows, out), of the product.
+        x, weight, anchor, key, law: see `example_product`.
+
+    Returns:
+        both, each None where it is not wanted; None where there is no kernel.
+    """
+    if not _fit(x, weight):
+        return None
+    of_x = torch.empty_like(x) if want_x else None
+    of_weight = torch.empty_like(weight) if want_weight else None
+    if not grad.numel() or not weight.numel():
+        for found in (of_x, of_weight):
+            if found is not None:
+                found.zero_()
+        return of_x, of_weight
+    if x.shape[1] > FEW_ROWS:
+        done = _block_gradients(grad, x, weight, anchor, key, law, of_x, of_weight)
+        return (of_x, of_weight) if done else None
+    if of_x is not None:
+        tile = _tile(x)
+        programs = -(-weight.shape[1] // tile[2])
+        if not _by_rows(_input_gradient, programs, (grad, weight, anchor, of_x), key, law, tile):
+            return None
+    if of_weight is not None and not _summed_outer(grad, x, key, law, of_weight):
+        return None
+    return of_x, of_weight
+
+
+def _fit(x: Tensor, weight: Tensor) -> bool:
+    entries = x.shape[0] * x.shape[1] * weight.shape[0]
+    return max(x.numel(), weight.numel(), entries) <= INDEX
+
+
+def _tile(x: Tensor) -> tuple[int, int, int]:
+    """Rows, outputs and inputs of a step: the more rows, the more share what the hash of an entry
+    costs; sums of all three dimensions are in registers."""
+    rows = min(16, _power(x.shape[0] * x.shape[1]))
+    return rows, min(64, 256 // rows), 32
+
+
+def _outer_tile(inputs: int) -> tuple[int, int]:
+    """Outputs and inputs of a program that sums over rows: wide, as a thread then reads one input, and
+    outputs that all threads share."""
+    wide = min(256, max(32, _power(inputs)))
+    return 2048 // wide, wide
+
+
+def _power(number: int) -> int:
+    """The power of two that is not less."""
+    return 1 << (number - 1).bit_length()
+
+
+def _specialised(*sizes: int) -> tuple[tuple[bool, bool], ...]:
+    return tuple((size % 16 == 0, size == 1) for size in sizes)
+
+
+def _by_rows(
+    kernel: Kernel,
+    programs: int,
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    key: Tensor,
+    law: Law,
+    tile: tuple[int, int, int],
+) -> bool:
+    """Launch a kernel whose programs have each some rows, and one of so many parts of the result."""
+    left, weight, anchor, _ = tensors
+    rows, shape = left.shape[0] * left.shape[1], tuple(weight.shape)
+    return kernel.launch(
+        (-(-rows // tile[0]) * programs, 1, 1),
+        weight.device,
+        (*form(*tensors), *_specialised(*shape)),
+        (*tensors, *arguments(key, law), rows, *shape),
+        (left.shape[1], anchor is not None, law.scale.dtype == torch.float64, *tile),
+    )
+
+
+def _summed_outer(grad: Tensor, x: Tensor, key: Tensor, law: Law, of_weight: Tensor) -> bool:
+    rows, (outputs, inputs) = x.shape[0] * x.shape[1], of_weight.shape
+    tile = _outer_tile(inputs)
+    programs = -(-outputs // tile[0]) * -(-inputs // tile[1])
+    parts = max(1, min(PROGRAMS // programs, rows // 32))
+    span = -(-rows // (parts * UNROLL)) * UNROLL
+    sums = of_weight
+    if parts > 1:
+        sums = of_weight.new_empty(parts, outputs, inputs, dtype=law.scale.dtype)
+    done = _weight_gradient.launch(
+        (programs, parts, 1),
+        grad.device,
+        (*form(grad, x, sums), *_specialised(outputs, inputs)),
+        (grad, x, sums, *arguments(key, law), rows, span, outputs, inputs),
+        (x.shape[1], law.scale.dtype == torch.float64, *tile, UNROLL),
+    )
+    if done and parts > 1:
+        of_weight.copy_(sums.sum(0))
+    return done
+
+
+def _scratch(x: Tensor, weight: Tensor) -> tuple[Tensor, list[slice]]:
+    """Memory for the masked weights of a block of examples, and the blocks, of nearly one size."""
+    examples, size = len(x), weight.numel()
+    most = max(1, SCRATCH // (size * x.element_size()))
+    count = -(-examples // most)
+    step = -(-examples // count)
+    blocks = [slice(i, min(i + step, examples)) for i in range(0, examples, step)]
+    return x.new_empty(step, *weight.shape), blocks
+
+
+def _block_product(
+    x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, found: Tensor
+) -> bool:
+    scratch, blocks = _scratch(x, weight)
+    for block in blocks:
+        used = scratch[: block.stop - block.start]
+        if not _write_weights(weight, anchor, used, block.start, key, law):
+            return False
+        torch.bmm(x[block], used.mT, out=found[block])
+    return True
+
+
+def _block_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    anchor: Tensor | None,
+    key: Tensor,
+    law: Law,
+    of_x: Tensor | None,
+    of_weight: Tensor | None,
+) -> bool:
+    scratch, blocks = _scratch(x, weight)
+    for block, sums in zip(blocks, _sums(of_weight, len(blocks), law)):
+        used = scratch[: block.stop - block.start]
+        if of_x is not None:
+            if not _write_weights(weight, anchor, used, block.start, key, law):
+                return False
+            torch.bmm(grad[block], used, out=of_x[block])
+        if sums is not None:
+            torch.bmm(grad[block].mT, x[block], out=used)
+            if not _add_masked(used, *sums, block.start, key, law):
+                return False
+    return True
+
+
+def _sums(
+    of_weight: Tensor | None, count: int, law: Law
+) -> Iterator[tuple[Tensor | None, Tensor] | None]:
+    """For each block what its sum is added to, and where the new sum goes: last, into the gradient."""
+    if of_weight is None:
+        yield from [None] * count
+        return
+    wide = of_weight
+    if count > 1 and of_weight.dtype != law.scale.dtype:
+        wide = torch.empty_like(of_weight, dtype=law.scale.dtype)
+    for i in range(count):
+        yield (None if i == 0 else wide), (wide if i < count - 1 else of_weight)
+
+
+def _write_weights(
+    weight: Tensor, anchor: Tensor | None, used: Tensor, first: int, key: Tensor, law: Law
+) -> bool:
+    """The masked weights of some examples, from number `first` on."""
+    return _for_block(
+        _masked_weights, (weight, anchor, used), anchor is not None, used, first, key, law
+    )
+
+
+def _add_masked(
+    outer: Tensor, before: Tensor | None, found: Tensor, first: int, key: Tensor, law: Law
+) -> bool:
+    """The gradients of the masked weights of some examples, masked and summed."""
+    return _for_block(
+        _masked_sum, (outer, before, found), before is not None, outer, first, key, law
+    )
+
+
+def _for_block(
+    kernel: Kernel,
+    tensors: tuple[Tensor | None, ...],
+    has_second: bool,
+    block: Tensor,
+    first: int,
+    key: Tensor,
+    law: Law,
+) -> bool:
+    count, size = len(block), block[0].numel()
+    return kernel.launch(
+        (-(-size // BLOCK), 1, 1),
+        block.device,
+        (*form(*tensors), *_specialised(size)),
+        (*tensors, *arguments(key, law), first, count, size),
+        (has_second, law.scale.dtype == torch.float64, BLOCK),
+    )
