@@ -44,13 +44,14 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        args = (grads[0], *ctx.saved_tensors)
-        wanted = ctx.needs_input_grad[:2]
-        key, law = ctx.law
-        if not torch.is_grad_enabled() and gpu.takes(*args, strided=True):
-            return *gradients(*args, key, law, *wanted), None, None, None
-        found = _gradients(*args, key, law.threshold, law.scale, *wanted)
-        return *(grad if want else None for grad, want in zip(found, wanted)), None, None, None
+        grad, (x, weight, anchor), (key, law) = grads[0], ctx.saved_tensors, ctx.law
+        want_x, want_weight = ctx.needs_input_grad[:2]
+        args = grad, x, weight, anchor, key
+        if not torch.is_grad_enabled() and gpu.takes(grad, x, weight, anchor, strided=True):
+            return *gradients(*args, law, want_x, want_weight), None, None, None
+        of_x, of_weight = _gradients(*args, law.threshold, law.scale, want_x, want_weight)
+        found = of_x if want_x else None, of_weight if want_weight else None
+        return *found, None, None, None
 
 
 @torch.library.custom_op(

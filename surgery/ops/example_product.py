@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,8 +76,8 @@ def _blocks(examples: int, weight: Tensor, entries: int) -> Iterator[_Place]:
             yield slice(example, example + step), slice(row, row + row_step)
 
 
-def _dense(*tensors: Tensor | None) -> tuple[Any, ...]:
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
@@ -99,7 +98,7 @@ class _Masks:
         self, x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law
     ) -> None:
         self.weight = weight.detach().contiguous()
-        self.anchor = None if anchor is None else anchor.detach().contiguous()
+        self.anchor = None if anchor is None else _dense(anchor.detach())
         self.examples, self.rows = x.shape[:2]
         self.law = (key.to(weight.device), law.threshold, law.scale)
 
@@ -163,7 +162,7 @@ def product(x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, law: 
         (examples, rows, out), no view.
     """
     if gpu.takes(x, weight, anchor, strided=True):
-        found = gpu.example_product(*_dense(x, weight, anchor), key, law)
+        found = gpu.example_product(x.contiguous(), weight.contiguous(), _dense(anchor), key, law)
         if found is not None:
             return found
     x = x.detach()
@@ -199,8 +198,8 @@ def gradients(
         both, no views, in the dtypes of x and of the weight; None where not wanted.
     """
     if gpu.takes(grad, x, weight, anchor, strided=True):
-        dense = _dense(grad, x, weight, anchor)
-        found = gpu.example_gradients(*dense, key, law, want_x, want_weight)
+        dense = grad.contiguous(), x.contiguous(), weight.contiguous()
+        found = gpu.example_gradients(*dense, _dense(anchor), key, law, want_x, want_weight)
         if found is not None:
             return found
     grad, x = grad.detach(), x.detach()
