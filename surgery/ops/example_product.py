@@ -98,7 +98,7 @@ class _Masks:
         self, x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law
     ) -> None:
         self.weight = weight.detach().contiguous()
-        self.anchor = None if anchor is None else _dense(anchor.detach())
+        self.anchor = None if anchor is None else anchor.detach().contiguous()
         self.examples, self.rows = x.shape[:2]
         self.law = (key.to(weight.device), law.threshold, law.scale)
 
