@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..caching import cached, lasting
-from ..journal import Lock
 from . import gpu, native
 from .hash import advance_key, mix_into, spread
 from .ordinary import is_batched
