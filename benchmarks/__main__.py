@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import growth, layers, memory, models, paper, verbs
+from . import growth, layers, memory, models, paper, rounds, verbs
 from .conditions import busy, conditions, now, wait_for_quiet
 from .measure import FULL, QUICK, Settings
 from .plots import draw
@@ -26,6 +26,7 @@ from .rows import OURS, Benchmark, Row
 
 BENCHMARKS: dict[str, Benchmark] = {
     "mask": layers.mask_and_apply,
+    "rounds": rounds.third_round,
     "linear": layers.linear,
     "mixout": layers.mixout,
     "lstm": layers.lstm,

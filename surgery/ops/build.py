@@ -52,7 +52,7 @@ def load(name: str, functions: Functions) -> Any:
     Raises:
         NoCompiler: there is no compiler, or it fails, or what it makes has not these functions.
     """
-    compiler, program = _compiler()
+    compiler, program = find_compiler()
     try:
         fingerprint = _fingerprint(program, compiler)
         folder = cache_folder()
@@ -63,7 +63,7 @@ def load(name: str, functions: Functions) -> Any:
         if loaded is None:
             # Once loaded, a library needs its file no longer, nor do processes that are forked.
             with tempfile.TemporaryDirectory(prefix="dropconnect-surgery-") as private:
-                loaded = _open(_compile(compiler, name, Path(private)), functions)
+                loaded = open_library(_compile(compiler, name, Path(private)), functions)
     except OSError as error:
         raise NoCompiler(str(error)) from error
     return loaded
@@ -72,7 +72,7 @@ def load(name: str, functions: Functions) -> Any:
 def _from_cache(folder: Path, name: str, fingerprint: str, functions: Functions) -> Any:
     for path in kept(folder, name, fingerprint):
         try:
-            return _open(path, functions)
+            return open_library(path, functions)
         except NoCompiler:
             remove(path)
     return None
@@ -84,14 +84,14 @@ def _into_cache(
     """Compile in the cache; None where that fails, which may be for want of room or permission."""
     with contextlib.suppress(NoCompiler, OSError), unfinished_folder(folder) as scratch:
         library = _compile(compiler, name, scratch)
-        loaded = _open(library, functions)
+        loaded = open_library(library, functions)
         with contextlib.suppress(OSError):
             keep(folder, name, fingerprint, library)
         return loaded
     return None
 
 
-def _compiler() -> tuple[list[str], str]:
+def find_compiler() -> tuple[list[str], str]:
     """The command that compiles, `CXX` or `c++`, and where its program lies."""
     given = os.environ.get("CXX", "").strip() or "c++"
     try:
@@ -104,7 +104,7 @@ def _compiler() -> tuple[list[str], str]:
     return compiler, program
 
 
-def _open(library: Path, functions: Functions) -> Any:
+def open_library(library: Path, functions: Functions) -> Any:
     try:
         loaded = ctypes.CDLL(str(library))
         for function, arguments in functions.items():
@@ -138,7 +138,7 @@ def _compile(compiler: list[str], name: str, folder: Path) -> Path:
     """The library that the compiler makes in `folder`."""
     library = folder / f"{name}.so"
     said = ""
-    for command in _commands(compiler, SOURCES / f"{name}.cpp", str(library)):
+    for command in commands(compiler, SOURCES / f"{name}.cpp", str(library)):
         try:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE
@@ -153,6 +153,6 @@ def _compile(compiler: list[str], name: str, folder: Path) -> Path:
     raise NoCompiler(said)
 
 
-def _commands(compiler: list[str], source: Path, output: str) -> Iterator[list[str]]:
+def commands(compiler: list[str], source: Path, output: str) -> Iterator[list[str]]:
     for extras in EXTRAS:
         yield [*compiler, *FLAGS, *extras, str(source), "-o", output]

@@ -31,10 +31,10 @@ __all__ = [
 ]
 
 _POINTER, _INT, _SIZE, _WORD = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
-_DROP: dict[str, list[Any]] = {
-    f"drop_{name}": [_POINTER] * 8 + [_SIZE, _WORD, _SIZE, _INT]
-    for name in ("float32", "float64", "bfloat16")
-}
+DROP_ARGUMENTS: list[Any] = [*[_POINTER] * 8, _SIZE, _WORD, _SIZE, _INT]
+"""Of the functions that `DROP` in `kernels/drop.h` makes."""
+
+_DROP = {f"drop_{name}": DROP_ARGUMENTS for name in ("float32", "float64", "bfloat16")}
 _SIGNATURES: dict[str, dict[str, list[Any]]] = {
     "masks": _DROP,
     "example_masks": _DROP,

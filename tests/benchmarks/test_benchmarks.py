@@ -17,7 +17,17 @@ from benchmarks.measure import TINY, Measured, Settings, interleaved
 from benchmarks.rows import Goal, Row
 from surgery import strip_dropconnect
 
-IN_THIS_PROCESS = ("mask", "linear", "mixout", "lstm", "kept", "example", "gaussian", "moments")
+IN_THIS_PROCESS = (
+    "mask",
+    "rounds",
+    "linear",
+    "mixout",
+    "lstm",
+    "kept",
+    "example",
+    "gaussian",
+    "moments",
+)
 
 
 def row(goal: Goal | None = None, **values: float) -> Row:
