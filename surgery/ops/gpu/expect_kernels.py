@@ -1,5 +1,6 @@
 """Expectations of activations of a Gaussian: see `surgery.ops.expect`. In float32, one pass each."""
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 import triton
