@@ -29,6 +29,8 @@ class Recipe(NamedTuple):
     name: str
     made: int
     """Version of the masked weight when it was made."""
+    saved: Callable[[], None] | None = None
+    """Called for each view that autograd keeps."""
 
 
 class _SavedView(NamedTuple):
@@ -63,6 +65,8 @@ class recompute_masked_weights(torch.autograd.graph.saved_tensors_hooks):
             recipe = recipes.get(_address(tensor))
             if recipe is None or not _is_as_made(tensor, recipe):
                 return outer_pack(tensor)
+            if recipe.saved is not None:
+                recipe.saved()
             return _SavedView(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
         def unpack(saved: Any) -> Tensor:

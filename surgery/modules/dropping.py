@@ -16,6 +16,7 @@ from ..ops import draw_key, masked_linear
 from ..ops.ordinary import is_dense
 from ..ops.tracing import is_traced
 from ..recompute import Recipe, call_recomputing
+from .flat import flat_of, open_flat
 from .live import Open, check_unwritten, close, recipes_of, watched
 from .masking import check_anchor, is_sharded, masked_weight
 from .paper_modes import Factor, product_forward
@@ -150,6 +151,7 @@ def _any_sharded(child: DropConnectModule) -> bool:
 def _open_own(module: Any, opened: list[Open], outside: bool = False) -> None:
     keys: dict[str, Tensor] = {}
     compiling = torch.compiler.is_compiling()
+    flat = None if outside or compiling else flat_of(module)
     for state in module._dropconnect.values():
         mode = state.mode(module.training)
         if mode is None or (module.__dict__[state.live] is not None and runs_now(module)):
@@ -171,17 +173,27 @@ def _open_own(module: Any, opened: list[Open], outside: bool = False) -> None:
         else:
             key = draw_key(raw.device, state.rank)
         keys[state.name] = key
+        if flat is not None and state.name in flat.names:
+            flat.add(state, key, state.law_for(raw), _anchor(module, state))
+            continue
         used, recipe = _used(module, state, raw, key)
-        one = watched(module, state, used, recipe)
-        opened.append(one)  # first, so that it is let go in any case
-        object.__setattr__(module, state.live, one.used)
-        if compiling:  # else whoever reads it says so
-            state.drawn = True
+        _hand_out(module, watched(module, state, used, recipe), opened)
+    if flat is not None and flat.masks:
+        for one in open_flat(module, flat):
+            _hand_out(module, one, opened)
 
 
 def _used(module: Any, state: SiteState, raw: Tensor, key: Tensor) -> tuple[Tensor, Recipe | None]:
     keep_law = not getattr(module, "_is_replica", False)
     return masked_weight(state, raw, _anchor(module, state), key, keep_law)
+
+
+def _hand_out(module: Any, one: Open, opened: list[Open]) -> None:
+    """Let the forward read a masked weight."""
+    opened.append(one)  # first, so that it is let go in any case
+    object.__setattr__(module, one.state.live, one.used)
+    if torch.compiler.is_compiling():  # else whoever reads it says so
+        one.state.drawn = True
 
 
 def runs_now(module: DropConnectModule) -> bool:

@@ -33,6 +33,8 @@ class LiveWeight(Tensor):
     """What `.data` of this weight, and of these, has handed out. Each has a version of its own."""
     assigned: bool
     """Whether `.data` was assigned."""
+    beside: dict[str, Tensor]
+    """Of an RNN whose weights share memory: those that are not masked, by name; see `flat.py`."""
 
     @classmethod
     def of(cls, tensor: Tensor, aliases: list[LiveWeight]) -> LiveWeight:

@@ -24,6 +24,7 @@ from ..errors import SurgeryError
 from ..plugins import load_plugins
 from ..scope import run_in_scope
 from .dropping import dropping, runs_now
+from .flat import flat_weights
 from .functional import teach_functional_call
 from .live import refuse_write
 from .state import SiteState, live_name, raw_name, refusal_to_script
@@ -165,7 +166,9 @@ def operated_class(base: type[nn.Module], names: tuple[str, ...]) -> type[DropCo
         body[name] = _weight_property(name)
     body["forward"] = _forward(base)
     if issubclass(base, nn.RNNBase):
-        body["_flat_weights"] = property(_flat_weights, _ignore_flat_weights)
+        body["_flat_weights"] = property(flat_weights, _ignore_flat_weights)
+        for name in ("_update_flat_weights", "flatten_parameters"):
+            body[name] = _of_stored_weights(getattr(base, name))
         # Dynamo runs RNNs eagerly; without this it would compile each helper of `_forward` alone.
         body["forward"] = torch.compiler.disable(body["forward"])  # type: ignore[no-untyped-call]
     if _is_laid_out_as_modules_are(base):
@@ -223,13 +226,20 @@ def _weight_property(name: str) -> property:
     return property(get, refuse, keep)
 
 
-def _flat_weights(self: Any) -> list[Any]:
-    """The list that `torch.nn.RNNBase` passes to its kernel, always read through the properties."""
-    return [getattr(self, name, None) for name in self._flat_weights_names]
-
-
 def _ignore_flat_weights(self: Any, value: Any) -> None:
     """RNNBase rebuilds its list after moves and loads; here it is never stored."""
+
+
+def _of_stored_weights(method: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A method that looks whether the weights are others now, or moves them into one piece of memory:
+    not while masked ones are read in their place."""
+
+    @functools.wraps(method)
+    def of_stored(self: Any) -> None:
+        if all(self.__dict__[state.live] is None for state in self._dropconnect.values()):
+            method(self)
+
+    return of_stored
 
 
 def _forward(base: type[nn.Module]) -> Callable[..., Any]:

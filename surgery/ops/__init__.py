@@ -5,13 +5,14 @@ from .expect import expectation, expectation_by_draws, register_closed_form
 from .gaussian import gaussian_linear, gaussian_sample, linear_moments, moments_of
 from .hash import draw_key, hash_bits, key_from_seed
 from .linear import masked_linear
-from .mask import Law, Layout, drop_weight, keep_mask, masked_formula
+from .mask import Law, Layout, drop_into, drop_weight, keep_mask, masked_formula
 from .workspace import release
 
 __all__ = [
     "Law",
     "Layout",
     "draw_key",
+    "drop_into",
     "drop_weight",
     "example_linear",
     "example_vector",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from . import gpu
 from .engine import masks, run, shared_masks
 from .hash import advance_key, mix, spread
 from .ordinary import is_batched, unviewed
@@ -364,6 +365,24 @@ def drop_weight(
     if is_traced() or is_batched(weight):
         return _evaluate(weight, anchor, key, law, layout, dtype)
     return _drop(weight, anchor, key, law, layout, dtype)
+
+
+def drop_into(
+    place: Tensor,
+    weight: Tensor,
+    key: Tensor,
+    law: Law,
+    layout: Layout,
+    anchor: Tensor | None = None,
+) -> None:
+    """Write `drop_weight` of the rest into `place`: dense, and the shape and dtype of the weight. Not
+    differentiable, and not for traced code."""
+    fit = weight.numel() == layout.entries and (anchor is None or anchor.shape == weight.shape)
+    if fit and layout.is_elementwise and layout.entries <= SEGMENT:
+        given = weight, anchor, None, place, None
+        if gpu.takes(weight, anchor, place) and gpu.drop(*given, key, law):
+            return
+    place.copy_(drop_weight(weight.detach(), key, law, layout, anchor))
 
 
 def drop_both(

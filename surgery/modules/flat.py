@@ -1,0 +1,270 @@
+"""The weights of an RNN on cuDNN, masked, in one piece of memory.
+
+cuDNN reads all weights of an RNN from one piece of memory, in an order of its own. `flatten_parameters`
+puts the stored ones there. Masked ones that lay elsewhere would make torch copy all of them into such a
+piece at every call, and warn of it. So here one forward has a copy of the whole piece, in which the
+masked weights are written in their places, and hands out tensors that see it. Gradients go back to each
+stored weight: through its mask, or as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import check_unmodified, version_of
+from ..ops import Law, drop_into, drop_weight
+from ..ops.linear import as_if_trained
+from ..ops.ordinary import is_ordinary_there
+from ..ops.tracing import is_traced
+from ..recompute import Recipe, can_recompute
+from .live import Open, watched
+from .state import SiteState
+
+DEVICES = {"cuda"}
+"""Types of device on which RNNs read their weights from one piece of memory."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Places(NamedTuple):
+    """Where each weight lies in the piece."""
+
+    size: int
+    """Of the piece, in entries."""
+    offsets: tuple[int, ...]
+
+
+class Mask(NamedTuple):
+    """How a weight is masked."""
+
+    state: SiteState
+    key: Tensor
+    law: Law
+    anchor: Tensor | None
+
+
+class Flat:
+    """The weights of one forward.
+
+    Args:
+        names: of all weights of the RNN, in its order.
+        raws: the stored ones.
+        places: of the masked ones.
+    """
+
+    def __init__(self, names: list[str], raws: list[Tensor], places: Places) -> None:
+        self.names, self.raws, self.places = names, raws, places
+        self.versions = [version_of(raw) for raw in raws]
+        self.masks: dict[int, Mask] = {}
+        """By place in the lists."""
+        self._again: Tensor | None = None
+        self._saved = self._asked = 0
+
+    def add(self, state: SiteState, key: Tensor, law: Law, anchor: Tensor | None) -> None:
+        """Mask one of the weights."""
+        self.masks[self.names.index(state.name)] = Mask(state, key, law, anchor)
+
+    def tensors(self) -> list[Tensor]:
+        """All weights, in memory that they share. None is a view: what an autograd Function returns
+        must not be one."""
+        memory = self._memory()
+        storage, seen = memory.untyped_storage(), []
+        for raw, offset in zip(self.raws, self.places.offsets):
+            # Each is at version 1, as is what cuDNN's code makes of the memory: see `recipe`.
+            seen.append(memory.new_empty(0).set_(storage, offset, raw.size(), raw.stride()))
+        return seen
+
+    def _memory(self) -> Tensor:
+        raws = [raw.detach() for raw in self.raws]
+        whole = _shared(raws)
+        if whole is not None and _places(raws, whole) == self.places:
+            memory = whole.clone()
+        else:
+            memory = raws[0].new_zeros(self.places.size)
+            torch._foreach_copy_([self._part(memory, i) for i in range(len(raws))], raws)
+        for i, mask in self.masks.items():
+            law = mask.key, mask.law, mask.state.layout, mask.anchor
+            drop_into(self._part(memory, i), raws[i], *law)
+        return memory
+
+    def _part(self, memory: Tensor, i: int) -> Tensor:
+        raw, offset = self.raws[i], self.places.offsets[i]
+        return memory[offset : offset + raw.numel()].view(raw.shape)
+
+    def recipe(self) -> Recipe:
+        """How autograd can have the memory again. It is kept from the first view that a backward asks
+        for to the last, since each would cost as much as all."""
+        i = min(self.masks)
+        args = self.raws[i], self.versions[i], self._rebuilt, self.names[i], 1, self._count
+        return Recipe(*args)
+
+    def _count(self) -> None:
+        self._saved += 1
+
+    def _rebuilt(self) -> Tensor:
+        for name, raw, version in zip(self.names, self.raws, self.versions):
+            check_unmodified(name, raw, version)
+        memory = self._memory() if self._again is None else self._again
+        self._asked += 1
+        self._again = None if self._asked % self._saved == 0 else memory
+        return memory
+
+
+class _Placed(torch.autograd.Function):
+    """The stored weights -> those of one forward."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Flat, *raws: Tensor) -> tuple[Tensor, ...]:
+        ctx.masks = flat.masks
+        ctx.set_materialize_grads(False)
+        placed = flat.tensors()
+        frozen = [one for one, raw in zip(placed, raws) if not raw.requires_grad]
+        ctx.mark_non_differentiable(*frozen)
+        return tuple(placed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        found = list(grads)
+        for i, mask in ctx.masks.items():
+            if found[i] is not None:
+                found[i] = drop_weight(found[i], mask.key, mask.law, mask.state.layout)
+        return None, *found
+
+
+def flat_of(module: Any) -> Flat | None:
+    """What a forward of a module does with its weights, if they are to lie in one piece; none of them
+    is masked yet. None: each masked weight has memory of its own."""
+    if not isinstance(module, nn.RNNBase) or is_traced():
+        return None
+    raws: list[Tensor] = []
+    states: dict[str, SiteState] = module._dropconnect  # type: ignore[assignment]
+    for name in module._flat_weights_names:
+        state = states.get(name)
+        raw = module._parameters.get(name if state is None else state.raw)
+        if raw is None or raw.device.type not in DEVICES or not is_ordinary_there(raw):
+            return None
+        if state is not None and (
+            state.held_key is not None or module.__dict__[state.live] is not None
+        ):
+            return None  # masks that are held are kept as they were made
+        raws.append(raw)
+    if not all(_are_alike(raws[0], raw) for raw in raws):
+        return None
+    whole = _shared(raws)
+    places = None if whole is None else _places(raws, whole)
+    places = _cudnn_places(module, raws) if places is None else places
+    return None if places is None else Flat(list(module._flat_weights_names), raws, places)
+
+
+def _are_alike(first: Tensor, other: Tensor) -> bool:
+    alike = first.dtype == other.dtype and first.device == other.device
+    return alike and other.is_contiguous() and other.numel() > 0
+
+
+def _shared(raws: list[Tensor]) -> Tensor | None:
+    """The memory that all of them see, if they see one."""
+    storage = raws[0].untyped_storage()
+    if any(raw.untyped_storage()._cdata != storage._cdata for raw in raws[1:]):
+        return None
+    first = raws[0]
+    size = storage.nbytes() // first.element_size()
+    return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, (size,), (1,))
+
+
+def _places(raws: list[Tensor], whole: Tensor) -> Places | None:
+    """Where they are in their memory, if that holds little else and no two of them overlap."""
+    parts = sorted((int(raw.storage_offset()), raw.numel()) for raw in raws)
+    apart = all(one + size <= other for (one, size), (other, _) in itertools.pairwise(parts))
+    if not apart or whole.numel() > 2 * sum(size for _, size in parts):
+        return None
+    return Places(whole.numel(), tuple(int(raw.storage_offset()) for raw in raws))
+
+
+def _cudnn_places(module: nn.RNNBase, raws: list[Tensor]) -> Places | None:
+    """Where cuDNN wants them, for stored weights that are not there: copies of a model have each in
+    memory of its own, and so have those in bfloat16, which `flatten_parameters` leaves alone."""
+    raw = raws[0]
+    if raw.device.type != "cuda" or raw.dtype not in _DTYPES or not torch.backends.cudnn.enabled:
+        return None
+    sizes = module.input_size, module.hidden_size, module.proj_size, module.num_layers
+    shapes = tuple(tuple(one.shape) for one in raws)
+    options = module.bias, module.batch_first, bool(module.bidirectional)
+    return _asked_of_cudnn(raw.device, raw.dtype, module.mode, shapes, *sizes, *options)
+
+
+@functools.lru_cache(maxsize=256)
+def _asked_of_cudnn(
+    device: torch.device,
+    dtype: torch.dtype,
+    mode: str,
+    shapes: tuple[tuple[int, ...], ...],
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bias: bool,
+    batch_first: bool,
+    bidirectional: bool,
+) -> Places | None:
+    """What `flatten_parameters` does, with tensors that nobody needs."""
+    if not torch._use_cudnn_rnn_flatten_weight():
+        return None
+    from torch.backends.cudnn.rnn import get_cudnn_mode
+
+    weights = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
+    each = (4 if bias else 2) + (proj_size > 0)
+    sizes = hidden_size, proj_size, num_layers, batch_first, bidirectional
+    try:
+        with torch.no_grad(), torch.cuda.device(device):
+            code = get_cudnn_mode(mode)  # type: ignore[no-untyped-call]
+            torch._cudnn_rnn_flatten_weight(weights, each, input_size, code, *sizes)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return None
+    whole = _shared(weights)
+    return None if whole is None else _places(weights, whole)
+
+
+def open_flat(module: Any, flat: Flat) -> list[Open]:
+    """The masked weights of a forward, as they are handed out. Those that are not masked go beside
+    them; `_flat_weights` finds both."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():  # with a version, see `live.py`
+            return open_flat(module, flat)
+    recorded = torch.is_grad_enabled() and any(raw.requires_grad for raw in flat.raws)
+    if recorded:
+        placed: list[Tensor] = list(_Placed.apply(flat, *flat.raws))  # type: ignore[no-untyped-call]
+    else:
+        placed = flat.tensors()
+    if not torch.is_grad_enabled():
+        pairs = zip(placed, flat.raws)
+        placed = [as_if_trained(one) if raw.requires_grad else one for one, raw in pairs]
+    recipe = flat.recipe() if can_recompute() else None
+    beside = {name: placed[i] for i, name in enumerate(flat.names) if i not in flat.masks}
+    opened = []
+    for i, mask in flat.masks.items():
+        one = watched(module, mask.state, placed[i], recipe)
+        one.used.beside = beside
+        opened.append(one)
+    return opened
+
+
+def flat_weights(module: Any) -> list[Any]:
+    """The list that `torch.nn.RNNBase` passes to its kernel: the masked weights of a forward, and the
+    stored ones outside of any."""
+    beside: dict[str, Tensor] = {}
+    used: dict[str, Any] = {}
+    for name, state in module._dropconnect.items():
+        live = module.__dict__[state.live]
+        beside = getattr(live, "beside", beside)
+        # Not by the property, which would take a forward that calls `flatten_parameters` for a reader.
+        used[name] = module._parameters.get(state.raw) if live is None else getattr(module, name)
+    known = {**beside, **used}
+    names = module._flat_weights_names
+    return [known[name] if name in known else getattr(module, name, None) for name in names]
