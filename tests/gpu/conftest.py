@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from surgery.ops import gaussian, key_from_seed
+from surgery.ops import key_from_seed
 from surgery.ops.gpu import launch
 
 HERE = Path(__file__).parent
@@ -73,16 +73,26 @@ def same_draws(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         count += 1
         return key_from_seed(count)
 
-    def noise(sampler: Any, like: Tensor, **options: Any) -> Tensor:
+    randn = torch.randn
+
+    def noise(
+        *size: Any,
+        dtype: torch.dtype = torch.float32,
+        device: Any = "cpu",
+        requires_grad: bool = False,
+    ) -> Tensor:
         nonlocal count
         count += 1
-        assert sampler is torch.randn_like
         generator = torch.Generator().manual_seed(count)
-        values = torch.randn(like.shape, generator=generator, dtype=torch.float64)
-        return values.to(like.device, options.get("dtype", like.dtype))
+        values = randn(*size, generator=generator, dtype=torch.float64)
+        return values.to(device, dtype).requires_grad_(requires_grad)
+
+    def noise_like(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return noise(*like.shape, dtype=dtype or like.dtype, device=like.device)
 
     for name, module in list(sys.modules.items()):
         if name.startswith("surgery.") and hasattr(module, "draw_key"):
             monkeypatch.setattr(module, "draw_key", draw)
-    monkeypatch.setattr(gaussian, "drawn", noise, raising=False)
+    monkeypatch.setattr(torch, "randn", noise)
+    monkeypatch.setattr(torch, "randn_like", noise_like)
     return restart

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from surgery import apply_dropconnect, hold_masks, mc_predict, set_p, strip_dropconnect
 from surgery.ops import Law, Layout, drop_weight, key_from_seed
+from surgery.ops.gpu import launch
 
 Restart = Callable[[], None]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -69,6 +70,23 @@ def test_every_sampling_unit_and_toward(
     model = nn.Sequential(nn.Linear(19, 24), nn.ReLU(), nn.Linear(24, 5))
     apply_dropconnect(model, nn.Linear, p=0.3, sampling=sampling, unit=unit, toward=toward)
     assert_same_on(device, same_draws, moved(model), torch.randn(7, 19), **NEAR)
+
+
+@pytest.mark.parametrize("sampling", ["batch", "example", "gaussian"])
+def test_kernels_run_and_not_the_formulas(device: str, sampling: str, monkeypatch) -> None:
+    ran = []
+    launched = launch.Kernel.launch
+
+    def note(self: launch.Kernel, *args: Any) -> bool:
+        ran.append(launched(self, *args))
+        return ran[-1]
+
+    monkeypatch.setattr(launch.Kernel, "launch", note)
+    layer = nn.Linear(48, 40).to(device)
+    apply_dropconnect(layer, nn.Linear, p=0.3, sampling=sampling)
+    layer(torch.randn(8, 48, device=device, requires_grad=True)).sum().backward()
+    assert len(ran) >= 2  # forward and backward
+    assert all(ran)
 
 
 @pytest.mark.parametrize("sampling", ["batch", "example", "gaussian"])

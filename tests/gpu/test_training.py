@@ -66,11 +66,11 @@ def test_autocast_rounds_the_masked_weight_once(
 
 @pytest.mark.parametrize("sampling", ["batch", "example", "gaussian"])
 def test_scaled_gradients_train(device: str, sampling: str) -> None:
-    net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1)).to(device)
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1)).to(device)
     apply_dropconnect(net, nn.Linear, p=0.1, sampling=sampling)
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.03)
     scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
-    x = torch.randn(64, 8, device=device)
+    x = torch.randn(16, 4, device=device)
     y = x[:, :1] - x[:, 1:2]
     losses = []
     for _ in range(40):
