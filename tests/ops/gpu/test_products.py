@@ -175,9 +175,12 @@ def test_empty(sizes, gpu_kernels) -> None:
 
 def test_sizes_beyond_the_kernels() -> None:
     huge = torch.empty(1, device="meta").expand(1 << 16, 1 << 15)
-    x = torch.empty(1, 1, 1 << 15, device="meta")
     rule = Law.of(0.5, huge.device, huge.dtype)
-    assert products.example_product(x, huge, None, KEY, rule) is None
+    for rows in (1, 9):
+        x = torch.empty(1, rows, 1 << 15, device="meta")
+        assert products.example_product(x, huge, None, KEY, rule) is None
+    long = torch.empty(1 << 20, 4, 1 << 10, device="meta")
+    assert products.example_product(long, huge[:2, : 1 << 10], None, KEY, rule) is None
 
 
 @pytest.mark.parametrize("rows", [1, 5])
