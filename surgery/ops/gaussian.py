@@ -256,7 +256,8 @@ class _GaussianLinear(torch.autograd.Function):
     ) -> Tensor:
         block = borrow(weight)
         factor, matrix_, square, squares = _factors(x, weight, anchor, dtype, block)
-        mean = unviewed(F.linear(factor, matrix_, bias))
+        offset = None if bias is None else bias.to(dtype)  # autocast would keep what it makes of it
+        mean = unviewed(F.linear(factor, matrix_, offset))
         var = F.linear(square, squares)
         give_back(block)
         sample, slope = _drawn(mean, var, noise, ratio)

@@ -26,8 +26,10 @@ def rounded(values, dtype: tl.constexpr):
 def root(values, DOUBLE: tl.constexpr):
     """The square root, rounded to nearest."""
     if DOUBLE:
-        return tl.sqrt(values)
-    return tl.sqrt_rn(values)
+        found = tl.sqrt(values)
+    else:
+        found = tl.sqrt_rn(values)
+    return found
 
 
 @triton.jit
