@@ -25,11 +25,7 @@ def rounded(values, dtype: tl.constexpr):
 @triton.jit
 def root(values, DOUBLE: tl.constexpr):
     """The square root, rounded to nearest."""
-    if DOUBLE:
-        found = tl.sqrt(values)
-    else:
-        found = tl.sqrt_rn(values)
-    return found
+    return tl.sqrt(values) if DOUBLE else tl.sqrt_rn(values)
 
 
 @triton.jit
