@@ -28,7 +28,7 @@ def example_product(
         return found
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return cast(Tensor, _Eager.apply(x, weight, anchor, key, law))  # type: ignore[no-untyped-call]
-    return product(x, weight, anchor, key, law)
+    return product(x, weight, anchor, key, law, taken=True)
 
 
 class _Eager(torch.autograd.Function):
@@ -40,7 +40,7 @@ class _Eager(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, anchor)
         ctx.law = key, law
-        return product(x, weight, anchor, key, law)
+        return product(x, weight, anchor, key, law, taken=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -48,7 +48,7 @@ class _Eager(torch.autograd.Function):
         want_x, want_weight = ctx.needs_input_grad[:2]
         args = grad, x, weight, anchor, key
         if not torch.is_grad_enabled() and gpu.takes(grad, x, weight, anchor, strided=True):
-            return *gradients(*args, law, want_x, want_weight), None, None, None
+            return *gradients(*args, law, want_x, want_weight, taken=True), None, None, None
         of_x, of_weight = _gradients(*args, law.threshold, law.scale, want_x, want_weight)
         found = of_x if want_x else None, of_weight if want_weight else None
         return *found, None, None, None

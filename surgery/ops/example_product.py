@@ -149,7 +149,14 @@ class _Masks:
         return used, outer
 
 
-def product(x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law) -> Tensor:
+def product(
+    x: Tensor,
+    weight: Tensor,
+    anchor: Tensor | None,
+    key: Tensor,
+    law: Law,
+    taken: bool | None = None,
+) -> Tensor:
     """`x_e @ W_e^T` for each example e, in eager code that autograd does not record.
 
     Args:
@@ -157,11 +164,12 @@ def product(x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, law: 
         weight, anchor: (out, in), any strides; the anchor may be None.
         key: int32, shape (2,), on the CPU or where the weight is.
         law: of the mask.
+        taken: whether the kernels of the GPU take these tensors, if that is known.
 
     Returns:
         (examples, rows, out), no view.
     """
-    if gpu.takes(x, weight, anchor, strided=True):
+    if gpu.takes(x, weight, anchor, strided=True) if taken is None else taken:
         found = gpu.example_product(x.contiguous(), weight.contiguous(), _dense(anchor), key, law)
         if found is not None:
             return found
@@ -187,17 +195,18 @@ def gradients(
     law: Law,
     want_x: bool,
     want_weight: bool,
+    taken: bool | None = None,
 ) -> _Pair:
     """The gradients of x and of the weight, in eager code that autograd does not record.
 
     Args:
         grad: (examples, rows, out), of the product.
-        x, weight, anchor, key, law: see `product`.
+        x, weight, anchor, key, law, taken: see `product`.
 
     Returns:
         both, no views, in the dtypes of x and of the weight; None where not wanted.
     """
-    if gpu.takes(grad, x, weight, anchor, strided=True):
+    if gpu.takes(grad, x, weight, anchor, strided=True) if taken is None else taken:
         dense = grad.contiguous(), x.contiguous(), weight.contiguous()
         found = gpu.example_gradients(*dense, _dense(anchor), key, law, want_x, want_weight)
         if found is not None:
