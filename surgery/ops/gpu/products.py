@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 FEW_ROWS = 4
 """Up to so many rows an example, drawing its mask for each row costs less than storing its weight."""
 
-SCRATCH = 1 << 25
-"""Bytes of masked weights at a time, where examples have many rows; one weight, if that is larger."""
+SCRATCH = 1 << 26
+"""Bytes of masked weights at a time, where examples have many rows; one weight, if that is larger. Too
+few for a product leave a large GPU idle."""
 
 BLOCK = 1024
 """Entries of a program that writes masked weights or sums them."""
@@ -189,9 +190,8 @@ def _scratch(x: Tensor, weight: Tensor) -> tuple[Tensor, list[slice]]:
     examples, size = len(x), weight.numel()
     most = max(1, SCRATCH // (size * x.element_size()))
     count = -(-examples // most)
-    step = -(-examples // count)
-    blocks = [slice(i, min(i + step, examples)) for i in range(0, examples, step)]
-    return x.new_empty(step, *weight.shape), blocks
+    ends = [examples * i // count for i in range(count + 1)]
+    return x.new_empty(-(-examples // count), *weight.shape), list(map(slice, ends, ends[1:]))
 
 
 def _block_product(
