@@ -49,6 +49,8 @@ def is_dense(tensor: Tensor) -> bool:
 def is_batched(tensor: Tensor) -> bool:
     """Whether it is a batch of gradients, of `torch.autograd.grad(..., is_grads_batched=True)`: they do
     without `torch.func`, and run backward once with operations that each know of the batch."""
+    if torch.compiler.is_compiling():  # there are none, and torch 2.9 does not trace the question
+        return False
     batched: bool = torch._C._functorch.is_legacy_batchedtensor(tensor)
     return batched
 
