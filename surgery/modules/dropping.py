@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -56,9 +56,9 @@ def dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> A
 
 def _inner(base: type[nn.Module], module: Any) -> Callable[..., Any]:
     """What runs with the masks: the original forward, or a product in its place."""
-    weight = _product_site(module)
-    if weight is not None:
-        return functools.partial(_by_product, module, weight)
+    found = _product_site(module)
+    if found is not None:
+        return functools.partial(_by_product, module, *found)
     return functools.partial(base.forward, module)
 
 
@@ -91,21 +91,28 @@ def _fused(module: Any, state: SiteState, x: Tensor) -> Tensor:
     return masked_linear(x, raw, bias, key, law, state.layout, anchor, state.name)
 
 
-def _product_site(module: DropConnectModule) -> SiteState | None:
-    """The weight of this module, if its product is to be replaced in this forward."""
-    for state in module._dropconnect.values():
-        if state.product is not None and state.mode(module.training) not in (None, "batch"):
-            return state
+def _product_site(module: DropConnectModule) -> tuple[SiteState, str] | None:
+    """The weight of this module and its mode, if its product is to be replaced in this forward."""
+    states = module._dropconnect.values()
+    weight = next((state for state in states if state.product is not None), None)
+    mode = None if weight is None else mode_of_product(states, module.training)
+    return None if weight is None or mode is None else (weight, mode)
+
+
+def mode_of_product(states: Iterable[SiteState], training: bool) -> str | None:
+    """The mode of a weight, or of its bias where that alone has a p; None if the product stays."""
+    for state in states:
+        mode = state.mode(training)
+        if mode is not None and mode != "batch":
+            return mode
     return None
 
 
-def _by_product(module: Any, state: SiteState, *args: Tensor, **kwargs: Tensor) -> Any:
+def _by_product(module: Any, state: SiteState, mode: str, *args: Tensor, **kwargs: Tensor) -> Any:
     """What the forward of a module with a product would return, with the paper's masks or moments."""
     (x,) = (*args, *kwargs.values())  # the name of the input differs from class to class
     weight = Factor(getattr(module, state.raw), state, _anchor(module, state))
-    mode = state.mode(module.training)
     assert state.product is not None
-    assert mode is not None
     return product_forward(state.product, module, x, weight, _bias(module), mode)
 
 

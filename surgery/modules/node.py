@@ -16,6 +16,7 @@ from ..errors import SurgeryError
 from ..ops import draw_key
 from ..recompute import address_of, call_recomputing
 from ..scope import in_scope, settle
+from .dropping import mode_of_product
 from .functional import teach_functional_call
 from .masking import check_anchor, masked_weight
 from .paper_modes import Factor, product_forward
@@ -140,13 +141,13 @@ class DropConnect(nn.Module):
         for name in list(self.states)[1:]:
             assert call.bias is not None
             raws[name], anchors[name] = _get(args, kwargs, call.bias), bias_anchor
-        mode = state.mode(self.training)
-        if mode not in (None, "batch") and state.product is not None:
+        mode = mode_of_product(self.states.values(), self.training)
+        if mode is not None and state.product is not None:
             self._note()
             x, bias = _get(args, kwargs, call.input), self._bias(call, args, kwargs, bias_anchor)
             check_anchor(state, raws[self.name], anchor)
             weight = Factor(raws[self.name], state, anchor)
-            return product_forward(state.product, None, x, weight, bias, str(mode))
+            return product_forward(state.product, None, x, weight, bias, mode)
         used, recipes = self._masked(raws, anchors)
         args, kwargs = _put(args, kwargs, call.weight, used[self.name])
         for name in list(self.states)[1:]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..moments import Gaussian, Points, Source
-from ..ops import Layout, draw_key, drop_weight
+from ..ops import Law, Layout, draw_key, drop_weight
 from ..ops.ordinary import is_dense
 from ..scope import in_scope, scope_shapes, settle
 from .examples import where_examples_lie
@@ -139,15 +139,42 @@ def _points(
     assert state is not None
     if state.unit not in ("output", "tensor"):
         return None
-    moving = _moving(weight)
-    moving_bias = None if bias is None or bias.state is None else _moving(bias)
-    part = product.run(module, x, moving, moving_bias)
-    scale = state.law_for(weight.raw).scale
-    never = scale == 0  # p = 1: the mean is that of dropped weights
-    kept = torch.where(never, mean, mean + (scale - 1) * part).to(mean.dtype)
+    moving, law = _moving(weight), state.law_for(weight.raw)
+    bias_law = None if bias is None else _own_law(bias)
+    part = product.run(
+        module, x, moving, None if bias is None or bias_law is None else _moving(bias)
+    )
+    if bias_law is not None and bias_law is not law:
+        of_weight = product.run(module, x, moving, None)
+        return _points_of_two(mean, of_weight, part - of_weight, law.scale, bias_law.scale)
+    never = law.scale == 0  # p = 1: the mean is that of dropped weights
+    kept = torch.where(never, mean, mean + (law.scale - 1) * part).to(mean.dtype)
     dropped = torch.where(never, mean, mean - part).to(mean.dtype)
-    probability = torch.where(never, 0, 1 / scale)
+    probability = torch.where(never, 0, 1 / law.scale)
     return (kept, probability), (dropped, 1 - probability)
+
+
+def _points_of_two(
+    mean: Tensor, of_weight: Tensor, of_bias: Tensor, scale: Tensor, bias_scale: Tensor
+) -> Points:
+    """The same where weight and bias differ in p: kept are both, the one of smaller p, or none."""
+    # p = 1 is in the mean already: nothing moves, as for p = 0.
+    of_weight, of_bias = (
+        torch.where(one == 0, 0, part) for one, part in ((scale, of_weight), (bias_scale, of_bias))
+    )
+    scale, bias_scale = (torch.where(one == 0, 1, one) for one in (scale, bias_scale))
+    none = mean - of_weight - of_bias
+    weight_kept, bias_kept = none + scale * of_weight, none + bias_scale * of_bias
+    one = torch.where(scale < bias_scale, weight_kept, bias_kept)
+    both = weight_kept + bias_scale * of_bias
+    often, seldom = 1 / torch.minimum(scale, bias_scale), 1 / torch.maximum(scale, bias_scale)
+    points = (both, seldom), (one, often - seldom), (none, 1 - often)
+    return tuple((value.to(mean.dtype), probability) for value, probability in points)
+
+
+def _own_law(bias: Factor) -> Law | None:
+    """The law of a bias that is dropped."""
+    return None if bias.state is None else bias.state.law_for(bias.raw)
 
 
 def _moving(factor: Factor) -> Tensor:
@@ -172,7 +199,7 @@ def _moments(
         state.unit,
         anchor=weight.anchor,
         bias_anchor=None if bias is None else bias.anchor,
-        drop_bias=bias is not None and bias.state is not None,
+        bias_law=None if bias is None else _own_law(bias),
     )
 
 

@@ -43,7 +43,7 @@ def linear_moments(
     unit: Unit,
     anchor: Tensor | None = None,
     bias_anchor: Tensor | None = None,
-    drop_bias: bool = False,
+    bias_law: Law | None = None,
 ) -> Moments:
     """Mean and variance of every pre-activation of a linear layer; see `moments_of`.
 
@@ -55,7 +55,7 @@ def linear_moments(
     Returns:
         two tensors (..., out).
     """
-    return moments_of(F.linear, x, weight, bias, law, unit, anchor, bias_anchor, drop_bias)
+    return moments_of(F.linear, x, weight, bias, law, unit, anchor, bias_anchor, bias_law)
 
 
 def moments_of(
@@ -67,7 +67,7 @@ def moments_of(
     unit: Unit,
     anchor: Tensor | None = None,
     bias_anchor: Tensor | None = None,
-    drop_bias: bool = False,
+    bias_law: Law | None = None,
 ) -> Moments:
     """The exact mean and variance over masks of each entry of `product(x, W_used, b_used)`.
 
@@ -79,8 +79,8 @@ def moments_of(
         unit: what shares a mask entry. "input" needs a weight whose dimensions after the second have
             one entry each: elsewhere it multiplies several inputs, whose products correlate.
         anchor, bias_anchor: where dropped weights go; None is zero.
-        drop_bias: whether the bias is masked: entry by entry, or with its row for "output", with the
-            whole weight for "tensor".
+        bias_law: that of the bias, which is masked entry by entry, or by the number that masks its row
+            for "output" and the whole weight for "tensor"; None: it is not masked.
 
     Returns:
         mean and variance, in the dtype of the product. The variance of narrow floats is computed in
@@ -96,12 +96,18 @@ def moments_of(
             "one mask entry multiplies several inputs of each output, whose products correlate. Use "
             'unit="element" or unit="output"'
         )
-    mean_bias = _average(bias, bias_anchor, law) if drop_bias and bias is not None else bias
+    mean_bias, spread_bias, wide = bias, None, law.scale.dtype
+    if bias is not None and bias_law is not None:
+        mean_bias = _average(bias, bias_anchor, bias_law)
+        spread_bias = _difference(bias, bias_anchor, wide)
     mean = product(x, _average(weight, anchor, law), mean_bias)
     ratio = _ratio(law)
-    wide = law.scale.dtype
-    spread_bias = _difference(bias, bias_anchor, wide) if drop_bias and bias is not None else None
     with _no_autocast(x.device.type):
+        if spread_bias is not None and bias_law is not None and bias_law is not law:
+            spread = _difference(weight, anchor, wide)
+            factors = x.to(wide), spread, spread_bias
+            var = _variance_of_two(product, *factors, ratio, _ratio(bias_law), unit)
+            return mean, var.to(mean.dtype)
         if unit in ("output", "tensor"):
             var = product(x.to(wide), _difference(weight, anchor, wide), spread_bias).square()
         else:
@@ -115,6 +121,25 @@ def moments_of(
             var = product(x.to(wide).square(), squares, squared_bias)
             give_back(block)
         return mean, (ratio * var).to(mean.dtype)
+
+
+def _variance_of_two(
+    product: Product,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ratio: Tensor,
+    bias_ratio: Tensor,
+    unit: Unit,
+) -> Tensor:
+    """The variance where weight and bias differ in p. Where one number masks both, whichever has the
+    smaller p is kept when the other is; so their covariance has the smaller ratio."""
+    if unit not in ("output", "tensor"):
+        return product(x.square(), ratio * weight.square(), bias_ratio * bias.square())
+    of_weight = product(x, weight, None)
+    of_bias = product(x, weight, bias) - of_weight
+    shared = 2 * torch.minimum(ratio, bias_ratio) * of_weight * of_bias
+    return ratio * of_weight.square() + bias_ratio * of_bias.square() + shared
 
 
 def _squares_on_gpu(

@@ -85,7 +85,8 @@ def test_moments_are_those_of_all_masks(name, unit, anchored, drop_bias, p) -> N
     anchor = torch.randn(shape).double() if anchored else None
     bias_anchor = torch.randn_like(bias) if anchored else None
     args = (product, x, weight, bias)
-    mean, var = moments_of(*args, law(p), unit, anchor, bias_anchor, drop_bias)
+    rule = law(p)
+    mean, var = moments_of(*args, rule, unit, anchor, bias_anchor, rule if drop_bias else None)
     found = enumerate_moments(*args, p, unit, anchor, bias_anchor, drop_bias)
     # probabilities are multiples of 2**-32
     torch.testing.assert_close(mean, found[0], rtol=1e-9, atol=1e-9)
@@ -93,10 +94,33 @@ def test_moments_are_those_of_all_masks(name, unit, anchored, drop_bias, p) -> N
 
 
 @units
+@towards
+@pytest.mark.parametrize("p", [(0.3, 0.6), (0.6, 0.3), (0.0, 0.5), (0.3, 1.0), (1.0, 0.3)], ids=str)
+def test_moments_where_weight_and_bias_differ_in_p(unit: str, anchored: bool, p) -> None:
+    """One output of two inputs, over every mask: ten equally likely numbers for each entry."""
+    x, values = torch.randn(2).double(), torch.randn(3).double()
+    anchors = torch.randn(3).double() if anchored else torch.zeros(3).double()
+    shared = unit in ("output", "tensor")
+    numbers = torch.arange(0.05, 1, 0.1, dtype=torch.float64)
+    drawn = torch.cartesian_prod(*[numbers] * (1 if shared else 3)).view(-1, 1 if shared else 3)
+    drop = torch.tensor([p[0], p[0], p[1]], dtype=torch.float64)
+    scale = torch.where(drop < 1, 1 / (1 - drop), 0)
+    used = anchors + (drawn.expand(-1, 3) >= drop) * scale * (values - anchors)
+    wanted = used[:, :2] @ x + used[:, 2]
+    weight, bias = values[:2].view(1, 2), values[2:]
+    mean, var = linear_moments(
+        x, weight, bias, law(p[0]), unit, anchors[:2].view(1, 2), anchors[2:], law(p[1])
+    )
+    torch.testing.assert_close(mean, wanted.mean()[None], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(var, wanted.var(correction=0)[None], rtol=1e-8, atol=1e-8)
+
+
+@units
 def test_mean_is_the_plain_layer_bit_for_bit(unit: str) -> None:
     x, weight, bias = torch.randn(4, 3, 8), torch.randn(5, 8), torch.randn(5)
     for p in (0.0, 0.4):
-        mean, var = linear_moments(x, weight, bias, law(p, torch.float32), unit, drop_bias=True)
+        rule = law(p, torch.float32)
+        mean, var = linear_moments(x, weight, bias, rule, unit, bias_law=rule)
         assert torch.equal(mean, F.linear(x, weight, bias))
         assert bool((var == 0).all()) == (p == 0)
 
@@ -114,7 +138,7 @@ def test_p_one_is_the_anchor_bit_for_bit(unit: str, anchored: bool) -> None:
 def test_no_bias() -> None:
     x, weight = torch.randn(4, 8), torch.randn(5, 8)
     rule = law(0.5, torch.float32)
-    mean, var = linear_moments(x, weight, None, rule, "element", drop_bias=True)
+    mean, var = linear_moments(x, weight, None, rule, "element", bias_law=rule)
     assert torch.equal(mean, F.linear(x, weight))
     torch.testing.assert_close(var, F.linear(x.square(), weight.square()))
 
@@ -130,8 +154,10 @@ def test_gradients_of_the_moments(unit: str, anchored: bool) -> None:
     leaves = [torch.randn(s).double().requires_grad_() for s in [(3, 4), (2, 4), (2,)]]
     anchor = torch.randn(2, 4).double() if anchored else None
 
+    rule = law(0.3)
+
     def both(x, weight, bias):
-        return linear_moments(x, weight, bias, law(0.3), unit, anchor, drop_bias=True)
+        return linear_moments(x, weight, bias, rule, unit, anchor, bias_law=rule)
 
     assert torch.autograd.gradcheck(both, leaves)
     assert torch.autograd.gradgradcheck(both, leaves)
