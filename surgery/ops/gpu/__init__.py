@@ -10,7 +10,8 @@
 
 A file of kernels imports triton, which comes with torch's builds for a GPU; it is imported when the
 first kernel is launched, by `launch.Kernel`. Nothing here is of one vendor. The kernels have the bits
-of the formulas they stand for; on machines without a GPU, tests run them in Triton's interpreter.
+of the formulas they stand for; on machines without a GPU, tests run them in Triton's interpreter, and
+compile them for GPUs of NVIDIA and AMD.
 """
 
 from .expectations import expect
