@@ -18,7 +18,8 @@ from .modules.kinds import kind_of
 from .modules.places import Place, places, states_in, states_of
 from .modules.state import SiteState, change_p
 from .modules.walk import named_modules
-from .ops import draw_key, release
+from .ops import release
+from .ops.hash import key_tensor
 from .plan import Plan
 from .plugins import load_plugins
 from .prepare import Prepared, prepare
@@ -215,7 +216,7 @@ def _keys_to_hold(found: list[Place]) -> Iterator[Tensor]:
         state = place.state
         key = keys.get((id(place.owner), state.follows or ""))
         if key is None:
-            key = draw_key(place.raw.device, state.rank)
+            key = key_tensor(state.new_key(place.raw.device))  # compiled graphs take tensors
         keys[id(place.owner), state.name] = key
         yield key
 

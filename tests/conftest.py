@@ -17,7 +17,7 @@ from torch import Tensor
 if not torch.cuda.is_available():  # before triton is imported: its interpreter runs the kernels
     os.environ["TRITON_INTERPRET"] = "1"
 
-from surgery.modules import dropping, node, paper_modes
+from surgery.modules import state
 from surgery.ops.gpu import launch
 from surgery.ops.switch import set_compile_enabled
 
@@ -130,13 +130,11 @@ def check_mean() -> Callable[..., Estimate]:
 def keys(monkeypatch) -> list[Tensor]:
     """Every key drawn by a forward call, in order: how many masks there were, and which."""
     drawn: list[Tensor] = []
-    draw = dropping.draw_key
+    draw = state.draw_key
 
     def spy(*args):
         drawn.append(draw(*args))
         return drawn[-1]
 
-    monkeypatch.setattr(dropping, "draw_key", spy)
-    monkeypatch.setattr(paper_modes, "draw_key", spy)
-    monkeypatch.setattr(node, "draw_key", spy)
+    monkeypatch.setattr(state, "draw_key", spy)
     return drawn

@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops import draw_key, masked_linear
-from ..ops.ordinary import is_dense
-from ..ops.tracing import is_traced
+from ..ops.hash import Key
 from ..recompute import Recipe, call_recomputing
 from .flat import flat_of, open_flat
+from .fused import fused_forward
 from .live import Open, check_unwritten, close, recipes_of, watched
 from .masking import check_anchor, is_sharded, masked_weight
 from .paper_modes import Factor, product_forward
-from .product import LINEAR_PRODUCT
 from .state import SiteState
 from .watch import refuse_recomputation
 
@@ -30,10 +28,10 @@ if TYPE_CHECKING:
 
 def dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> Any:
     """One forward of the original class, with its masks."""
-    fused = _fused_site(module)
-    given = (*args, *kwargs.values())
-    if fused is not None and len(given) == 1 and _can_be_fused(given[0]):
-        return _fused(module, fused, given[0])
+    if len(args) == 1 and not kwargs:
+        fused = fused_forward(module, args[0])
+        if fused is not None:
+            return fused
     opened: list[Open] = []
     result = None
     try:
@@ -60,35 +58,6 @@ def _inner(base: type[nn.Module], module: Any) -> Callable[..., Any]:
     if found is not None:
         return functools.partial(_by_product, module, *found)
     return functools.partial(base.forward, module)
-
-
-def _fused_site(module: DropConnectModule) -> SiteState | None:
-    """The weight of a Linear, if nothing but a mask by element is asked of it, in eager training: then
-    one function does the product, its gradients and the masks, and autograd keeps no weight."""
-    if len(module._dropconnect) != 1 or is_traced() or not torch.is_grad_enabled():
-        return None
-    (state,) = module._dropconnect.values()
-    if state.product is not LINEAR_PRODUCT or not state.layout.is_elementwise:
-        return None
-    held = state.held_key is not None or module.__dict__[state.live] is not None
-    if held or module._dropconnect_draws or state.mode(module.training) != "batch":
-        return None
-    return state if type(module._parameters.get(state.raw)) is nn.Parameter else None
-
-
-def _can_be_fused(x: Any) -> bool:
-    return type(x) is Tensor and is_dense(x) and x.ndim > 1
-
-
-def _fused(module: Any, state: SiteState, x: Tensor) -> Tensor:
-    """The forward of a Linear whose weight is masked by element."""
-    state.drawn = True
-    raw, anchor = module._parameters[state.raw], _anchor(module, state)
-    law, bias = state.law_for(raw), module._parameters.get("bias")
-    if bias is None:  # there is none, or it is pruned or parametrized
-        bias = module.bias
-    key = draw_key(raw.device, state.rank)
-    return masked_linear(x, raw, bias, key, law, state.layout, anchor, state.name)
 
 
 def _product_site(module: DropConnectModule) -> tuple[SiteState, str] | None:
@@ -156,7 +125,7 @@ def _any_sharded(child: DropConnectModule) -> bool:
 
 
 def _open_own(module: Any, opened: list[Open], outside: bool = False) -> None:
-    keys: dict[str, Tensor] = {}
+    keys: dict[str, Key] = {}
     compiling = torch.compiler.is_compiling()
     flat = None if outside or compiling else flat_of(module)
     for state in module._dropconnect.values():
@@ -178,7 +147,7 @@ def _open_own(module: Any, opened: list[Open], outside: bool = False) -> None:
         elif state.follows in keys:
             key = keys[state.follows]
         else:
-            key = draw_key(raw.device, state.rank)
+            key = state.new_key(raw.device)
         keys[state.name] = key
         if flat is not None and state.name in flat.names:
             flat.add(state, key, state.law_for(raw), _anchor(module, state))
@@ -190,7 +159,7 @@ def _open_own(module: Any, opened: list[Open], outside: bool = False) -> None:
             _hand_out(module, one, opened)
 
 
-def _used(module: Any, state: SiteState, raw: Tensor, key: Tensor) -> tuple[Tensor, Recipe | None]:
+def _used(module: Any, state: SiteState, raw: Tensor, key: Key) -> tuple[Tensor, Recipe | None]:
     keep_law = not getattr(module, "_is_replica", False)
     return masked_weight(state, raw, _anchor(module, state), key, keep_law)
 

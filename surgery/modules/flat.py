@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import check_unmodified, version_of
 from ..ops import Law, drop_into, drop_weight
+from ..ops.hash import Key
 from ..ops.linear import as_if_trained
 from ..ops.ordinary import is_ordinary_there
 from ..ops.tracing import is_traced
@@ -43,7 +44,7 @@ class Mask(NamedTuple):
     """How a weight is masked."""
 
     state: SiteState
-    key: Tensor
+    key: Key
     law: Law
     anchor: Tensor | None
 
@@ -65,7 +66,7 @@ class Flat:
         self._again: Tensor | None = None
         self._saved = self._asked = 0
 
-    def add(self, state: SiteState, key: Tensor, law: Law, anchor: Tensor | None) -> None:
+    def add(self, state: SiteState, key: Key, law: Law, anchor: Tensor | None) -> None:
         """Mask one of the weights."""
         self.masks[self.names.index(state.name)] = Mask(state, key, law, anchor)
 

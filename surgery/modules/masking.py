@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import version_of
 from ..ops import Law, drop_weight
+from ..ops.hash import Key
 from ..ops.linear import as_if_trained
 from ..ops.tracing import is_traced
 from ..recompute import Recipe, can_recompute
@@ -17,7 +18,7 @@ from .state import SiteState
 
 
 def masked_weight(
-    state: SiteState, raw: Tensor, anchor: Tensor | None, key: Tensor, keep_law: bool = True
+    state: SiteState, raw: Tensor, anchor: Tensor | None, key: Key, keep_law: bool = True
 ) -> tuple[Tensor, Recipe | None]:
     """The masked weight, and the recipe to compute it again.
 
@@ -122,7 +123,7 @@ def _form(tensor: Any) -> Any:
     return *place, tensor.dtype, tensor.shape, tensor.stride(), version_of(tensor)
 
 
-def _held(state: SiteState, raw: Tensor, key: Tensor, law: Law, anchor: Tensor | None) -> Tensor:
+def _held(state: SiteState, raw: Tensor, key: Key, law: Law, anchor: Tensor | None) -> Tensor:
     """While masks are held, the masked weight is kept too, for as long as what it depends on stays:
     a loop over a cell computes it once, and autograd adds up its gradient once. A backward ends that:
     the optimiser that follows may write where no version tells (`p.data.add_`)."""

@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import SurgeryError
-from ..ops import draw_key
+from ..ops.hash import Key
 from ..recompute import address_of, call_recomputing
 from ..scope import in_scope, settle
 from .dropping import mode_of_product
@@ -172,7 +172,7 @@ class DropConnect(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[int, Any]]:
         """The weights that this call uses by name, and recipes to compute them again."""
         used = dict(raws)
-        keys: dict[str | None, Tensor] = {}
+        keys: dict[str | None, Key] = {}
         recipes: dict[int, Any] = {}
         for name, state in self.states.items():
             if state.mode(self.training) != "batch":
@@ -180,7 +180,7 @@ class DropConnect(nn.Module):
             self._note()
             raw = raws[name]
             key = state.held_key if state.held_key is not None else keys.get(state.follows)
-            keys[name] = key = draw_key(raw.device, state.rank) if key is None else key
+            keys[name] = key = state.new_key(raw.device) if key is None else key
             used[name], recipe = masked_weight(state, raw, anchors[name], key)
             address = None if recipe is None else address_of(used[name])
             if address is not None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..moments import Gaussian, Points, Source
-from ..ops import Law, Layout, draw_key, drop_weight
+from ..ops import Law, Layout, drop_weight
+from ..ops.hash import Key
 from ..ops.ordinary import is_dense
 from ..scope import in_scope, scope_shapes, settle
 from .examples import where_examples_lie
@@ -223,8 +224,8 @@ def _groups(state: SiteState) -> int | None:
     return None if state.group is None or state.sampling != "batch" else state.group.samples
 
 
-def _key(state: SiteState, raw: Tensor) -> Tensor:
-    return draw_key(raw.device, state.rank) if state.held_key is None else state.held_key
+def _key(state: SiteState, raw: Tensor) -> Key:
+    return state.new_key(raw.device) if state.held_key is None else state.held_key
 
 
 def _example_dim(product: Product, x: Tensor, state: SiteState) -> int | None:
@@ -252,7 +253,7 @@ def _matrix_per_example(
     weight: Factor,
     bias: Factor | None,
     state: SiteState,
-    key: Tensor,
+    key: Key,
     dim: int | None,
 ) -> Tensor:
     matrix, anchor = weight.raw, weight.anchor
@@ -279,7 +280,7 @@ def _rows(x: Tensor, dim: int | None, groups: int | None) -> tuple[Tensor, tuple
     return first.reshape(examples, size, features), tuple(first.shape[:-1])
 
 
-def _bias_per_example(bias: Factor, key: Tensor, examples: int) -> Tensor:
+def _bias_per_example(bias: Factor, key: Key, examples: int) -> Tensor:
     """(examples, out), or (1, out) if it is not dropped."""
     state = bias.state
     if state is None:
@@ -296,7 +297,7 @@ def _channels_per_example(
     weight: Factor,
     bias: Factor | None,
     state: SiteState,
-    key: Tensor,
+    key: Key,
 ) -> Tensor:
     """A convolution whose masks lie on the channels of its input or of its output."""
     law = state.law_for(weight.raw)

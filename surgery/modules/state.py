@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..config import DropConnectConfig, Inference, Sampling, check_p
 from ..errors import SurgeryError
-from ..ops import Law, Layout
+from ..ops import Law, Layout, draw_key
+from ..ops.hash import Key
 from ..ops.random import is_capturing
 from .laws import Row, change_laws, give_laws, shared_law
 from .product import Product
@@ -177,6 +178,10 @@ class SiteState:
                 self.law = law
         return law
 
+    def new_key(self, device: torch.device) -> Key:
+        """The key of one forward call, from the generator of the weight's device."""
+        return draw_key(device, self.rank)
+
     @property
     def rank(self) -> int:
         """The process rank that is mixed into keys; 0 outside of distributed training."""
@@ -187,7 +192,7 @@ class SiteState:
 
     def _is_captured(self) -> bool:
         """Whether a CUDA graph is captured, whose replays may have another p."""
-        return self.law is not None and is_capturing(self.law.threshold.device)
+        return is_capturing(torch.device("cuda"))
 
     def with_inference(self, inference: Inference, draws: int | None) -> dict[str, Any]:
         """The attributes that change with what `eval()` does."""

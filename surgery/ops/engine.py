@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..caching import cached, lasting
 from . import gpu, native
-from .hash import advance_key, mix_into, spread
+from .hash import Key, advance_key, key_tensor, mix_into, spread
 from .ordinary import is_batched
 from .switch import compile_enabled, give_up
 from .tracing import is_traced
@@ -54,7 +54,7 @@ def masks(
     weight: Tensor,
     anchor: Tensor | None,
     grad: Tensor | None,
-    key: Tensor,
+    key: Key,
     law: Law,
     block: Block | None = None,
     dtype: torch.dtype | None = None,
@@ -72,12 +72,8 @@ def masks(
         both, the gradient in the dtype of the weight; None where there is no kernel for these tensors,
         and then nothing was done.
     """
-    if gpu.takes(weight, anchor, grad):
-        used = torch.empty_like(weight, dtype=dtype)
-        fits = grad is None or grad.dtype == weight.dtype
-        of_weight = grad if fits else torch.empty_like(weight)
-        if gpu.drop(weight, anchor, grad, used, of_weight, key, law):
-            return used, of_weight
+    if gpu.is_there(weight):
+        return gpu.masked(weight, anchor, grad, key, law, dtype)
     given = [tensor for tensor in (weight, anchor, grad) if tensor is not None]
     if is_traced() or not native.takes(*given) or dtype not in (None, weight.dtype):
         return None
@@ -86,12 +82,12 @@ def masks(
     used = torch.empty_like(weight) if block is None else block.view(weight)
     if block is None and not native.takes(used):  # a mode that makes tensors of its own
         return None
-    native.drop(weight, anchor, grad, used, grad, (key, law.threshold, law.scale))
+    native.drop(weight, anchor, grad, used, grad, (key_tensor(key), law.threshold, law.scale))
     return used, grad
 
 
 def shared_masks(
-    weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, layout: Layout
+    weight: Tensor, anchor: Tensor | None, key: Key, law: Law, layout: Layout
 ) -> Tensor | None:
     """The masked weight where entries share a mask, by the kernel for the GPU; or None."""
     shape = gpu.steps(layout)
@@ -103,12 +99,12 @@ def shared_masks(
 
 def has_kernels(name: str) -> bool:
     """Whether there are kernels of that name for the CPU; the first question compiles them."""
-    if not compile_enabled():
+    if not compile_enabled("cpu"):
         return False
     try:
         native.library(name)
     except native.NoCompiler as error:
-        give_up(error)
+        give_up("cpu", error)
         return False
     return True
 
@@ -149,7 +145,7 @@ def _masked_in_chunks(weight: Tensor, key: Tensor, threshold: Tensor, scale: Ten
     for start in range(0, len(weight), CHUNK):
         into, part = used[start : start + CHUNK], weight[start : start + CHUNK]
         z, spare, places = (tensor[: len(part)] for tensor in (z, spare, every))
-        mix_into(places, advance_key(key, start), z, spare)
+        mix_into(places, key_tensor(advance_key(key, start)), z, spare)
         exact = into.dtype == scale.dtype
         wide = torch.mul(part.to(scale.dtype), scale, out=into if exact else None)
         wide.view(torch.int32).bitwise_and_(_ones_where_kept(z, least))

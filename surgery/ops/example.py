@@ -7,19 +7,20 @@ from torch import Tensor
 
 from ..config import Unit
 from .example_operators import example_product
+from .hash import Key
 from .linear import autocast
 from .mask import Law, Layout, drop_weight
 
 
 def example_linear(
-    x: Tensor, weight: Tensor, key: Tensor, law: Law, unit: Unit, anchor: Tensor | None = None
+    x: Tensor, weight: Tensor, key: Key, law: Law, unit: Unit, anchor: Tensor | None = None
 ) -> Tensor:
     """`x_e @ W_e^T` for each example e, where `W_e = A + m_e * (W - A) / (1 - p)`.
 
     Args:
         x: (examples, rows, in). The rows of an example (its tokens) share its mask.
         weight: (out, in), any strides.
-        key: int32, shape (2,), see `surgery.ops.hash`. The examples differ in round 3 of the
+        key: see `surgery.ops.hash`. The examples differ in round 3 of the
             hash (`multipliers`); a single example has the mask of `drop_weight`.
         law: the drop probability.
         unit: what shares an entry of an example's mask. "element": out * in entries. "input": in
@@ -54,7 +55,7 @@ def example_linear(
 
 def example_vector(
     bias: Tensor,
-    key: Tensor,
+    key: Key,
     law: Law,
     unit: Unit,
     examples: int,

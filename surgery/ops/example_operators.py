@@ -15,16 +15,15 @@ from torch import Tensor
 
 from . import gpu
 from .example_product import gradients, product
+from .hash import Key, key_tensor
 from .mask import Law
 from .tracing import is_traced
 
 
-def example_product(
-    x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law
-) -> Tensor:
+def example_product(x: Tensor, weight: Tensor, anchor: Tensor | None, key: Key, law: Law) -> Tensor:
     """`x_e @ W_e^T` for x (examples, rows, in) and a weight (out, in): see `example_linear`."""
     if not gpu.takes(x, weight, anchor, strided=True):
-        found: Tensor = _product(x, weight, anchor, key, law.threshold, law.scale)
+        found: Tensor = _product(x, weight, anchor, key_tensor(key), law.threshold, law.scale)
         return found
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return cast(Tensor, _Eager.apply(x, weight, anchor, key, law))  # type: ignore[no-untyped-call]
@@ -36,7 +35,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law
+        ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor | None, key: Key, law: Law
     ) -> Tensor:
         ctx.save_for_backward(x, weight, anchor)
         ctx.law = key, law
@@ -49,7 +48,8 @@ class _Eager(torch.autograd.Function):
         args = grad, x, weight, anchor, key
         if not torch.is_grad_enabled() and gpu.takes(grad, x, weight, anchor, strided=True):
             return *gradients(*args, law, want_x, want_weight, taken=True), None, None, None
-        of_x, of_weight = _gradients(*args, law.threshold, law.scale, want_x, want_weight)
+        given = *args[:4], key_tensor(key), law.threshold, law.scale, want_x, want_weight
+        of_x, of_weight = _gradients(*given)
         found = of_x if want_x else None, of_weight if want_weight else None
         return *found, None, None, None
 

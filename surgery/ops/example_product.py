@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import gpu, native
 from .engine import CHUNK, has_kernels
-from .hash import mix, multipliers, spread
+from .hash import Key, key_tensor, mix, multipliers, spread
 from .mask import Law, apply_mask
 from .ordinary import unviewed
 
@@ -95,12 +95,12 @@ class _Masks:
     """The masks of all examples of one call, and the ways to use them."""
 
     def __init__(
-        self, x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law
+        self, x: Tensor, weight: Tensor, anchor: Tensor | None, key: Key, law: Law
     ) -> None:
         self.weight = weight.detach().contiguous()
         self.anchor = None if anchor is None else anchor.detach().contiguous()
         self.examples, self.rows = x.shape[:2]
-        self.law = (key.to(weight.device), law.threshold, law.scale)
+        self.law = (key_tensor(key, weight.device), law.threshold, law.scale)
 
     @functools.cached_property
     def last(self) -> Tensor:
@@ -153,7 +153,7 @@ def product(
     x: Tensor,
     weight: Tensor,
     anchor: Tensor | None,
-    key: Tensor,
+    key: Key,
     law: Law,
     taken: bool | None = None,
 ) -> Tensor:
@@ -162,7 +162,7 @@ def product(
     Args:
         x: (examples, rows, in).
         weight, anchor: (out, in), any strides; the anchor may be None.
-        key: int32, shape (2,), on the CPU or where the weight is.
+        key: on the host, on the CPU, or where the weight is.
         law: of the mask.
         taken: whether the kernels of the GPU take these tensors, if that is known.
 
@@ -191,7 +191,7 @@ def gradients(
     x: Tensor,
     weight: Tensor,
     anchor: Tensor | None,
-    key: Tensor,
+    key: Key,
     law: Law,
     want_x: bool,
     want_weight: bool,

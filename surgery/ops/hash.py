@@ -36,6 +36,11 @@ _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B9
 
 
+Key = Tensor | tuple[int, int]
+"""Of a mask: int32, shape (2,); or both words on the host, where they were drawn in eager code on a
+GPU and are given to a kernel."""
+
+
 def _signed(word: int) -> int:
     """The 32-bit word with the same bits, as a Python int that fits int32."""
     word &= 0xFFFFFFFF
@@ -116,7 +121,7 @@ def multipliers(examples: int, key: Tensor) -> Tensor:
     return z ^ z[:1] ^ ROUND3
 
 
-def advance_key(key: Tensor, start: int) -> Tensor:
+def advance_key(key: Key, start: int) -> Key:
     """The key with which index 0 gives the bits that `key` gives at index `start`.
 
     Indices repeat after 2**32: from there on, each part of so many weights has a key of its own.
@@ -124,6 +129,9 @@ def advance_key(key: Tensor, start: int) -> Tensor:
     if start == 0:
         return key
     part = start >> 32
+    if isinstance(key, tuple):
+        k0, k1 = _derived_words(*key, -part) if part else key
+        return _signed(k0 + start * _GOLDEN), k1
     if part:
         key = _derived(key, -part)
     return torch.stack([key[0] + _signed(start * _GOLDEN), key[1]])
@@ -140,9 +148,9 @@ def _derived(key: Tensor, number: int) -> Tensor:
     return (z ^ (z >> 32)).to(torch.int32)
 
 
-def words(key: Tensor) -> tuple[int, int]:
+def words(key: Key) -> tuple[int, int]:
     """Both words of a key, as signed integers of 32 bits. Waits for the device, if it is on one."""
-    k0, k1 = key.tolist()
+    k0, k1 = key if isinstance(key, tuple) else key.tolist()
     return k0, k1
 
 
@@ -171,7 +179,7 @@ def _scramble(seed: int) -> int:
 
 def key_from_seed(seed: int, device: torch.device | str = "cpu") -> Tensor:
     """The key of an integer seed: int32, shape (2,). Neighbouring seeds give unrelated keys."""
-    return _key(*_words_of(seed), device)
+    return key_tensor(_words_of(seed), device)
 
 
 def _words_of(seed: int) -> tuple[int, int]:
@@ -179,26 +187,29 @@ def _words_of(seed: int) -> tuple[int, int]:
     return _signed(word), _signed(word >> 32)
 
 
-def _key(k0: int, k1: int, device: torch.device | str = "cpu") -> Tensor:
-    return torch.tensor((k0, k1), dtype=torch.int32, device=device)
+def key_tensor(key: Key, device: torch.device | str | None = None) -> Tensor:
+    """A key as a tensor: int32, shape (2,); without a device, wherever it is, or on the CPU."""
+    if isinstance(key, tuple):
+        return torch.tensor(key, dtype=torch.int32, device=device or "cpu")
+    return key if device is None else key.to(device)
 
 
-def draw_key(device: torch.device, rank: int = 0) -> Tensor:
-    """A fresh key from the default generator of `device`: int32, shape (2,).
+def draw_key(device: torch.device, rank: int = 0) -> Key:
+    """A fresh key from the default generator of `device`.
 
     `torch.manual_seed` reproduces it, and activation checkpointing restores it with the generator's
     state. `rank` other than 0 is hashed into it, so that processes seeded alike draw different masks.
 
-    On a GPU a draw would be a launch, and the host does not know its result. In eager code the key is
-    there made of the generator's seed and offset, as a tensor on the CPU.
+    On a GPU a draw would be a launch, and the host would not know its result. In eager code the key is
+    made there of the generator's seed and offset, on the host.
     """
     seed = host_seed(device)
     if seed is not None:
         found = _words_of(seed)
-        return _key(*(found if rank == 0 else _derived_words(*found, rank)))
+        return found if rank == 0 else _derived_words(*found, rank)
     key = drawn(torch.randint, -(2**31), 2**31, (2,), dtype=torch.int32, device=device)
     if rank == 0:
         return key
     if key.device.type == "cpu" and not is_traced():
-        return _key(*_derived_words(*words(key), rank))
+        return key_tensor(_derived_words(*words(key), rank))
     return _derived(key, rank)

@@ -17,9 +17,14 @@ from torch import Tensor
 from ..caching import constant_in_traces
 from ..errors import check_unmodified, version_of
 from . import gpu
+from .hash import Key
 from .mask import Law, Layout, drop_both, drop_weight
 from .ordinary import unviewed
 from .workspace import borrow, give_back
+
+Masks = tuple[Key, Law, Layout, Tensor | None, str]
+"""Key, law, layout and anchor of a weight, and its name: one argument of an autograd Function, as each
+costs time at every call."""
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -31,17 +36,15 @@ class _MaskedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        anchor: Tensor | None,
-        key: Tensor,
-        law: Law,
-        layout: Layout,
-        name: str,
+        masks: Masks,
     ) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None)
-        ctx.weight, ctx.version, ctx.name = weight, version_of(weight), name
-        ctx.law = key, law, layout, anchor
-        block = borrow(weight)
-        used, _ = drop_both(weight, None, key, law, layout, anchor, block, _as_wide_as(x, weight))
+        ctx.weight, ctx.version, ctx.masks = weight, version_of(weight), masks
+        key, law, layout, anchor, _ = masks
+        on_gpu = gpu.is_there(weight)
+        block = None if on_gpu else borrow(weight)
+        dtype = x.dtype if on_gpu else None  # on the CPU, kernels do not convert
+        used, _ = drop_both(weight, None, key, law, layout, anchor, block, dtype)
         if bias is None and weight.requires_grad:
             used = as_if_trained(used)
         product = unviewed(F.linear(x, used, bias))
@@ -50,34 +53,29 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        check_unmodified(ctx.name, ctx.weight, ctx.version)
         (x,) = ctx.saved_tensors
-        want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
         (grad,), weight = grads, ctx.weight
+        key, law, layout, anchor, name = ctx.masks
+        check_unmodified(name, weight, ctx.version)
+        want_x, want_weight, want_bias, _ = ctx.needs_input_grad
+        on_gpu = gpu.is_there(weight)
         rows = matrix(grad)
         of_x = of_weight = None
         if want_weight:
             of_weight = rows.t().mm(matrix(x))
-            if not gpu.is_there(weight):
+            if not on_gpu:
                 of_weight = _as(weight, of_weight)
         if want_x:
-            block = borrow(weight)
-            args = *ctx.law, block, _as_wide_as(rows, weight)
-            used, of_weight = drop_both(weight, of_weight, *args)
+            block = None if on_gpu else borrow(weight)
+            dtype = rows.dtype if on_gpu else None
+            used, of_weight = drop_both(weight, of_weight, key, law, layout, anchor, block, dtype)
             of_x = rows.mm(_as(rows, used))
             give_back(block)
             if grad.dim() > 2:
                 of_x = of_x.view(*grad.shape[:-1], weight.shape[1])
         elif of_weight is not None:
-            key, law, layout, _ = ctx.law
             of_weight = drop_weight(of_weight, key, law, layout, dtype=weight.dtype)
-        of_bias = rows.sum(0) if want_bias else None
-        return of_x, of_weight, of_bias, None, None, None, None, None
-
-
-def _as_wide_as(x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """The dtype in which kernels give the masked weight: on a GPU, that of the product."""
-    return x.dtype if gpu.is_there(weight) else None
+        return of_x, of_weight, rows.sum(0) if want_bias else None, None
 
 
 def as_if_trained(used: Tensor) -> Tensor:
@@ -103,7 +101,7 @@ def masked_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    key: Tensor,
+    key: Key,
     law: Law,
     layout: Layout,
     anchor: Tensor | None = None,
@@ -126,8 +124,10 @@ def masked_linear(
     if narrow is not None and narrow != weight.dtype and gpu.is_there(weight):
         # A plain layer casts its weight, and autograd keeps what it gets: one kernel casts and masks.
         return F.linear(x, drop_weight(weight, key, law, layout, anchor, narrow), bias)
-    x, bias = autocast(x, bias)
-    return cast(Tensor, _MaskedLinear.apply(x, weight, bias, anchor, key, law, layout, name))  # type: ignore[no-untyped-call]
+    elif narrow is not None:
+        x, bias = x.to(narrow), None if bias is None else bias.to(narrow)
+    masks: Masks = key, law, layout, anchor, name
+    return cast(Tensor, _MaskedLinear.apply(x, weight, bias, masks))  # type: ignore[no-untyped-call]
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import gpu
 from .engine import masks, run, shared_masks
-from .hash import advance_key, mix, spread
+from .hash import Key, advance_key, key_tensor, mix, spread
 from .ordinary import is_batched, unviewed
 from .tracing import is_traced
 from .workspace import Block
@@ -39,6 +39,19 @@ class Layout:
 
     view: tuple[int, ...]
     mask: tuple[int, ...]
+    is_elementwise: bool = field(init=False, compare=False, repr=False)
+    """Whether every weight has its own entry."""
+    entries: int = field(init=False, compare=False, repr=False)
+    """Number of mask entries."""
+
+    def __post_init__(self) -> None:
+        # once, and not at each forward
+        known = {"is_elementwise": self.mask == self.view, "entries": math.prod(self.mask)}
+        self.__dict__.update(known)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     @classmethod
     def elements(cls, numel: int) -> Layout:
@@ -49,16 +62,6 @@ class Layout:
     def shared(cls, view: tuple[int, ...], own: tuple[int, ...]) -> Layout:
         """Entries differ along the dimensions `own` of `view`, and are shared along all others."""
         return cls(view, tuple(size if dim in own else 1 for dim, size in enumerate(view)))
-
-    @property
-    def is_elementwise(self) -> bool:
-        """Whether every weight has its own entry."""
-        return self.mask == self.view
-
-    @property
-    def entries(self) -> int:
-        """Number of mask entries."""
-        return math.prod(self.mask)
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ class _DropWeight(torch.autograd.Function):
         ctx: Any,
         weight: Tensor,
         anchor: Tensor | None,
-        key: Tensor,
+        key: Key,
         law: Law,
         layout: Layout,
         dtype: torch.dtype | None,
@@ -210,7 +213,7 @@ def _drop(weight: Tensor, *args: Any) -> Tensor:
 def _masked(
     weight: Tensor,
     anchor: Tensor | None,
-    key: Tensor,
+    key: Key,
     law: Law,
     layout: Layout,
     dtype: torch.dtype | None,
@@ -228,7 +231,7 @@ def _masked(
 def _evaluate(
     weight: Tensor,
     anchor: Tensor | None,
-    key: Tensor,
+    key: Key,
     law: Law,
     layout: Layout,
     dtype: torch.dtype | None = None,
@@ -244,12 +247,12 @@ def _evaluate(
         used = _in_segments(flat, towards, key, law)
     else:
         found = None if is_batched(weight) else shared_masks(flat, towards, key, law, layout)
-        args = key.to(weight.device), law.threshold, law.scale, layout.mask
+        args = key_tensor(key, weight.device), law.threshold, law.scale, layout.mask
         used = run(masked_formula, flat, towards, *args) if found is None else found
     return used.view(weight.shape)
 
 
-def _in_segments(weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law) -> Tensor:
+def _in_segments(weight: Tensor, anchor: Tensor | None, key: Key, law: Law) -> Tensor:
     """The elementwise formula on a 1-D weight of any length."""
     numel = weight.shape[0]
     parts = []
@@ -260,11 +263,11 @@ def _in_segments(weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law) -
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _segment(weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law) -> Tensor:
+def _segment(weight: Tensor, anchor: Tensor | None, key: Key, law: Law) -> Tensor:
     found = None if is_batched(weight) else masks(weight, anchor, None, key, law)
     if found is not None:
         return found[0]
-    args = key.to(weight.device), law.threshold, law.scale, None
+    args = key_tensor(key, weight.device), law.threshold, law.scale, None
     return run(masked_formula, weight, anchor, *args)
 
 
@@ -301,16 +304,14 @@ def _drop_op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _drop_op.register_autograd(_drop_op_backward, setup_context=_keep_law)
 
 
-def _in_graph(
-    weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, layout: Layout
-) -> Tensor:
+def _in_graph(weight: Tensor, anchor: Tensor | None, key: Key, law: Law, layout: Layout) -> Tensor:
     """The masked weight as part of a compiled graph.
 
     If there will be a backward, it does what `surgery.recompute` does in eager mode: the mask and the
     masked weight are not kept for backward but computed again. The spread indices stay outside: they do
     not depend on the key, so sites of one size would share them, and what is shared would be kept.
     """
-    key = key.to(weight.device)  # one that is held was drawn in eager code
+    key = key_tensor(key, weight.device)  # one that is held was drawn in eager code
     args: tuple[Any, ...] = (weight, anchor, key, law.threshold, law.scale)
     compute: Any = _drop_op
     if weight.device.type != "cpu" or not layout.is_elementwise:
@@ -339,7 +340,7 @@ def _traced_formula(
 
 def drop_weight(
     weight: Tensor,
-    key: Tensor,
+    key: Key,
     law: Law,
     layout: Layout,
     anchor: Tensor | None = None,
@@ -349,7 +350,7 @@ def drop_weight(
 
     Args:
         weight: the raw weight, any shape, any floating dtype.
-        key: int32, shape (2,), see `surgery.ops.hash`; on the weight's device or on the CPU.
+        key: see `surgery.ops.hash`; on the host, on the CPU, or on the device of the weight.
         law: the drop probability.
         layout: which weights share a mask entry.
         anchor: where dropped weights go; None is zero.
@@ -359,18 +360,20 @@ def drop_weight(
         `A + m * (W - A) / (1 - p)`, shape and strides of `weight`. Its expectation over keys is
         `weight`.
     """
+    if not is_traced():
+        if is_batched(weight):
+            return _evaluate(weight, anchor, key, law, layout, dtype)
+        return _drop(weight, anchor, key, law, layout, dtype)
     compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
     if compiling and dtype is None and layout.entries <= SEGMENT:
         return _in_graph(weight, anchor, key, law, layout)
-    if is_traced() or is_batched(weight):
-        return _evaluate(weight, anchor, key, law, layout, dtype)
-    return _drop(weight, anchor, key, law, layout, dtype)
+    return _evaluate(weight, anchor, key, law, layout, dtype)
 
 
 def drop_into(
     place: Tensor,
     weight: Tensor,
-    key: Tensor,
+    key: Key,
     law: Law,
     layout: Layout,
     anchor: Tensor | None = None,
@@ -378,17 +381,16 @@ def drop_into(
     """Write `drop_weight` of the rest into `place`: dense, and the shape and dtype of the weight. Not
     differentiable, and not for traced code."""
     fit = weight.numel() == layout.entries and (anchor is None or anchor.shape == weight.shape)
-    if fit and layout.is_elementwise and layout.entries <= SEGMENT:
-        given = weight, anchor, None, place, None
-        if gpu.takes(weight, anchor, place) and gpu.drop(*given, key, law):
-            return
+    by_kernel = fit and layout.is_elementwise and gpu.takes(place)
+    if by_kernel and gpu.masked(weight, anchor, None, key, law, used=place) is not None:
+        return
     place.copy_(drop_weight(weight.detach(), key, law, layout, anchor))
 
 
 def drop_both(
     weight: Tensor,
     grad: Tensor | None,
-    key: Tensor,
+    key: Key,
     law: Law,
     layout: Layout,
     anchor: Tensor | None,

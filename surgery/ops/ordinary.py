@@ -37,8 +37,9 @@ def is_ordinary(tensor: Tensor) -> bool:
 def is_ordinary_there(tensor: Tensor) -> bool:
     """The same on whatever device it is."""
     kind = type(tensor)
-    known = kind is Tensor or kind is torch.nn.Parameter
-    return known and _keys(tensor) in _plain_keys(tensor.device.type)
+    if kind is not Tensor and kind is not torch.nn.Parameter:
+        return False
+    return torch._C._dispatch_keys(tensor).raw_repr() in _plain_keys(tensor.device.type)
 
 
 def is_dense(tensor: Tensor) -> bool:

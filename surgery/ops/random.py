@@ -64,9 +64,7 @@ def host_seed(device: torch.device) -> int | None:
     """
     if device.type not in _SEEDED or is_traced() or is_capturing(device):
         return None
-    module = torch.get_device_module(device)
-    index = module.current_device() if device.index is None else device.index
-    generator = module.default_generators[index]
+    generator = _generator_of(device)
     offset = generator.get_offset()
     generator.set_offset(offset + PHILOX_STEP)
     # Offsets count small draws: times an odd number, they reach all bits and no two of them meet.
@@ -74,10 +72,23 @@ def host_seed(device: torch.device) -> int | None:
 
 
 _SEEDED = frozenset({"cuda", "xpu"})
+_generators: dict[torch.device, Any] = {}
+
+
+def _generator_of(device: torch.device) -> Any:
+    """The default generator of a device."""
+    found = _generators.get(device)
+    if found is None:
+        module = torch.get_device_module(device)
+        index = module.current_device() if device.index is None else device.index
+        found = module.default_generators[index]
+        if device.index is not None:
+            _generators[device] = found
+    return found
 
 
 def is_capturing(device: torch.device) -> bool:
     """Whether what is launched on the device becomes part of a CUDA graph, which runs it again and
     again: then no number of the host may be part of it."""
-    on_gpu = device.type == "cuda" and torch.cuda.is_initialized()
+    on_gpu = device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return on_gpu and torch.cuda.is_current_stream_capturing()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import warnings
+from typing import Literal
 
 from ..journal import Lock
 
 _lock = Lock()
+Kind = Literal["cpu", "gpu"]
+
 _enabled = os.environ.get("DROPCONNECT_COMPILE", "1") != "0"
-_broken = False
+_broken: set[Kind] = set()
 
 
-def compile_enabled() -> bool:
-    """Whether anything is compiled: not switched off by `DROPCONNECT_COMPILE=0`, nor found not to
-    work on this machine."""
-    return _enabled and not _broken
+def compile_enabled(kind: Kind) -> bool:
+    """Whether kernels are compiled for a kind of device: not switched off by `DROPCONNECT_COMPILE=0`,
+    nor found not to work on this machine."""
+    return _enabled and kind not in _broken
 
 
 def set_compile_enabled(enabled: bool) -> bool:
@@ -26,20 +29,21 @@ def set_compile_enabled(enabled: bool) -> bool:
     return before
 
 
-def _is_first_failure() -> bool:
-    global _broken
-    first, _broken = not _broken, True
-    return first
+def give_up(kind: Kind, error: BaseException) -> None:
+    """Compile nothing for that kind any more, and warn of it once, with the error as the reason."""
 
+    def is_first() -> bool:
+        first = kind not in _broken
+        _broken.add(kind)
+        return first
 
-def give_up(error: BaseException) -> None:
-    """Compile nothing any more, and warn of it once, with the error as the reason."""
-    if not _lock.holding(_is_first_failure):
+    if not _lock.holding(is_first):
         return
     reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
     warnings.warn(
-        "No kernels can be compiled here, so DropConnect masks are computed by the slower plain "
-        f"formula (the results are the same). Install a C++ compiler to speed it up, or set "
+        f"No kernels can be compiled here for the {kind.upper()}, so DropConnect masks are computed "
+        "by the slower plain formula (the results are the same). Install a C++ compiler to speed it "
+        f"up{' (Triton needs one too)' * (kind == 'gpu')}, or set "
         f"DROPCONNECT_COMPILE=0 to silence this. Reason: {reason}",
         RuntimeWarning,
         stacklevel=2,

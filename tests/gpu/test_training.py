@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from surgery import apply_dropconnect
 from surgery.ops import Law, Layout, draw_key, drop_weight, key_from_seed
-from surgery.ops.hash import _derived
+from surgery.ops.hash import _derived, key_tensor
 
 NARROW = [torch.bfloat16, torch.float16]
 
@@ -164,7 +164,7 @@ def test_ranks_have_masks_of_their_own(device: str, monkeypatch) -> None:
     keys = []
     for rank in range(3):
         torch.manual_seed(2)
-        keys.append(draw_key(torch.device(device), rank).cpu())
+        keys.append(key_tensor(draw_key(torch.device(device), rank), "cpu"))
     for rank in (1, 2):
         assert torch.equal(keys[rank], _derived(keys[0], rank))
     layer = layer_on(device)

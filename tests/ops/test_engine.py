@@ -40,7 +40,7 @@ towards = pytest.mark.parametrize("anchored", [False, True], ids=["zero", "pretr
 @pytest.fixture(autouse=True)
 def fresh_engine(monkeypatch):
     """An engine that has not found out yet whether compiling works."""
-    monkeypatch.setattr(switch, "_broken", False)
+    monkeypatch.setattr(switch, "_broken", set())
     monkeypatch.setattr(switch, "_enabled", True)
 
 
@@ -231,7 +231,8 @@ def test_switching_off_means_not_compiling(plain, kernel_calls, gpu_kernels) -> 
     law = Law.of(0.5, torch.device("cpu"), torch.float32)
     drop_weight(torch.randn(20_000), KEY, law, Layout.elements(20_000))
     assert kernel_calls == gpu_kernels == []
-    assert not switch.compile_enabled()
+    assert not switch.compile_enabled("cpu")
+    assert not switch.compile_enabled("gpu")
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS["element"], LAYOUTS["row"]], ids=["element", "row"])
@@ -257,7 +258,8 @@ def test_where_triton_fails_the_formula_gives_the_same_bits(
     assert "DROPCONNECT_COMPILE=0" in str(seen[0].message)
     assert torch.equal(first, expected)
     assert torch.equal(second, expected)
-    assert not switch.compile_enabled()
+    assert not switch.compile_enabled("gpu")
+    assert switch.compile_enabled("cpu")
 
 
 def test_errors_of_the_formula_are_not_hidden() -> None:

@@ -17,20 +17,20 @@ compile them for GPUs of NVIDIA and AMD.
 from .expectations import expect
 from .gaussians import add_twice, draw, factors
 from .launch import INDEX, is_there, takes
-from .masks import drop, drop_shared, steps
+from .masks import drop_shared, masked, steps
 from .products import example_gradients, example_product
 
 __all__ = [
     "INDEX",
     "add_twice",
     "draw",
-    "drop",
     "drop_shared",
     "example_gradients",
     "example_product",
     "expect",
     "factors",
     "is_there",
+    "masked",
     "steps",
     "takes",
 ]

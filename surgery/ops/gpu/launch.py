@@ -44,14 +44,14 @@ def takes(first: Tensor, *others: Tensor | None, strided: bool = False) -> bool:
     """Whether kernels can read tensors together: dense ones on one GPU, of floating dtypes, while
     nothing follows each operation. With `strided`, whether they could read contiguous copies."""
     device = first.device
-    if not is_there(first) or is_traced() or not (has_triton() and compile_enabled()):
+    if device.type not in DEVICES or is_traced() or not (compile_enabled("gpu") and has_triton()):
         return False
-    for tensor in (first, *others):
+    for tensor in (first, *others):  # not through smaller functions: the host's time counts here
         if tensor is None:
             continue
-        if tensor.dtype not in FLOATS or tensor.device != device:
+        if tensor.dtype not in FLOATS or not (strided or tensor.is_contiguous()):
             return False
-        if not is_ordinary_there(tensor) or not (strided or tensor.is_contiguous()):
+        if not is_ordinary_there(tensor) or (tensor is not first and tensor.device != device):
             return False
     return True
 
@@ -104,7 +104,7 @@ class Kernel:
             except Exception as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
-                give_up(error)
+                give_up("gpu", error)
                 return False
         if hasattr(compiled, "packed_metadata"):  # not in the interpreter
             self._compiled[known] = compiled
@@ -119,6 +119,9 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _is_current(device: torch.device) -> bool:
+    """Whether kernels are launched on the device by now."""
+    if device.type == "cuda":
+        return torch.cuda.current_device() == device.index
     index: int = torch.get_device_module(device).current_device()
     return index == device.index
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..hash import words
-from .launch import Kernel, form
+from ..hash import Key, words
+from .launch import INDEX, Kernel, form, takes
 
 if TYPE_CHECKING:
     from ..mask import Law, Layout
@@ -21,51 +21,73 @@ _drop = Kernel("mask_kernels", "drop", num_warps=4)
 _drop_shared = Kernel("mask_kernels", "drop_shared", num_warps=4)
 
 
-def arguments(key: Tensor, law: Law) -> tuple[Any, ...]:
+def arguments(key: Key, law: Law) -> tuple[Any, ...]:
     """Key and law as kernels take them: pointers, numbers of the host, and whether these count.
 
-    A key on the CPU is given as numbers, and so is a law that knows its own.
+    A key on the host or on the CPU is given as numbers, and so is a law that knows its own.
     """
-    if key.device.type == "cpu" and law.numbers is not None:
+    numbers = law.numbers
+    if isinstance(key, tuple) or key.device.type == "cpu":
         k0, k1 = words(key)
-        threshold, scale = law.numbers
-        return law.threshold, law.threshold, law.scale, k0, k1, 0, threshold, scale, 0
-    there = key if key.device == law.threshold.device else key.to(law.threshold.device)
-    return there, law.threshold, law.scale, 0, 0, 1, 0, 0.0, 1
+        there, on_device = law.threshold, 0
+    else:
+        k0, k1, there, on_device = 0, 0, key, 1
+    if numbers is None or on_device:
+        return there, law.threshold, law.scale, k0, k1, on_device, 0, 0.0, 1
+    return there, law.threshold, law.scale, k0, k1, 0, *numbers, 0
 
 
-def drop(
+def masked(
     weight: Tensor,
     anchor: Tensor | None,
     grad: Tensor | None,
-    used: Tensor,
-    of_weight: Tensor | None,
-    key: Tensor,
+    key: Key,
     law: Law,
-) -> bool:
-    """Write `used`, the masked weight, and `of_weight`, the masked gradient, with one mask.
+    dtype: torch.dtype | None = None,
+    used: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None] | None:
+    """The masked weight, and the gradient of the weight by the same mask.
+
+    One long function, as every call in it would be paid for by each site at each step.
 
     Args:
-        weight, anchor: dense, of one shape with at most `launch.INDEX` entries. The anchor may be None.
-        grad: of that shape, or None with `of_weight`.
-        used, of_weight: of that shape, and of any floating dtypes. `grad` and `of_weight` may be the
-            same tensor. Computed in the dtype of the law's scale and rounded once.
-        key: int32, shape (2,), on the CPU or on the device.
+        weight, anchor: of one shape. The anchor may be None.
+        grad: of the masked weight, of any floating dtype, or None. It may be overwritten.
+        key: on the host, on the CPU or on the device.
+        dtype: of the masked weight; None is that of the weight.
+        used: where to write it, dense; None makes a tensor.
 
     Returns:
-        whether it was done: see `Kernel.launch`.
+        both, the gradient in the dtype of the weight; computed in the dtype of the law's scale and
+        rounded once. None, with nothing done, where there is no kernel for these tensors.
     """
     size = weight.numel()
-    if size == 0:
-        return True
-    tensors = weight, anchor, grad, used, of_weight
-    return _drop.launch(
-        (-(-size // BLOCK), 1, 1),
-        weight.device,
-        (*form(*tensors), size % 16 == 0, size == 1),
-        (*tensors, *arguments(key, law), size),
-        (anchor is not None, grad is not None, law.scale.dtype == torch.float64, BLOCK),
-    )
+    if size > INDEX or not takes(weight, anchor, grad):
+        return None
+    if used is None:
+        used = torch.empty_like(weight, dtype=dtype)
+    of_weight, addresses = grad, weight.data_ptr() | used.data_ptr()
+    if grad is not None:
+        if grad.dtype != weight.dtype:
+            of_weight = torch.empty_like(weight)
+            addresses |= of_weight.data_ptr()
+        addresses |= grad.data_ptr()
+    if anchor is not None:
+        addresses |= anchor.data_ptr()
+    numbers = law.numbers
+    if numbers is not None and isinstance(key, tuple):
+        there = law.threshold
+        numbers_of = there, there, law.scale, *key, 0, *numbers, 0
+    else:
+        numbers_of = arguments(key, law)
+    args = weight, anchor, grad, used, of_weight, *numbers_of, size
+    constants = anchor is not None, grad is not None, law.scale.dtype == torch.float64, BLOCK
+    kinds = weight.dtype, used.dtype, grad is not None and grad.dtype
+    forms = *kinds, anchor is not None and anchor.dtype, size % 16 == 0, size == 1
+    if addresses % 16:
+        forms = *forms, *form(*args[:5])
+    done = _drop.launch((-(-size // BLOCK), 1, 1), weight.device, forms, args, constants)
+    return (used, of_weight) if done else None
 
 
 Steps = tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
@@ -95,7 +117,7 @@ def steps(layout: Layout) -> Steps | None:
 
 
 def drop_shared(
-    weight: Tensor, anchor: Tensor | None, used: Tensor, key: Tensor, law: Law, shape: Steps
+    weight: Tensor, anchor: Tensor | None, used: Tensor, key: Key, law: Law, shape: Steps
 ) -> bool:
     """Write `used`, the masked weight, where entries share a mask.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..hash import Key
 from .launch import INDEX, Kernel, form
 from .masks import arguments
 
@@ -46,7 +47,7 @@ _masked_sum = Kernel("product_kernels", "masked_sum", num_warps=4)
 
 
 def example_product(
-    x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law
+    x: Tensor, weight: Tensor, anchor: Tensor | None, key: Key, law: Law
 ) -> Tensor | None:
     """`x_e @ W_e^T` for each example e.
 
@@ -78,7 +79,7 @@ def example_gradients(
     x: Tensor,
     weight: Tensor,
     anchor: Tensor | None,
-    key: Tensor,
+    key: Key,
     law: Law,
     want_x: bool,
     want_weight: bool,
@@ -148,7 +149,7 @@ def _by_rows(
     kernel: Kernel,
     programs: int,
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor],
-    key: Tensor,
+    key: Key,
     law: Law,
     tile: tuple[int, int, int],
 ) -> bool:
@@ -164,7 +165,7 @@ def _by_rows(
     )
 
 
-def _summed_outer(grad: Tensor, x: Tensor, key: Tensor, law: Law, of_weight: Tensor) -> bool:
+def _summed_outer(grad: Tensor, x: Tensor, key: Key, law: Law, of_weight: Tensor) -> bool:
     rows, (outputs, inputs) = x.shape[0] * x.shape[1], of_weight.shape
     tile = _outer_tile(inputs)
     programs = -(-outputs // tile[0]) * -(-inputs // tile[1])
@@ -195,7 +196,7 @@ def _scratch(x: Tensor, weight: Tensor) -> tuple[Tensor, list[slice]]:
 
 
 def _block_product(
-    x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law, found: Tensor
+    x: Tensor, weight: Tensor, anchor: Tensor | None, key: Key, law: Law, found: Tensor
 ) -> bool:
     scratch, blocks = _scratch(x, weight)
     for block in blocks:
@@ -211,7 +212,7 @@ def _block_gradients(
     x: Tensor,
     weight: Tensor,
     anchor: Tensor | None,
-    key: Tensor,
+    key: Key,
     law: Law,
     of_x: Tensor | None,
     of_weight: Tensor | None,
@@ -245,7 +246,7 @@ def _sums(
 
 
 def _write_weights(
-    weight: Tensor, anchor: Tensor | None, used: Tensor, first: int, key: Tensor, law: Law
+    weight: Tensor, anchor: Tensor | None, used: Tensor, first: int, key: Key, law: Law
 ) -> bool:
     """The masked weights of some examples, from number `first` on."""
     return _for_block(
@@ -254,7 +255,7 @@ def _write_weights(
 
 
 def _add_masked(
-    outer: Tensor, before: Tensor | None, found: Tensor, first: int, key: Tensor, law: Law
+    outer: Tensor, before: Tensor | None, found: Tensor, first: int, key: Key, law: Law
 ) -> bool:
     """The gradients of the masked weights of some examples, masked and summed."""
     return _for_block(
@@ -268,7 +269,7 @@ def _for_block(
     has_second: bool,
     block: Tensor,
     first: int,
-    key: Tensor,
+    key: Key,
     law: Law,
 ) -> bool:
     count, size = len(block), block[0].numel()

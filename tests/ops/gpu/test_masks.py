@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery import apply_dropconnect, hold_masks
-from surgery.modules import dropping
+from surgery.modules import state
 from surgery.ops import (
     Law,
     Layout,
@@ -19,7 +19,7 @@ from surgery.ops import (
     masked_linear,
 )
 from surgery.ops.gpu import masks
-from surgery.ops.hash import advance_key
+from surgery.ops.hash import advance_key, words
 from surgery.ops.mask import drop_both
 
 KEY = key_from_seed(8)
@@ -46,17 +46,18 @@ def test_every_size_and_every_dtype_of_the_result(dtype, numbers: bool, gpu_kern
             weight, anchor, grad = torch.randn(3, size).to(dtype).unbind()
             for to in {dtype, torch.float32, torch.bfloat16} if dtype != torch.float64 else {dtype}:
                 for towards in (None, anchor):
-                    used, of_weight = torch.empty(size, dtype=to), torch.empty(size, dtype=to)
-                    assert masks.drop(weight, towards, grad, used, of_weight, KEY, known)
-                    assert torch.equal(used, formula(weight, towards, law, to))
-                    assert torch.equal(of_weight, formula(grad, None, law, to))
+                    given = grad.to(to).clone()
+                    expected = formula(given, None, law, dtype)
+                    found = masks.masked(weight, towards, given, KEY, known, to)
+                    assert found is not None
+                    assert torch.equal(found[0], formula(weight, towards, law, to))
+                    assert torch.equal(found[1], expected)
 
 
 def test_special_values_and_addresses_that_are_not_aligned(gpu_kernels) -> None:
     law = Law.of(0.5, CPU, torch.float32)
     weight = torch.tensor([float("inf"), float("nan"), -0.0, 3e38, 1e-45] * 99)[1:]
-    used = torch.empty(len(weight))
-    masks.drop(weight, None, None, used, None, KEY, law)
+    used, _ = masks.masked(weight, None, None, KEY, law)
     expected = formula(weight, None, law, torch.float32)
     assert torch.equal(used.view(torch.int32), expected.view(torch.int32))
 
@@ -65,8 +66,11 @@ def test_an_index_beyond_2_to_the_31(gpu_kernels) -> None:
     """Kernels see parts of a weight, each with the key that has moved to its start."""
     law = Law.of(0.5, CPU, torch.float32)
     for start in (1 << 31, (1 << 32) - 3, 1 << 32, 3 << 33):
-        used = torch.empty(64)
-        masks.drop(torch.ones(64), None, None, used, None, advance_key(KEY, start), law)
+        used, same = (
+            masks.masked(torch.ones(64), None, None, advance_key(key, start), law)[0]
+            for key in (KEY, words(KEY))  # a tensor, and on the host
+        )
+        assert torch.equal(used, same)
         index = torch.arange(start, start + 64)
         if start >> 32 == (start + 63) >> 32:
             part = advance_key(KEY, start - start % (1 << 32)) if start >> 32 else KEY
@@ -160,7 +164,7 @@ def test_double_backward_under_autocast(gpu_kernels) -> None:
 
 def test_an_operated_layer_trains_by_them(gpu_kernels, monkeypatch) -> None:
     """The whole way, against the same masks on the CPU."""
-    monkeypatch.setattr(dropping, "draw_key", lambda device, rank=0: KEY)
+    monkeypatch.setattr(state, "draw_key", lambda device, rank=0: KEY)
     model = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4))
     apply_dropconnect(model, nn.Linear, p=0.3)
     x = torch.randn(5, 12)
