@@ -43,6 +43,7 @@ def test_one_mask_for_a_sequence(cls, toward: str, keys) -> None:
     with torch.no_grad():
         raw.add_(0.1)
     with hold_masks(cell):
+        keys.clear()
         mask = keep(held_key(cell), P, *raw.shape)
         output = unroll(cell, xs)
         output.sin().sum().backward()
