@@ -172,7 +172,7 @@ def _dtype_of_squares(dtype: torch.dtype, wide: torch.dtype) -> torch.dtype:
     A square is rounded by up to 2^-8 of itself. So the sum of n products of two, whose roundings are
     unrelated, is off by about 2^-9 sqrt(k / n) of itself, where k = E[(x w)^4] / E[(x w)^2]^2 is 9 for
     Gaussians, and the standard deviation by half of that. Rounding the sum to bfloat16 adds up to 2^-9.
-    Both are below what rounding the pre-activation costs, 2^-8; and the mean has none of it.
+    Neither is above what rounding the pre-activation costs, 2^-8; and the mean has none of it.
     Squares of float16 overflow above 256 and vanish below 2^-12: they are multiplied in float32.
     """
     return dtype if dtype == torch.bfloat16 else wide

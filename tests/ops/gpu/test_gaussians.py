@@ -118,7 +118,8 @@ def test_moments_without_gradients(dtype, unit, gpu_kernels, monkeypatch) -> Non
     given = [tensor.to(dtype) for tensor in (x, weight, bias)]
     for p in (0.0, 0.3, 1.0):
         for anchor in (None, torch.randn(17, 33).to(dtype)):
-            args = (F.linear, *given, Law.of(p, CPU, dtype), unit, anchor, None, True)
+            law = Law.of(p, CPU, dtype)
+            args = (F.linear, *given, law, unit, anchor, None, law)
             found, expected = with_and_without(monkeypatch, partial(moments_of, *args))
             assert torch.equal(found[0], expected[0])
             assert_near(found, expected, 2 * torch.finfo(dtype).eps)
