@@ -42,7 +42,8 @@ class PerObject(Generic[Key, Value]):
     def get(self, key: Key, make: Callable[[Key], Value]) -> Value:
         """The value of `key`; made if there is none."""
         known = self._known.get(id(key))
-        if known is not None:
+        # Its own: an interrupt can end the call that takes the entry of a dead key away.
+        if known is not None and known[0]() is key:
             return known[1]
         value, place, table = make(key), id(key), self._known
         table[place] = ref(key, lambda _: table.pop(place, None)), value

@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
+from surgery.caching import PerObject
 from surgery.journal import Lock
 
 from .interrupted_verbs import VERBS
@@ -38,13 +42,16 @@ def test_interrupted_here_and_there(name: str) -> None:
     assert not tally.wrong
 
 
-def test_torch_itself_leaves_gradients_off() -> None:
-    """The one exception: a plain model's `load_state_dict` does it, and the sweep knows where."""
+@pytest.mark.parametrize(
+    "call", [lambda m: m.load_state_dict(m.state_dict()), copy.deepcopy], ids=["load", "deepcopy"]
+)
+def test_torch_itself_leaves_gradients_off(call: Callable[[nn.Module], object]) -> None:
+    """The one exception: it does in a plain model, and the sweep knows where."""
     left_off = 0
     for count in itertools.count(1):
         model, tracer = nn.Linear(2, 2), AtOpcode(count, everywhere=True)
-        state = model.state_dict()
-        hit = run_traced(lambda: model.load_state_dict(state), tracer)  # noqa: B023
+        model.register_buffer("anchor", torch.zeros(2))
+        hit = run_traced(lambda: call(model), tracer)  # noqa: B023
         if not torch.is_grad_enabled():
             torch.set_grad_enabled(True)
             left_off += 1
@@ -66,6 +73,18 @@ def test_a_lock_is_never_left_taken() -> None:
         if not hit:
             break
     assert count > 20
+
+
+def test_what_was_known_of_a_class_that_is_gone_is_not_said_of_another() -> None:
+    """Its entry stays if the call that takes it away is interrupted, and a new class may lie there."""
+    known: PerObject[type, str] = PerObject()
+    gone, new = type("Gone", (), {}), type("New", (), {})
+    known.get(gone, lambda cls: "gone")
+    left = known._known[id(gone)]
+    del gone
+    gc.collect()
+    known._known[id(new)] = left
+    assert known.get(new, lambda cls: "new") == "new"
 
 
 @pytest.mark.slow
