@@ -90,8 +90,10 @@ def shared_masks(
     weight: Tensor, anchor: Tensor | None, key: Key, law: Law, layout: Layout
 ) -> Tensor | None:
     """The masked weight where entries share a mask, by the kernel for the GPU; or None."""
-    shape = gpu.steps(layout)
-    if shape is None or layout.entries > gpu.INDEX or not gpu.takes(weight, anchor):
+    if not gpu.takes(weight, anchor) or layout.entries > gpu.INDEX:
+        return None
+    shape = gpu.steps(layout)  # asked last, since torch 2.9 does not trace it for sizes that vary
+    if shape is None:
         return None
     used = torch.empty_like(weight)
     return used if gpu.drop_shared(weight, anchor, used, key, law, shape) else None

@@ -45,9 +45,9 @@ class Layout:
     """Number of mask entries."""
 
     def __post_init__(self) -> None:
-        # once, and not at each forward
-        known = {"is_elementwise": self.mask == self.view, "entries": math.prod(self.mask)}
-        self.__dict__.update(known)
+        # Once, and not at each forward; set as dataclasses do it, which torch 2.9 traces.
+        object.__setattr__(self, "is_elementwise", self.mask == self.view)
+        object.__setattr__(self, "entries", math.prod(self.mask))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
