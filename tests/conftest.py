@@ -70,7 +70,7 @@ def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return launched(self, *args)
 
     monkeypatch.setattr(launch.Kernel, "launch", note)
-    monkeypatch.setattr(launch, "DEVICES", {"cpu"})
+    monkeypatch.setattr(launch, "INTERPRETED", {"cpu"})
     numpy = pytest.importorskip("numpy")
     with numpy.errstate(all="ignore"):  # a GPU does not warn of what overflows
         yield ran

@@ -151,7 +151,7 @@ class SiteState:
         if torch.compiler.is_dynamo_compiling():
             return self._law_in_trace(raw, keep)
         law = self.law
-        if is_capturing(raw.device):
+        if raw.is_cuda and is_capturing():
             return self._law_in_capture(raw)
         if law is None or not law.fits(raw):
             law = shared_law(self.p, raw.device, raw.dtype)
@@ -192,7 +192,7 @@ class SiteState:
 
     def _is_captured(self) -> bool:
         """Whether a CUDA graph is captured, whose replays may have another p."""
-        return is_capturing(torch.device("cuda"))
+        return is_capturing()
 
     def with_inference(self, inference: Inference, draws: int | None) -> dict[str, Any]:
         """The attributes that change with what `eval()` does."""

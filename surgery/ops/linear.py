@@ -41,10 +41,17 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.save_for_backward(x if weight.requires_grad else None)
         ctx.weight, ctx.version, ctx.masks = weight, version_of(weight), masks
         key, law, layout, anchor, _ = masks
-        on_gpu = gpu.is_there(weight)
-        block = None if on_gpu else borrow(weight)
-        dtype = x.dtype if on_gpu else None  # on the CPU, kernels do not convert
-        used, _ = drop_both(weight, None, key, law, layout, anchor, block, dtype)
+        # On a GPU, kernels convert to the dtype of the product; on the CPU, memory is used again.
+        ctx.on_gpu = layout.is_elementwise and gpu.takes(weight, anchor)
+        found = (
+            gpu.masked(weight, anchor, None, key, law, x.dtype, taken=True) if ctx.on_gpu else None
+        )
+        block = None
+        if found is not None:
+            used = found[0]
+        else:
+            block = borrow(weight)
+            used, _ = drop_both(weight, None, key, law, layout, anchor, block)
         if bias is None and weight.requires_grad:
             used = as_if_trained(used)
         product = unviewed(F.linear(x, used, bias))
@@ -58,17 +65,19 @@ class _MaskedLinear(torch.autograd.Function):
         key, law, layout, anchor, name = ctx.masks
         check_unmodified(name, weight, ctx.version)
         want_x, want_weight, want_bias, _ = ctx.needs_input_grad
-        on_gpu = gpu.is_there(weight)
         rows = matrix(grad)
-        of_x = of_weight = None
+        of_x = of_weight = found = block = None
         if want_weight:
             of_weight = rows.t().mm(matrix(x))
-            if not on_gpu:
-                of_weight = _as(weight, of_weight)
         if want_x:
-            block = None if on_gpu else borrow(weight)
-            dtype = rows.dtype if on_gpu else None
-            used, of_weight = drop_both(weight, of_weight, key, law, layout, anchor, block, dtype)
+            if ctx.on_gpu and not torch.is_grad_enabled() and gpu.takes(rows):
+                args = weight, anchor, of_weight, key, law, rows.dtype
+                found = gpu.masked(*args, taken=True)
+            if found is None:
+                block = borrow(weight)
+                of_weight = None if of_weight is None else _as(weight, of_weight)
+                found = drop_both(weight, of_weight, key, law, layout, anchor, block)
+            used, of_weight = found
             of_x = rows.mm(_as(rows, used))
             give_back(block)
             if grad.dim() > 2:
@@ -120,7 +129,7 @@ def masked_linear(
         (..., out), differentiable any number of times. Backward raises `RuntimeError` if the weight was
         changed since, unless autograd keeps the masked weight: under autocast on a GPU.
     """
-    narrow = _autocast_dtype(x)
+    narrow = _autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
     if narrow is not None and narrow != weight.dtype and gpu.is_there(weight):
         # A plain layer casts its weight, and autograd keeps what it gets: one kernel casts and masks.
         return F.linear(x, drop_weight(weight, key, law, layout, anchor, narrow), bias)

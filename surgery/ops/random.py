@@ -62,9 +62,11 @@ def host_seed(device: torch.device) -> int | None:
     None where the generator must draw itself: on other devices, in traced code, and in what is captured
     into a CUDA graph, which must draw anew in each replay.
     """
-    if device.type not in _SEEDED or is_traced() or is_capturing(device):
+    if is_traced():
         return None
     generator = _generator_of(device)
+    if generator is None or is_capturing():
+        return None
     offset = generator.get_offset()
     generator.set_offset(offset + PHILOX_STEP)
     # Offsets count small draws: times an odd number, they reach all bits and no two of them meet.
@@ -76,19 +78,20 @@ _generators: dict[torch.device, Any] = {}
 
 
 def _generator_of(device: torch.device) -> Any:
-    """The default generator of a device."""
-    found = _generators.get(device)
-    if found is None:
+    """The default generator of a GPU; None of other devices."""
+    if device in _generators:
+        return _generators[device]
+    found = None
+    if device.type in _SEEDED:
         module = torch.get_device_module(device)
         index = module.current_device() if device.index is None else device.index
         found = module.default_generators[index]
-        if device.index is not None:
-            _generators[device] = found
+    if found is None or str(device) != device.type:  # else it depends on the current device
+        _generators[device] = found
     return found
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether what is launched on the device becomes part of a CUDA graph, which runs it again and
-    again: then no number of the host may be part of it."""
-    on_gpu = device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return on_gpu and torch.cuda.is_current_stream_capturing()
+def is_capturing() -> bool:
+    """Whether what is launched on CUDA becomes part of a graph, which runs it again and again: then no
+    number of the host may be part of it."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]

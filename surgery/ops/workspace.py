@@ -41,7 +41,7 @@ def borrow(like: Tensor) -> Block | None:
     None on other devices than the CPU, which keep memory themselves; for what is not an ordinary
     tensor, whose memory would not be one either; and where a mode looks on, which could hold on to it.
     """
-    if like.device.type != "cpu" or gpu.is_there(like):
+    if not like.is_cpu or gpu.is_there(like):
         return None
     watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
     if watched or not is_ordinary(like):

@@ -55,7 +55,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield "cuda"
         return
     numpy = pytest.importorskip("numpy")
-    monkeypatch.setattr(launch, "DEVICES", {"cpu"})
+    monkeypatch.setattr(launch, "INTERPRETED", {"cpu"})
     with numpy.errstate(all="ignore"):  # a GPU does not warn of what overflows
         yield "cpu"
 

@@ -10,20 +10,23 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from ..ordinary import is_ordinary_there
 from ..switch import compile_enabled, give_up
 from ..tracing import is_traced
 
-DEVICES = {"cuda", "xpu"}
-"""Types of device that Triton compiles for, by their names in torch: "cuda" is AMD's name too."""
+INTERPRETED: set[str] = set()
+"""Types of device beside GPUs whose tensors kernels take: those of Triton's interpreter, in tests."""
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 INDEX = 1 << 30
 """Kernels count entries in int32, with room for the last block."""
@@ -36,22 +39,26 @@ def has_triton() -> bool:
 
 
 def is_there(tensor: Tensor) -> bool:
-    """Whether a tensor is on a GPU."""
-    return tensor.device.type in DEVICES
+    """Whether a tensor is on a GPU that Triton compiles for; torch says CUDA of AMD's too."""
+    return tensor.is_cuda or tensor.is_xpu or (tensor.is_cpu and "cpu" in INTERPRETED)
 
 
 def takes(first: Tensor, *others: Tensor | None, strided: bool = False) -> bool:
     """Whether kernels can read tensors together: dense ones on one GPU, of floating dtypes, while
     nothing follows each operation. With `strided`, whether they could read contiguous copies."""
-    device = first.device
-    if device.type not in DEVICES or is_traced() or not (compile_enabled("gpu") and has_triton()):
+    if not is_there(first) or is_traced() or not (compile_enabled("gpu") and has_triton()):
         return False
-    for tensor in (first, *others):  # not through smaller functions: the host's time counts here
+    for tensor in (first, *others):
         if tensor is None:
             continue
-        if tensor.dtype not in FLOATS or not (strided or tensor.is_contiguous()):
+        kind = type(tensor)  # asked here, one by one: the host's time counts, and these take little
+        if (kind is not Tensor and kind is not Parameter) or tensor.dtype not in FLOATS:
             return False
-        if not is_ordinary_there(tensor) or (tensor is not first and tensor.device != device):
+        if not (strided or tensor.is_contiguous()) or tensor.layout is not torch.strided:
+            return False
+        if tensor.is_nested or tensor.is_neg() or tensor._is_zerotensor() or _is_batched(tensor):
+            return False
+        if tensor is not first and tensor.device != first.device:
             return False
     return True
 
@@ -92,9 +99,9 @@ class Kernel:
             whether it runs; False where kernels cannot be compiled, of which a warning tells.
         """
         known = device.index, key, constants
-        compiled = self._compiled.get(known)
-        if compiled is not None and _is_current(device):
-            compiled[grid](*args, *constants)
+        run = self._compiled.get(known)
+        if run is not None and current_device() == device.index:
+            run(grid, args + constants)
             return True
         with _on(device):
             try:
@@ -106,8 +113,8 @@ class Kernel:
                     raise
                 give_up("gpu", error)
                 return False
-        if hasattr(compiled, "packed_metadata"):  # not in the interpreter
-            self._compiled[known] = compiled
+        if device.type == "cuda" and hasattr(compiled, "packed_metadata"):
+            self._compiled[known] = _runner(compiled, device.index)
         return True
 
 
@@ -118,12 +125,22 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return there
 
 
-def _is_current(device: torch.device) -> bool:
-    """Whether kernels are launched on the device by now."""
-    if device.type == "cuda":
-        return torch.cuda.current_device() == device.index
-    index: int = torch.get_device_module(device).current_device()
-    return index == device.index
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+"""Where CUDA launches kernels by now."""
+
+
+def _runner(compiled: Any, index: int) -> Callable[[tuple[int, int, int], tuple[Any, ...]], None]:
+    """How a compiled kernel is launched: by the call with which Triton's own way ends, and inductor's.
+
+    Without Triton's hooks for profilers, which it would look up each time.
+    """
+    stream_of = torch._C._cuda_getCurrentRawStream
+    launch, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+    def run(grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+        launch(*grid, stream_of(index), function, metadata, None, None, None, *args)
+
+    return run
 
 
 def form(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -27,7 +27,7 @@ def arguments(key: Key, law: Law) -> tuple[Any, ...]:
     A key on the host or on the CPU is given as numbers, and so is a law that knows its own.
     """
     numbers = law.numbers
-    if isinstance(key, tuple) or key.device.type == "cpu":
+    if isinstance(key, tuple) or key.is_cpu:
         k0, k1 = words(key)
         there, on_device = law.threshold, 0
     else:
@@ -45,6 +45,7 @@ def masked(
     law: Law,
     dtype: torch.dtype | None = None,
     used: Tensor | None = None,
+    taken: bool = False,
 ) -> tuple[Tensor, Tensor | None] | None:
     """The masked weight, and the gradient of the weight by the same mask.
 
@@ -56,13 +57,14 @@ def masked(
         key: on the host, on the CPU or on the device.
         dtype: of the masked weight; None is that of the weight.
         used: where to write it, dense; None makes a tensor.
+        taken: whether `takes` was asked already.
 
     Returns:
         both, the gradient in the dtype of the weight; computed in the dtype of the law's scale and
         rounded once. None, with nothing done, where there is no kernel for these tensors.
     """
     size = weight.numel()
-    if size > INDEX or not takes(weight, anchor, grad):
+    if size > INDEX or not (taken or takes(weight, anchor, grad)):
         return None
     if used is None:
         used = torch.empty_like(weight, dtype=dtype)

@@ -20,17 +20,17 @@ from .masks import arguments
 if TYPE_CHECKING:
     from ..mask import Law
 
-FEW_ROWS = 4
+FEW_ROWS = 16
 """Up to so many rows an example, drawing its mask for each row costs less than storing its weight."""
 
-SCRATCH = 1 << 26
+SCRATCH = 160 << 20
 """Bytes of masked weights at a time, where examples have many rows; one weight, if that is larger. Too
 few for a product leave a large GPU idle."""
 
 BLOCK = 1024
 """Entries of a program that writes masked weights or sums them."""
 
-UNROLL = 4
+UNROLL = 2
 """Rows whose outer products are summed in one go."""
 
 PROGRAMS = 256
@@ -41,7 +41,7 @@ _FUSED: dict[str, Any] = {"enable_fp_fusion": True}
 
 _product = Kernel("product_kernels", "product", num_warps=4, **_FUSED)
 _input_gradient = Kernel("product_kernels", "input_gradient", num_warps=4, **_FUSED)
-_weight_gradient = Kernel("product_kernels", "weight_gradient", num_warps=4, **_FUSED)
+_weight_gradient = Kernel("product_kernels", "weight_gradient", num_warps=2, **_FUSED)
 _masked_weights = Kernel("product_kernels", "masked_weights", num_warps=4)
 _masked_sum = Kernel("product_kernels", "masked_sum", num_warps=4)
 

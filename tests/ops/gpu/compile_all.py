@@ -96,7 +96,7 @@ def use_all(every: bool) -> None:
         for layout in (Layout.elements(2048), Layout.shared((64, 32), (1,))):
             drop_weight(weight, key, law, layout, anchor)
         outputs = [masked_linear(x, weight, None, key, law, Layout.elements(2048), anchor)]
-        for examples in (x[:, None], x[None], x.view(4, 4, 32)):
+        for examples in (x[:, None], x.repeat(2, 1)[None], x.view(4, 4, 32)):
             outputs.append(example_linear(examples, weight, key, law, "element", anchor))
         outputs.append(gaussian_linear(x, weight, None, law, "element", anchor))
         outputs.append(gaussian_sample(x, torch.ones_like(x)))
@@ -113,7 +113,7 @@ def use_all(every: bool) -> None:
     u.sum().backward()
 
 
-launch.DEVICES = {"cpu"}
+launch.INTERPRETED = {"cpu"}
 launch.Kernel.launch = compile_instead  # type: ignore[method-assign, assignment]
 use_all(sys.argv[1] == "all")
 print(len(compiled), *sorted(names))

@@ -14,6 +14,13 @@ from surgery.ops import Law, example_linear, key_from_seed
 from surgery.ops.gpu import launch, products
 from tests.ops.reference import example_weights
 
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch) -> None:
+    """Small tests have many rows."""
+    monkeypatch.setattr(products, "FEW_ROWS", 4)
+
+
 CPU = torch.device("cpu")
 KEY = key_from_seed(41)
 FEW = ["product", "input_gradient", "weight_gradient"]
@@ -238,7 +245,7 @@ def test_an_operated_linear(tokens, monkeypatch, gpu_kernels) -> None:
     x = torch.randn(4, *tokens, 7, requires_grad=True)
     results = []
     for devices in ({"cpu"}, set()):
-        monkeypatch.setattr(launch, "DEVICES", devices)
+        monkeypatch.setattr(launch, "INTERPRETED", devices)
         torch.manual_seed(5)
         layer.zero_grad()
         found = layer(x)
