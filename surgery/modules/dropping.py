@@ -16,7 +16,7 @@ from ..ops.hash import Key
 from ..recompute import Recipe, call_recomputing
 from .flat import flat_of, open_flat
 from .fused import fused_forward
-from .live import Open, check_unwritten, close, recipes_of, watched
+from .live import Open, check_unwritten, close, is_of_another_thread, recipes_of, watched
 from .masking import check_anchor, is_sharded, masked_weight
 from .paper_modes import Factor, product_forward
 from .state import SiteState
@@ -173,16 +173,20 @@ def _hand_out(module: Any, one: Open, opened: list[Open]) -> None:
 
 
 def runs_now(module: DropConnectModule) -> bool:
-    """Whether a forward that drew a mask for this module is running, in any thread. A mask that is
-    there while none is was left by a forward that was killed."""
+    """Whether a forward that drew a mask for this module is running. A mask that is there while none
+    is was left by a forward that was killed, which happens in the main thread alone: a mask of another
+    thread is taken for one that is used. (To look at the frames of other threads can block all of them:
+    CPython holds a lock for that, under which it may collect garbage.)"""
     if torch.compiler.is_compiling():
         return True
-    for frame in sys._current_frames().values():
-        above: FrameType | None = frame
-        while above is not None:
-            if "dropping" in above.f_code.co_name:
-                opened = above.f_locals.get("opened") or ()
-                if any(owner is module for owner, *_ in opened):
-                    return True
-            above = above.f_back
+    for state in module._dropconnect.values():
+        if is_of_another_thread(module.__dict__[state.live]):
+            return True
+    above: FrameType | None = sys._getframe()
+    while above is not None:
+        if "dropping" in above.f_code.co_name:
+            opened = above.f_locals.get("opened") or ()
+            if any(owner is module for owner, *_ in opened):
+                return True
+        above = above.f_back
     return False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -33,6 +34,8 @@ class LiveWeight(Tensor):
     """What `.data` of this weight, and of these, has handed out. Each has a version of its own."""
     assigned: bool
     """Whether `.data` was assigned."""
+    thread: int
+    """In which thread it was made."""
     beside: dict[str, Tensor]
     """Of an RNN whose weights share memory: those that are not masked, by name; see `flat.py`."""
 
@@ -44,7 +47,7 @@ class LiveWeight(Tensor):
                 live = tensor.as_subclass(cls)
         else:
             live = tensor.as_subclass(cls)
-        live.aliases, live.assigned = aliases, False
+        live.aliases, live.assigned, live.thread = aliases, False, get_ident()
         return live
 
     @property
@@ -93,6 +96,11 @@ def watched(owner: Any, state: SiteState, used: Tensor, recipe: Recipe | None) -
     if type(used) is Tensor and not torch.compiler.is_compiling():
         live = LiveWeight.of(used, [])
     return Open(owner, state, live, version_of(live), recipe, address)
+
+
+def is_of_another_thread(live: Any) -> bool:
+    """Whether a masked weight that is handed out was made in another thread."""
+    return type(live) is LiveWeight and live.thread != get_ident()
 
 
 def close(opened: list[Open]) -> None:

@@ -212,6 +212,15 @@ def test_threads_on_replicas_do_not_mix() -> None:
             assert all(vars(module)[state.live] is None for state in module._dropconnect.values())
 
 
+def test_frames_of_other_threads_are_left_alone(monkeypatch) -> None:
+    """To ask for them can block every thread: replicas that ran at once stood still now and then."""
+    monkeypatch.setattr(sys, "_current_frames", None)
+    model = BY_NAME["transformer"].operated()
+    step(model, BY_NAME["transformer"].inputs())
+    model.eval()
+    strip_dropconnect(model)
+
+
 def test_deepcopy_inside_a_forward_takes_no_mask_along() -> None:
     model = BY_NAME["linear"].operated()
     copies: list[nn.Module] = []
