@@ -32,7 +32,11 @@ SPARSE = {
 }
 """Instructions from one interrupt to the next: about ten interrupts for each verb."""
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*never dropped:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*never dropped:UserWarning"),
+    # Between a file's opening and its `with`, or in a callback of a weak reference.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.mark.parametrize("name", VERBS)
