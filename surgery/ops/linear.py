@@ -18,7 +18,7 @@ from ..caching import constant_in_traces
 from ..errors import check_unmodified, version_of
 from . import gpu
 from .hash import Key
-from .mask import Law, Layout, drop_both, drop_weight
+from .mask import Law, Layout, drop_both, drop_eagerly, drop_weight
 from .ordinary import unviewed
 from .workspace import borrow, give_back
 
@@ -132,7 +132,7 @@ def masked_linear(
     narrow = _autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
     if narrow is not None and narrow != weight.dtype and gpu.is_there(weight):
         # A plain layer casts its weight, and autograd keeps what it gets: one kernel casts and masks.
-        return F.linear(x, drop_weight(weight, key, law, layout, anchor, narrow), bias)
+        return F.linear(x, drop_eagerly(weight, (anchor, key, law, layout, narrow)), bias)
     elif narrow is not None:
         x, bias = x.to(narrow), None if bias is None else bias.to(narrow)
     masks: Masks = key, law, layout, anchor, name

@@ -176,49 +176,45 @@ def apply_mask(keep: Tensor, weight: Tensor, anchor: Tensor | None, scale: Tenso
     return torch.where(keep, wide + towards * (1 - scale), towards).to(weight.dtype)
 
 
+Rest = tuple[Tensor | None, Key, Law, Layout, torch.dtype | None]
+"""Anchor, key, law and layout of a mask, and the dtype of the result: one argument of an autograd
+Function, as each costs time at every call."""
+
+
 class _DropWeight(torch.autograd.Function):
     """W -> W_used. The map is linear in W - A with a symmetric (diagonal) matrix, so its backward is
     the same map with A = 0, which makes it differentiable to any order."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        anchor: Tensor | None,
-        key: Key,
-        law: Law,
-        layout: Layout,
-        dtype: torch.dtype | None,
-    ) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, rest: Rest) -> Tensor:
         # No `setup_context`: with it torch binds the arguments to the signature at every call, which
         # takes longer than a small mask. Attributes, not `save_for_backward`: held masks are passed by
         # several backward calls, and activation checkpointing counts saved tensors.
-        ctx.key, ctx.law, ctx.layout, ctx.dtype = key, law, layout, weight.dtype
-        return unviewed(_masked(weight, anchor, key, law, layout, dtype))
+        ctx.rest, ctx.dtype = rest, weight.dtype
+        return unviewed(_masked(weight, rest))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        of_weight = drop_weight(grads[0], ctx.key, ctx.law, ctx.layout, dtype=ctx.dtype)
-        return of_weight, None, None, None, None, None
+        (grad,), (_, key, law, layout, _) = grads, ctx.rest
+        if layout.is_elementwise and gpu.is_there(grad) and not torch.is_grad_enabled():
+            found = gpu.masked(grad, None, None, key, law, ctx.dtype)
+            if found is not None:
+                return found[0], None
+        return drop_weight(grad, key, law, layout, dtype=ctx.dtype), None
 
 
-def _drop(weight: Tensor, *args: Any) -> Tensor:
-    """The masked weight, part of the graph of autograd if that is being recorded."""
+def drop_eagerly(weight: Tensor, rest: Rest) -> Tensor:
+    """`drop_weight` in code that nothing follows: the masked weight, part of the graph of autograd if
+    that is being recorded."""
     if not torch.is_grad_enabled() or not weight.requires_grad:
-        return _masked(weight, *args)
-    used: Tensor = _DropWeight.apply(weight, *args)  # type: ignore[no-untyped-call]
+        return _masked(weight, rest)
+    used: Tensor = _DropWeight.apply(weight, rest)  # type: ignore[no-untyped-call]
     return used
 
 
-def _masked(
-    weight: Tensor,
-    anchor: Tensor | None,
-    key: Key,
-    law: Law,
-    layout: Layout,
-    dtype: torch.dtype | None,
-) -> Tensor:
+def _masked(weight: Tensor, rest: Rest) -> Tensor:
     """The masked weight, with the strides of the weight: channels-last stays channels-last."""
+    anchor, key, law, layout, dtype = rest
     fit = weight.numel() == layout.entries and (anchor is None or anchor.shape == weight.shape)
     if fit and layout.is_elementwise and layout.entries <= SEGMENT:  # else `_evaluate` complains
         found = masks(weight, anchor, None, key, law, dtype=dtype)
@@ -363,7 +359,7 @@ def drop_weight(
     if not is_traced():
         if is_batched(weight):
             return _evaluate(weight, anchor, key, law, layout, dtype)
-        return _drop(weight, anchor, key, law, layout, dtype)
+        return drop_eagerly(weight, (anchor, key, law, layout, dtype))
     compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
     if compiling and dtype is None and layout.entries <= SEGMENT:
         return _in_graph(weight, anchor, key, law, layout)

@@ -23,6 +23,8 @@ TORCHS_OWN = (
     "TensorFloat32 tensor cores for float32",  # a hint of inductor
     "Please use the new API settings to control TF32",
     "Synchronization debug mode is a prototype",
+    "Attempting to run cuBLAS, but there was no current CUDA context",  # first of a backward thread
+    "The CUDA Graph is empty",  # of inductor, which captures nothing first
     "The AccumulateGrad node's stream does not match",  # of a layer that changes its stream
     "Not enough SMs to use max_autotune_gemm mode",
     "Online softmax is disabled on the fly",
