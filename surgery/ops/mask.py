@@ -190,12 +190,13 @@ class _DropWeight(torch.autograd.Function):
         # No `setup_context`: with it torch binds the arguments to the signature at every call, which
         # takes longer than a small mask. Attributes, not `save_for_backward`: held masks are passed by
         # several backward calls, and activation checkpointing counts saved tensors.
-        ctx.rest, ctx.dtype = rest, weight.dtype
+        _, ctx.key, ctx.law, ctx.layout, _ = rest
+        ctx.dtype = weight.dtype
         return unviewed(_masked(weight, rest))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (grad,), (_, key, law, layout, _) = grads, ctx.rest
+        (grad,), key, law, layout = grads, ctx.key, ctx.law, ctx.layout
         if layout.is_elementwise and gpu.is_there(grad) and not torch.is_grad_enabled():
             found = gpu.masked(grad, None, None, key, law, ctx.dtype)
             if found is not None:
