@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import version_of
 from ..scope import Deferred
 from ..torch_functions import VIEWS
 from .pieces import Piece, disjoint
@@ -94,6 +95,8 @@ class Gaussian(Deferred):
         """What this is a view of."""
         self.overwritten = False
         """Whether something was written into a view of it."""
+        self.shown: tuple[Tensor, int] | None = None
+        """The expectation that views were handed out of, and its version then."""
 
     @classmethod
     def of(cls, source: Source) -> Gaussian:
@@ -125,7 +128,12 @@ class Gaussian(Deferred):
         return self.apply(self.source.mean) if self.normal is None else self.normal[0]
 
     def check(self) -> None:
-        """Raise if the value is not known any more."""
+        """Take what was written into a view of the expectation; raise if the value is not known any
+        more."""
+        if self.shown is not None and version_of(self.shown[0]) != self.shown[1]:
+            value = self.shown[0]
+            self.shown = value, version_of(value)
+            self._take(self._constant(value))
         if self.overwritten:
             raise RuntimeError(
                 f"{self.source.site}: inference='moments' cannot follow a write into a view of what "
@@ -148,8 +156,8 @@ class Gaussian(Deferred):
         `key` names the view, if it can be named: the same one again is then the same source.
         """
         self.check()
-        if self.normal is None:
-            return function(self.expectation())
+        if self.normal is None or self.shown is not None:
+            return function(self._show())
         place = _hashable(key) if self.apply is _same else None
         found = None if place is None else self.source.views.get(place)
         if found is None:
@@ -157,6 +165,19 @@ class Gaussian(Deferred):
             if place is not None:
                 self.source.views[place] = found
         return self._view(found) if isinstance(found, Source) else tuple(map(self._view, found))
+
+    def _show(self) -> Tensor:
+        """The expectation, as one tensor for all views: what is written into one is seen in others, and
+        in this value. In a compiled graph, where versions are not followed, it is not."""
+        if torch.compiler.is_compiling():
+            return self.expectation()
+        if self.shown is None:
+            value = self.expectation()
+            if value.is_inference():  # such a tensor does not count writes
+                with torch.inference_mode(False):
+                    value = value.clone()
+            self.shown = value, version_of(value)
+        return self.shown[0]
 
     def _view(self, source: Source) -> Gaussian:
         view = Gaussian.of(source)
@@ -189,12 +210,20 @@ class Gaussian(Deferred):
         base = self.base
         while base is not None:
             base.overwritten, base = True, base.base
-        if not isinstance(value, Gaussian):
-            source = self.source
-            value = Gaussian.of(Source(value, torch.zeros_like(value), source.site, source.draws))
+        self._take(value if isinstance(value, Gaussian) else self._constant(value))
+        if self.shown is not None:  # its views see what is written
+            shown, self.shown = self.shown[0], None
+            shown.copy_(self.expectation())
+            self.shown = shown, version_of(shown)
+        return self
+
+    def _constant(self, value: Tensor) -> Gaussian:
+        source = self.source
+        return Gaussian.of(Source(value, torch.zeros_like(value), source.site, source.draws))
+
+    def _take(self, value: Gaussian) -> None:
         self.source, self.apply, self.normal = value.source, value.apply, value.normal
         self.closed, self.captures = value.closed, value.captures
-        return self
 
     def __repr__(self) -> str:
         return f"Gaussian(site={self.source.site!r}, shape={tuple(self.shape)})"

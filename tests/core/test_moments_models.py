@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -343,6 +344,40 @@ def test_a_write_into_a_view_is_refused() -> None:
     model = apply_dropconnect(Around(then).eval(), "site", inference="moments")
     with pytest.raises(RuntimeError, match=r"site\.weight: .* cannot follow a write into a view"):
         model(torch.randn(2, 32))
+
+
+def _write_to_view(h: Tensor) -> Tensor:
+    part = h[:, :4]
+    part += 1
+    return h
+
+
+def _write_to_base(h: Tensor) -> Tensor:
+    part = h[:, :4]
+    h += 1
+    return part
+
+
+def _write_to_both(h: Tensor) -> Tensor:
+    first, second = h[:, :4], h[:, 2:6]
+    second.mul_(3)
+    h.sub_(1)
+    first.add_(2)
+    return torch.cat([h, first, second, h[:, 1:3]], 1)
+
+
+@pytest.mark.parametrize("write", [_write_to_view, _write_to_base, _write_to_both])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_writes_into_views_of_an_expectation(write: Callable[[Tensor], Tensor], mode: Any) -> None:
+    """They are seen where a tensor would show them: in the value, and in its other views."""
+    x = torch.randn(2, 32)
+    plain = Around(torch.relu).eval()
+    model = apply_dropconnect(copy.deepcopy(plain), "site", inference="moments")
+    apply_dropconnect(plain, "site", inference="moments")
+    model.then = lambda u: write(torch.relu(u))
+    with mode():
+        expected = write(plain(x).clone())
+        assert torch.equal(model(x), expected)
 
 
 def test_an_activation_around_a_traced_graph() -> None:
