@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -248,7 +249,9 @@ def test_where_triton_fails_the_formula_gives_the_same_bits(
     def broken(name: str) -> Any:
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
-    monkeypatch.setattr(launch, "importlib", SimpleNamespace(import_module=broken))
+    monkeypatch.setattr(
+        launch, "importlib", SimpleNamespace(import_module=broken, util=importlib.util)
+    )
     with pytest.warns(RuntimeWarning, match=r"No kernels can be.*Reason: Failed to find C") as seen:
         first = drop_weight(weight, KEY, law, layout)
     with warnings.catch_warnings():
