@@ -20,7 +20,7 @@ from torch import Tensor
 from ..caching import cached, lasting
 from ..journal import Lock, surely
 from ..ops import Law
-from ..ops.mask import law_dtype, law_numbers
+from ..ops.law import law_dtype, law_numbers
 
 if TYPE_CHECKING:
     from .state import SiteState

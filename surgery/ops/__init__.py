@@ -2,10 +2,12 @@
 
 from .example import example_linear, example_vector
 from .expect import expectation, expectation_by_draws, register_closed_form
-from .gaussian import gaussian_linear, gaussian_sample, linear_moments, moments_of
+from .gaussian import gaussian_sample, linear_moments, moments_of
+from .gaussian_linear import gaussian_linear
 from .hash import draw_key, hash_bits, key_from_seed
+from .law import Law, Layout
 from .linear import masked_linear
-from .mask import Law, Layout, drop_into, drop_weight, keep_mask, masked_formula
+from .mask import drop_into, drop_weight, keep_mask, masked_formula
 from .workspace import release
 
 __all__ = [

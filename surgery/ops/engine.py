@@ -25,7 +25,7 @@ from .tracing import is_traced
 from .workspace import Block, borrow, give_back
 
 if TYPE_CHECKING:
-    from .mask import Law, Layout
+    from .law import Law, Layout
 
 Formula = Callable[..., Tensor]
 

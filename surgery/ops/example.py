@@ -8,8 +8,9 @@ from torch import Tensor
 from ..config import Unit
 from .example_operators import example_product
 from .hash import Key
+from .law import Law, Layout
 from .linear import autocast
-from .mask import Law, Layout, drop_weight
+from .mask import drop_weight
 
 
 def example_linear(

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import gpu
 from .example_product import gradients, product
 from .hash import Key, key_tensor
-from .mask import Law
+from .law import Law
 from .tracing import is_traced
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from . import gpu, native
 from .engine import CHUNK, has_kernels
 from .hash import Key, key_tensor, mix, multipliers, spread
-from .mask import Law, apply_mask
+from .law import Law
+from .mask import apply_mask
 from .ordinary import unviewed
 
 BLOCK = 1 << 20

@@ -18,7 +18,8 @@ from ..caching import constant_in_traces
 from ..errors import check_unmodified, version_of
 from . import gpu
 from .hash import Key
-from .mask import Law, Layout, drop_both, drop_eagerly, drop_weight
+from .law import Law, Layout
+from .mask import drop_both, drop_eagerly, drop_weight
 from .ordinary import unviewed
 from .workspace import borrow, give_back
 
@@ -129,7 +130,7 @@ def masked_linear(
         (..., out), differentiable any number of times. Backward raises `RuntimeError` if the weight was
         changed since, unless autograd keeps the masked weight: under autocast on a GPU.
     """
-    narrow = _autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
+    narrow = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
     if narrow is not None and narrow != weight.dtype and gpu.is_there(weight):
         # A plain layer casts its weight, and autograd keeps what it gets: one kernel casts and masks.
         return F.linear(x, drop_eagerly(weight, (anchor, key, law, layout, narrow)), bias)
@@ -141,13 +142,13 @@ def masked_linear(
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors as `F.linear` would cast them."""
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     if dtype is None:
         return x, *others
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of an input of a product; None where it leaves it."""
     kind = x.device.type
     if not has_autocast(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:

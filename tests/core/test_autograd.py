@@ -18,9 +18,11 @@ from torch.nn.utils.rnn import PackedSequence
 from surgery import SurgeryError, apply_dropconnect
 from surgery.ops import Law, draw_key
 from surgery.ops.example_operators import example_product
-from surgery.ops.gaussian import gaussian_linear, gaussian_sample
+from surgery.ops.gaussian import gaussian_sample
+from surgery.ops.gaussian_linear import gaussian_linear
+from surgery.ops.law import Layout
 from surgery.ops.linear import masked_linear
-from surgery.ops.mask import Layout, drop_weight
+from surgery.ops.mask import drop_weight
 
 from .cases import CASES, Case, every_case
 

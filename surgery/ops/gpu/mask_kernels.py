@@ -19,6 +19,15 @@ def kept_or_not(keep, values, anchors, scale, HAS_ANCHOR: tl.constexpr):
     return tl.where(keep, wide, 0.0)
 
 
+@triton.jit
+def law_of(threshold_pointer, scale_pointer, threshold, scale, law_is_there, DOUBLE: tl.constexpr):
+    """Threshold and scale: from memory if they are there, else those that the host gave."""
+    threshold = tl.load(threshold_pointer, mask=law_is_there != 0, other=threshold)
+    if DOUBLE:  # a number of the host would be rounded
+        return threshold, tl.load(scale_pointer)
+    return threshold, tl.load(scale_pointer, mask=law_is_there != 0, other=scale)
+
+
 @triton.jit(do_not_specialize=["k0", "k1", "key_is_there", "threshold", "law_is_there"])
 def drop(
     weight,
@@ -52,11 +61,9 @@ def drop(
     if HAS_GRAD:
         slopes = tl.load(grad + index, mask=inside).to(WIDE)
     k0, k1 = words_of(key_pointer, k0, k1, key_is_there)
-    threshold = tl.load(threshold_pointer, mask=law_is_there != 0, other=threshold)
-    if DOUBLE:  # a number of the host would be rounded
-        scale = tl.load(scale_pointer)
-    else:
-        scale = tl.load(scale_pointer, mask=law_is_there != 0, other=scale)
+    threshold, scale = law_of(
+        threshold_pointer, scale_pointer, threshold, scale, law_is_there, DOUBLE
+    )
     keep = of_batch(before_last(index, k0, k1)) >= threshold
     anchors = values
     if HAS_ANCHOR:
@@ -100,11 +107,9 @@ def drop_shared(
     inside = index < size
     values = tl.load(weight + index, mask=inside).to(WIDE)
     k0, k1 = words_of(key_pointer, k0, k1, key_is_there)
-    threshold = tl.load(threshold_pointer, mask=law_is_there != 0, other=threshold)
-    if DOUBLE:
-        scale = tl.load(scale_pointer)
-    else:
-        scale = tl.load(scale_pointer, mask=law_is_there != 0, other=scale)
+    threshold, scale = law_of(
+        threshold_pointer, scale_pointer, threshold, scale, law_is_there, DOUBLE
+    )
     rest = index // size3
     place = (index % size3) * step3 + (rest % size2) * step2
     rest = rest // size2

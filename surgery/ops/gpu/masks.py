@@ -12,7 +12,7 @@ from ..hash import Key, words
 from .launch import INDEX, Kernel, form, takes
 
 if TYPE_CHECKING:
-    from ..mask import Law, Layout
+    from ..law import Law, Layout
 
 BLOCK = 1024
 """Entries of a program."""

@@ -12,16 +12,8 @@ import triton
 import triton.language as tl
 
 from .hash_kernels import before_last, for_examples, multipliers, of_example, words_of
+from .mask_kernels import law_of
 from .numbers_kernels import rounded
-
-
-@triton.jit
-def law_of(threshold_pointer, scale_pointer, threshold, scale, law_is_there, DOUBLE: tl.constexpr):
-    """Threshold and scale: from memory if they are there, else those that the host gave."""
-    threshold = tl.load(threshold_pointer, mask=law_is_there != 0, other=threshold)
-    if DOUBLE:  # a number of the host would be rounded
-        return threshold, tl.load(scale_pointer)
-    return threshold, tl.load(scale_pointer, mask=law_is_there != 0, other=scale)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from .launch import INDEX, Kernel, form
 from .masks import arguments
 
 if TYPE_CHECKING:
-    from ..mask import Law
+    from ..law import Law
 
 FEW_ROWS = 16
 """Up to so many rows an example, drawing its mask for each row costs less than storing its weight."""

@@ -1,0 +1,105 @@
+"""What a mask is drawn by: which weights share an entry, and how probable it is that one drops."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which weights share a mask entry.
+
+    The weight is viewed with shape `view`; the mask has shape `mask`, of the same length, each size
+    either 1 (shared along that dimension) or equal to the view's.
+    """
+
+    view: tuple[int, ...]
+    mask: tuple[int, ...]
+    is_elementwise: bool = field(init=False, compare=False, repr=False)
+    """Whether every weight has its own entry."""
+    entries: int = field(init=False, compare=False, repr=False)
+    """Number of mask entries."""
+
+    def __post_init__(self) -> None:
+        # Once, and not at each forward; set as dataclasses do it, which torch 2.9 traces.
+        object.__setattr__(self, "is_elementwise", self.mask == self.view)
+        object.__setattr__(self, "entries", math.prod(self.mask))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    @classmethod
+    def elements(cls, numel: int) -> Layout:
+        """Every weight has its own entry."""
+        return cls((numel,), (numel,))
+
+    @classmethod
+    def shared(cls, view: tuple[int, ...], own: tuple[int, ...]) -> Layout:
+        """Entries differ along the dimensions `own` of `view`, and are shared along all others."""
+        return cls(view, tuple(size if dim in own else 1 for dim, size in enumerate(view)))
+
+
+@dataclass(frozen=True)
+class Law:
+    """The drop probability as two 0-d tensors, so that it can change without recompiling.
+
+    An entry is kept if its bits, as a signed integer, are at least `threshold`; P(drop) is p rounded
+    to a multiple of 2**-32. `scale` is 1 / (1 - p) for that rounded p, and 0 for p = 1.
+    """
+
+    threshold: Tensor
+    """int32."""
+    scale: Tensor
+    """float32, or float64 for float64 weights."""
+    numbers: tuple[int, float] | None = None
+    """Both as numbers of the host, for eager code; None in a traced graph, where p may change."""
+
+    @property
+    def drops_all(self) -> bool:
+        """Whether p is 1: for eager code. A traced graph looks at the scale."""
+        return self.numbers is not None and self.numbers[1] == 0.0
+
+    @classmethod
+    def of(cls, p: float, device: torch.device, dtype: torch.dtype) -> Law:
+        """The law of probability `p` for weights of that device and dtype."""
+        threshold, scale = law_numbers(p)
+        with torch.inference_mode(False):  # a law made in inference serves training too
+            return cls(
+                torch.tensor(threshold, dtype=torch.int32, device=device),
+                torch.tensor(scale, dtype=law_dtype(dtype), device=device),
+                (threshold, scale),
+            )
+
+    @functools.cached_property
+    def ratio(self) -> Tensor:
+        """p / (1 - p), the variance of what multiplies a weight, or 0 if everything is dropped: for
+        eager code."""
+        with torch.inference_mode(False), torch.no_grad():
+            if self.numbers is None:
+                return torch.where(self.scale == 0, 0, self.scale - 1)
+            return torch.zeros_like(self.scale) if self.drops_all else self.scale - 1
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether the law can be used with `weight` as it is."""
+        return self.threshold.device == weight.device and self.scale.dtype == law_dtype(
+            weight.dtype
+        )
+
+
+def law_numbers(p: float) -> tuple[int, float]:
+    """Threshold and scale of a `Law`."""
+    dropped = min(round(p * 2**32), 2**32)
+    scale = 0.0 if dropped == 2**32 else 2**32 / (2**32 - dropped)
+    return min(dropped - 2**31, 2**31 - 1), scale
+
+
+def law_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the scale for weights of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
