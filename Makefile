@@ -1,4 +1,5 @@
-# Every target sets up what it needs in $(VENV). Nothing outside this folder is touched.
+# Every target sets up what it needs in $(VENV). Outside of this folder are only compiled kernels, in
+# ~/.cache/dropconnect-surgery.
 PYTHON ?= python3
 VENV ?= .venv
 # Which torch to install when $(VENV) has none. Any build from 2.9 on will do.

@@ -139,8 +139,7 @@ def _graphviz() -> Any:
         return importlib.import_module("pygraphviz")
     except ImportError as error:
         raise ImportError(
-            "pictures are drawn by Graphviz, which comes with pygraphviz: "
-            'pip install "dropconnect-surgery[draw]"'
+            "pictures are drawn by Graphviz, which comes with pygraphviz: pip install pygraphviz"
         ) from error
 
 

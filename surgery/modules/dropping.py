@@ -4,6 +4,7 @@ them, and they are let go."""
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
@@ -79,7 +80,10 @@ def mode_of_product(states: Iterable[SiteState], training: bool) -> str | None:
 
 def _by_product(module: Any, state: SiteState, mode: str, *args: Tensor, **kwargs: Tensor) -> Any:
     """What the forward of a module with a product would return, with the paper's masks or moments."""
-    (x,) = (*args, *kwargs.values())  # the name of the input differs from class to class
+    if len(args) != 1 or kwargs:  # as the forward of the class takes it, under whatever name
+        forward = module._dropconnect_class[0].forward
+        _, *args = inspect.signature(forward).bind(module, *args, **kwargs).arguments.values()  # type: ignore[assignment]
+    (x,) = args
     weight = Factor(getattr(module, state.raw), state, _anchor(module, state))
     assert state.product is not None
     return product_forward(state.product, module, x, weight, _bias(module), mode)

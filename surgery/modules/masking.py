@@ -129,12 +129,14 @@ def _held(state: SiteState, raw: Tensor, key: Key, law: Law, anchor: Tensor | No
     the optimiser that follows may write where no version tells (`p.data.add_`)."""
     if is_traced():
         return drop_weight(raw, key, law, state.layout, anchor)
-    if state.held is None or not state.held[0].is_still(raw, anchor, law):
+    held = state.held  # once: replicas in other threads share the state
+    if held is None or not held[0].is_still(raw, anchor, law):
         used = drop_weight(raw, key, law, state.layout, anchor)
-        state.held = (_Source.of(raw, anchor, law), _as_if_trained(used, raw))
+        held = _Source.of(raw, anchor, law), _as_if_trained(used, raw)
+        state.held = held
         if used.grad_fn is not None:
             used.register_hook(functools.partial(_let_go, state))  # type: ignore[no-untyped-call]
-    return state.held[1]
+    return held[1]
 
 
 def _let_go(state: SiteState, grad: Tensor) -> None:

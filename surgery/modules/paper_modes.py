@@ -60,6 +60,8 @@ def product_forward(
     state = weight.state
     assert state is not None
     x = settle(x)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{state.site}: the input must be a Tensor, not {type(x).__name__}")
     _check_dense(x, state, mode)
     if mode == "probe":
         return _probe(product, module, x, weight, bias, state)

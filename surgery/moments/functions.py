@@ -51,7 +51,9 @@ def _joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     means = func([settle(part) for part in parts], *args[1:], **rest)
     variances = func([_variance(part) for part in parts], *args[1:], **rest)
     source = found[0].source
-    return Gaussian.of(Source(means, variances, source.site, source.draws, None, True))
+    parents = tuple(part.source for part in found)
+    joined = Source(means, variances, source.site, source.draws, None, True, parents=parents)
+    return Gaussian.of(joined)
 
 
 def _variance(part: Any) -> Tensor:
@@ -97,6 +99,8 @@ def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     pure = {k: v for k, v in kwargs.items() if k != "inplace"}
     twin = func if kwargs.get("inplace") is True else _twin(name)
     if isinstance(target, Gaussian):
+        if name == "requires_grad_" and not kwargs.get("requires_grad", (*args, True)[1]):
+            return target  # what was made without a gradient has none
         if twin is not None:
             return target.become(dispatch(twin, args, pure))
         written = target.expectation().clone()
@@ -106,14 +110,16 @@ def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     written = func(*settle(args), **settle(kwargs))
     if isinstance(value, Gaussian) and value.normal is not None:
         source = value.source
-        return Gaussian.of(Source(written, value.normal[1], source.site, source.draws))
+        moments = written, value.normal[1]
+        return Gaussian.of(Source(*moments, source.site, source.draws, parents=(source,)))
     return written
 
 
 def _twin(name: str) -> Any:
     """The function that returns what `name` would write; None if there is none."""
     plain = name[:-1]
-    return getattr(Tensor, plain, None) or getattr(torch.nn.functional, plain, None)
+    twin = getattr(Tensor, plain, None) or getattr(torch.nn.functional, plain, None)
+    return twin if callable(twin) else None  # `requires_grad` is none
 
 
 def _query(
@@ -139,6 +145,10 @@ def _cast(
         result: Tensor = func(tensor, *rest, **named)
         return result
 
+    if not torch.compiler.is_compiling():
+        like = value.at_mean()
+        if cast(like) is like:  # as `contiguous` of what is contiguous: the same tensor
+            return value
     return _mapped(value, cast, lambda mean, variance: (cast(mean), cast(variance)))
 
 
@@ -273,7 +283,14 @@ def _whole(func: Any, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, 
     return Gaussian(source, lambda u: func(before(u), *rest, **named), captures=True)
 
 
+def _iterate(
+    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    return iter(value.rearranged(lambda t: t.unbind(0), ("unbind", (0,), ())))
+
+
 _SPECIAL: dict[str, _Handler] = {
+    "iter": _iterate,
     "batch_norm": _batch_norm,
     "glu": _glu,
     "layer_norm": _layer_norm,

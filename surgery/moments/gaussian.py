@@ -43,14 +43,25 @@ class Source:
     piece: Piece = ()
     """Which part of the root it is."""
 
+    parents: tuple[Source, ...] = ()
+    """What it was added up or joined of."""
+
     views: dict[Any, Any] = dataclasses.field(default_factory=dict)
     """Views of this one, so that the same view twice is the same source."""
 
     def is_independent_of(self, other: Source) -> bool:
         """Whether no mask entry is behind both."""
-        if (self.root or self) is not (other.root or other):
+        if self.roots().isdisjoint(other.roots()):
             return True
-        return not self.shared and disjoint(self.piece, other.piece)
+        same = (self.root or self) is (other.root or other)
+        return same and not self.shared and disjoint(self.piece, other.piece)
+
+    def roots(self) -> frozenset[int]:
+        """The pre-activations of sites behind it."""
+        whole = self.root or self
+        if not whole.parents:
+            return frozenset({id(whole)})
+        return frozenset().union(*(parent.roots() for parent in whole.parents))
 
 
 def _same(u: Tensor) -> Tensor:
@@ -95,6 +106,10 @@ class Gaussian(Deferred):
         """What this is a view of."""
         self.overwritten = False
         """Whether something was written into a view of it."""
+        self.writes: list[Piece] = []
+        """Which parts were written to, of this value and of all that share its memory."""
+        self.seen = 0
+        """How many of these writes it has seen."""
         self.shown: tuple[Tensor, int] | None = None
         """The expectation that views were handed out of, and its version then."""
 
@@ -134,11 +149,13 @@ class Gaussian(Deferred):
             value = self.shown[0]
             self.shown = value, version_of(value)
             self._take(self._constant(value))
-        if self.overwritten:
+        others = self.writes[self.seen :]
+        if self.overwritten or not all(disjoint(self.source.piece, piece) for piece in others):
             raise RuntimeError(
                 f"{self.source.site}: inference='moments' cannot follow a write into a view of what "
-                "this site returned (`u[:, :4].relu_()`); write `u = torch.cat([...])`, use a function "
-                "that does not write in place, or give this site inference='mean'"
+                "this site returned (`u[:, :4].relu_()`), nor a view that was taken before a write; "
+                "write `u = torch.cat([...])`, use a function that does not write in place, or give "
+                "this site inference='mean'"
             )
 
     def _by_draws(self, count: int) -> Tensor:
@@ -181,7 +198,7 @@ class Gaussian(Deferred):
 
     def _view(self, source: Source) -> Gaussian:
         view = Gaussian.of(source)
-        view.base = self
+        view.base, view.writes, view.seen = self, self.writes, len(self.writes)
         return view
 
     def _views(self, function: Callable[[Tensor], Any], key: Any) -> Any:
@@ -210,7 +227,11 @@ class Gaussian(Deferred):
         base = self.base
         while base is not None:
             base.overwritten, base = True, base.base
+        self.writes.append(self.source.piece)
+        self.seen = len(self.writes)
         self._take(value if isinstance(value, Gaussian) else self._constant(value))
+        if self.shown is not None and self.shown[0].shape != self.shape:  # `unsqueeze_`: no write
+            self.shown = None
         if self.shown is not None:  # its views see what is written
             shown, self.shown = self.shown[0], None
             shown.copy_(self.expectation())

@@ -129,7 +129,8 @@ def _independent(
     variance = normals[0][1] + normals[1][1]
     source = values[0].source
     site = f"{source.site} and {values[1].source.site}"
-    return Gaussian.of(Source(result, variance, site, source.draws))
+    parents = tuple(value.source for value in values)
+    return Gaussian.of(Source(result, variance, site, source.draws, parents=parents))
 
 
 def _at_means(args: Iterable[Any]) -> list[Any]:

@@ -337,3 +337,19 @@ def test_compiled_draws_the_same_and_p_changes_freely(unit: str, backend: str) -
                 u = run(x)
                 results.append((u, *torch.autograd.grad(u.square().sum(), model.parameters())))
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("options", [{"sampling": "example"}, {"inference": "moments"}], ids=str)
+def test_wrong_arguments_get_the_error_of_the_forward(options: dict[str, Any]) -> None:
+    x, model = torch.randn(3, 4), apply_dropconnect(nn.Linear(4, 4), "weight", p=0.3, **options)
+    model.train("sampling" in options)
+    model(input=x)
+    for args, kwargs in (
+        ((), {}),
+        ((x, x), {}),
+        ((x,), {"input": x}),
+        ((), {"wrong": x}),
+        ((1,), {}),
+    ):
+        with pytest.raises(TypeError):
+            model(*args, **kwargs)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import threading
 
 import pytest
 import torch
@@ -287,3 +289,45 @@ def test_strip_after_holding() -> None:
         module(torch.randn(1, 8))
     strip_dropconnect(module)
     assert Snapshot(module) == before
+
+
+def test_replicas_hold_the_masks_of_their_own_weights() -> None:
+    """Replicas in threads share what a module knows of a site, and hold one mask at a time."""
+    model = apply_dropconnect(nn.Sequential(nn.Linear(8, 8, bias=False)), "*", p=P)
+    x, wrong = torch.randn(3, 8), []
+
+    def replica(module: nn.Module, factor: float) -> nn.Module:
+        twin = module._replicate_for_data_parallel()
+        twin._modules = {n: replica(child, factor) for n, child in module._modules.items()}
+        twin._parameters = {
+            n: None if p is None else (p.detach() * factor).requires_grad_()
+            for n, p in module._parameters.items()
+        }
+        return twin
+
+    def work(twin: nn.Module, factor: float) -> None:
+        try:
+            for _ in range(200):
+                output = twin(x)
+                output.sum().backward()
+                if not torch.allclose(output, expected * factor, atol=1e-5):
+                    wrong.append(factor)
+        except BaseException as error:
+            wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with hold_masks(model):
+            expected = model(x).detach()
+            threads = [
+                threading.Thread(target=work, args=(replica(model, factor), factor))
+                for factor in (2.0, 3.0, 4.0)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []

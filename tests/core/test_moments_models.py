@@ -380,6 +380,94 @@ def test_writes_into_views_of_an_expectation(write: Callable[[Tensor], Tensor], 
         assert torch.equal(model(x), expected)
 
 
+def _then_write(view: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def then(u: Tensor) -> Tensor:
+        part = view(u)
+        u.relu_()
+        return part + 0
+
+    return then
+
+
+def _write_first(take: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
+    def then(u: Tensor) -> Tensor:
+        first, second = take(u)
+        first.relu_()
+        return second + 0
+
+    return then
+
+
+STALE: dict[str, Callable[[Tensor], Tensor]] = {
+    "part": _then_write(lambda u: u[:, :4]),
+    "flat": _then_write(lambda u: u.view(-1)),
+    "halves": _then_write(lambda u: u.chunk(2, 1)[0]),
+    "one more dimension": _then_write(lambda u: u.unsqueeze(0)),
+    "the same twice": _write_first(lambda u: (u[:, :4], u[:, :4])),
+    "overlapping": _write_first(lambda u: (u[:, :4], u[:, 2:6])),
+    "view of a view": _write_first(lambda u: (v := u.view(2, 32), v[:, :4])),
+}
+
+
+@pytest.mark.parametrize("then", STALE.values(), ids=STALE)
+def test_a_view_from_before_a_write_is_refused(then: Callable[[Tensor], Tensor]) -> None:
+    model = apply_dropconnect(Around(then).eval(), "site", inference="moments")
+    with pytest.raises(RuntimeError, match="nor a view that was taken before a write"):
+        model(torch.randn(2, 32))
+
+
+def test_what_is_the_same_tensor_is_the_same_value() -> None:
+    """`contiguous` and casts to what it is return the tensor itself; so a write is one into it."""
+    for same in (lambda u: u.contiguous(), lambda u: u.float(), lambda u: u.to(u.dtype)):
+        alone = apply_dropconnect(Around(torch.relu).eval(), "site", inference="moments")
+        model = copy.deepcopy(alone)
+        model.then = lambda u, same=same: (same(u).relu_(), u)[1]
+        x = torch.randn(2, 32)
+        assert torch.equal(model(x), alone(x))
+
+
+def test_parts_of_a_sum_are_not_independent_of_it() -> None:
+    """(u + v) - v is no sum of three Gaussians; nor is a product with what was joined."""
+
+    class Two(nn.Module):
+        def __init__(self, then: Callable[[Tensor, Tensor], Tensor]) -> None:
+            super().__init__()
+            self.a, self.b, self.then = nn.Linear(8, 8), nn.Linear(8, 8), then
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.then(self.a(x), self.b(x))
+
+    x = torch.randn(3, 8)
+    for then in (
+        lambda u, v: (u + v - v).relu(),
+        lambda u, v: torch.cat([u, v], 1)[:, :8] * u,
+        lambda u, v: (u + v) * v,
+    ):
+        plain = Two(then).eval()
+        model = apply_dropconnect(copy.deepcopy(plain), "*", p=0.5, inference="moments")
+        torch.testing.assert_close(model(x), plain(x))  # the values at the mean
+
+
+def test_changes_that_are_no_writes() -> None:
+    def then(u: Tensor) -> Tensor:
+        r = u.relu()
+        part = r[:, :4]
+        r.unsqueeze_(0)
+        return r[0] + part.sum()
+
+    alone = apply_dropconnect(Around(torch.relu).eval(), "site", inference="moments")
+    model = copy.deepcopy(alone)
+    model.then = then
+    x = torch.randn(2, 32)
+    r = alone(x)
+    torch.testing.assert_close(model(x), r + r[:, :4].sum())
+    model.then = lambda u: u.requires_grad_(False).relu()
+    with torch.no_grad():
+        assert torch.equal(model(x), alone(x))
+    model.then = lambda u: torch.stack([row.relu() for row in u])
+    torch.testing.assert_close(model(x), alone(x))
+
+
 def test_an_activation_around_a_traced_graph() -> None:
     x = torch.randn(2, 32)
     inner = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(32, 8)))
