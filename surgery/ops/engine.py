@@ -11,7 +11,6 @@ All give the same bits. Code that is being traced gets the formula, which become
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,13 +18,11 @@ from torch import Tensor
 from ..caching import cached, lasting
 from . import gpu, native
 from .hash import Key, advance_key, key_tensor, mix_into, spread
+from .law import Law, Layout
 from .ordinary import is_batched
 from .switch import compile_enabled, give_up
 from .tracing import is_traced
 from .workspace import Block, borrow, give_back
-
-if TYPE_CHECKING:
-    from .law import Law, Layout
 
 Formula = Callable[..., Tensor]
 

@@ -134,7 +134,7 @@ def masked_linear(
     if narrow is not None and narrow != weight.dtype and gpu.is_there(weight):
         # A plain layer casts its weight, and autograd keeps what it gets: one kernel casts and masks.
         return F.linear(x, drop_eagerly(weight, (anchor, key, law, layout, narrow)), bias)
-    elif narrow is not None:
+    if narrow is not None:
         x, bias = x.to(narrow), None if bias is None else bias.to(narrow)
     masks: Masks = key, law, layout, anchor, name
     return cast(Tensor, _MaskedLinear.apply(x, weight, bias, masks))  # type: ignore[no-untyped-call]

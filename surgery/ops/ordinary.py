@@ -39,7 +39,7 @@ def is_ordinary_there(tensor: Tensor) -> bool:
     kind = type(tensor)
     if kind is not Tensor and kind is not torch.nn.Parameter:
         return False
-    return torch._C._dispatch_keys(tensor).raw_repr() in _plain_keys(tensor.device.type)
+    return _keys(tensor) in _plain_keys(tensor.device.type)
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..hash import Key, words
+from ..law import Law, Layout
 from .launch import INDEX, Kernel, form, takes
-
-if TYPE_CHECKING:
-    from ..law import Law, Layout
 
 BLOCK = 1024
 """Entries of a program."""
@@ -76,13 +74,7 @@ def masked(
         addresses |= grad.data_ptr()
     if anchor is not None:
         addresses |= anchor.data_ptr()
-    numbers = law.numbers
-    if numbers is not None and isinstance(key, tuple):
-        there = law.threshold
-        numbers_of = there, there, law.scale, *key, 0, *numbers, 0
-    else:
-        numbers_of = arguments(key, law)
-    args = weight, anchor, grad, used, of_weight, *numbers_of, size
+    args = weight, anchor, grad, used, of_weight, *arguments(key, law), size
     constants = anchor is not None, grad is not None, law.scale.dtype == torch.float64, BLOCK
     kinds = weight.dtype, used.dtype, grad is not None and grad.dtype
     forms = *kinds, anchor is not None and anchor.dtype, size % 16 == 0, size == 1
@@ -124,7 +116,7 @@ def drop_shared(
     """Write `used`, the masked weight, where entries share a mask.
 
     Args:
-        weight, anchor, used, key, law: see `drop`.
+        weight, anchor, used, key, law: see `masked`.
         shape: the layout, as `steps` gives it.
     """
     size = used.numel()

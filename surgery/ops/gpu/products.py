@@ -8,17 +8,15 @@ and then those of the next block, in the same memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..hash import Key
+from ..law import Law
 from .launch import INDEX, Kernel, form
 from .masks import arguments
-
-if TYPE_CHECKING:
-    from ..law import Law
 
 FEW_ROWS = 16
 """Up to so many rows an example, drawing its mask for each row costs less than storing its weight."""
@@ -55,7 +53,7 @@ def example_product(
         x: (examples, rows, in).
         weight: (out, in).
         anchor: like the weight, or None.
-        key, law: see `masks.drop`.
+        key, law: see `masks.masked`.
 
     Returns:
         (examples, rows, out); None where there is no kernel. All tensors are contiguous.
