@@ -8,27 +8,44 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed -o -path '*/kernels/*')
 
-.PHONY: help demo test test-all test-no-compiler test-oldest test-oldest-quick bench bench-quick bench-page bench-gpu lint wheel clean
+.PHONY: help setup demo examples test test-all test-no-compiler test-oldest test-oldest-quick test-newest \
+	bench bench-quick bench-page bench-gpu lint wheel release-check clean
+.NOTPARALLEL:  # targets share build/, dist/ and the cores
 
 help:
+	@echo "make setup     all that a developer needs, into $(VENV)"
 	@echo "make demo      fine-tune a real checkpoint with DropConnect (5 to 7 minutes on 2 cores)"
+	@echo "make examples  the demo, and the other examples in short forms (about 10 minutes)"
 	@echo "make test      the tests (about 7 minutes on 2 cores)"
 	@echo "make test-all  the tests with the long sweeps"
 	@echo "make test-no-compiler  those that kernels matter for, as on a machine without a C++ compiler"
 	@echo "make test-oldest  the tests with the oldest torch, transformers and Python that are supported"
 	@echo "make test-oldest-quick  those of them that are nearest to torch and transformers"
+	@echo "make test-newest  the tests with the newest releases of all dependencies, and the newest Python here"
 	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 15 minutes)"
 	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
 	@echo "make bench-page   make bench, into docs/performance.md"
 	@echo "make bench-gpu    the same on a GPU, into out/bench-gpu.md (under 4 minutes); nothing without one"
 	@echo "make lint      ruff and mypy"
 	@echo "make wheel     build the wheel and check what is in it"
+	@echo "make release-check  all that must pass before a release (an hour and more on 2 cores)"
+	@echo "make clean     remove what the others have made"
+
+setup: $(VENV)/.test $(VENV)/.examples $(VENV)/.dev
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/finetune_trainer.py
 
+SHORT := out/short
+
+examples: demo
+	$(BIN)/python examples/train_lstm.py --epochs 1 --articles 20 --output $(SHORT)/lstm
+	$(BIN)/python examples/paper_mlp.py --quick --output $(SHORT)/paper_mlp
+	$(BIN)/python examples/uncertainty.py --steps 8 --samples 4 --test-size 30 --output $(SHORT)/uncertainty
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/finetune_ddp.py --steps 8 --output $(SHORT)/ddp
+
 # One thread a worker: threads that wait for each other cost more than they bring on small models.
-test test-all test-no-compiler test-oldest test-oldest-quick: export OMP_NUM_THREADS := 1
+test test-all test-no-compiler test-oldest test-oldest-quick test-newest: export OMP_NUM_THREADS := 1
 test-no-compiler: export CXX := no-such-compiler
 
 test: $(VENV)/.test $(VENV)/.examples
@@ -67,6 +84,18 @@ else
 	$(OLDEST)/bin/pytest -n auto -m "not slow" $(WHICH)
 endif
 
+# The newest of all that pyproject.toml allows, made newer at each run, with the newest Python that is here.
+NEWEST := .venv-newest
+NEWEST_PYTHON := $(shell for python in \
+	python3.14 $(HOME)/.pyenv/versions/3.14.*/bin/python3 python3.13 \
+	$(HOME)/.pyenv/versions/3.13.*/bin/python3 python3.12 $(PYTHON); \
+	do $$python -c "import ensurepip" 2>/dev/null && echo $$python && break; done)
+
+test-newest:
+	$(MAKE) VENV=$(NEWEST) PYTHON=$(NEWEST_PYTHON) TORCH=torch $(NEWEST)/.test
+	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager torch "$$(ls dist/*.whl)[test]"
+	$(NEWEST)/bin/pytest -n auto -m "not slow" tests --ignore tests/examples --ignore tests/benchmarks
+
 # The peers pin old versions of what they need, so they have an environment of their own.
 BENCH := .venv-bench
 
@@ -95,8 +124,11 @@ wheel: $(VENV)/.torch
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 	$(BIN)/python .ci/check_wheel.py dist/*.whl
 
+# Cheap before dear, so that what is wrong is soon known.
+release-check: wheel lint test-all test-no-compiler examples test-oldest test-newest
+
 clean:
-	rm -rf $(VENV) $(BENCH) $(OLDEST) build dist out *.egg-info
+	rm -rf $(VENV) $(BENCH) $(OLDEST) $(NEWEST) build dist out *.egg-info
 
 # A virtual environment with torch, then the wheel with one set of extras. The wheel is installed, and
 # not the folders, so that what is tested is what is shipped.
