@@ -54,7 +54,7 @@ test: $(VENV)/.test $(VENV)/.examples
 test-all: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/pytest -n auto
 
-WITH_KERNELS := $(patsubst %,tests/core/test_%.py,example family fused_linear gaussian_sites surroundings)
+WITH_KERNELS := $(patsubst %,tests/modules/test_%.py,example family fused_linear gaussian_sites surroundings)
 WITH_KERNELS += $(patsubst %,tests/ops/test_%.py,engine example gaussian native)
 
 test-no-compiler: $(VENV)/.test $(VENV)/.examples
@@ -68,7 +68,7 @@ OLDEST_PYTHON := $(shell for python in \
 	python3.10 $(HOME)/.pyenv/versions/3.10.*/bin/python3 $(PYTHON) python3.11 python3.12; \
 	do $$python -c "import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))" \
 	2>/dev/null && echo $$python && break; done)
-SLICE := $(patsubst %,tests/%.py,core/test_round_trip core/test_family core/test_moments_models)
+SLICE := $(patsubst %,tests/%.py,operating/test_round_trip modules/test_family moments/test_moments_models)
 SLICE += $(patsubst %,tests/survive/test_%.py,compile compile_cold export)
 SLICE += $(patsubst %,tests/%.py,ops/test_mask adapters/test_trainer adapters/test_trainer_saves)
 

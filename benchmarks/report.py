@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery.files import whole_file
+from surgery.base.files import whole_file
 
 from .conditions import busy
 from .growth import Curve

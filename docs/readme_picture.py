@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from surgery import plan_dropconnect
-from surgery.transforms.draw import draw_states
+from surgery.transforms.drawing.draw import draw_states
 
 FILE = Path(__file__).with_name("surgery.svg")
 

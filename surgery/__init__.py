@@ -9,7 +9,13 @@ strip_dropconnect(model)                             # the plain model again, bi
 
 from pathlib import Path
 
-from .api import (
+from .aliases import understand_old_names
+from .modules import DropConnectModule
+from .modules.keys import plain_state_dict, raw_state_dict
+from .spec.config import DropConnectConfig
+from .spec.errors import NoMatchError, NotOperatedError, SurgeryError
+from .spec.plan import Plan, Site, Use
+from .verbs.apply import (
     apply_dropconnect,
     dropconnect_sites,
     hold_masks,
@@ -17,14 +23,9 @@ from .api import (
     set_p,
     strip_dropconnect,
 )
-from .checkpoint import load_dropconnect, save_dropconnect
-from .config import DropConnectConfig
-from .errors import NoMatchError, NotOperatedError, SurgeryError
-from .inference import set_inference
-from .keys import plain_state_dict, raw_state_dict
-from .modules import DropConnectModule
-from .plan import Plan, Site, Use
-from .predict import MCPrediction, mc_predict
+from .verbs.checkpoint import load_dropconnect, save_dropconnect
+from .verbs.inference import set_inference
+from .verbs.predict import MCPrediction, mc_predict
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,8 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "adapters").is_dir(
     # Python was started in a checkout and found this folder before the installed package: let it find
     # `surgery.adapters` and `surgery.transforms`, which lie beside this folder there.
     __path__.append(str(_checkout))
+
+understand_old_names()
 
 __all__ = [
     "DropConnectConfig",

@@ -3,15 +3,15 @@
 Loaded through the entry point `surgery.plugins`; the verbs of `surgery` then work on graphs too.
 """
 
-from surgery.finder import register_finder
-from surgery.graphs import register_graph_surgeon
+from surgery.planning.graphs import register_graph_surgeon
+from surgery.planning.runs import register_finder
 
-from .capture import Capture, CaptureError, capture, capture_of
-from .draw import draw
-from .find import Findings, find, look
-from .graph_surgery import Surgeon
-from .record import record
-from .tree import tree
+from .capture.capture import Capture, CaptureError, capture, capture_of
+from .capture.record import record
+from .drawing.draw import draw
+from .drawing.tree import tree
+from .operating.graph_surgeon import Surgeon
+from .reading.find import Findings, find, look
 
 register_finder(look)
 register_graph_surgeon(Surgeon())

@@ -14,29 +14,29 @@ from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import surgery.adapters.transformers.trainer  # noqa: F401  it teaches Trainer to save plainly
-from surgery.api import (
+from surgery.adapters.transformers.schedules import Schedule, make_schedule
+from surgery.modules.keys import plain_state_dict
+from surgery.modules.places import states_in
+from surgery.modules.state import change_p
+from surgery.operating.surgeon import can_undo, unused_sites
+from surgery.operating.suspend import suspended
+from surgery.spec.config import DropConnectConfig
+from surgery.spec.errors import SurgeryError
+from surgery.spec.forms import file_name, read_json
+from surgery.spec.plan import Plan, Site
+from surgery.verbs.apply import (
     apply_dropconnect,
     dropconnect_sites,
     plan_dropconnect,
     strip_dropconnect,
 )
-from surgery.checkpoint import (
+from surgery.verbs.checkpoint import (
     PLAN_FILE,
     anchors,
     open_tensors,
     read_dropconnect,
     set_anchors,
 )
-from surgery.config import DropConnectConfig
-from surgery.errors import SurgeryError
-from surgery.forms import file_name, read_json
-from surgery.keys import plain_state_dict
-from surgery.modules.places import states_in
-from surgery.modules.state import change_p
-from surgery.plain import suspended
-from surgery.plan import Plan, Site
-from surgery.schedules import Schedule, make_schedule
-from surgery.surgeon import can_undo, unused_sites
 
 
 class DropConnectCallback(TrainerCallback):  # type: ignore[misc]

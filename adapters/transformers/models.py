@@ -8,9 +8,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import load_sharded_checkpoint
 
-from surgery.modules.kinds import LINEAR, columns, product_of, register_kind
-from surgery.modules.product import COLUMN_PRODUCT
-from surgery.savers import (
+from surgery.kinds.product import COLUMN_PRODUCT
+from surgery.kinds.table import LINEAR, columns, product_of, register_kind
+from surgery.verbs.savers import (
     reads_file,
     resizes_plain,
     teach,

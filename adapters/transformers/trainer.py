@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers.trainer import Trainer
 
-from surgery.checkpoint import save_dropconnect
-from surgery.keys import plain_state_dict
-from surgery.savers import Method, is_operated, is_taught, teach, with_plain_names
+from surgery.modules.keys import plain_state_dict
+from surgery.verbs.checkpoint import save_dropconnect
+from surgery.verbs.savers import Method, is_operated, is_taught, teach, with_plain_names
 
 
 def register() -> None:

@@ -8,23 +8,20 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.hash import Key
-from ..recompute import Recipe, call_recomputing
 from .flat import flat_of, open_flat
 from .fused import fused_forward
 from .live import Open, check_unwritten, close, is_of_another_thread, recipes_of, watched
 from .masking import check_anchor, is_sharded, masked_weight
-from .paper_modes import Factor, product_forward
+from .product_forward import Factor, product_forward
+from .recompute import Recipe, call_recomputing
 from .state import SiteState
 from .watch import refuse_recomputation
-
-if TYPE_CHECKING:
-    from .operated import DropConnectModule
 
 
 def dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +58,7 @@ def _inner(base: type[nn.Module], module: Any) -> Callable[..., Any]:
     return functools.partial(base.forward, module)
 
 
-def _product_site(module: DropConnectModule) -> tuple[SiteState, str] | None:
+def _product_site(module: Any) -> tuple[SiteState, str] | None:
     """The weight of this module and its mode, if its product is to be replaced in this forward."""
     states = module._dropconnect.values()
     weight = next((state for state in states if state.product is not None), None)
@@ -112,7 +109,7 @@ def _open(module: Any, opened: list[Open]) -> None:
             _open_own(child, opened, outside=True)
 
 
-def drawn_children(module: DropConnectModule) -> Iterator[DropConnectModule]:
+def drawn_children(module: Any) -> Iterator[Any]:
     """The descendants whose weights this module's forward reads itself; not those that were replaced,
     removed or stripped since."""
     for path in module._dropconnect_draws:
@@ -120,10 +117,10 @@ def drawn_children(module: DropConnectModule) -> Iterator[DropConnectModule]:
         for part in path.split("."):
             child = getattr(child, part, None)
         if isinstance(child, nn.Module) and "_dropconnect" in child.__dict__:
-            yield cast("DropConnectModule", child)
+            yield child
 
 
-def _any_sharded(child: DropConnectModule) -> bool:
+def _any_sharded(child: Any) -> bool:
     """Whether a child is sharded now: then it is gathered, and draws, in its own forward."""
     return any(is_sharded(getattr(child, state.raw)) for state in child._dropconnect.values())
 
@@ -176,7 +173,7 @@ def _hand_out(module: Any, one: Open, opened: list[Open]) -> None:
         one.state.drawn = True
 
 
-def runs_now(module: DropConnectModule) -> bool:
+def runs_now(module: Any) -> bool:
     """Whether a forward that drew a mask for this module is running. A mask that is there while none
     is was left by a forward that was killed, which happens in the main thread alone: a mask of another
     thread is taken for one that is used. (To look at the frames of other threads can block all of them:

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_unmodified, version_of
 from ..ops import Law, drop_into, drop_weight
 from ..ops.hash import Key
 from ..ops.linear import as_if_trained
 from ..ops.ordinary import is_ordinary_there
 from ..ops.tracing import is_traced
-from ..recompute import Recipe, can_recompute
+from ..ops.versions import check_unmodified, version_of
 from .live import Open, watched
+from .recompute import Recipe, can_recompute
 from .state import SiteState
 
 DEVICES = {"cuda"}

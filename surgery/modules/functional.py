@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import stateless
 
-from ..caching import cached
-from ..errors import SurgeryError
+from ..base.caching import cached
+from ..spec.errors import SurgeryError
+from .keys import plain_keys, raw_state_dict
 
 
 @cached
 def teach_functional_call() -> None:
     """From now on it gets raw names."""
-    from ..keys import raw_state_dict  # which is about operated modules, and imports them
-
     call: Any = stateless._functional_call
 
     @functools.wraps(call)
@@ -45,8 +44,6 @@ def _plain_names_in(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, 
     Raises:
         SurgeryError: one is given under both names.
     """
-    from ..keys import plain_keys
-
     raw_of = {plain: raw for raw, plain in plain_keys(module).items() if plain in tensors}
     for plain, raw in raw_of.items():
         if raw in tensors:

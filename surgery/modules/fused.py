@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kinds.product import LINEAR_PRODUCT
 from ..ops import masked_linear
 from ..ops.ordinary import is_dense
 from ..ops.tracing import is_traced
 from .masking import check_anchor
-from .product import LINEAR_PRODUCT
 from .state import SiteState
 
 

@@ -11,19 +11,16 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from ..caching import cached, lasting
-from ..journal import Lock, surely
+from ..base.caching import cached, lasting
+from ..base.journal import Lock, surely
 from ..ops import Law
 from ..ops.law import law_dtype, law_numbers
-
-if TYPE_CHECKING:
-    from .state import SiteState
 
 _shared: WeakValueDictionary[tuple[float, torch.device, torch.dtype], Law] = WeakValueDictionary()
 
@@ -139,13 +136,26 @@ class Row:
         return Law(threshold, scale)
 
 
+class HasLaw(Protocol):
+    """What a site has to do with laws; `surgery.modules.state.SiteState` is one."""
+
+    rate: float
+    """p without the factor of a schedule."""
+    factor: float
+    law: Law | None
+    row: Row | None
+
+    @property
+    def p(self) -> float: ...
+
+
 _lock = Lock()
 """Of all tables."""
 _open: dict[tuple[torch.device, torch.dtype], LawTable] = {}
 """The tables that new sites are put into."""
 
 
-def give_laws(sites: Iterable[tuple[SiteState, Tensor]]) -> None:
+def give_laws(sites: Iterable[tuple[HasLaw, Tensor]]) -> None:
     """Give sites the law of their p on the device of their weight, and a row of their own in a table.
 
     One pass for all sites of a model, of which neighbours mostly have the same law. In a trace nothing
@@ -154,11 +164,11 @@ def give_laws(sites: Iterable[tuple[SiteState, Tensor]]) -> None:
     _lock.holding(partial(_give_laws, sites))
 
 
-def _give_laws(sites: Iterable[tuple[SiteState, Tensor]]) -> None:
+def _give_laws(sites: Iterable[tuple[HasLaw, Tensor]]) -> None:
     last: tuple[float, torch.device, torch.dtype] | None = None
     table: LawTable | None = None
     touched: set[LawTable] = set()
-    given: list[tuple[SiteState, Row, Law]] = []
+    given: list[tuple[HasLaw, Row, Law]] = []
     for state, weight in sites:
         wanted = state.p, weight.device, weight.dtype
         if wanted != last:
@@ -188,7 +198,7 @@ def _open_table(device: torch.device, dtype: torch.dtype) -> LawTable:
     return table
 
 
-def change_laws(states: Iterable[SiteState], p: float | None, factor: float) -> None:
+def change_laws(states: Iterable[HasLaw], p: float | None, factor: float) -> None:
     """Give sites the law of `p * factor`, or None: of their own p times `factor`.
 
     All of them, or none if an interrupt comes: new laws are made first, and putting them in place is
@@ -198,9 +208,9 @@ def change_laws(states: Iterable[SiteState], p: float | None, factor: float) -> 
     _lock.holding(partial(_change_laws, states, p, factor))
 
 
-def _change_laws(states: Iterable[SiteState], p: float | None, factor: float) -> None:
-    runs: list[tuple[list[SiteState], float, Law | None]] = []
-    run: list[SiteState] = []
+def _change_laws(states: Iterable[HasLaw], p: float | None, factor: float) -> None:
+    runs: list[tuple[list[HasLaw], float, Law | None]] = []
+    run: list[HasLaw] = []
     old: Law | None = None
     law: Law | None = None
     last: float | None = None

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..errors import SurgeryError, version_of
-from ..recompute import Recipe, address_of
+from ..ops.versions import version_of
+from ..spec.errors import SurgeryError
+from .recompute import Recipe, address_of
 from .state import SiteState
 
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import version_of
 from ..ops import Law, drop_weight
 from ..ops.hash import Key
 from ..ops.linear import as_if_trained
 from ..ops.tracing import is_traced
-from ..recompute import Recipe, can_recompute
+from ..ops.versions import version_of
+from .recompute import Recipe, can_recompute
 from .state import SiteState
 
 

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..errors import SurgeryError
+from ..moments.scope import in_scope, settle
 from ..ops.hash import Key
-from ..recompute import address_of, call_recomputing
-from ..scope import in_scope, settle
+from ..spec.errors import SurgeryError
 from .dropping import mode_of_product
 from .functional import teach_functional_call
 from .masking import check_anchor, masked_weight
-from .paper_modes import Factor, product_forward
+from .places import SitesNode
+from .product_forward import Factor, product_forward
+from .recompute import address_of, call_recomputing
 from .state import SiteState, refusal_to_script
 
 Slot = int | str
@@ -64,7 +65,7 @@ class Call:
         self.__dict__.update(state)
 
 
-class DropConnect(nn.Module):
+class DropConnect(SitesNode):
     """Called by a node that graph surgery put in; `surgery.transforms` makes it.
 
     It lies beside its parameter: for `fc.weight_raw` it is `fc.weight_dropconnect`. It holds what is

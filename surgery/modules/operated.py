@@ -19,10 +19,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..caching import kept_for_class
-from ..errors import SurgeryError
-from ..plugins import load_plugins
-from ..scope import run_in_scope
+from ..base.caching import kept_for_class
+from ..base.plugins import load_plugins
+from ..moments.scope import run_in_scope
+from ..spec.errors import SurgeryError
 from .dropping import dropping, runs_now
 from .flat import flat_weights
 from .functional import teach_functional_call
@@ -31,14 +31,11 @@ from .state import SiteState, live_name, raw_name, refusal_to_script
 from .takers import Parametrizations, Qconfig, refuse_quantised, refuse_taking
 from .watch import notice
 
-WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
-"""Classes, told by name because importing them is slow, that only pass on to the one module inside."""
-
 
 class DropConnectModule(nn.Module):
     """Marker and shared behaviour of every operated module: `isinstance(m, DropConnectModule)`.
 
-    Instances are never constructed; `operate` in `surgery.surgeon` swaps the class of a module.
+    Instances are never constructed; `surgery.operating` swaps the class of a module.
     """
 
     _dropconnect: dict[str, SiteState]
@@ -266,13 +263,6 @@ def operated_among(
     for name, module in modules:
         if isinstance(module, DropConnectModule):
             yield name, module
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile` and data-parallel wrappers."""
-    while type(model).__name__ in WRAPPERS:
-        model = next(model.children())
-    return model
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

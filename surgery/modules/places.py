@@ -8,10 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .node import DropConnect
-from .operated import DropConnectModule
 from .state import SiteState
 from .walk import named_modules
+
+
+class SitesNode(nn.Module):
+    """What lies beside parameters that nodes of a graph read, and holds the states of these sites; see
+    `surgery.modules.node`. (An operated module holds its own in its `__dict__`.)"""
+
+    states: dict[str, SiteState]
+    """By plain parameter name."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +41,28 @@ class Place:
         return None if self.state.anchor is None else self.owner._buffers[self.state.anchor]
 
 
+def own_states(module: nn.Module) -> dict[str, SiteState] | None:
+    """The states that an operated module holds; None for any other."""
+    if not hasattr(type(module), "_dropconnect_class"):
+        return None
+    states: dict[str, SiteState] = module.__dict__["_dropconnect"]
+    return states
+
+
+def _nodes_beside(owner: nn.Module) -> Iterator[SitesNode]:
+    return (child for child in owner._modules.values() if isinstance(child, SitesNode))
+
+
 def states_of(module: nn.Module) -> dict[str, SiteState]:
     """The states of a module's own parameters, by plain name; empty if none is operated."""
-    if isinstance(module, DropConnectModule):
-        return module._dropconnect
+    own = own_states(module)
+    if own is not None:
+        return own
     states: dict[str, SiteState] = {}
     if not module._modules:
         return states
-    for child in module._modules.values():
-        if isinstance(child, DropConnect):
-            states.update(child.states)
+    for node in _nodes_beside(module):
+        states.update(node.states)
     if not states:
         return states
     place = {name: index for index, name in enumerate(module._parameters)}
@@ -57,10 +75,9 @@ def product_site(place: Place) -> SiteState | None:
     owner, state = place.owner, place.state
     if state.product is not None or not state.with_weight:
         return state
-    together = [owner._dropconnect] if isinstance(owner, DropConnectModule) else []
-    together += [
-        child.states for child in owner._modules.values() if isinstance(child, DropConnect)
-    ]
+    own = own_states(owner)
+    together = [] if own is None else [own]
+    together += [node.states for node in _nodes_beside(owner)]
     for states in together:
         if state.name in states:
             found = (one for one in states.values() if one.product is not None)
@@ -70,11 +87,12 @@ def product_site(place: Place) -> SiteState | None:
 
 def set_state(module: nn.Module, state: SiteState) -> None:
     """Replace the state of one parameter of a module."""
-    if isinstance(module, DropConnectModule):
-        module._dropconnect[state.name] = state
-    for child in module._modules.values():
-        if isinstance(child, DropConnect) and state.name in child.states:
-            child.states[state.name] = state
+    own = own_states(module)
+    if own is not None:
+        own[state.name] = state
+    for node in _nodes_beside(module):
+        if state.name in node.states:
+            node.states[state.name] = state
 
 
 def places(model: nn.Module, remove_duplicate: bool = True) -> Iterator[Place]:
@@ -95,10 +113,9 @@ def states_in(model: nn.Module) -> list[SiteState]:
         if module is None or module in seen:
             continue
         seen.add(module)
-        if isinstance(module, DropConnectModule):
-            found += module._dropconnect.values()
-        elif isinstance(module, DropConnect):
-            found += module.states.values()
+        own = module.states if isinstance(module, SitesNode) else own_states(module)
+        if own is not None:
+            found += own.values()
         if module._modules:
             todo += module._modules.values()
     return found

@@ -8,13 +8,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import DropConnectConfig, Inference, Sampling, check_p
-from ..errors import SurgeryError
+from ..kinds.product import Product
 from ..ops import Law, Layout, draw_key
 from ..ops.hash import Key
 from ..ops.random import is_capturing
+from ..spec.config import DropConnectConfig, Inference, Sampling, check_p
+from ..spec.errors import SurgeryError
 from .laws import Row, change_laws, give_laws, shared_law
-from .product import Product
 
 
 def raw_name(name: str) -> str:

@@ -17,8 +17,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..errors import SurgeryError
-from . import derived
+from ..kinds import derived
+from ..spec.errors import SurgeryError
 from .state import SiteState
 
 _TAKES: dict[CodeType, str] = {

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from torch import nn
 
+WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
+"""Classes, told by name because importing them is slow, that only pass on to the one module inside."""
+
 
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
     """What `model.named_modules(remove_duplicate=remove_duplicate)` yields."""
@@ -23,3 +26,10 @@ def named_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple
             children = module._modules.items()
             todo += [(prefix + key, child) for key, child in children if child is not None][::-1]
     return found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` and data-parallel wrappers."""
+    while type(model).__name__ in WRAPPERS:
+        model = next(model.children())
+    return model

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils import checkpoint
 
-from .reads import METADATA
+from ..kinds.reads import METADATA
 from .state import SiteState
 
 _CALL = nn.Module._call_impl.__code__

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import torch_functions as table
-from ..scope import settle
+from . import torch_functions as table
 from .gaussian import Apply, Gaussian, Source
 from .pointwise import leaves_domain, pointwise
+from .scope import settle
 
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import version_of
-from ..scope import Deferred
-from ..torch_functions import VIEWS
+from ..ops.versions import version_of
 from .pieces import Piece, disjoint
+from .scope import Deferred
+from .torch_functions import VIEWS
 
 Apply = Callable[[Tensor], Tensor]
 Points = tuple[tuple[Tensor, Tensor], ...]

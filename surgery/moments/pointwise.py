@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .. import torch_functions as table
-from ..scope import settle
+from . import torch_functions as table
 from .gaussian import Gaussian, Source
+from .scope import settle
 
 
 def leaves_domain(name: str, args: tuple[Any, ...]) -> bool:

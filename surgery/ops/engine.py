@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..caching import cached, lasting
+from ..base.caching import cached, lasting
 from . import gpu, native
 from .hash import Key, advance_key, key_tensor, mix_into, spread
 from .law import Law, Layout

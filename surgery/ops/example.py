@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import Unit
+from ..spec.config import Unit
 from .example_operators import example_product
 from .hash import Key
 from .law import Law, Layout

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import Unit
+from ..spec.config import Unit
 from . import gpu
 from .law import Law
 from .linear import has_autocast

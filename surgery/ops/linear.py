@@ -2,7 +2,7 @@
 
 The same could be had by handing `drop_weight(W)` to `F.linear`. But its backward then draws the mask
 twice, for the masked weight and for the gradient, and autograd keeps the masked weight unless hooks on
-saved tensors replace it (`surgery.recompute`, for all other modules).
+saved tensors replace it (`surgery.modules.recompute`, for all other modules).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..caching import constant_in_traces
-from ..errors import check_unmodified, version_of
+from ..base.caching import constant_in_traces
 from . import gpu
 from .hash import Key
 from .law import Law, Layout
 from .mask import drop_both, drop_eagerly, drop_weight
 from .ordinary import unviewed
+from .versions import check_unmodified, version_of
 from .workspace import borrow, give_back
 
 Masks = tuple[Key, Law, Layout, Tensor | None, str]

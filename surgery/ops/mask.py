@@ -209,9 +209,10 @@ _drop_op.register_autograd(_drop_op_backward, setup_context=_keep_law)
 def _in_graph(weight: Tensor, anchor: Tensor | None, key: Key, law: Law, layout: Layout) -> Tensor:
     """The masked weight as part of a compiled graph.
 
-    If there will be a backward, it does what `surgery.recompute` does in eager mode: the mask and the
-    masked weight are not kept for backward but computed again. The spread indices stay outside: they do
-    not depend on the key, so sites of one size would share them, and what is shared would be kept.
+    If there will be a backward, it does what `surgery.modules.recompute` does in eager mode: the mask
+    and the masked weight are not kept for backward but computed again. The spread indices stay outside:
+    they do not depend on the key, so sites of one size would share them, and what is shared would be
+    kept.
     """
     key = key_tensor(key, weight.device)  # one that is held was drawn in eager code
     args: tuple[Any, ...] = (weight, anchor, key, law.threshold, law.scale)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..journal import Lock
+from ..base.journal import Lock
 from .build import NoCompiler, load
 from .ordinary import is_ordinary
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..caching import constant_in_traces
+from ..base.caching import constant_in_traces
 from .tracing import is_traced
 
 

@@ -6,7 +6,7 @@ import os
 import warnings
 from typing import Literal
 
-from ..journal import Lock
+from ..base.journal import Lock
 
 _lock = Lock()
 Kind = Literal["cpu", "gpu"]

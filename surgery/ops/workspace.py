@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..caching import lasting
+from ..base.caching import lasting
 from . import gpu
 from .ordinary import is_ordinary
 

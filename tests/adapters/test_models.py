@@ -24,8 +24,8 @@ from surgery import (
     set_p,
     strip_dropconnect,
 )
-from surgery.checkpoint import PLAN_FILE, anchors
 from surgery.ops import keep_mask
+from surgery.verbs.checkpoint import PLAN_FILE, anchors
 
 ALL = ["bert", "gpt2", "t5", "llama", "mixtral", "mamba"]
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from surgery import apply_dropconnect, dropconnect_sites, plan_dropconnect, strip_dropconnect
 from surgery.adapters.transformers import DropConnectCallback
-from surgery.checkpoint import PLAN_FILE, anchors
+from surgery.verbs.checkpoint import PLAN_FILE, anchors
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -151,7 +151,7 @@ def test_while_the_classes_cannot_change(
     config, targets = CASES[case]
     plain, model = adapt(config(), 1), adapt(config(), 2)
     apply_dropconnect(model, targets, p=0.3, toward="pretrained")
-    monkeypatch.setattr("surgery.savers.can_undo", lambda _: False)
+    monkeypatch.setattr("surgery.verbs.savers.can_undo", lambda _: False)
     given = peft.get_peft_model_state_dict(plain)
     assert list(peft.get_peft_model_state_dict(model)) == list(given)
     peft.set_peft_model_state_dict(model, given)

@@ -22,7 +22,7 @@ from surgery import (
     plain_state_dict,
     strip_dropconnect,
 )
-from surgery.checkpoint import anchors
+from surgery.verbs.checkpoint import anchors
 
 accelerate = pytest.importorskip("accelerate")
 SITES = ["embed", "first"]

@@ -23,7 +23,7 @@ from surgery import (
     strip_dropconnect,
 )
 from surgery.adapters.transformers import DropConnectCallback
-from surgery.checkpoint import PLAN_FILE, anchors
+from surgery.verbs.checkpoint import PLAN_FILE, anchors
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,14 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.ops import (
-    Law,
-    gaussian_linear,
-    gaussian_sample,
-    linear_moments,
-    moments_of,
-    native,
-)
+from surgery.ops import Law, gaussian_linear, gaussian_sample, linear_moments, moments_of, native
 from surgery.ops.switch import set_compile_enabled
 from tests.ops.reference import every_mask, mask_shape
 

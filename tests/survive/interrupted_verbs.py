@@ -24,7 +24,7 @@ from surgery import (
 )
 from surgery.modules import DropConnectModule
 from surgery.modules.places import places
-from surgery.savers import resizes_plain, teach, writes_plain
+from surgery.verbs.savers import resizes_plain, teach, writes_plain
 
 
 class Net(nn.Module):
@@ -246,5 +246,5 @@ VERBS = {
     "graph: apply": Verb(graph, _nothing, operate),
     "graph: strip": Verb(graph, operate, strip_dropconnect),
     "graph: step": Verb(graph, operate, _step),
-    "find": Verb(net, operate, lambda m: surgery.transforms.find(m, WORDS)),
+    "find": Verb(net, operate, lambda m: surgery.transforms.reading.find(m, WORDS)),
 }

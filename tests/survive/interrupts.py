@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import surgery
 from surgery import strip_dropconnect
 from surgery.modules.places import places
-from surgery.scope import in_scope
+from surgery.moments.scope import in_scope
 
 from .interrupted_verbs import VERBS, Verb, form, inputs_of
 

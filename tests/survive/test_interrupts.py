@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.caching import PerObject
-from surgery.journal import Lock
+from surgery.base.caching import PerObject
+from surgery.base.journal import Lock
 
 from .interrupted_verbs import VERBS
 from .interrupts import AtOpcode, by_signals, run_traced, sweep

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-import surgery.transforms.graph_surgery  # noqa: F401  (what the entry point of torch.fx imports)
+import surgery.transforms.operating.graph_surgeon  # noqa: F401  (what the entry point of torch.fx imports)
 
-from ..core.helpers import Snapshot
+from ..helpers import Snapshot
 
 DIALECTS = ("symbolic", "export")
 both_dialects = pytest.mark.parametrize("dialect", DIALECTS)

@@ -1,0 +1,16 @@
+"""HuggingFace accelerate: `save_model` writes a plain checkpoint, and plain checkpoints load into an
+operated model.
+
+Loaded through the entry point `surgery.plugins` once `accelerate` is imported. `save_state` and
+`load_state` carry the state of a run from one process to the next, so they keep the raw keys.
+"""
+
+import functools
+
+from accelerate import Accelerator
+from accelerate.utils.modeling import load_checkpoint_in_model
+
+from surgery.verbs.savers import reads_file, teach, teach_function, writes_plain
+
+teach(Accelerator, "save_model", functools.partial(writes_plain, model_at=1))
+teach_function(load_checkpoint_in_model, reads_file)

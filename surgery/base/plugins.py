@@ -1,0 +1,90 @@
+"""How other people's software plugs in: the entry-point group `surgery.plugins`.
+
+An entry point is named after a module of the library it adapts and points to a module of the adapter,
+which registers kinds (`surgery.modules.register_kind`) and teaches savers (`surgery.verbs.savers`)
+when imported. It is imported only once the module it is named after has been, so `import surgery` stays
+light: with the next plan, or from then on as soon as that module is, since a library that is imported
+after surgery saves and loads operated models too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any, cast
+
+from .caching import cached
+
+GROUP = "surgery.plugins"
+
+_loaded: set[str] = set()
+_loading: set[str] = set()
+
+
+@cached
+def _entries() -> tuple[EntryPoint, ...]:
+    """Read once: it looks at the metadata of every package that is installed."""
+    return tuple(entry_points(group=GROUP))
+
+
+def load_plugins() -> None:
+    """Import the plugins of every library that is imported by now, and of others when they are."""
+    for entry in _waiting():
+        if entry.name in sys.modules:
+            _load(entry)
+    if _watch not in sys.meta_path and any(_waiting()):
+        sys.meta_path.insert(0, _watch)
+
+
+def _waiting() -> list[EntryPoint]:
+    return [entry for entry in _entries() if entry.value not in _loaded]
+
+
+def _load(entry: EntryPoint) -> None:
+    """Import a plugin; nothing if that is under way, as its imports bring what it waits for too."""
+    if entry.value in _loading:
+        return
+    _loading.add(entry.value)
+    try:
+        entry.load()
+        _loaded.add(entry.value)
+    finally:
+        _loading.discard(entry.value)
+
+
+class _Watch(MetaPathFinder):
+    """Finds what others find: a module that a plugin waits for loads the plugin when it has run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        entries = [entry for entry in _waiting() if entry.name == fullname]
+        if not entries:
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec: Any = find(fullname, path, target) if find and finder is not self else None
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader.exec_module = _then_load(spec.loader.exec_module, entries)
+                return cast(ModuleSpec, spec)
+        return None
+
+
+def _then_load(run: Callable[[ModuleType], Any], entries: list[EntryPoint]) -> Callable[..., None]:
+    def exec_module(module: ModuleType) -> None:
+        run(module)
+        for entry in entries:
+            # The library is not at fault if its plugin fails: the next verb will say what is wrong.
+            with contextlib.suppress(Exception):
+                _load(entry)
+
+    return exec_module
+
+
+_watch = _Watch()

@@ -1,0 +1,107 @@
+"""How a module computes its pre-activation from its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..spec.config import DropConnectConfig, Inference, Sampling, Unit
+
+Run = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Product:
+    """How a forward computes its pre-activation `u` from input `x`, weight and bias."""
+
+    run: Run
+    """`run(module, x, weight, bias)`, linear in x and in (weight, bias)."""
+    features: int = -1
+    """Dimension of the features in `x` and in `u`, counted from the end."""
+    columns: bool = False
+    """Whether the weight is stored in x out, as transformers' Conv1D does."""
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the weight is a matrix: then every unit can have a mask per example."""
+        return self.features == -1
+
+
+def needs_product(sampling: Sampling, inference: Inference) -> bool:
+    """Whether these options ask for a forward that is a product; any other forward can do the rest."""
+    return sampling != "batch" or inference == "moments"
+
+
+INSTEAD = "sampling='batch' and inference='mean' or 'sample'"
+"""What every module can do."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the options of a site ask of the product that it is part of. Plans, `set_inference` and
+    `mc_predict` ask here, and a forward does what is not refused."""
+
+    sampling: Sampling
+    inference: Inference
+    unit: Unit
+    bias: bool = False
+    """Whether the bias drops with the weight."""
+
+    @classmethod
+    def of(cls, config: DropConnectConfig) -> Demand:
+        return cls(config.sampling, config.inference, config.unit, config.bias)
+
+    @property
+    def mode(self) -> str | None:
+        """The option that needs a product, as the user writes it; None if any forward will do."""
+        if not needs_product(self.sampling, self.inference):
+            return None
+        return "inference='moments'" if self.sampling == "batch" else f"sampling={self.sampling!r}"
+
+    def refused(self, product: Product) -> str | None:
+        """Why a product cannot do it, and what to do; or None."""
+        if self.mode is None or product.is_matrix:
+            return None
+        if self.unit == "element" and self.sampling == "example":
+            return (
+                "sampling='example' would need a filter bank for every example; use unit='input', "
+                "'output' or 'tensor', or sampling='gaussian', or sampling='batch'"
+            )
+        if self.unit == "input" and self.inference == "moments":
+            return (
+                "with unit='input' one mask entry multiplies every position of a kernel, and that "
+                "variance is not known; use another unit, or inference='sample'"
+            )
+        return None
+
+    def refused_bias(self) -> str | None:
+        """Why the bias of a product cannot do it by itself; or None."""
+        if self.mode is None or self.bias:
+            return None
+        return f"{self.mode} drops a bias with its weight only; use bias=True"
+
+
+def _linear(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _linear_columns(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.t(), bias)
+
+
+def _conv(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    u: Tensor = module._conv_forward(x, weight, bias)
+    return u
+
+
+LINEAR_PRODUCT = Product(_linear)
+COLUMN_PRODUCT = Product(_linear_columns, columns=True)
+
+
+def conv_product(spatial: int) -> Product:
+    """Of a convolution over so many spatial dimensions."""
+    return Product(_conv, features=-1 - spatial)

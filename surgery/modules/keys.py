@@ -1,0 +1,89 @@
+"""Raw keys and plain keys of a state dict, and how to get from one to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from ..spec.plan import join
+from .places import Place, places
+from .walk import WRAPPERS
+
+Value = TypeVar("Value")
+
+WRAPPED = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+"""Where wrappers of torch keep the one module inside. Some state dicts name them and some do not."""
+
+
+def plain_keys(model: nn.Module) -> dict[str, str | None]:
+    """The plain name of every key that DropConnect adds to `state_dict()`; None for anchors."""
+    keys: dict[str, str | None] = {}
+    for name, place in _named_places(model):
+        keys[join(name, place.state.raw)] = join(name, place.state.name)
+        if place.state.anchor is not None:
+            keys[join(name, place.state.anchor)] = None
+    return keys
+
+
+def plain_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Value] | None = None
+) -> dict[str, Tensor | Value]:
+    """The state dict with the keys that the model has without DropConnect, in the same order.
+
+    Args:
+        model: operated or not; not changed.
+        state_dict: a state dict of this model to rename, for example one that was gathered from
+            shards; default `model.state_dict()`. Tensors are not copied.
+    """
+    source: Mapping[str, Any] = model.state_dict() if state_dict is None else state_dict
+    keys = plain_keys(model)
+    plain = {keys.get(key, key): value for key, value in source.items()}
+    return {key: value for key, value in plain.items() if key is not None}
+
+
+def raw_state_dict(model: nn.Module, state_dict: Mapping[str, Value]) -> dict[str, Tensor | Value]:
+    """The inverse of `plain_state_dict`: the keys that `model.state_dict()` has, for whatever matches
+    keys by itself instead of calling `model.load_state_dict`, which takes plain keys too.
+
+        own = model.state_dict()
+        own.update(raw_state_dict(model, torch.load(path)))
+
+    Anchors are not in a plain state dict: with a plain key comes the anchor that `model` has now.
+    Keys that are raw already, and keys that belong to no site, stay as they are, and nothing is added
+    for a weight that is absent.
+
+    Args:
+        model: operated or not; not changed.
+        state_dict: a state dict of the model without DropConnect, whole or in part. Tensors are not
+            copied.
+    """
+    found = {join(name, place.state.name): (name, place) for name, place in _named_places(model)}
+    raw: dict[str, Any] = {}
+    for key, value in state_dict.items():
+        name, place = found.get(key, ("", None))
+        if place is None or join(name, place.state.raw) in state_dict:
+            raw[key] = value
+            continue
+        raw[join(name, place.state.raw)] = value
+        if place.state.anchor is not None and join(name, place.state.anchor) not in state_dict:
+            raw[join(name, place.state.anchor)] = place.anchor
+    return raw
+
+
+def _named_places(model: nn.Module) -> Iterator[tuple[str, Place]]:
+    """Every place under each name that a state dict may give its module: with and without wrappers."""
+    outside, inner = "", model
+    while type(inner).__name__ in WRAPPERS:
+        name, inner = next(iter(inner.named_children()))
+        outside += f"{name}."
+    for place in places(model, remove_duplicate=False):
+        parts = place.name.split(".")
+        names = {place.name: None}
+        if outside or not WRAPPED.isdisjoint(parts):
+            inside = place.name.removeprefix(outside).split(".")
+            names |= {".".join(part for part in parts if part not in WRAPPED): None}
+            names |= {".".join(part for part in inside if part not in WRAPPED): None}
+        for name in names:
+            yield name, place

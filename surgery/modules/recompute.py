@@ -1,0 +1,169 @@
+"""Keep the key instead of the masked weight: what autograd saves while a module's forward runs.
+
+A module that multiplies by the masked weight makes autograd save it, which would cost the size of
+every weight until the backward pass. While the forward runs, hooks on saved tensors replace any view
+of a masked weight by a recipe (raw weight, key, law) and rebuild it when backward asks for it.
+
+Hooks of an outer scope (activation checkpointing, `save_on_cpu`) see every other tensor as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.tracing import is_traced
+from ..ops.versions import check_unmodified, version_of
+
+
+class Recipe(NamedTuple):
+    """How to compute a masked weight again."""
+
+    raw: Tensor
+    version: int
+    """Of `raw`, when the masked weight was made."""
+    rebuild: Callable[[], Tensor]
+    name: str
+    made: int
+    """Version of the masked weight when it was made."""
+    saved: Callable[[], None] | None = None
+    """Called for each view that autograd keeps."""
+
+
+class _SavedView(NamedTuple):
+    """A view of a masked weight, as it lies in that weight's storage."""
+
+    recipe: Recipe
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Saved(NamedTuple):
+    """Any other tensor, with the version that autograd would have checked."""
+
+    tensor: Tensor
+    version: int
+
+
+class recompute_masked_weights(torch.autograd.graph.saved_tensors_hooks):
+    """Context manager: tensors saved inside are replaced by their recipe if they are views of a
+    masked weight.
+
+    Args:
+        recipes: recipe by address of the masked weight's storage.
+    """
+
+    def __init__(self, recipes: dict[int, Recipe]) -> None:
+        outer = _top()
+        outer_pack, outer_unpack = outer if outer is not None else (_pack, _unpack)
+
+        def pack(tensor: Tensor) -> Any:
+            recipe = recipes.get(_address(tensor))
+            if recipe is None or not _is_as_made(tensor, recipe):
+                return outer_pack(tensor)
+            if recipe.saved is not None:
+                recipe.saved()
+            return _SavedView(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+        def unpack(saved: Any) -> Tensor:
+            if not isinstance(saved, _SavedView):
+                unpacked: Tensor = outer_unpack(saved)
+                return unpacked
+            return _rebuild(saved)
+
+        super().__init__(pack, unpack)
+
+
+def call_recomputing(
+    recipes: dict[int, Recipe],
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """`forward(*args, **kwargs)` inside `recompute_masked_weights(recipes)`, if there are any. `with`
+    would leave the hooks in place, for everything that is saved from then on, if an interrupt came at
+    its end."""
+    if not recipes:
+        return forward(*args, **kwargs)
+    hooks = recompute_masked_weights(recipes)
+    try:
+        hooks.__enter__()
+        result = forward(*args, **kwargs)
+        _take_out(hooks)
+        return result
+    except BaseException:
+        _take_out(hooks)
+        raise
+
+
+def _take_out(hooks: recompute_masked_weights) -> None:
+    """Remove hooks, and what somebody who was killed inside has left on top of them; if they are in."""
+    above = []
+    while (top := _top()) is not None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        if top[0] is hooks.pack_hook:
+            return
+        above.append(top)
+    for pack, unpack in reversed(above):
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def _top() -> tuple[Any, Any] | None:
+    """The hooks that act now."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def can_recompute() -> bool:
+    """Whether saved-tensor hooks work here: autograd records, nothing traces, nothing forbids."""
+    return (
+        torch.is_grad_enabled()
+        and not is_traced()
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    )
+
+
+def address_of(used: Tensor) -> int | None:
+    """The key under which a masked weight is found, or None if it has no storage of its own."""
+    if type(used) is not Tensor or used.device.type == "meta" or used.numel() == 0:
+        return None
+    return _address(used)
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, quantised and wrapper tensors have none
+        return 0
+
+
+def _is_as_made(tensor: Tensor, recipe: Recipe) -> bool:
+    """Whether size, stride and offset are all that this view adds to the masked weight: it was not
+    changed since, nor is it seen as complex or negated."""
+    same = tensor.dtype == recipe.raw.dtype and not tensor.is_neg()
+    return same and version_of(tensor) == recipe.made
+
+
+def _rebuild(saved: _SavedView) -> Tensor:
+    recipe = saved.recipe
+    check_unmodified(recipe.name, recipe.raw, recipe.version)
+    # Of detached tensors, so that nothing is recorded: an interrupt inside `no_grad` could leave it on.
+    return recipe.rebuild().as_strided(saved.size, saved.stride, saved.offset)
+
+
+def _pack(tensor: Tensor) -> _Saved:
+    return _Saved(tensor, version_of(tensor))
+
+
+def _unpack(saved: _Saved) -> Tensor:
+    found = version_of(saved.tensor)
+    if found != saved.version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: a tensor of shape {tuple(saved.tensor.shape)} is at version "
+            f"{found}; expected version {saved.version} instead"
+        )
+    return saved.tensor

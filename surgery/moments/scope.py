@@ -1,0 +1,126 @@
+"""The outermost forward that a site is part of: what it is given, and what it returns.
+
+A site may return something that is not a tensor yet (see `surgery.moments`), if a forward above settles
+what leaves the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec.config import DropConnectConfig
+
+
+class Deferred:
+    """Taken for a tensor, but not computed yet."""
+
+    def expectation(self) -> Tensor:
+        """The tensor."""
+        raise NotImplementedError
+
+
+def settle(value: Any) -> Any:
+    """`value` with every `Deferred` in it (in tuples, lists, dicts and dataclasses) replaced by its
+    expectation. What holds none is returned as it is."""
+    if isinstance(value, Deferred):
+        return value.expectation()
+    if isinstance(value, dict):
+        changed = {}
+        for key, old in value.items():
+            new = settle(old)
+            if new is not old:
+                changed[key] = new
+        if changed and type(value) is dict:
+            return {**value, **changed}
+        for key, new in changed.items():  # transformers' outputs keep items and attributes the same
+            value[key] = new
+        return value
+    if isinstance(value, (tuple, list)):
+        return _settled_sequence(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _settled_fields(value)
+    return value
+
+
+def _settled_fields(value: Any) -> Any:
+    held = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    changed = {name: new for name, old in held.items() if (new := settle(old)) is not old}
+    if changed:
+        value = copy.copy(value)
+        for name, new in changed.items():
+            object.__setattr__(value, name, new)
+    return value
+
+
+def _settled_sequence(value: Any) -> Any:
+    new, changed = [], False
+    for item in value:
+        settled = settle(item)
+        changed = changed or settled is not item
+        new.append(settled)
+    if not changed:
+        return value
+    return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+
+
+class _Scope(threading.local):
+    """Whether a forward that settles its outputs is running in this thread.
+
+    The attributes are the instance's from the start, in every thread: a compiled graph is guarded by
+    which attributes there are, and one that came with the first forward would fail the guards.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+        self.shapes: tuple[tuple[int, ...], ...] = ()
+
+
+_scope = _Scope()
+
+
+def in_scope() -> bool:
+    """Whether something above settles what a site returns."""
+    return _scope.active
+
+
+def scope_shapes() -> tuple[tuple[int, ...], ...]:
+    """Shapes of the tensors given to the outermost forward; none outside of one."""
+    return _scope.shapes
+
+
+def run_in_scope(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the outermost forward of a model: what it returns is settled."""
+    if _scope.active:
+        return forward(*args, **kwargs)
+    try:
+        _scope.active = True
+        if not torch.compiler.is_compiling():
+            given = (*args, *kwargs.values())
+            _scope.shapes = tuple(tuple(one.shape) for one in given if _has_shape(one))
+        result = settle(forward(*args, **kwargs))
+        _leave()
+        return result
+    except BaseException:  # not `finally`, which an interrupt can end before it has done anything
+        _leave()
+        raise
+
+
+def _leave() -> None:
+    _scope.active = False
+    _scope.shapes = ()
+
+
+def _has_shape(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_nested
+
+
+def needs_scope(config: DropConnectConfig) -> bool:
+    """Whether a site must know the outermost forward that it is part of."""
+    return config.sampling == "example" or config.inference == "moments"

@@ -1,0 +1,26 @@
+"""How often a tensor was changed in place: what autograd checks of the tensors that it keeps."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often it was changed in place; always 0 for a tensor made in inference mode, which does not
+    count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def check_unmodified(name: str, weight: Tensor, version: int) -> None:
+    """What autograd does for the tensors that it keeps.
+
+    Raises:
+        RuntimeError: `weight` was changed in place since it was at `version`.
+    """
+    found = version_of(weight)
+    if found != version:
+        raise RuntimeError(
+            f"the weight {name!r} has been modified by an inplace operation since the forward pass: it "
+            f"is at version {found}, expected version {version}. Call backward() before the "
+            "optimizer step."
+        )

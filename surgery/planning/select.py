@@ -1,0 +1,234 @@
+"""From patterns to weights: which parameters of which modules `targets` and `exclude` mean."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..kinds.table import kind_of
+from ..spec.config import DropConnectConfig, check_p
+from ..spec.errors import NoMatchError, SurgeryError
+from ..spec.plan import Plan, join
+from .catalogue import Catalogue
+
+ALL_LINEAR = "all-linear"
+_CLASSIFICATION_HEADS = ("score", "classifier")
+
+
+class Choice(NamedTuple):
+    """One selected parameter: `name` is its plain name inside `module`."""
+
+    module: nn.Module
+    name: str
+    config: DropConnectConfig
+
+
+Key = tuple[int, str]
+"""A parameter as (id of its module, plain name)."""
+
+
+def select(
+    catalogue: Catalogue, targets: Any, exclude: Any, config: DropConnectConfig
+) -> tuple[list[Choice], frozenset[Key]]:
+    """The parameters that `targets` means and `exclude` does not.
+
+    Args:
+        targets: see `surgery.apply_dropconnect`.
+        exclude: the same forms, or None.
+        config: for every target that does not bring its own.
+
+    Returns:
+        the choices, in model order, and everything that `exclude` names.
+
+    Raises:
+        NoMatchError: a target or an exclusion matches nothing.
+        SurgeryError: a target has none of the accepted forms.
+    """
+    chosen: dict[Key, Choice] = {}
+    for target, its_config in _entries(targets, config):
+        for module, name in _resolve(catalogue, target, "targets"):
+            chosen.setdefault((id(module), name), Choice(module, name, its_config))
+    if not isinstance(targets, Plan):  # a plan lists its biases
+        for choice in [choice for choice in chosen.values() if choice.config.bias]:
+            for bias in _biases(catalogue, choice):
+                chosen.setdefault((id(bias.module), bias.name), bias)
+    excluded = frozenset(
+        (id(module), name)
+        for target, _ in (_entries(exclude, config) if exclude else ())
+        for module, name in _resolve(catalogue, target, "exclude")
+    )
+    for key in excluded:
+        chosen.pop(key, None)
+    if not chosen:
+        raise NoMatchError(f"nothing is left of targets={targets!r} after exclude={exclude!r}")
+    return in_model_order(catalogue, chosen), excluded
+
+
+def _biases(catalogue: Catalogue, choice: Choice) -> list[Choice]:
+    """The bias that goes with a chosen weight, if the module has one."""
+    bias = kind_of(choice.module).bias(choice.name)
+    if bias is None or catalogue.own(choice.module).get(bias) is None:
+        return []
+    return [Choice(choice.module, bias, choice.config)]
+
+
+def in_model_order(catalogue: Catalogue, chosen: dict[Key, Choice]) -> list[Choice]:
+    """The choices of a dict, which is emptied, in the order in which the model has its parameters."""
+    ordered = [
+        chosen.pop((key, name))
+        for key, module in catalogue.modules.items()
+        for name in catalogue.own(module)
+        if (key, name) in chosen
+    ]
+    return ordered + list(chosen.values())  # what is left is missing; `prepare` says so
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """A parameter by its full name: what a `Plan` lists."""
+
+    name: str
+
+
+def _entries(targets: Any, config: DropConnectConfig) -> list[tuple[Any, DropConnectConfig]]:
+    """`targets` in any accepted form, as (pattern or class, config) pairs."""
+    if isinstance(targets, Plan):
+        return [
+            (_Exact(name), site.config)
+            for site in targets
+            for name in (site.name, *site.shared_with)
+        ]
+    if isinstance(targets, Mapping) and targets:
+        return [(target, _config_for(value, config)) for target, value in targets.items()]
+    if isinstance(targets, (str, type)):
+        return [(targets, config)]
+    if isinstance(targets, Sequence) and targets:
+        return [(target, config) for target in targets]
+    raise SurgeryError(
+        f"targets must be a pattern, a module class, {ALL_LINEAR!r}, a list of these, a mapping of "
+        f"these to a p or a DropConnectConfig, or a Plan; got {targets!r}"
+    )
+
+
+def _config_for(value: Any, config: DropConnectConfig) -> DropConnectConfig:
+    if isinstance(value, DropConnectConfig):
+        return value
+    return config.replace(p=check_p(value, "p in targets"))
+
+
+Pairs = list[tuple[nn.Module, str]]
+"""Parameters as (owner, plain name in the owner)."""
+
+
+def _resolve(catalogue: Catalogue, target: Any, where: str) -> Pairs:
+    """What one target means; never empty. A parameter may be there twice."""
+    if isinstance(target, _Exact):
+        owner_and_name = catalogue.parameter(target.name)
+        if owner_and_name is None:
+            raise _no_match(catalogue, target.name, where)
+        return [owner_and_name]
+    if isinstance(target, type):
+        if not issubclass(target, nn.Module):
+            raise SurgeryError(f"{where}: {target.__name__} is not a torch.nn.Module class")
+        modules = [one for one in catalogue.modules.values() if isinstance(one, target)]
+        return _weights_of(catalogue, modules, target.__name__, where)
+    if target == ALL_LINEAR:
+        left_out = {id(head) for head in _output_heads(catalogue.model)}
+        left_out |= {id(part) for part in _adapter_parts(catalogue.model)}
+        modules = [m for _, m in catalogue if kind_of(m).linear and id(m) not in left_out]
+        return _weights_of(catalogue, modules, target, where)
+    if not isinstance(target, str):
+        raise SurgeryError(f"{where}: expected a pattern or a module class; got {target!r}")
+    matches = _matcher(target, where)
+    modules = [module for names, module in catalogue if any(map(matches, names))]
+    if modules:
+        return _weights_of(catalogue, modules, target, where)
+    found = [(m, name) for names, m, name in catalogue.parameters() if any(map(matches, names))]
+    if not found:
+        raise _no_match(catalogue, target, where)
+    return found
+
+
+def _matcher(pattern: str, where: str) -> Callable[[str], bool]:
+    """A predicate on dotted names. A glob `*.fc` also matches `fc` at the root."""
+    if pattern.startswith("re:"):
+        try:
+            regex = re.compile(pattern[3:])
+        except re.error as error:
+            raise SurgeryError(
+                f"{where}: {pattern!r} is not a regular expression: {error}"
+            ) from None
+        return lambda name: regex.fullmatch(name) is not None
+    return lambda name: fnmatchcase(name, pattern) or fnmatchcase(f".{name}", pattern)
+
+
+def _weights_of(catalogue: Catalogue, modules: list[nn.Module], target: str, where: str) -> Pairs:
+    """The weights that the modules' kinds drop by default; for exclusions, all they own."""
+    if not modules:
+        raise _no_match(catalogue, target, where)
+    found: Pairs = []
+    for module in modules:
+        if where == "exclude":
+            found += [(module, name) for name in catalogue.own(module)]
+        for name in kind_of(module).weights(module):
+            owner, _, parameter = name.rpartition(".")
+            found.append((module.get_submodule(owner) if owner else module, parameter))
+    if found:
+        return found
+    example = catalogue.name(modules[0])
+    own = [name for name, value in catalogue.own(modules[0]).items() if value is not None]
+    advice = (
+        f"To drop one of its parameters, name it: {join(example, own[0])!r}"
+        if own
+        else f"To reach what is inside it, write {join(example, '*')!r}"
+    )
+    raise NoMatchError(
+        f"{where}: {target!r} matches {len(modules)} modules (the first is {example or '(root)'!r}, a "
+        f"{type(modules[0]).__name__}), but none has weights that are dropped by default. {advice}."
+    )
+
+
+def _output_heads(model: nn.Module) -> Iterator[nn.Module]:
+    """The output heads of the transformers models in `model`, as PEFT's "all-linear" finds them."""
+    for module in model.modules():
+        find = getattr(type(module), "get_output_embeddings", None)
+        if find is None:
+            continue
+        head = find(module)
+        if head is not None:
+            yield head
+            continue
+        for name in _CLASSIFICATION_HEADS:
+            head = getattr(module, name, None)
+            if isinstance(head, nn.Module):
+                yield from head.modules()
+                break
+
+
+def _adapter_parts(model: nn.Module) -> Iterator[nn.Module]:
+    """What PEFT has put beside the layers it adapts (`lora_A`, ...): not part of "all-linear"."""
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Module):
+            own = {id(part) for part in base.modules()}
+            yield from (part for part in module.modules() if id(part) not in own)
+
+
+def _no_match(catalogue: Catalogue, target: str, where: str) -> NoMatchError:
+    """The error that lists the names nearest to the target."""
+    names = catalogue.all_names()
+    wanted = re.sub(r"^re:|[*?\[\]\\^$()]", "", target).strip(".")
+    near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3)
+    tail = wanted.rsplit(".", 1)[-1].lower()
+    near += [name for name in names if tail and tail in name.lower() and name not in near][:5]
+    hint = f" Nearest names: {', '.join(near[:6])}." if near else ""
+    return NoMatchError(
+        f"{where}: {target!r} matches no module and no parameter of {type(catalogue.model).__name__}."
+        f"{hint} A '*' also matches dots; print(model) shows all modules."
+    )

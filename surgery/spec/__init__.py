@@ -1,0 +1,1 @@
+"""What is said: options, plans, their JSON forms, and errors."""

@@ -1,0 +1,31 @@
+"""Errors of the public verbs. All are `ValueError`s: the input was wrong and nothing was changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class SurgeryError(ValueError):
+    """A model or a plan cannot be operated on as asked. The model is as it was before the call."""
+
+
+class NoMatchError(SurgeryError):
+    """A pattern, class or name in `targets` or `exclude` matches nothing."""
+
+
+class NotOperatedError(SurgeryError):
+    """The call needs a model with DropConnect in place, and this one has none (or not there)."""
+
+
+def raise_all(
+    problems: Iterable[str], action: str = "put DropConnect in place", *, shown: int = 8
+) -> None:
+    """Raise one `SurgeryError` that lists every problem; do nothing if there is none."""
+    found = list(problems)
+    if not found:
+        return
+    lines = [f"  - {problem}" for problem in found[:shown]]
+    if len(found) > shown:
+        lines.append(f"  - ... and {len(found) - shown} more")
+    head = f"cannot {action}; the model is unchanged:"
+    raise SurgeryError("\n".join([head, *lines]))

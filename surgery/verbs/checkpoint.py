@@ -1,0 +1,271 @@
+"""The small files of our own that lie beside a plain checkpoint.
+
+`dropconnect.json` holds the plan. `dropconnect_anchors-<digest>.safetensors` holds the pretrained
+weights that dropped weights go toward, and is written only if there are any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..base.files import sync_folder, whole_file
+from ..base.plugins import load_plugins
+from ..modules.keys import plain_keys
+from ..modules.places import places
+from ..operating.surgeon import current_plan, operate
+from ..planning.catalogue import Catalogue
+from ..planning.prepare import prepare
+from ..planning.runs import Look
+from ..planning.select import select
+from ..spec.config import DropConnectConfig
+from ..spec.errors import NotOperatedError, SurgeryError
+from ..spec.forms import (
+    FORMAT_VERSION,
+    Reader,
+    check_regular,
+    fields,
+    file_name,
+    maybe,
+    migrated,
+    read_json,
+    text,
+)
+from ..spec.plan import Plan, join
+
+PLAN_FILE = "dropconnect.json"
+ANCHORS_FILE = "dropconnect_anchors.safetensors"
+"""The name of the file of anchors in the first release; now their digest comes before the dot."""
+
+_ARE_ANCHORS = re.compile(r"dropconnect_anchors(-[0-9a-f]{16})?\.safetensors")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def anchors(model: nn.Module) -> dict[str, Tensor]:
+    """The anchors by the plain name of their weight; a tied one once."""
+    sites = {site.name for site in current_plan(model)}
+    found = {join(place.name, place.state.name): place.anchor for place in places(model)}
+    return {name: anchor for name, anchor in found.items() if name in sites and anchor is not None}
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes, dtypes and bytes: equal if and only if the tensors are."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+        total.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the plan, and the anchors if there are any, into `directory`.
+
+    Whenever this is cut off, the files are those of the last save or of this one: anchors lie under a
+    name that says what they are, and the plan, which names them, is replaced in one step.
+
+    Raises:
+        NotOperatedError: no DropConnect is in place.
+        OSError: a file cannot be written; those of the last save are as they were.
+    """
+    plan = current_plan(model)
+    if not plan.sites:
+        raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place to save")
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = anchors(model)
+    form: dict[str, Any] = {"version": FORMAT_VERSION, "plan": plan.to_json(), "anchors": None}
+    if kept:
+        content = digest(kept)
+        file = ANCHORS_FILE.replace(".", f"-{content[:16]}.")
+        form["anchors"] = {"file": file, "sha256": content}
+    written = json.dumps(form, indent=1) + "\n"
+    try:
+        if kept:
+            with whole_file(folder / file) as temporary:
+                _write_tensors(kept, temporary)
+        with whole_file(folder / PLAN_FILE) as temporary:
+            Path(temporary).write_text(written, encoding="utf-8")
+    finally:
+        _remove_unused_anchors(folder)
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: str) -> None:
+    """Write a safetensors file. Raises `OSError` if it cannot be written."""
+    try:
+        save_file(_apart(tensors), path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def _remove_unused_anchors(folder: Path) -> None:
+    """Remove the anchors that the plan in `folder` does not name: of the save before, or of one that
+    was cut off."""
+    with contextlib.suppress(OSError, SurgeryError):  # a plan of nobody knows what: leave all
+        form = read_json(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else {}
+        record = form.get("anchors") if isinstance(form, dict) else None
+        used = record.get("file") if isinstance(record, dict) else None
+        for name in os.listdir(folder):
+            if _ARE_ANCHORS.fullmatch(name) and name != used:
+                (folder / name).unlink()
+        sync_folder(folder)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of which no two share memory, which safetensors does not write. Sites that were tied when
+    surgery was done share an anchor, and may be no longer."""
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        shared = tensor.untyped_storage().data_ptr() in seen
+        apart[name] = tensor.clone() if shared else tensor.contiguous()
+        seen.add(tensor.untyped_storage().data_ptr())
+    return apart
+
+
+def load_dropconnect(model: Model, directory: str | os.PathLike[str]) -> Model:
+    """Put DropConnect in place as it was saved in `directory`, in place, anchors included.
+
+    The weights are not touched: load them as for the plain model.
+
+    Raises:
+        FileNotFoundError: the directory holds no `dropconnect.json`.
+        SurgeryError: the model does not have the sites, the anchors do not fit, or the files are
+            damaged or of a newer version.
+        OSError: a file cannot be read.
+    """
+    plan, kept = read_dropconnect(directory, model)
+    load_plugins()
+    operate(prepare(model, plan, None, DropConnectConfig(), Look(model, None)), kept)
+    return model
+
+
+def set_anchors(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    """Copy values into the anchors of `model`, by the plain name of their weight.
+
+    Raises:
+        SurgeryError: `kept` lacks one.
+    """
+    own = anchors(model)
+    missing = sorted(set(own) - set(kept))
+    if missing:
+        raise SurgeryError(f"no anchor was saved for {missing[0]!r} ({len(missing)} in all)")
+    for name, anchor in own.items():
+        anchor.copy_(kept[name])
+
+
+def read_dropconnect(
+    directory: str | os.PathLike[str], model: nn.Module
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan that `save_dropconnect` wrote and the anchors, whole and fit for `model`.
+
+    Raises: as `load_dropconnect`.
+    """
+    path = Path(directory) / PLAN_FILE
+    form = _read_form(path)
+    while True:
+        plan, record = form["plan"], form["anchors"]
+        try:
+            return plan, _read_anchors(path, plan, record, model)
+        except FileNotFoundError as error:
+            before, form = form, _read_form(path)
+            if form == before:  # else it was saved again since we read the plan
+                raise SurgeryError(
+                    f"{path} refers to anchors in {record['file']}, which is missing"
+                ) from error
+
+
+def _read_form(path: Path) -> dict[str, Any]:
+    form = read_json(path)
+    try:
+        return fields(migrated(form, "file", "it"), "it", _FILE)
+    except SurgeryError as error:
+        raise SurgeryError(f"cannot read {path}: {error}") from error
+
+
+def _record(form: Any, where: str) -> dict[str, Any]:
+    return fields(form, where, {"file": file_name, "sha256": text})
+
+
+_FILE: dict[str, Reader[Any]] = {"plan": Plan.from_json, "anchors": maybe(_record)}
+
+
+def _read_anchors(
+    path: Path, plan: Plan, record: Mapping[str, str] | None, model: nn.Module
+) -> dict[str, Tensor]:
+    wanted = {site.name for site in plan if site.config.toward == "pretrained"}
+    if record is None:
+        if wanted:
+            raise SurgeryError(
+                f"{path} wants anchors for {min(wanted)!r} and names no file of them"
+            )
+        return {}
+    file = path.parent / record["file"]
+    names = plain_keys(model)
+    weights = {
+        names.get(name, name): weight
+        for name, weight in model.named_parameters(remove_duplicate=False)
+    }
+    with open_tensors(file) as stored:
+        if set(stored.keys()) != wanted:
+            raise SurgeryError(
+                f"{file} is damaged: it does not hold exactly the anchors of {path.name}"
+            )
+        for name in wanted & set(weights):
+            _check_fits(name, stored.get_slice(name), weights[name])
+        # All are there? Then what is read now is no longer than the model.
+        select(Catalogue(model), plan, None, DropConnectConfig())
+        kept = {name: stored.get_tensor(name) for name in wanted}
+    if digest(kept) != record["sha256"]:
+        raise SurgeryError(f"{file} is damaged: its content does not match {path.name}")
+    return {name: _as_weight(name, anchor, weights[name]) for name, anchor in kept.items()}
+
+
+def _as_weight(name: str, anchor: Tensor, weight: Tensor) -> Tensor:
+    """The anchor in the type of its weight."""
+    if anchor.is_complex() == weight.is_complex() and _is_inexact(anchor):
+        with contextlib.suppress(RuntimeError):  # types that torch knows by name only
+            return anchor.to(weight.dtype)
+    raise SurgeryError(f"the anchor of {name!r} is {anchor.dtype}, which no {weight.dtype} can be")
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _check_fits(name: str, anchor: Any, weight: Tensor) -> None:
+    shape = tuple(anchor.get_shape())
+    if shape != tuple(weight.shape):
+        raise SurgeryError(
+            f"the anchor of {name!r} has shape {shape}, the weight {tuple(weight.shape)}"
+        )
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, opened to read.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        SurgeryError: it is damaged, or not a file.
+    """
+    check_regular(path)
+    try:
+        with safe_open(path, framework="pt") as stored:
+            yield stored
+    except (OSError, SurgeryError):
+        raise
+    except Exception as error:  # whatever the library makes of such a file
+        raise SurgeryError(f"{path} is damaged: {str(error)[:200]}") from error

@@ -1,0 +1,115 @@
+"""What `eval()` does, changed on a model that is already operated."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ..base.journal import Changes, Reversible, Step, at_once
+from ..kinds.product import Demand
+from ..modules.places import Place, places, product_site
+from ..modules.state import SiteState
+from ..modules.walk import unwrapped
+from ..operating.surgeon import rescope
+from ..planning.catalogue import Catalogue
+from ..planning.refusals import not_followed
+from ..spec.config import Inference
+from ..spec.errors import SurgeryError
+from .apply import states_named
+
+
+class set_inference(Reversible):
+    """Change what `eval()` does, in place; as a context manager, until exit.
+
+        set_inference(model, "moments")                 # from now on
+        with set_inference(model, "sample"):            # only inside
+            ...
+
+    An activation that the user's own code applies to what a module returns sees the mean: what a
+    module returns is the expectation.
+
+    Args:
+        model: operated; compiled models recompile once for each mode.
+        mode: `"mean"` (the weight as it is), `"moments"` (mean and variance of the pre-activation,
+            through the activation that follows; Wan et al. 2013, section 3.2) or `"sample"` (keep
+            dropping).
+        samples: for `"moments"`, estimate the expectation by that many draws, as the paper does; None
+            computes it.
+        targets: which sites, as in `apply_dropconnect`; None means all.
+
+    Raises:
+        NotOperatedError: the model, or a parameter that `targets` names, has no DropConnect.
+        SurgeryError: `"moments"` for a site that is not the weight of a linear layer or convolution;
+            the model is unchanged.
+        ValueError: the mode is unknown, or `samples` does not go with it.
+    """
+
+    def __init__(
+        self, model: nn.Module, mode: Inference, samples: int | None = None, targets: Any = None
+    ) -> None:
+        self._model = unwrapped(model)
+        states = states_named(model, targets)
+        for state in states:  # raises if they do not go together
+            state.config.replace(inference=mode, samples=samples)
+        if mode == "moments":
+            _check_products(self._model, states)
+            _check_followed(self._model, states)
+        self._states, self._mode, self._samples = states, mode, samples
+        changes, self._back = self._changes()
+        changes.make()
+        self._is_set = True
+
+    def _changes(self) -> tuple[Changes, Step]:
+        """What sets the mode, and a step that sets what was before."""
+        changes, before, configs = Changes(), Changes(), {}
+        for state in self._states:
+            changes.put(state.__dict__, state.with_inference(self._mode, self._samples))
+            before.put(state.__dict__, state.with_inference(state.inference, state.draws))
+            configs[id(state)] = state.config.replace(inference=self._mode, samples=self._samples)
+        rescope(changes, self._model, configs)
+        # Twice, since the first can be interrupted: then `IOBase` takes the rest when this object is
+        # freed. So nothing here may refer to it.
+        return changes, at_once([before.at_once(), *[partial(_rescope_now, self._model)] * 2])
+
+    def enter(self) -> tuple[Step, Step]:
+        if self._is_set:
+            self._is_set = False
+            return at_once([]), self._back
+        changes, back = self._changes()  # the second `with` of one object
+        return changes.at_once(), back
+
+
+def _rescope_now(model: nn.Module) -> None:
+    changes = Changes()
+    rescope(changes, model)
+    changes.make()
+
+
+def _check_followed(model: nn.Module, states: list[SiteState]) -> None:
+    catalogue, named = Catalogue(model), set(map(id, states))
+    for place in places(model):
+        problem = not_followed(catalogue, place.owner) if id(place.state) in named else None
+        if problem is not None:
+            raise SurgeryError(f"{place.state.site}: {problem}. The model is unchanged")
+
+
+def _check_products(model: nn.Module, states: list[SiteState]) -> None:
+    named = set(map(id, states))
+    found = [place for place in places(model) if id(place.state) in named]
+    without = [place.state.site for place in found if not _has_moments(place, named)]
+    if without:
+        raise SurgeryError(
+            "inference='moments' needs a forward that is a product of input and weight, and for a "
+            f"convolution another unit than 'input'; {len(without)} sites are none, the first of them "
+            f"{without[0]!r}. Name the others in targets, or use 'sample'. The model is unchanged"
+        )
+
+
+def _has_moments(place: Place, named: set[int]) -> bool:
+    """Whether mean and variance of the pre-activation are known: of a bias, with its weight."""
+    by = product_site(place)
+    if by is None or by.product is None or id(by) not in named:
+        return False
+    return Demand(by.sampling, "moments", by.unit).refused(by.product) is None

@@ -1,0 +1,222 @@
+"""Teach the functions of a library that write or read a model to see the plain model.
+
+A model is often part of a bigger one that surgery never saw (`apply_dropconnect(model.encoder, ...)`),
+so it is the function that has to look, not the model. A function that was taught does nothing
+different for a model without DropConnect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import json
+import os
+import types
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from ..base.journal import at_once, content, restoring
+from ..modules.keys import plain_keys, plain_state_dict
+from ..modules.places import places
+from ..modules.walk import unwrapped
+from ..operating.surgeon import can_undo
+from ..operating.suspend import reapplied, suspended
+from .checkpoint import save_dropconnect
+
+Method = Callable[..., Any]
+
+
+def teach(owner: type, name: str, how: Callable[[Method], Method]) -> None:
+    """Replace the method `owner.name` by `how(method)`, once."""
+    method = owner.__dict__[name]
+    if getattr(method, "taught_by_surgery", False):
+        return
+    taught = functools.wraps(method)(how(method))
+    taught.taught_by_surgery = True  # type: ignore[attr-defined]
+    setattr(owner, name, taught)
+
+
+def is_taught(thing: Any, name: str) -> bool:
+    """Whether a method of `thing` is one that was taught."""
+    return getattr(getattr(type(thing), name, None), "taught_by_surgery", False)
+
+
+def teach_function(function: Any, how: Callable[[Method], Method]) -> None:
+    """Make a module's function do what `how(function)` does, once.
+
+    Others hold the function itself (`from peft import set_peft_model_state_dict`, in a file that
+    surgery never sees), so the object stays and gets another body.
+    """
+    if getattr(function, "taught_by_surgery", False):
+        return
+    original = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__
+    )
+    original.__kwdefaults__ = function.__kwdefaults__
+    original.__annotations__ = function.__annotations__
+    taught = how(original)
+
+    def body(*args: Any, _taught: Method, **kwargs: Any) -> Any:
+        return _taught(*args, **kwargs)
+
+    function.__code__, function.__defaults__ = body.__code__, None
+    function.__kwdefaults__ = {"_taught": taught}
+    function.__wrapped__ = original  # the signature that others see
+    function.taught_by_surgery = True
+
+
+def works_plain(function: Method) -> Method:
+    """For `function(model, ...)` that finds weights by name, to write or to load them: it finds the
+    plain names.
+
+    A `state_dict` argument is renamed. Modules may be added or wrapped: the sites in place are found
+    again by their modules.
+    """
+    signature = inspect.signature(function)
+
+    def taught(*args: Any, **kwargs: Any) -> Any:
+        model = _argument(signature, 0, args, kwargs)
+        if not is_operated(model):
+            return function(*args, **kwargs)
+        call = _renamed(signature.bind(*args, **kwargs), model)
+        return with_plain_names(model, partial(function, *call.args, **call.kwargs))
+
+    return taught
+
+
+def reads_file(load: Method) -> Method:
+    """For `load(model, path, ...)`: a file, an index of files or a folder with plain keys is read into
+    the plain model, as by `works_plain`, and one with raw keys into the operated model as it is."""
+    signature, plain = inspect.signature(load), works_plain(load)
+
+    def taught(*args: Any, **kwargs: Any) -> Any:
+        model = _argument(signature, 0, args, kwargs)
+        if is_operated(model):
+            path = _argument(signature, 1, args, kwargs)
+            if not plain_keys(model).keys().isdisjoint(_stored_keys(path)):
+                return load(*args, **kwargs)
+        return plain(*args, **kwargs)
+
+    return taught
+
+
+def writes_plain(save: Method, model_at: int = 0) -> Method:
+    """For `save(model, directory, ...)`: plain keys and classes in what it writes, and beside it the
+    files of `save_dropconnect`.
+
+    A `state_dict` argument is renamed. Processes that are not the main one, as an argument or the
+    object that saves says, write nothing of ours.
+
+    Args:
+        model_at: which argument is the model; the directory comes next.
+    """
+    signature = inspect.signature(save)
+
+    def taught(*args: Any, **kwargs: Any) -> Any:
+        model = _argument(signature, model_at, args, kwargs)
+        if not is_operated(model):
+            return save(*args, **kwargs)
+        call = _renamed(signature.bind(*args, **kwargs), model)
+        directory = _argument(signature, model_at + 1, args, kwargs)
+        saver = next(iter(call.arguments.values()))
+        main = getattr(saver, "is_main_process", True) if model_at else True
+        if call.arguments.get("is_main_process", main) and not os.path.isfile(directory):
+            save_dropconnect(unwrapped(model), directory)  # weights are never without their plan
+        return with_plain_names(model, partial(save, *call.args, **call.kwargs))
+
+    return taught
+
+
+def resizes_plain(resize: Method) -> Method:
+    """For `resize(model, ...)`: the plain model is resized, and the same sites are operated again, also
+    where a module was replaced."""
+    signature = inspect.signature(resize)
+
+    def taught(*args: Any, **kwargs: Any) -> Any:
+        model = _argument(signature, 0, args, kwargs)
+        if not is_operated(model):
+            return resize(*args, **kwargs)
+        return reapplied(model, partial(resize, *args, **kwargs))
+
+    return taught
+
+
+def _argument(signature: inspect.Signature, index: int, args: Any, kwargs: Any) -> Any:
+    """One argument of a call, by place or by name; None if it is missing."""
+    if index < len(args):
+        return args[index]
+    return kwargs.get(list(signature.parameters)[index])
+
+
+def _renamed(call: inspect.BoundArguments, model: nn.Module) -> inspect.BoundArguments:
+    """The call with plain keys in its `state_dict`, if it has one."""
+    rest = [p.name for p in call.signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    for given in (call.arguments, *(call.arguments.get(name, {}) for name in rest)):
+        if given.get("state_dict") is not None:
+            given["state_dict"] = plain_state_dict(model, given["state_dict"])
+    return call
+
+
+def _stored_keys(path: Any) -> set[str]:
+    """The keys of a checkpoint; none if it cannot be read, which the loader will say."""
+    keys: set[str] = set()
+    with contextlib.suppress(Exception):
+        folder = Path(path)
+        files = [folder]
+        if folder.is_dir():
+            files = [*folder.glob("*.index.json")] or [*folder.glob("*.safetensors")]
+            files = files or [*folder.glob("*.bin")]
+        for file in files:
+            keys |= _keys_of_file(file)
+    return keys
+
+
+def _keys_of_file(file: Path) -> set[str]:
+    if file.suffix == ".json":
+        return set(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as stored:
+            return set(stored.keys())
+    return set(torch.load(file, map_location="meta", weights_only=True))
+
+
+def with_plain_names(model: nn.Module, call: Callable[[], Any]) -> Any:
+    """What `call` returns, with the model plain meanwhile. Where the classes cannot change now
+    (`fully_shard`), only the keys of `state_dict()` are plain; plain keys load anyway, and plain names
+    read."""
+    if can_undo(model):
+        return suspended(model, call)
+    owners = {id(place.owner): place.owner for place in places(model)}
+
+    def while_renamed() -> Any:
+        for owner in owners.values():
+            owner.register_state_dict_post_hook(_rename_own)  # type: ignore[no-untyped-call]
+        return call()
+
+    before = [content(owner._state_dict_hooks) for owner in owners.values()]
+    return restoring(at_once(itertools.chain.from_iterable(before)), while_renamed)
+
+
+def _rename_own(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    """Make the keys of one operated module plain. It has been written last, so they end the dict."""
+    names = {prefix + key: plain for key, plain in plain_keys(module).items()}
+    last = [*itertools.takewhile(lambda key: key.startswith(prefix), reversed(state_dict))]
+    for key in reversed(last):
+        value, plain = state_dict.pop(key), names.get(key, key)
+        if plain is not None:
+            state_dict[prefix + plain if key in names else key] = value
+
+
+def is_operated(model: Any) -> bool:
+    """Whether there is DropConnect in a model."""
+    return isinstance(model, nn.Module) and next(places(model), None) is not None

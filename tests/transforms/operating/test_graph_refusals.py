@@ -1,0 +1,122 @@
+"""What graph surgery refuses, naming node, site and fix, with the graph unchanged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from surgery import SurgeryError, apply_dropconnect, plan_dropconnect
+
+from ..graphs import (
+    Functional,
+    GraphSnapshot,
+    Mixed,
+    P,
+    Tied,
+    about_torch,
+    both_dialects,
+    by_hand,
+    tokens,
+    traced,
+)
+
+pytestmark = about_torch
+
+
+def refusal(model: nn.Module, *args: Any, **kwargs: Any) -> str:
+    before = GraphSnapshot(model)
+    with pytest.raises(SurgeryError) as caught:
+        apply_dropconnect(model, *args, **kwargs)
+    with pytest.raises(SurgeryError):
+        plan_dropconnect(model, *args, **kwargs)
+    assert GraphSnapshot(model) == before
+    return str(caught.value)
+
+
+class TestRefusals:
+    def test_a_weight_that_no_node_uses(self) -> None:
+        model = fx.symbolic_trace(Functional())
+        model.unused = nn.Parameter(torch.randn(3, 3))
+        text = refusal(model, "unused", p=P)
+        assert "unused" in text
+        assert "no node of the graph uses it; exclude it" in text
+
+    def test_another_name_is_used(self) -> None:
+        model = fx.symbolic_trace(Functional())
+        model.other = model.w
+        assert "under this name (but as 'w')" in refusal(model, "other", p=P)
+
+    @both_dialects
+    @pytest.mark.parametrize("mode", ["example", "gaussian"])
+    def test_per_example_masks_where_there_is_no_product(self, dialect: str, mode: str) -> None:
+        model = traced(Tied(), dialect, tokens())
+        text = refusal(model, "both", p=P, sampling=mode)
+        assert f"sampling='{mode}' needs one matrix product that alone reads the weight" in text
+        assert "node 'linear' (linear), node 'matmul' (matmul)" in text
+        assert "use sampling='batch'" in text
+
+    def test_an_lstm_node(self) -> None:
+        model = traced(Mixed(), "export", tokens())
+        text = refusal(model, "lstm", p=P, sampling="example")
+        assert "lstm.weight_hh_l0" in text
+        assert "node 'lstm' (lstm)" in text
+
+    @both_dialects
+    @pytest.mark.parametrize("leaf", [False, True])
+    def test_moments_before_a_softmax(self, dialect: str, leaf: bool) -> None:
+        model = traced(_Classifier(leaf), dialect, torch.randn(2, 4))
+        text = refusal(model, "*", p=P, inference="moments")
+        name = "fc" if leaf and dialect == "symbolic" else "linear"
+        assert f"elementwise activation after node {name!r}, and log_softmax follows" in text
+        assert "samples=Z" in text
+        apply_dropconnect(model, "*", p=P, inference="moments", samples=3)
+
+    def test_in_place_writes(self) -> None:
+        model = by_hand(
+            lambda g, x: g.call_method("add_", (g.get_attr("w"), x)), w=torch.randn(2, 4)
+        )
+        assert "node 'add_' writes into it" in refusal(model, "w", p=P)
+
+    def test_embedding_options(self) -> None:
+        model = by_hand(
+            lambda g, x: g.call_function(F.embedding, (x, g.get_attr("w")), {"max_norm": 1.0}),
+            w=torch.randn(7, 4),
+        )
+        assert "has max_norm" in refusal(model, "w", p=P)
+        model = by_hand(
+            lambda g, x: g.call_function(
+                torch.ops.aten.embedding.default, (g.get_attr("w"), x, -1, False, True)
+            ),
+            w=torch.randn(7, 4),
+        )
+        assert "has a sparse gradient" in refusal(model, "w", p=P)
+
+    def test_names_that_are_taken(self) -> None:
+        model = fx.symbolic_trace(Functional())
+        model.w_dropconnect = nn.Identity()
+        assert "already has an attribute 'w_dropconnect'" in refusal(model, "w", p=P)
+
+    def test_a_bias_that_cannot_share_its_weights_mask(self) -> None:
+        model = traced(Mixed(), "export", tokens())
+        text = refusal(model, "conv", p=P, unit="output", bias=True)
+        assert "needs one node for weight and bias" in text
+        assert "'conv1d'" in text
+        assert "use bias=False" in text
+
+
+class _Classifier(nn.Module):
+    def __init__(self, leaf: bool) -> None:
+        super().__init__()
+        self.leaf = leaf
+        if leaf:
+            self.fc = nn.Linear(4, 3)
+        else:
+            self.w = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        u = self.fc(x) if self.leaf else F.linear(x, self.w)
+        return F.log_softmax(u, dim=-1)

@@ -1,0 +1,491 @@
+"""`find` on small networks, in each dialect: operations, users, counts, ties, what follows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from surgery import SurgeryError, apply_dropconnect
+from surgery.spec.plan import Use
+from surgery.transforms.capture.capture import CaptureError, capture_of
+from surgery.transforms.capture.record import record
+from surgery.transforms.reading.find import Findings, find
+
+from ..models import Branches, Functional
+
+
+def symbolic_graph(model: nn.Module, inputs: Any) -> fx.GraphModule:
+    return fx.symbolic_trace(model)
+
+
+def exported_graph(model: nn.Module, inputs: Any) -> fx.GraphModule:
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    graph = torch.export.export(model.eval(), args, strict=False).module()
+    assert isinstance(graph, fx.GraphModule)
+    return graph
+
+
+DIALECTS = {"recorded": record, "symbolic": symbolic_graph, "exported": exported_graph}
+every_dialect = pytest.mark.parametrize("dialect", DIALECTS)
+
+
+def found(model: nn.Module, inputs: Any, dialect: str) -> Findings:
+    return find(model, graph=DIALECTS[dialect](model, inputs))
+
+
+def ops(findings: Findings) -> dict[str, str]:
+    """Readable: `2 linear -> relu`."""
+    return {
+        name: ", ".join(
+            f"{use}" + (f" -> {use.activation}" if use.activation else "") for use in uses
+        )
+        for name, uses in findings.items()
+    }
+
+
+class After(nn.Module):
+    """A linear layer and whatever follows it."""
+
+    def __init__(self, after: Callable[[Tensor], Tensor] | nn.Module) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.bias = nn.Parameter(torch.randn(4))
+        self.after = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.fc(x)) @ torch.ones(4, 4)
+
+
+SQRT = math.sqrt(2 / math.pi)
+
+FOLLOWED: dict[str, tuple[Any, str | None]] = {
+    "module": (nn.ReLU(), "relu"),
+    "module in place": (nn.ReLU(inplace=True), "relu"),
+    "function": (F.relu, "relu"),
+    "method": (lambda x: x.relu(), "relu"),
+    "method in place": (lambda x: x.relu_(), "relu"),
+    "clamp": (lambda x: x.clamp(min=0), "relu"),
+    "maximum": (lambda x: torch.where(x > 0, x, 0.0 * x), "relu"),
+    "gelu module": (nn.GELU(), "gelu"),
+    "gelu function": (F.gelu, "gelu"),
+    "gelu tanh module": (nn.GELU(approximate="tanh"), "gelu_tanh"),
+    "gelu tanh function": (lambda x: F.gelu(x, approximate="tanh"), "gelu_tanh"),
+    "gelu erf": (lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))), "gelu"),
+    "gelu_new": (
+        lambda x: 0.5 * x * (1.0 + torch.tanh(SQRT * (x + 0.044715 * torch.pow(x, 3.0)))),
+        "gelu_new",
+    ),
+    "gelu_new multiplied out": (
+        lambda x: x / 2 + x / 2 * torch.tanh(SQRT * x * (1 + 0.044715 * x * x)),
+        "gelu_new",
+    ),
+    "gelu_fast": (
+        lambda x: 0.5 * x * (1 + torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
+        "gelu_new",
+    ),
+    "quick_gelu": (lambda x: x * torch.sigmoid(1.702 * x), "quick_gelu"),
+    "silu module": (nn.SiLU(), "silu"),
+    "silu decomposed": (lambda x: x * x.sigmoid(), "silu"),
+    "silu by exp": (lambda x: x / (1 + torch.exp(-x)), "silu"),
+    "mish": (lambda x: x * torch.tanh(F.softplus(x)), "mish"),
+    "hardswish": (lambda x: x * F.relu6(x + 3) / 6, "hardswish"),
+    "tanh": (torch.tanh, "tanh"),
+    "sigmoid": (nn.Sigmoid(), "sigmoid"),
+    "softmax": (lambda x: x.softmax(-1), "softmax"),
+    "log softmax module": (nn.LogSoftmax(-1), "log_softmax"),
+    "leaky relu": (nn.LeakyReLU(0.2), "leaky_relu"),
+    "elu": (F.elu, "elu"),
+    "softplus": (nn.Softplus(), "softplus"),
+    "squared relu": (lambda x: F.relu(x) ** 2, "relu"),
+    "through views": (lambda x: F.relu(x.view(2, 2, 2).transpose(1, 2)).reshape(2, 4), "relu"),
+    "through casts": (lambda x: F.gelu(x.double()).to(x.dtype), "gelu"),
+    "through dropout": (lambda x: F.relu(F.dropout(x, 0.3, training=False)), "relu"),
+    "gate": (lambda x: F.silu(x) * x.sum(), None),
+    "glu": (lambda x: torch.cat([F.glu(x)] * 2, -1), "glu"),
+    "glu by hand": (lambda x: _gated(x, torch.sigmoid), "glu"),
+    "swiglu": (lambda x: _gated(x, F.silu), "swiglu"),
+    "geglu": (lambda x: _gated(x, F.gelu), "geglu"),
+    "reglu": (lambda x: _gated(x, F.relu), "reglu"),
+    "an added gate": (lambda x: _gated(x, F.silu, torch.add), None),
+    "nothing": (lambda x: x, None),
+    "a scale": (lambda x: F.relu(0.5 * x), None),
+    "a constant": (lambda x: F.relu(x + 1.0), None),
+    "a residual": (lambda x: F.relu(x + x.sum()), None),
+    "a norm": (lambda x: F.relu(F.layer_norm(x, (4,))), None),
+    "soft cap": (lambda x: torch.tanh(x / 30) * 30, None),
+    "two activations": (lambda x: F.relu(x) + F.gelu(x) * x.sum(), None),
+    "the same twice": (lambda x: F.relu(x) @ torch.ones(4, 4) + F.relu(x), "relu"),
+}
+
+
+def _gated(x: Tensor, activation: Callable[[Tensor], Tensor], joined: Any = torch.mul) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return torch.cat([joined(activation(gate), up)] * 2, -1)
+
+
+@every_dialect
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_the_activation_that_follows(name: str, dialect: str) -> None:
+    after, activation = FOLLOWED[name]
+    findings = found(After(after), torch.randn(2, 4), dialect)
+    for parameter in ("fc.weight", "fc.bias"):
+        assert findings[parameter] == (Use(op="linear", by="fc", activation=activation),)
+
+
+@every_dialect
+def test_a_bias_that_is_added_apart(dialect: str) -> None:
+    model = After(lambda x: F.relu(x + model.bias))
+    findings = found(model, torch.randn(2, 4), dialect)
+    assert findings["fc.weight"] == (Use(op="linear", by="fc", activation="relu"),)
+    assert findings["bias"] == (Use(op="add", by="", activation="relu"),)
+
+
+@pytest.mark.parametrize("dialect", ["recorded", "symbolic"])
+def test_a_value_that_is_overwritten_in_part_is_not_followed(dialect: str) -> None:
+    def after(x: Tensor) -> Tensor:
+        x[:, 0] = 1.0
+        return F.relu(x)
+
+    if dialect == "symbolic":
+        with pytest.raises(TypeError, match="item assignment"):
+            found(After(after), torch.randn(2, 4), dialect)
+    else:
+        findings = found(After(after), torch.randn(2, 4), dialect)
+        assert findings["fc.weight"] == (Use(op="linear", by="fc"),)
+
+
+@every_dialect
+@pytest.mark.parametrize("reads", ["the first name", "the second name"])
+def test_an_in_place_activation_acts_on_later_readers(dialect: str, reads: str) -> None:
+    def after(x: Tensor) -> Tensor:
+        y = x.add_(model.bias)
+        x.relu_()
+        return (x if reads == "the first name" else y) @ torch.ones(4, 4)
+
+    model = After(after)
+    findings = found(model, torch.randn(2, 4), dialect)
+    assert findings["fc.weight"] == (Use(op="linear", by="fc", activation="relu"),)
+    assert findings["bias"] == (Use(op="add", by="", activation="relu"),)
+
+
+@every_dialect
+def test_bare_parameters_views_slices_and_packs(dialect: str) -> None:
+    model, x = Functional(), torch.randn(2, 4)
+    findings = found(model, x, dialect)
+    assert ops(findings) == {
+        "w": "linear -> silu, linear -> tanh",
+        "v": "matmul -> relu",
+        "b": "add -> relu",
+        "packed": "linear, linear -> sigmoid, linear -> glu",
+        "stack": "grouped_mm -> relu",
+        "table": "embedding",
+        "idle": "",
+    }
+    assert findings.unused == ("idle",)
+    assert {use.by for uses in findings.values() for use in uses} == {""}
+
+
+RECURRENT = {
+    "lstm": (lambda: nn.LSTM(4, 3, num_layers=2, proj_size=2, bidirectional=True), (5, 2, 4)),
+    "gru": (lambda: nn.GRU(4, 3), (5, 2, 4)),
+    "rnn": (lambda: nn.RNN(4, 3, nonlinearity="relu"), (5, 2, 4)),
+    "lstm_cell": (lambda: nn.LSTMCell(4, 3), (2, 4)),
+    "gru_cell": (lambda: nn.GRUCell(4, 3), (2, 4)),
+    "rnn_cell": (lambda: nn.RNNCell(4, 3), (2, 4)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.0._flat_weights")
+@every_dialect
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent(name: str, dialect: str) -> None:
+    """The layer in a model, since the root is never a leaf of a symbolic trace."""
+    make, shape = RECURRENT[name]
+    model = nn.Sequential(make())
+    findings = found(model, torch.randn(shape), dialect)
+    assert list(findings) == [name for name, _ in model.named_parameters()]
+    assert set(findings.values()) == {(Use(op=name, by="0"),)}
+    if dialect != "symbolic":
+        assert set(findings.input_shapes.values()) == {(shape,)}
+
+
+def test_packed_sequences_and_loops_over_a_cell() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.cell = nn.GRU(4, 3, batch_first=True), nn.GRUCell(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3]), batch_first=True)
+            _, h = self.rnn(packed)
+            for step in range(3):
+                h = self.cell(h[0], h[0] + step)[None]
+            return h
+
+    findings = find(Packed(), torch.randn(2, 5, 4))
+    assert findings["rnn.weight_hh_l0"] == (Use(op="gru", by="rnn"),)
+    assert findings.input_shapes["rnn.weight_hh_l0"] == ((8, 4),)
+    assert findings["cell.weight_hh"] == (Use(op="gru_cell", by="cell", times=3),)
+
+
+CONVOLUTIONS = {
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3), (2, 4, 8)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 8, 8)),
+    "conv2d padded": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 8, 8)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 3), (2, 4, 5, 5, 5)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3), (2, 4, 8, 8)),
+}
+
+
+@every_dialect
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name: str, dialect: str) -> None:
+    make, shape = CONVOLUTIONS[name]
+    model = nn.Sequential(make(), nn.ReLU())
+    uses = set(found(model, torch.randn(shape), dialect).values())
+    assert uses == {(Use(op="conv", by="0", activation="relu"),)}
+
+
+@every_dialect
+def test_norms_embeddings_bilinear_prelu(dialect: str) -> None:
+    model = nn.Sequential(
+        nn.Embedding(9, 4), nn.LayerNorm(4), nn.GroupNorm(1, 3), nn.BatchNorm1d(3), nn.Tanh(),
+        nn.RMSNorm(4), nn.PReLU(),
+    )  # fmt: skip
+    findings = found(model, torch.randint(0, 9, (2, 3)), dialect)
+    assert ops(findings) == {
+        "0.weight": "embedding",
+        "1.weight": "norm",
+        "1.bias": "norm",
+        "2.weight": "norm",
+        "2.bias": "norm",
+        "3.weight": "norm -> tanh",
+        "3.bias": "norm -> tanh",
+        "5.weight": "norm -> prelu",
+        "6.weight": "prelu",
+    }
+
+
+@every_dialect
+def test_multihead_attention_reads_its_child(dialect: str) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0]
+
+    findings = found(Block(), torch.randn(2, 3, 4), dialect)
+    names = ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"]
+    assert list(findings) == [f"attention.{name}" for name in names]
+    assert set(findings.values()) == {(Use(op="attention", by="attention"),)}
+
+
+@pytest.mark.parametrize("dialect", ["recorded", "exported"])
+def test_transformer_encoder_layers(dialect: str) -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, activation="gelu")
+    findings = found(nn.TransformerEncoder(layer, 2), torch.randn(2, 3, 4), dialect)
+    for i in range(2):
+        one = {k[9:]: v for k, v in ops(findings).items() if k.startswith(f"layers.{i}.")}
+        assert one == {
+            "self_attn.in_proj_weight": "attention",
+            "self_attn.in_proj_bias": "attention",
+            "self_attn.out_proj.weight": "attention",
+            "self_attn.out_proj.bias": "attention",
+            "linear1.weight": "linear -> gelu",
+            "linear1.bias": "linear -> gelu",
+            "linear2.weight": "linear",
+            "linear2.bias": "linear",
+            **{f"norm{n}.{p}": "norm" for n in (1, 2) for p in ("weight", "bias")},
+        }
+        (use,) = findings[f"layers.{i}.self_attn.out_proj.weight"]
+        assert use.by == f"layers.{i}.self_attn"
+
+
+def test_a_leaf_that_hides_what_it_does_is_other() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8))
+    assert set(find(model).values()) == {(Use(op="other", by="0"),)}
+
+
+@every_dialect
+def test_products_by_matmul_and_einsum(dialect: str) -> None:
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Parameter(torch.randn(2, 2)), nn.Parameter(torch.randn(4, 4))
+            self.added, self.summed = (
+                nn.Parameter(torch.randn(4, 4)),
+                nn.Parameter(torch.randn(4, 4)),
+            )
+            self.experts, self.scale = (
+                nn.Parameter(torch.randn(3, 4, 4)),
+                nn.Parameter(torch.ones(4)),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = (self.left @ x).relu() @ self.right.t()
+            x = torch.addmm(x.sum(), x, self.added).tanh()
+            x = torch.einsum("bi,oi->bo", x, self.summed)
+            x = torch.bmm(x.expand(3, 2, 4), self.experts).sigmoid() * self.scale
+            return x @ self.experts[0].t().contiguous()
+
+    assert ops(found(Products(), torch.randn(2, 4), dialect)) == {
+        "left": "matmul -> relu",
+        "right": "matmul",
+        "added": "addmm -> tanh",
+        "summed": "matmul",
+        "experts": "grouped_mm -> sigmoid, grouped_mm",
+        "scale": "scale",
+    }
+
+
+class Tied(nn.Module):
+    """One weight under two names, and one module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.words.weight
+        self.fc = nn.Linear(4, 4)
+        self.again = self.fc
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.again(F.relu(self.fc(self.words(ids)))))
+
+
+@every_dialect
+def test_ties_and_shared_modules(dialect: str) -> None:
+    findings = found(Tied(), torch.randint(0, 9, (2, 3)), dialect)
+    both = (Use(op="embedding", by="words"), Use(op="linear", by="head"))
+    twice = (Use(op="linear", by="fc", activation="relu"), Use(op="linear", by="fc"))
+    assert dict(findings) == {
+        "words.weight": both,
+        "head.weight": both,
+        "fc.weight": twice,
+        "fc.bias": twice,
+        "again.weight": twice,
+        "again.bias": twice,
+    }
+    assert findings.tied == (
+        ("words.weight", "head.weight"),
+        ("fc.weight", "again.weight"),
+        ("fc.bias", "again.bias"),
+    )
+
+
+@every_dialect
+def test_reading_a_dtype_or_a_shape_is_no_use(dialect: str) -> None:
+    model = After(lambda x: x.type_as(model.bias).view_as(x).to(model.bias.dtype).relu())
+    findings = found(model, torch.randn(2, 4), dialect)
+    assert findings.unused == ("bias",)
+    assert findings["fc.weight"] == (Use(op="linear", by="fc", activation="relu"),)
+
+
+def test_a_plain_model_needs_no_inputs() -> None:
+    findings = find(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    assert findings["0.weight"] == (Use(op="linear", by="0", activation="relu"),)
+    assert findings.input_shapes["0.weight"] == (None,)
+    assert findings.capture is not None
+    assert findings.capture.way == "symbolic_trace"
+
+
+def test_the_printed_table() -> None:
+    assert str(find(Branches(), torch.ones(2, 4))) == (
+        "captured by record\n"
+        "up.weight    linear by up -> relu\n"
+        "up.bias      linear by up -> relu\n"
+        "down.weight  unused\n"
+        "down.bias    unused"
+    )
+
+
+def test_inputs_with_which_the_model_does_not_run() -> None:
+    with pytest.raises(CaptureError, match="mat1 and mat2 shapes cannot be multiplied") as error:
+        find(nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 5))
+    assert str(error.value).startswith("cannot capture Sequential:\n  - record: RuntimeError")
+    assert isinstance(error.value, SurgeryError)
+
+
+def test_an_untraceable_model_without_inputs() -> None:
+    with pytest.raises(
+        CaptureError, match="fix: give example_inputs, the arguments of one forward"
+    ):
+        find(Branches())
+
+
+class KeepGraphs(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, fx.GraphModule) or super().is_leaf_module(module, name)
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = fx.symbolic_trace(nn.Sequential(nn.ReLU(), nn.Linear(4, 4)))
+        self.w, self.fc = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.inner(self.fc(x))), self.w).relu()
+
+
+NESTED = {
+    "w": (Use(op="linear", by="", activation="relu"),),
+    "inner.1.weight": (Use(op="linear", by="inner.1", activation="tanh"),),
+    "inner.1.bias": (Use(op="linear", by="inner.1", activation="tanh"),),
+    "fc.weight": (Use(op="linear", by="fc", activation="relu"),),
+    "fc.bias": (Use(op="linear", by="fc", activation="relu"),),
+}
+
+
+@pytest.mark.parametrize("inputs", [None, torch.ones(2, 4)], ids=["traced", "recorded"])
+def test_activations_are_followed_across_nested_graphs(inputs: Tensor | None) -> None:
+    outer = Outer()
+    graph = fx.GraphModule(outer, KeepGraphs().trace(outer))
+    before = str(graph.graph), dict(graph.meta)
+    assert dict(find(graph, inputs)) == NESTED
+    assert (str(graph.graph), dict(graph.meta)) == before
+
+
+@pytest.mark.parametrize("inputs", [None, torch.ones(2, 4)], ids=["walked", "recorded"])
+def test_in_a_graph_the_graph_itself_runs_what_was_written_out(inputs: Tensor | None) -> None:
+    graph = exported_graph(Outer(), torch.ones(2, 4))
+    findings = find(graph, inputs)
+    assert {name: uses[0].op for name, uses in findings.items()} == dict.fromkeys(NESTED, "linear")
+    assert [use.by for uses in findings.values() for use in uses] == [""] * 5
+    assert {n: u[0].activation for n, u in findings.items()} == {
+        n: u[0].activation for n, u in NESTED.items()
+    }
+    assert capture_of(graph) is None
+
+
+@pytest.mark.parametrize("inputs", [None, torch.ones(2, 4)], ids=["traced", "recorded"])
+def test_operated_modules_have_plain_names(inputs: Tensor | None) -> None:
+    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    before = find(plain, inputs)
+    after = find(apply_dropconnect(plain, "*", p=0.5), inputs)
+    assert list(after) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert dict(after) == dict(before)
+
+
+def test_the_input_shape_shows_the_batch() -> None:
+    class Flattens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whole, self.flat = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.position = nn.Embedding(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.whole(x) + self.position(torch.arange(3))
+            return self.flat(x.reshape(-1, 4))
+
+    shapes = find(Flattens(), torch.randn(2, 3, 4)).input_shapes
+    assert shapes["whole.weight"] == ((2, 3, 4),)
+    assert shapes["flat.weight"] == ((6, 4),)
+    assert shapes["position.weight"] == ((3,),)

@@ -1,0 +1,1 @@
+"""Models and plans as trees and pictures."""

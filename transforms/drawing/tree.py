@@ -1,0 +1,142 @@
+"""A model as a tree in the terminal, with its DropConnect sites marked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from surgery import dropconnect_sites
+from surgery.spec.plan import Plan
+
+from .outline import Part, Weight, outline
+
+MARK = "◆"
+_NARROW = (16, 4, 4, 8)
+"""The columns are not made narrower than this many characters."""
+_PLAIN = "\033[0m"
+_CODES = ("", "\033[2m", "", "\033[1;33m")
+"""ANSI codes of the columns: classes dim, marks bold yellow."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line: the branches and name, the class, the weights, the marks."""
+
+    name: str
+    kind: str = ""
+    weights: str = ""
+    mark: str = ""
+
+    @property
+    def columns(self) -> bool:
+        """Whether anything stands beside the name."""
+        return bool(self.kind or self.weights or self.mark)
+
+    def cells(self) -> tuple[str, str, str, str]:
+        return (self.name, self.kind, self.weights, self.mark)
+
+
+def tree(
+    model: nn.Module, *, plan: Plan | None = None, width: int | None = None, color: bool = False
+) -> str:
+    """The modules of a model with the shapes of their weights, its DropConnect sites marked by ◆.
+
+        >>> print(tree(model))
+        MLP
+        ├─ fc1  Linear  weight 32×16, bias 32  ◆ weight p=0.3
+        ├─ act  ReLU
+        └─ fc2  Linear  weight 4×32, bias 4
+        1 site, 512 of 676 weights
+
+    Equal neighbours in a list of layers share one entry (`layer.0–5 ×6`).
+
+    Args:
+        model: a plain or operated model, or a `torch.fx.GraphModule`. Not changed.
+        plan: mark these sites instead of those in place: what `apply_dropconnect` would do.
+        width: longest line, in characters; what does not fit ends in `…`. None does not limit.
+        color: use ANSI colours.
+
+    Raises:
+        ValueError: `width` is less than 40.
+    """
+    if width is not None and width < 40:
+        raise ValueError(f"width must be at least 40 characters; got {width}")
+    root = outline(model, plan)
+    lines = [_Line(root.kind, weights=_own(root), mark=_marks(root)), *_below(root, "")]
+    columns = zip(*(line.cells() for line in lines if line.columns))
+    widths = _fit([max(map(len, column)) for column in columns] or [0, 0, 0, 0], width)
+    text = [_render(line, widths, color) for line in lines]
+    total = _total(model, dropconnect_sites(model) if plan is None else plan)
+    return "\n".join([*text, total])
+
+
+def _below(part: Part, indent: str) -> Iterator[_Line]:
+    entries: list[Weight | Part] = [*(part.weights if _apart(part) else ()), *part.children]
+    for entry in entries:
+        last = entry is entries[-1]
+        name = indent + ("└─ " if last else "├─ ")
+        if isinstance(entry, Weight):
+            yield _Line(name + entry.name, "", entry.size + _tie(entry), _mark(entry, named=False))
+            continue
+        times = f"  ×{entry.count}" if entry.count > 1 else ""
+        yield _Line(name + entry.title + times, entry.kind, _own(entry), _marks(entry))
+        yield from _below(entry, indent + ("   " if last else "│  "))
+
+
+def _apart(part: Part) -> bool:
+    """Whether the weights have lines of their own: an RNN has many."""
+    return len(part.weights) > 2 or (bool(part.weights) and bool(part.children))
+
+
+def _own(part: Part) -> str:
+    if _apart(part):
+        return ""
+    return ", ".join(f"{weight.name} {weight.size}{_tie(weight)}" for weight in part.weights)
+
+
+def _marks(part: Part) -> str:
+    if _apart(part):
+        return ""
+    return "  ".join(_mark(weight, named=True) for weight in part.weights if weight.site)
+
+
+def _mark(weight: Weight, named: bool) -> str:
+    if weight.mark is None:
+        return ""
+    return f"{MARK} {weight.name} {weight.mark}" if named else f"{MARK} {weight.mark}"
+
+
+def _tie(weight: Weight) -> str:
+    return f" ({weight.note})" if weight.note else ""
+
+
+def _fit(widths: list[int], width: int | None) -> list[int]:
+    """Narrower columns where the line would be too long: the weights first, the marks last."""
+    fitted = list(widths)
+    over = 0 if width is None else sum(widths) + 2 * sum(map(bool, widths[1:])) - width
+    for column in (2, 1, 0, 3):
+        cut = max(0, min(over, fitted[column] - _NARROW[column]))
+        fitted[column] -= cut
+        over -= cut
+    return fitted
+
+
+def _render(line: _Line, widths: list[int], color: bool) -> str:
+    if not line.columns:
+        return line.name
+    text = ""
+    for cell, room, code in zip(line.cells(), widths, _CODES):
+        shown = cell if len(cell) <= room else cell[: room - 1] + "…"
+        painted = f"{code}{shown}{_PLAIN}" if color and code and shown else shown
+        text += painted + " " * (room - len(shown) + 2 if room else 0)
+    return text.rstrip()
+
+
+def _total(model: nn.Module, plan: Plan) -> str:
+    every = sum(parameter.numel() for parameter in model.parameters())
+    if not len(plan):
+        return f"no sites, {every:,} weights"
+    noun = "site" if len(plan) == 1 else "sites"
+    return f"{len(plan)} {noun}, {plan.numel:,} of {every:,} weights"

@@ -1,0 +1,1 @@
+"""DropConnect in the graphs that a user traced."""

@@ -1,0 +1,63 @@
+"""What graphs are made of, written down so that a pass which does not end can be taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from torch import fx, nn
+
+from surgery.base.journal import Step, content, image
+
+_OF_NODES = (
+    "_args", "_erased", "_input_nodes", "_kwargs", "_next", "_prev", "_repr_fn", "_sort_key", "graph",
+    "meta", "name", "op", "target", "type", "users",
+)  # fmt: skip
+
+_FILLED = ("_input_nodes", "meta", "users")
+"""Those of them that are changed in place."""
+
+_OF_CLASSES = ("forward", "_wrapped_call", "__call__")
+"""What `GraphModule.recompile` writes to the class, of which every graph module has its own."""
+
+
+def image_with_graphs(modules: Iterable[nn.Module]) -> list[Step]:
+    """Steps that make modules, and the graphs among them, what they are now: the same nodes with the
+    same names, in the same order."""
+    found = list(modules)
+    steps = image(found)
+    for module in found:
+        if isinstance(module, fx.GraphModule):
+            cls = type(module)
+            steps += [
+                partial(setattr, cls, name, vars(cls)[name])
+                for name in _OF_CLASSES
+                if name in vars(cls)
+            ]
+            steps += _of_graph(module.graph)
+    return steps
+
+
+def _of_graph(graph: fx.Graph) -> list[Step]:
+    steps = content(vars(graph))
+    for part in (graph._graph_namespace, graph._find_nodes_lookup_table):
+        steps += content(vars(part))
+        for table in vars(part).values():
+            steps += _with_tables(table)
+    for node in (graph._root, *graph.nodes):
+        for name in _OF_NODES:
+            value = getattr(node, name)
+            # Node's own __setattr__ is Python, and keeps the tables above, which are put back anyway.
+            steps.append(partial(object.__setattr__, node, name, value))
+            if name in _FILLED:
+                steps += content(value)
+    return steps
+
+
+def _with_tables(table: Any) -> list[Step]:
+    """The content of a dict, and of the dicts in it."""
+    steps = content(table)
+    for inner in table.values() if isinstance(table, dict) else ():
+        steps += content(inner)
+    return steps

@@ -1,0 +1,207 @@
+"""The plugin of `torch.fx`: how the core's verbs reach the graphs in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import fx, nn
+
+from surgery.base.journal import Step
+from surgery.kinds.product import INSTEAD, Demand
+from surgery.kinds.table import follows_weight
+from surgery.modules import SiteState
+from surgery.moments.torch_functions import ANEW, RESHAPING, SELECTING
+from surgery.planning.graphs import Nodes
+from surgery.spec.config import DropConnectConfig
+
+from ..reading.activation import Flow
+from ..reading.operations import function_of, in_place
+from ..reading.uses import GraphUse
+from . import remove as removal
+from .graph_image import image_with_graphs
+from .insert import combined_bias, insert, node_module
+from .survey import Survey
+
+
+class GraphSurvey(Survey):
+    """A survey that can refuse and insert."""
+
+    def problem(self, module: nn.Module, name: str, config: DropConnectConfig) -> str | None:
+        """Why the graphs do not allow this, naming the node, and what to do about it; or None."""
+        found = self.uses(module, name)
+        if self.owns(module) and not found:
+            return f"no node of the graph uses it{self._elsewhere(module, name)}; exclude it"
+        if not self.of(module, name):
+            return self._joint_after_call(module, config)
+        return (
+            _taken(module, name)
+            or next(filter(None, (_unusable(use) for use in found)), None)
+            or self._apart_from_weight(module, name, config)
+            or self._no_product(module, name, config, found)
+        )
+
+    def _elsewhere(self, module: nn.Module, name: str) -> str:
+        reads = self.reads.get(id(module._parameters.get(name)), [])
+        return f" under this name (but as {str(reads[0].node.target)!r})" if reads else ""
+
+    def _weight_of(self, module: nn.Module, name: str) -> str | None:
+        """The weight that a bias goes with."""
+        roles = self.roles.get(module, {})
+        return next((weight for weight, role in roles.items() if role.bias == name), None)
+
+    def _is_combined(self, module: nn.Module, bias: str, weight: str) -> bool:
+        read = combined_bias(self, module, weight)
+        return read is not None and read.name == bias
+
+    def _apart_from_weight(
+        self, module: nn.Module, name: str, config: DropConnectConfig
+    ) -> str | None:
+        """One mask for weight and bias needs one node for both."""
+        weight = self._weight_of(module, name)
+        if weight is None or not config.bias or not follows_weight(config.unit):
+            return None
+        if self._is_combined(module, name, weight):
+            return None
+        return (
+            f"unit={config.unit!r} with bias=True needs one node for weight and bias, and "
+            f"{_named(self.uses(module, name))} cannot be replaced by one; use bias=False or "
+            "unit='element'"
+        )
+
+    def _no_product(
+        self, module: nn.Module, name: str, config: DropConnectConfig, found: list[GraphUse]
+    ) -> str | None:
+        demand = Demand.of(config)
+        if demand.mode is None:
+            return None
+        replaced = self.replaced(module, name)
+        if replaced is not None and replaced.product is not None:
+            graph_module, node = replaced.read.graph_module, replaced.node
+            return demand.refused(replaced.product) or _joint(self, graph_module, node, config)
+        weight = self._weight_of(module, name)
+        if weight is not None and self._is_combined(module, name, weight):
+            return demand.refused_bias()
+        return (
+            f"{demand.mode} needs one matrix product that alone reads the weight, and here it is used "
+            f"by {_named(found)}; use {INSTEAD} for it"
+        )
+
+    def _joint_after_call(self, module: nn.Module, config: DropConnectConfig) -> str | None:
+        for graph_module in self.graphs:
+            for node in graph_module.graph.find_nodes(op="call_module"):
+                if graph_module.get_submodule(str(node.target)) is module:
+                    problem = _joint(self, graph_module, node, config)
+                    if problem is not None:
+                        return problem
+        return None
+
+    def image(self) -> list[Step]:
+        """Steps that put the whole model back."""
+        return image_with_graphs(self.model.modules())
+
+    def insert(
+        self, states: Sequence[tuple[nn.Module, Mapping[str, SiteState]]], nodes: Nodes
+    ) -> None:
+        """Put the nodes of these sites in."""
+        insert(self, states, nodes)
+
+
+def _taken(module: nn.Module, name: str) -> str | None:
+    taken = node_module(name)
+    if hasattr(module, taken):
+        return f"the module already has an attribute {taken!r}; rename that first"
+    return None
+
+
+def _unusable(use: GraphUse) -> str | None:
+    """Why a node cannot take a masked weight."""
+    node, writer = use.node, _writer(use)
+    if writer is not None:
+        return (
+            f"node {writer.name!r} writes into it, and a masked weight is new in every forward; "
+            "exclude it"
+        )
+    if use.operation.name != "embedding":
+        return None
+    weight_first = bool(node.args) and node.args[0] is use.value
+    given = {**dict(zip(_ATEN_EMBEDDING if weight_first else _EMBEDDING, node.args)), **node.kwargs}
+    if given.get("max_norm") is not None:
+        return (
+            f"node {node.name!r} has max_norm, which rewrites the weight; trace it without max_norm"
+        )
+    if given.get("sparse"):
+        return (
+            f"node {node.name!r} has a sparse gradient, which cannot pass a mask; use sparse=False"
+        )
+    return None
+
+
+def _writer(use: GraphUse) -> fx.Node | None:
+    """The node that writes into a parameter, or into a view of it, if there is one."""
+    root = use.read.graph_module
+    todo = [(use.node, use.value)]
+    while todo:
+        node, value = todo.pop()
+        if not node.args or node.args[0] is not value:
+            continue
+        if in_place(node, root):
+            return node
+        if function_of(node, root) in _VIEWING:
+            todo += [(user, node) for user in node.users]
+    return None
+
+
+_VIEWING = (SELECTING | RESHAPING) - ANEW
+
+_EMBEDDING = (
+    "input",
+    "weight",
+    "padding_idx",
+    "max_norm",
+    "norm_type",
+    "scale_grad_by_freq",
+    "sparse",
+)
+_ATEN_EMBEDDING = ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse")
+
+
+def _joint(
+    survey: Survey, graph_module: fx.GraphModule, node: fx.Node, config: DropConnectConfig
+) -> str | None:
+    """Moments have an expectation only through an elementwise activation."""
+    if config.inference != "moments" or config.samples is not None:
+        return None
+    parameters = {read.node for reads in survey.reads.values() for read in reads}
+    flow = Flow(graph_module.graph, graph_module, parameters)
+    joint = flow.joint(node)
+    if joint is None:
+        return None
+    return (
+        f"inference='moments' needs an elementwise activation after node {node.name!r}, and "
+        f"{joint} follows; give samples=Z to estimate it by draws, or inference='mean'"
+    )
+
+
+def _named(found: list[GraphUse]) -> str:
+    nodes = dict.fromkeys((use.node.name, use.operation.name) for use in found)
+    listed = [f"node {name!r} ({operation})" for name, operation in nodes]
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+
+
+class Surgeon:
+    """Graph surgery on every `GraphModule` in a model; see `surgery.planning.graphs.GraphSurgeon`."""
+
+    def survey(self, model: nn.Module) -> GraphSurvey:
+        return GraphSurvey(model)
+
+    def stuck(self, model: nn.Module) -> list[str]:
+        return removal.stuck(model)
+
+    def nodes(self, model: nn.Module) -> Nodes:
+        return removal.nodes(model)
+
+    def image(self, model: nn.Module) -> list[Step]:
+        return image_with_graphs(model.modules())
+
+    def remove(self, model: nn.Module) -> None:
+        removal.remove(model)

@@ -1,0 +1,217 @@
+"""Put DropConnect nodes into graphs.
+
+A parameter `fc.weight` that nodes read becomes `fc.weight_raw`, and beside it lies the module
+`fc.weight_dropconnect`. Its node, `dropconnect_fc`,
+
+* replaces the operation, if one matrix product is all that reads the weight, and has its arguments:
+  `linear(x, w, b)` becomes `dropconnect_fc(x, w_raw, b)`; or else
+* stands between the weight and all its readers: `conv2d(x, dropconnect_fc, b)`. Other `get_attr` nodes
+  of the same parameter in that graph get a node that passes on the one mask.
+
+A node that calls an operated module only gets a new name, `dropconnect_fc1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassResult
+
+from surgery.modules import DropConnectModule, SiteState
+from surgery.modules.node import Call, DropConnect, Settle
+from surgery.modules.places import states_of
+from surgery.planning.graphs import Nodes
+from surgery.spec.plan import join
+
+from ..reading.uses import Read
+from .survey import Survey
+
+SETTLE = "dropconnect_settle"
+"""Name of the module, at the root of a graph, that makes plain tensors of what the graph returns."""
+
+NAME = "dropconnect_name"
+"""Key of `Node.meta`: the name that a node had before."""
+
+States = dict[tuple[int, str], SiteState]
+"""By the owner's id and the parameter's plain name."""
+
+
+def insert(
+    survey: Survey, sites: Sequence[tuple[nn.Module, Mapping[str, SiteState]]], nodes: Nodes
+) -> list[PassResult]:
+    """Put in the nodes of every site; one result for each graph of the survey."""
+    states = {(id(owner), name): state for owner, named in sites for name, state in named.items()}
+    inserter = _Inserter(survey, states, nodes)
+    inserter.run()
+    results = []
+    for graph_module in survey.graphs:
+        changed = graph_module in inserter.changed
+        changed = _name_calls(graph_module) or changed
+        changed = _settle(graph_module) or changed
+        results.append(finish(graph_module, changed))
+    return results
+
+
+class _Inserter:
+    def __init__(self, survey: Survey, states: States, nodes: Nodes) -> None:
+        self.survey, self.states, self.nodes = survey, states, nodes
+        self.changed: dict[fx.GraphModule, None] = {}
+        self.done = set[tuple[int, str]]()
+
+    def run(self) -> None:
+        for reads in self.survey.reads.values():
+            mine = [read for read in reads if (id(read.owner), read.name) in self.states]
+            found = self.survey.replaced(mine[0].owner, mine[0].name) if len(mine) == 1 else None
+            if found is not None:
+                self._replace(found.read, found.node, found.call)
+        for reads in self.survey.reads.values():
+            mine = [read for read in reads if (id(read.owner), read.name) in self.states]
+            mine = [read for read in mine if (id(read.owner), read.name) not in self.done]
+            for graph_module in dict.fromkeys(read.graph_module for read in mine):
+                self._mask([read for read in mine if read.graph_module is graph_module])
+        for read in (read for reads in self.survey.reads.values() for read in reads):
+            if (id(read.owner), read.name) in self.states:
+                retarget(read.node, join(read.path, self._state(read).raw))
+
+    def _state(self, read: Read) -> SiteState:
+        return self.states[id(read.owner), read.name]
+
+    def _replace(self, read: Read, node: fx.Node, call: Call) -> None:
+        """Let the node that computes become the DropConnect node, in its place."""
+        states = {read.name: self._state(read)}
+        kwargs = self._anchor_before(node, read, "anchor")
+        bias = combined_bias(self.survey, read.owner, read.name)
+        if bias is not None and (id(read.owner), bias.name) in self.states:
+            states[bias.name] = self._state(bias)
+            kwargs |= self._anchor_before(node, bias, "bias_anchor")
+            self.done.add((id(bias.owner), bias.name))
+        self.done.add((id(read.owner), read.name))
+        target = self._register(read, states, call)
+        node.op, node.target = "call_module", target
+        node.kwargs = {**node.kwargs, **kwargs}
+        rename(node, node_name(read))
+        self.changed[read.graph_module] = None
+
+    def _mask(self, reads: list[Read]) -> None:
+        """Put the node between a weight and its readers; between its other names and theirs, nodes
+        that hand on the same masked weight."""
+        graph = reads[0].graph_module.graph
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        (last,) = graph.find_nodes(op="output")
+        first = {r: min(r.node.users, key=order.__getitem__, default=last) for r in reads}
+        primary: fx.Node | None = None
+        for read in sorted(reads, key=lambda read: order[first[read]]):
+            target = self._register(read, {read.name: self._state(read)}, None)
+            known = () if primary is None else (primary,)
+            kwargs = {} if known else self._anchor_before(first[read], read, "anchor")
+            with graph.inserting_before(first[read]):
+                args = (read.node, *known)
+                node = graph.create_node("call_module", target, args, kwargs, name=node_name(read))
+            node.meta = {k: v for k, v in read.node.meta.items() if k != NAME}
+            for user in [user for user in read.node.users if user is not node]:
+                user.replace_input_with(read.node, node)
+            primary = node if primary is None else primary
+        self.changed[reads[0].graph_module] = None
+
+    def _anchor_before(self, node: fx.Node, read: Read, keyword: str) -> dict[str, Any]:
+        anchor = self._state(read).anchor
+        if anchor is None:
+            return {}
+        graph = read.graph_module.graph
+        with graph.inserting_before(node):
+            return {keyword: graph.create_node("get_attr", join(read.path, anchor))}
+
+    def _register(self, read: Read, states: dict[str, SiteState], call: Call | None) -> str:
+        """The module of a site, beside its parameter; its dotted name."""
+        name = node_module(read.name)
+        if name not in read.owner._modules:
+            module = self.nodes.get((id(read.owner), read.name))
+            if module is None:
+                module = DropConnect(states, call)
+                module.training = read.owner.training
+            read.owner.add_module(name, module)
+        return join(read.path, name)
+
+
+def _name_calls(graph_module: fx.GraphModule) -> bool:
+    """Let nodes that call operated modules show it."""
+    changed = False
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        module = graph_module.get_submodule(str(node.target))
+        if not isinstance(module, DropConnectModule) or NAME in node.meta:
+            continue
+        if module._dropconnect or module._dropconnect_draws:
+            rename(node, f"dropconnect_{node.name}")
+            changed = True
+    return changed
+
+
+def _settle(graph_module: fx.GraphModule) -> bool:
+    """Let the graph return plain tensors where a site may return a mean with its variance."""
+    states = [state for state in called_states(graph_module) if state.product is not None]
+    for state in states:
+        state.settled = True
+    (output,) = graph_module.graph.find_nodes(op="output")
+    if not states or SETTLE in graph_module._modules:
+        return False
+    graph_module.add_module(SETTLE, Settle().train(graph_module.training))
+    with graph_module.graph.inserting_before(output):
+        node = graph_module.graph.create_node("call_module", SETTLE, output.args)
+    output.args = (node,)
+    return True
+
+
+def called_states(graph_module: fx.GraphModule) -> Iterator[SiteState]:
+    """The sites in modules that a graph calls, but not those of another graph."""
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        module = graph_module.get_submodule(str(node.target))
+        if isinstance(module, DropConnect):
+            yield from module.states.values()
+        elif not isinstance(module, fx.GraphModule):
+            for part in module.modules():
+                yield from states_of(part).values()
+
+
+def finish(graph_module: fx.GraphModule, changed: bool) -> PassResult:
+    """Check and recompile a graph, if a pass has changed it."""
+    if changed:
+        graph_module.graph.lint()
+        graph_module.recompile()
+    return PassResult(graph_module, changed)
+
+
+def combined_bias(survey: Survey, owner: nn.Module, name: str) -> Read | None:
+    """The bias that the node which replaces a weight's product can drop too: nothing else reads it."""
+    found, role = survey.replaced(owner, name), survey.roles.get(owner, {}).get(name)
+    if found is None or role is None or role.bias is None:
+        return None
+    reads = survey.of(owner, role.bias)
+    if found.call.bias is None or len(reads) != 1 or list(reads[0].node.users) != [found.node]:
+        return None
+    return reads[0]
+
+
+def node_module(name: str) -> str:
+    """Name of the module of a site, beside its parameter."""
+    return f"{name}_dropconnect"
+
+
+def node_name(read: Read) -> str:
+    """`dropconnect_fc` for `fc.weight`, `dropconnect_lstm_weight_hh_l0` for other names."""
+    path = read.path if read.name == "weight" and read.path else join(read.path, read.name)
+    return "dropconnect_" + path.replace(".", "_")
+
+
+def rename(node: fx.Node, name: str) -> None:
+    """Give a node another name, and note the one it had."""
+    node.meta[NAME] = node.meta.get(NAME, node.name)
+    node._rename(name)
+
+
+def retarget(node: fx.Node, target: str) -> None:
+    """Let a `get_attr` node read under the raw name. Its own name goes along if it is the usual one."""
+    if node.name == str(node.target).replace(".", "_"):
+        rename(node, target.replace(".", "_"))
+    node.target = target

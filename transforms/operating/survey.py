@@ -1,0 +1,175 @@
+"""What the graphs in a model read and call: which parameters, by which nodes, as what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+
+from surgery.kinds.product import COLUMN_PRODUCT, LINEAR_PRODUCT, Product
+from surgery.kinds.table import set_kind
+from surgery.modules.node import Call, Slot
+from surgery.modules.places import states_of
+
+from ..reading.operations import Operation, function_of, in_place
+from ..reading.roles import Role, kind_of_roles, role_of
+from ..reading.uses import GraphUse, Read, uses
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A matrix product that a DropConnect node can replace."""
+
+    read: Read
+    node: fx.Node
+    call: Call
+    product: Product | None
+    """How it computes a pre-activation; None if it has no such form."""
+
+
+class Survey:
+    """The graphs of a model, as they are when it is made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        graphs = [(n, m) for n, m in model.named_modules() if isinstance(m, fx.GraphModule)]
+        self.graphs = {graph_module: name for name, graph_module in graphs}
+        self.reads: dict[int, list[Read]] = {}
+        """By the parameter's id."""
+        self._ids: dict[tuple[int, str], int] = {}
+        """Of parameters, by their owner's id and their plain name."""
+        self._running = set[int]()
+        self._mark(model)
+        for graph_module in self.graphs:
+            for node in graph_module.graph.nodes:
+                self._look(graph_module, node)
+        self._set_kinds()
+        self._replaced: dict[tuple[int, str], Replaced] = {}
+        self._find_replaced()
+
+    def _mark(self, module: nn.Module) -> None:
+        """Note the modules whose own forward runs."""
+        if id(module) in self._running or isinstance(module, fx.GraphModule):
+            return
+        self._running.add(id(module))
+        for child in module.children():
+            self._mark(child)
+
+    def _look(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
+        if node.op == "call_module":
+            self._mark(graph_module.get_submodule(str(node.target)))
+        if node.op != "get_attr":
+            return
+        path, _, name = str(node.target).rpartition(".")
+        try:
+            owner = graph_module.get_submodule(path)
+        except AttributeError:
+            return
+        parameter = owner._parameters.get(name)
+        if parameter is not None:
+            raw = {state.raw: state.name for state in states_of(owner).values()}
+            read = Read(graph_module, node, owner, raw.get(name, name))
+            self.reads.setdefault(id(parameter), []).append(read)
+            self._ids[id(owner), read.name] = id(parameter)
+
+    def _set_kinds(self) -> None:
+        roles: dict[nn.Module, dict[str, Role]] = {}
+        for reads in self.reads.values():
+            role = role_of(use for read in reads for use in uses(read))
+            for read in reads:
+                roles.setdefault(read.owner, {})[read.name] = role
+        self.roles = roles
+        for module, named in roles.items():
+            if self.owns(module):
+                set_kind(module, kind_of_roles(named))
+
+    def owns(self, module: nn.Module) -> bool:
+        """Whether only nodes of a graph read the module's parameters: its forward never runs."""
+        return id(module) not in self._running
+
+    def is_read(self, module: nn.Module, name: str) -> bool:
+        """Whether a node reads the parameter under this name."""
+        return (id(module), name) in self._ids
+
+    def of(self, module: nn.Module, name: str) -> list[Read]:
+        """All nodes that read a parameter, under any of its names."""
+        return self.reads.get(self._ids.get((id(module), name), 0), [])
+
+    def readers(self, module: nn.Module) -> list[nn.Module]:
+        """The other modules whose graphs read a parameter of this one."""
+        found = [r for reads in self.reads.values() for r in reads if r.owner is module]
+        graphs = dict.fromkeys(read.graph_module for read in found)
+        return [graph_module for graph_module in graphs if graph_module is not module]
+
+    def kind(self, module: nn.Module, name: str) -> str:
+        """How the graph reads a parameter: name of a kind."""
+        return self.roles.get(module, {}).get(name, Role()).kind
+
+    def uses(self, module: nn.Module, name: str) -> list[GraphUse]:
+        """Every node that computes with a parameter."""
+        return [use for read in self.of(module, name) for use in uses(read)]
+
+    def replaced(self, module: nn.Module, name: str) -> Replaced | None:
+        """The one matrix product that reads a weight, if a DropConnect node can replace it."""
+        return self._replaced.get((id(module), name))
+
+    def _find_replaced(self) -> None:
+        for reads in self.reads.values():
+            found = list(uses(reads[0])) if len(reads) == 1 and self.owns(reads[0].owner) else []
+            if (
+                len(found) == 1
+                and len(reads[0].node.users) == 1
+                and found[0].value is reads[0].node
+            ):
+                call = _call(found[0])
+                if call is not None:
+                    replaced = Replaced(reads[0], found[0].node, call, _product(found[0], call))
+                    self._replaced[id(reads[0].owner), reads[0].name] = replaced
+
+    def product(self, module: nn.Module, name: str) -> Product | None:
+        """The product that one node makes of a weight, if that is all that is done with it."""
+        found = self.replaced(module, name)
+        return None if found is None else found.product
+
+
+def _call(use: GraphUse) -> Call | None:
+    """The call as a DropConnect node replaces it, if it is a matrix product that reads its weight."""
+    node, op, root = use.node, use.operation, use.read.graph_module
+    if node.op not in ("call_function", "call_method") or in_place(node, root):
+        return None
+    allowed = {*op.arguments, "alpha", "beta"}
+    if op.name not in ("linear", "addmm", "matmul") or not allowed.issuperset(node.kwargs):
+        return None
+    weight, given = _slot(node, op, op.weight), _slot(node, op, op.input)
+    if weight is None or given is None or op.argument(node, op.weight) is not use.value:
+        return None
+    bias = op.argument(node, op.bias)
+    vector = isinstance(bias, fx.Node) and bias.op == "get_attr" and _dims(bias, root) == 1
+    slot = _slot(node, op, op.bias) if vector else None
+    return Call(node.op, node.target, op.name, weight, given, slot)
+
+
+def _slot(node: fx.Node, op: Operation, name: str | None) -> Slot | None:
+    if name is None or name in node.kwargs:
+        return name
+    position = op.arguments.index(name)
+    return position if position < len(node.args) else None
+
+
+def _dims(node: fx.Node, root: nn.Module) -> int:
+    path, _, name = str(node.target).rpartition(".")
+    value = getattr(root.get_submodule(path), name, None)
+    return value.ndim if isinstance(value, Tensor) else 0
+
+
+def _product(use: GraphUse, call: Call) -> Product | None:
+    node, op = use.node, use.operation
+    added = op.argument(node, op.bias) is not None
+    if _dims(use.value, use.read.graph_module) != 2 or (added and call.bias is None):
+        return None
+    if op.name == "linear":
+        return LINEAR_PRODUCT
+    plain = not {"alpha", "beta"} & set(node.kwargs)
+    function = function_of(node, use.read.graph_module)
+    known = op.layout == "in_out" and function in ("addmm", "matmul", "mm", "rmatmul")
+    return COLUMN_PRODUCT if known and plain else None

@@ -1,0 +1,277 @@
+"""Which activation follows a node, in any dialect.
+
+What follows a pre-activation is found by data flow, not by spelling: from the node on, functions that
+keep every entry (views, casts, dropout in evaluation mode, a bias) are passed through, and elementwise
+functions of the node alone are collected until everything flows through one node again. The value of
+that node, computed on a grid of points, tells the activation, so `0.5 * x * (1 + tanh(...))` is
+recognised however it is written.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from surgery.base.caching import cached
+from surgery.moments.torch_functions import (
+    ACTIVATIONS,
+    ADDS,
+    CASTING,
+    COPYING,
+    ELEMENTWISE,
+    JOINING,
+    JOINT,
+    NORMALISING,
+    RESHAPING,
+    REVERSED,
+    SCALES,
+    SELECTING,
+    SPLITTING,
+    VIEWS,
+)
+
+from .operations import DROPPING, INSPECTING, function_of, in_place, leaves
+
+_ACROSS = JOINT | {"glu"}
+"""Activations that mix entries."""
+
+_KEEPING = RESHAPING | CASTING | DROPPING
+
+_GATED = {"sigmoid": "glu", "silu": "swiglu", "relu": "reglu"} | dict.fromkeys(
+    ("gelu", "gelu_tanh", "gelu_new"), "geglu"
+)
+"""A pre-activation of which one part, activated, multiplies the other (Shazeer 2020)."""
+
+_DECOMPOSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "mish": F.mish,
+    "elu": F.elu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "softsign": F.softsign,
+}
+"""What a composition of elementwise functions is compared with."""
+
+_CLOSE = 1e-6
+"""Largest distance, in float64, between two spellings of one activation; constants are often written
+with ten digits. Between two different activations it is above 1e-3."""
+
+
+class Flow:
+    """Who reads the value of each node, in order, when in-place writes are taken into account."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, parameters: Collection[fx.Node]) -> None:
+        """`parameters` are the nodes whose values are parameters (or parts and views of one)."""
+        self._root = root
+        self._parameters = parameters
+        self._function = {node: function_of(node, root) for node in graph.nodes}
+        self._readers: dict[fx.Node, list[fx.Node]] = {node: [] for node in graph.nodes}
+        self._position = {node: index for index, node in enumerate(graph.nodes)}
+        self._sources: dict[fx.Node, dict[fx.Node, fx.Node]] = {}
+        self._connect(graph)
+
+    def _connect(self, graph: fx.Graph) -> None:
+        """After `y = relu_(x)`, a reader of `x` reads `y`."""
+        now: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            inputs = leaves((node.args, node.kwargs))
+            self._sources[node] = {given: now.get(given, given) for given in inputs}
+            if self._function[node] in INSPECTING:
+                continue
+            for source in dict.fromkeys(self._sources[node].values()):
+                self._readers[source].append(node)
+            if node.args and isinstance(node.args[0], fx.Node) and in_place(node, self._root):
+                now[node.args[0]] = now[self._sources[node][node.args[0]]] = node
+
+    def activation(self, node: fx.Node) -> str | None:
+        """Canonical name of the activation that follows a node, or None."""
+        followed = self._follow(node)
+        return None if followed is None else followed[0]
+
+    def joint(self, start: fx.Node) -> str | None:
+        """The function of several entries together that would get a Gaussian, if `start` were one; see
+        `surgery.moments`, which says what stays one. What other sites make is taken for a tensor."""
+        gaussian, made_of, todo = {start}, {start}, set(self._readers[start])
+        while todo:
+            node = min(todo, key=self._position.__getitem__)
+            todo.remove(node)
+            sources = made_of.intersection(self._sources[node].values())
+            function, first = self._function[node], self._first(node)
+            if function in JOINT and first in gaussian:
+                return function
+            stays = self._stays(node, function, first, sources, gaussian)
+            if stays:
+                gaussian.add(node)
+            if stays or function in ELEMENTWISE:
+                made_of.add(node)
+                todo.update(self._readers[node])
+        return None
+
+    def _first(self, node: fx.Node) -> fx.Node | None:
+        """Whose value the first argument has now."""
+        given: Any = node.args[0] if node.args else node.kwargs.get("input")
+        return self._sources[node].get(given) if isinstance(given, fx.Node) else None
+
+    def _stays(
+        self,
+        node: fx.Node,
+        function: str,
+        first: fx.Node | None,
+        sources: Collection[fx.Node],
+        gaussian: Collection[fx.Node],
+    ) -> bool:
+        """Whether a function of Gaussians, and of values made of them, is one."""
+        if function in JOINING:
+            return all(source in gaussian for source in sources)
+        if function in VIEWS | CASTING | COPYING | DROPPING | NORMALISING or function == "setitem":
+            return first in gaussian
+        given = [self._sources[node][one] for one in leaves(node.args)]
+        given = [source for source in given if source in sources]
+        alone = len(given) == 1 and given[0] in gaussian and not node.kwargs
+        if function == "div":
+            return alone and first in gaussian
+        return alone and function in ADDS | REVERSED | SCALES
+
+    def _follow(self, start: fx.Node) -> tuple[str, fx.Node] | None:
+        """The activation's name and the node that has its result."""
+        region = self._region(start)
+        for end in self._cuts(start, region):
+            made_of = [n for n in region[: region.index(end) + 1] if not self._keeps(n)]
+            name = self._name(start, region, end, made_of) if made_of else None
+            if name is not None:
+                return name, end
+        return self._where_it_branches(start)
+
+    def _region(self, start: fx.Node) -> list[fx.Node]:
+        """The nodes whose values are elementwise functions of `start` alone, in order."""
+        inside, found, todo = {start}, set[fx.Node](), list(self._readers[start])
+        while todo:
+            node = min(todo, key=self._position.__getitem__)
+            todo = [other for other in todo if other is not node]
+            if self._keeps(node) or self._elementwise(node, inside):
+                inside.add(node)
+                found.add(node)
+                todo += self._readers[node]
+        return sorted(found, key=self._position.__getitem__)
+
+    def _keeps(self, node: fx.Node) -> bool:
+        """Whether every entry of the first argument passes unchanged, but for a bias."""
+        if self._function[node] in ("add", "sub"):
+            return any(given in self._parameters for given in node.all_input_nodes)
+        return self._function[node] in _KEEPING
+
+    def _elementwise(self, node: fx.Node, inside: Collection[fx.Node]) -> bool:
+        sources = self._sources[node].values()
+        return self._function[node] in ELEMENTWISE and all(s in inside for s in sources)
+
+    def _cuts(self, start: fx.Node, region: list[fx.Node]) -> Iterator[fx.Node]:
+        """The nodes of the region through which everything must pass that `start` flows into."""
+        seen, open_ends = set[fx.Node](), set(self._readers[start])
+        for node in region:
+            seen.add(node)
+            if open_ends <= seen:
+                yield node
+            open_ends |= set(self._readers[node])
+
+    def _name(
+        self, start: fx.Node, region: list[fx.Node], end: fx.Node, made_of: list[fx.Node]
+    ) -> str | None:
+        if len(made_of) == 1 and self._function[made_of[0]] in ACTIVATIONS:
+            return self._named(made_of[0])
+        points = _grid()
+        value = self._evaluate(start, region, end, points)
+        for name, function in _DECOMPOSED.items():
+            if value.shape == points.shape and (value - function(points)).abs().max() < _CLOSE:
+                return name
+        return None
+
+    def _named(self, node: fx.Node) -> str:
+        """The name of one activation function; GELU has two."""
+        name = self._function[node]
+        given: Any = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else None)
+        if node.op == "call_module":
+            given = getattr(self._root.get_submodule(str(node.target)), "approximate", None)
+        return "gelu_tanh" if name == "gelu" and given == "tanh" else name
+
+    def _evaluate(
+        self, start: fx.Node, region: list[fx.Node], end: fx.Node, points: Tensor
+    ) -> Tensor:
+        """The value of `end` if that of `start` is `points`."""
+        values: dict[fx.Node, Any] = {start: points}
+        for node in region[: region.index(end) + 1]:
+            known = {
+                given: values[source].clone()
+                for given, source in self._sources[node].items()
+                if source in values
+            }
+            values[node] = (
+                next(iter(known.values())) if self._keeps(node) else self._call(node, known)
+            )
+        value: Tensor = values[end].to(points.dtype)
+        return value
+
+    def _call(self, node: fx.Node, known: dict[fx.Node, Tensor]) -> Any:
+        args: Any = fx.map_arg(node.args, known.__getitem__)
+        kwargs: Any = fx.map_arg(node.kwargs, known.__getitem__)
+        if node.op == "call_method":
+            return operator.methodcaller(str(node.target), *args[1:], **kwargs)(args[0])
+        if node.op == "call_module":
+            return self._root.get_submodule(str(node.target))(*args, **kwargs)
+        function: Any = node.target
+        return function(*args, **kwargs)
+
+    def _where_it_branches(self, start: fx.Node) -> tuple[str, fx.Node] | None:
+        """What follows if all readers agree, or if one part gates another."""
+        parts = list(self._parts(start))
+        branches = [self._branch(part) for part in parts]
+        followed = [branch for branch in branches if branch is not None]
+        if not followed or len({name for name, _ in followed}) > 1:
+            return None
+        if len(followed) == len(branches):
+            return followed[0]
+        if len(parts) == 2 and all(self._function[part] in SELECTING for part in parts):
+            return self._gate(followed[0], parts[branches.index(None)])
+        return None
+
+    def _parts(self, start: fx.Node) -> Iterator[fx.Node]:
+        """The readers of a node; for one that splits it, the parts."""
+        for reader in self._readers[start]:
+            split = self._function[reader] in SPLITTING
+            yield from self._readers[reader] if split else (reader,)
+
+    def _branch(self, node: fx.Node) -> tuple[str, fx.Node] | None:
+        function = self._function[node]
+        if self._keeps(node) or function in SELECTING:
+            return self._follow(node)
+        if function in ACTIVATIONS:
+            return self._named(node), node
+        return (function, node) if function in _ACROSS else None
+
+    def _gate(self, gate: tuple[str, fx.Node], other: fx.Node) -> tuple[str, fx.Node] | None:
+        """The gated unit in which an activated part multiplies the other part."""
+        name, activated = gate
+        through = {other, *filter(self._keeps, self._region(other))}
+        for reader in self._readers[activated]:
+            sources = self._sources[reader].values()
+            if self._function[reader] == "mul" and any(s in through for s in sources):
+                return (_GATED[name], reader) if name in _GATED else None
+        return None
+
+
+@cached
+def _grid() -> Tensor:
+    """Points that tell activations apart: both tails, both sides of every kink."""
+    return torch.linspace(-7.9, 7.9, 101, dtype=torch.float64)

@@ -1,0 +1,89 @@
+"""The nodes of graphs that read parameters, and those that compute with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from surgery.modules.node import DropConnect
+from surgery.moments.torch_functions import CASTING, COPYING, TRANSPOSING
+
+from .operations import Operation, function_of, leaves, operation
+
+_SAME = CASTING | COPYING
+
+
+@dataclass(frozen=True)
+class AtNode:
+    """A node of one graph, whose target lies in the owner of a parameter."""
+
+    graph_module: fx.GraphModule
+    node: fx.Node
+
+    @property
+    def path(self) -> str:
+        """Dotted name of the owner in the graph's module."""
+        return str(self.node.target).rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Read(AtNode):
+    """One `get_attr` node that reads a parameter."""
+
+    owner: nn.Module
+    name: str
+    """Plain name of the parameter in its owner."""
+
+
+@dataclass(frozen=True)
+class GraphUse:
+    """One node that computes with a parameter."""
+
+    read: Read
+    node: fx.Node
+    value: fx.Node
+    """The parameter as the node takes it: the `get_attr` node, or one that transposes or casts it."""
+    operation: Operation
+    flipped: bool
+    """Whether it was transposed on the way."""
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is what the operation calls its weight."""
+        return _holds(self.operation.argument(self.node, self.operation.weight), self.value)
+
+
+def uses(read: Read) -> Iterator[GraphUse]:
+    """The nodes that compute with the parameter of one `get_attr` node."""
+    yield from _uses(read, read.node, False)
+
+
+def _uses(read: Read, value: fx.Node, flipped: bool) -> Iterator[GraphUse]:
+    root = read.graph_module
+    for user in value.users:
+        function = "dropconnect" if _is_dropconnect(user, root) else function_of(user, root)
+        if function in TRANSPOSING:
+            yield from _uses(read, user, not flipped)
+        elif function in _SAME or (function == "dropconnect" and not _replaces(user, root)):
+            yield from _uses(read, user, flipped)
+        else:
+            op = operation(user, root, lambda argument: _holds(argument, value))
+            yield GraphUse(read, user, value, op, flipped)
+
+
+def _is_dropconnect(node: fx.Node, root: nn.Module) -> bool:
+    return node.op == "call_module" and isinstance(
+        root.get_submodule(str(node.target)), DropConnect
+    )
+
+
+def _replaces(node: fx.Node, root: nn.Module) -> bool:
+    module = root.get_submodule(str(node.target))
+    return isinstance(module, DropConnect) and module.call is not None
+
+
+def _holds(argument: Any, value: fx.Node) -> bool:
+    return any(leaf is value for leaf in leaves(argument))
