@@ -1,8 +1,7 @@
-"""What is imported, what is shipped, and how the folders may refer to each other."""
+"""What is imported, and what is shipped."""
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import subprocess
 import sys
@@ -20,7 +19,6 @@ else:
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"surgery": "surgery", "transforms": "surgery.transforms", "adapters": "surgery.adapters"}
-MODULES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def project() -> dict:
@@ -31,28 +29,6 @@ def package_of(folder: Path) -> str:
     """The dotted package that a folder of the repository installs as."""
     first, *rest = folder.relative_to(ROOT).parts
     return ".".join([FOLDERS[first], *rest])
-
-
-def imports(path: Path) -> list[tuple[int, str]]:
-    """(level, dotted name) of every import in a file, at any depth; level 0 is absolute."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found += [(0, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = f"{node.module}." if node.module else ""
-            found += [(node.level, base + alias.name) for alias in node.names]
-    return found
-
-
-def absolute(path: Path) -> set[str]:
-    """Every module that a file imports, relative imports resolved."""
-    package = package_of(path.parent).split(".")
-    names = set()
-    for level, name in imports(path):
-        parent = package[: len(package) - level + 1] if level else []
-        names.add(".".join([*parent, name]))
-    return names
 
 
 HEAVY = ("transformers", "peft", "triton", "accelerate", "datasets", "torch._dynamo")
@@ -106,31 +82,6 @@ def test_installed_entry_points_are_those_of_the_project() -> None:
     """An editable install keeps those of the day when it was made: install again."""
     installed = {entry.name: entry.value for entry in entry_points(group="surgery.plugins")}
     assert project()["project"]["entry-points"]["surgery.plugins"].items() <= installed.items()
-
-
-def test_no_bare_imports_of_our_folders() -> None:
-    """They would load a second copy, or somebody else's package of that name."""
-    for path in MODULES:
-        bare = {name.split(".")[0] for level, name in imports(path) if level == 0}
-        assert not {"transforms", "adapters"} & bare, path
-
-
-def test_who_may_import_whom() -> None:
-    """The core imports neither of the others, and they do not import each other."""
-    forbidden = {
-        "surgery": ("surgery.transforms", "surgery.adapters"),
-        "transforms": ("surgery.adapters",),
-        "adapters": ("surgery.transforms",),
-    }
-    for path in MODULES:
-        others = forbidden[path.relative_to(ROOT).parts[0]]
-        assert not [name for name in absolute(path) if name.startswith(others)], path
-
-
-def test_relative_imports_stay_inside_their_folder() -> None:
-    for path in MODULES:
-        depth = len(path.relative_to(ROOT).parts) - 1
-        assert all(level <= depth for level, _ in imports(path)), path
 
 
 def test_public_names_exist_and_are_documented() -> None:

@@ -24,7 +24,7 @@ def as_text(shape: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
-    """One way in which a model uses a parameter, found by `surgery.transforms.reading.find`."""
+    """One way in which a model uses a parameter, found by `surgery.transforms.find`."""
 
     op: str
     """The operation: `linear`, `addmm`, `matmul`, `conv`, `lstm`, `embedding`, `grouped_mm`, ..."""

@@ -246,5 +246,5 @@ VERBS = {
     "graph: apply": Verb(graph, _nothing, operate),
     "graph: strip": Verb(graph, operate, strip_dropconnect),
     "graph: step": Verb(graph, operate, _step),
-    "find": Verb(net, operate, lambda m: surgery.transforms.reading.find(m, WORDS)),
+    "find": Verb(net, operate, lambda m: surgery.transforms.find(m, WORDS)),
 }

@@ -48,7 +48,7 @@ def draw(
         model: plain or operated, or a `torch.fx.GraphModule`. Not changed.
         path: where to write the picture too; the file appears whole or not at all.
         plan: mark these sites instead of those in place: what `apply_dropconnect` would do.
-        example_inputs: for `surgery.transforms.capture.capture`, which finds out what feeds what.
+        example_inputs: for `surgery.transforms.capture`, which finds out what feeds what.
         detail: `"modules"` draws the modules that hold weights or compute, and the operations that
             join two flows, with equal layers drawn once. `"nodes"` draws every node of a
             `GraphModule`, the default for one that is not large.

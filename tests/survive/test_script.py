@@ -9,7 +9,7 @@ from torch import nn
 import surgery.transforms.operating.graph_surgeon  # noqa: F401  (what the entry point of torch.fx imports)
 from surgery import SurgeryError, apply_dropconnect, set_p, strip_dropconnect
 
-from ..survive.models import BY_NAME, Subject, assert_same, tensors
+from .models import BY_NAME, Subject, assert_same, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, about jit
 

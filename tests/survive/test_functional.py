@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 
 from surgery import SurgeryError, apply_dropconnect, strip_dropconnect
 
-from ..survive.models import BY_NAME, SUBJECTS, Subject, assert_same, raw, step_gradients, tensors
+from .models import BY_NAME, SUBJECTS, Subject, assert_same, raw, step_gradients, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 """Of vmap, where it has no rule of its own for a kernel (attention, the GRU cell)."""
