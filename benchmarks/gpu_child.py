@@ -84,8 +84,7 @@ def first_calls(bench: Bench) -> dict[str, float]:
     for sampling in ("batch", "example", "gaussian"):
         name = "ours" if sampling == "batch" else f"ours, {sampling}"
         found[name] = seconds(ours_of(plain, nn.Linear, P, sampling=sampling))
-    net = nn.Sequential(plain, nn.ReLU())
-    net = ours_of(net, nn.Linear, P, inference="moments").eval()
+    net = ours_of(nn.Sequential(plain, nn.ReLU()), nn.Linear, P, inference="moments").eval()
     synchronize()
     begun = time.perf_counter()
     with torch.no_grad():

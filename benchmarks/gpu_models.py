@@ -22,7 +22,7 @@ P = 0.1
 PRETRAINED = "ours, toward pretrained"
 
 
-def bert_model(small: bool) -> nn.Module:
+def bert_model(small: bool) -> Any:
     """BERT-base for classification, or a tiny one, with random weights."""
     from transformers import BertConfig, BertForSequenceClassification
 

@@ -66,6 +66,7 @@ def _mask_rows(side: int, settings: Settings, device: str) -> list[Row]:
         FALLBACK: fallback,
     }
     if settings.divide == 1:  # tests do not compile
+        assert isinstance(key, Tensor)  # as everywhere but on a GPU
         formula = torch.compile(masked_formula, dynamic=True, fullgraph=True)
         flat, tensors = weight.view(-1), (key, law.threshold, law.scale)
         contenders[INDUCTOR] = lambda: formula(flat, None, *tensors, None)

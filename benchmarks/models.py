@@ -43,7 +43,8 @@ class Block(nn.Module):
         query, key, value = split.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        deep: Tensor = self.down(F.gelu(self.up(self.norm2(x))))
+        return x + deep
 
 
 class LanguageModel(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -155,7 +156,7 @@ def _upper_bound(squares: Tensor) -> float:
     """Root of the mean of (examples, outputs) plus two standard errors."""
     outputs = squares.double().mean(0)
     error = outputs.std() / len(outputs) ** 0.5
-    return max(float(outputs.mean() + 2 * error), 0.0) ** 0.5
+    return math.sqrt(max(float(outputs.mean() + 2 * error), 0.0))
 
 
 def monte_carlo(settings: Settings) -> list[Row]:

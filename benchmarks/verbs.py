@@ -53,9 +53,9 @@ class _Results(TorchDispatchMode):
     """Counts the tensors of at least a size that operations return."""
 
     def __init__(self, numel: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.numel = numel
-        self.found = 0
+        self.found: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -67,7 +67,8 @@ class _Results(TorchDispatchMode):
 def weights_made(model: nn.Sequential) -> int:
     """How many tensors of a weight's size apply and strip make, of parameters that are other ones."""
     before = {name: (id(value), value.data_ptr()) for name, value in model.named_parameters()}
-    with _Results(next(model.parameters()).numel()) as results:
+    results = _Results(next(model.parameters()).numel())
+    with results:
         strip_dropconnect(apply_dropconnect(model, nn.Linear, p=P))
     after = {name: (id(value), value.data_ptr()) for name, value in model.named_parameters()}
     return results.found + sum(after[name] != place for name, place in before.items())

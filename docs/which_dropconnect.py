@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ def masks_of(layer: nn.Linear, examples: int, seed: int) -> Tensor:
     return used.detach().transpose(1, 2).abs() > 1e-9
 
 
-def pair(p: float = 0.5, **options: object) -> tuple[nn.Linear, nn.Linear, Tensor]:
+def pair(p: float = 0.5, **options: Any) -> tuple[DropConnectLinear, nn.Linear, Tensor]:
     """Two layers with the same weights, the second operated, and a batch."""
     torch.manual_seed(0)
     plain, x = DropConnectLinear(6, 5), torch.randn(4, 6)
@@ -99,14 +100,14 @@ def pair(p: float = 0.5, **options: object) -> tuple[nn.Linear, nn.Linear, Tenso
     return plain, apply_dropconnect(operated, nn.Linear, p=p, **options), x
 
 
-def same(*pairs: tuple[Tensor | None, Tensor | None]) -> bool:
+def same(*pairs: tuple[Any, Any]) -> bool:
     return all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in pairs)
 
 
 def by_hand_is_per_example() -> bool:
     ours, operated, x = pair(sampling="example")
     kept = masks_of(operated, len(x), seed=1)
-    ours.masks = lambda examples: kept
+    ours.masks = lambda examples: kept  # type: ignore[method-assign]
     torch.manual_seed(1)
     expected, found = ours(x), operated(x)
     expected.square().sum().backward()
@@ -229,10 +230,10 @@ def gradient_variances(p: float = 0.5) -> dict[int, Measured]:
 SAMPLINGS = {"no masks": None, "per example": "example", "per batch": "batch"}
 
 
-def variances(sampling: str | None, size: int, p: float) -> list[float]:
+def variances(sampling: Any, size: int, p: float) -> list[float]:
     """Independent estimates, each from some draws."""
     model, data, labels = half_trained(p)
-    weight = model[0].weight
+    weight = model[0].get_parameter("weight")
     if sampling is not None:
         apply_dropconnect(model, "0", p=p, sampling=sampling)
 
@@ -265,7 +266,7 @@ def half_trained(p: float) -> tuple[nn.Sequential, Tensor, Tensor]:
 
 # ---- masks, to look at -------------------------------------------------------------------------
 
-DIAGRAMS: dict[str, dict[str, str]] = {
+DIAGRAMS: dict[str, dict[str, Any]] = {
     "WeightDrop\none mask per call": {"sampling": "batch"},
     "DropConnect (paper)\none mask per example": {"sampling": "example"},
     "Dropout\ncolumns, per example": {"sampling": "example", "unit": "input"},
@@ -359,7 +360,8 @@ def put_into(page: str, blocks: dict[str, str]) -> str:
     """The page with what lies between `<!-- name -->` and `<!-- end -->` replaced."""
     for name, block in blocks.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        page, count = re.subn(pattern, lambda m, b=block: f"{m[1]}{b}\n{m[2]}", page, flags=re.S)
+        literal = block.replace("\\", r"\\")
+        page, count = re.subn(pattern, rf"\g<1>{literal}\n\g<2>", page, flags=re.S)
         assert count == 1, f"the page has {count} places for {name}"
     return page
 

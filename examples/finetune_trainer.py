@@ -175,7 +175,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-class StepClock(TrainerCallback):
+class StepClock(TrainerCallback):  # type: ignore[misc]
     """Measures every training step: forward, backward and update."""
 
     def __init__(self) -> None:
@@ -194,7 +194,8 @@ class StepClock(TrainerCallback):
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    return model.eval()(**inputs).logits
+    found: torch.Tensor = model.eval()(**inputs).logits
+    return found
 
 
 def peak_memory() -> float:

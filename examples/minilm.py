@@ -56,7 +56,7 @@ def show_progress(trainer: Trainer, name: str) -> None:
     trainer.add_callback(NamedBar(name))
 
 
-class NamedBar(ProgressCallback):
+class NamedBar(ProgressCallback):  # type: ignore[misc]
     """Trainer's progress bar with a name, and with the loss in it instead of above it."""
 
     def __init__(self, name: str) -> None:
