@@ -11,7 +11,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"surgery": "surgery", "transforms": "surgery.transforms", "adapters": "surgery.adapters"}
 
-CORE = ("base", "spec", "ops", "moments", "kinds", "modules", "planning", "operating", "verbs")
+CORE = (
+    "base",
+    "torch_private",
+    "spec",
+    "ops",
+    "moments",
+    "kinds",
+    "modules",
+    "planning",
+    "operating",
+    "verbs",
+)
 """The rooms of the core from the ground up: each imports only those before it."""
 GRAPHS = ("capture", "reading", "operating", "drawing")
 """Those of `transforms`, in the same way."""

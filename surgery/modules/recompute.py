@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..ops.tracing import is_traced
 from ..ops.versions import check_unmodified, version_of
+from ..torch_private.saved_hooks import hooks_are_allowed, take_out, top_hooks
 
 
 class Recipe(NamedTuple):
@@ -58,7 +59,7 @@ class recompute_masked_weights(torch.autograd.graph.saved_tensors_hooks):
     """
 
     def __init__(self, recipes: dict[int, Recipe]) -> None:
-        outer = _top()
+        outer = top_hooks(False)
         outer_pack, outer_unpack = outer if outer is not None else (_pack, _unpack)
 
         def pack(tensor: Tensor) -> Any:
@@ -93,37 +94,16 @@ def call_recomputing(
     try:
         hooks.__enter__()
         result = forward(*args, **kwargs)
-        _take_out(hooks)
+        take_out(hooks)
         return result
     except BaseException:
-        _take_out(hooks)
+        take_out(hooks)
         raise
-
-
-def _take_out(hooks: recompute_masked_weights) -> None:
-    """Remove hooks, and what somebody who was killed inside has left on top of them; if they are in."""
-    above = []
-    while (top := _top()) is not None:
-        torch._C._autograd._pop_saved_tensors_default_hooks()
-        if top[0] is hooks.pack_hook:
-            return
-        above.append(top)
-    for pack, unpack in reversed(above):
-        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
-
-
-def _top() -> tuple[Any, Any] | None:
-    """The hooks that act now."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def can_recompute() -> bool:
     """Whether saved-tensor hooks work here: autograd records, nothing traces, nothing forbids."""
-    return (
-        torch.is_grad_enabled()
-        and not is_traced()
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-    )
+    return torch.is_grad_enabled() and not is_traced() and hooks_are_allowed()
 
 
 def address_of(used: Tensor) -> int | None:

@@ -1,0 +1,11 @@
+"""What this package uses of torch that torch does not promise to keep: one file for each concern.
+
+Whatever stands below has no public counterpart in torch 2.9, the oldest that is supported, or one that
+costs more than a forward should pay; the file says which. Each name has a test of its own in
+`tests/torch_private`, which fails with the name and the file once torch behaves in another way.
+
+    saved_hooks.py   the hooks that decide what autograd keeps
+
+Functions that are called in every forward are torch's own under another name, so that none of them
+costs a call more.
+"""
