@@ -36,14 +36,10 @@ def needs_product(sampling: Sampling, inference: Inference) -> bool:
     return sampling != "batch" or inference == "moments"
 
 
-INSTEAD = "sampling='batch' and inference='mean' or 'sample'"
-"""What every module can do."""
-
-
 @dataclass(frozen=True)
 class Demand:
-    """What the options of a site ask of the product that it is part of. Plans, `set_inference` and
-    `mc_predict` ask here, and a forward does what is not refused."""
+    """What the options of a site ask of the product that it is part of. Plans of modules and of graphs,
+    `set_inference` and `mc_predict` ask `refused`, and a forward does what is not refused."""
 
     sampling: Sampling
     inference: Inference
@@ -62,9 +58,24 @@ class Demand:
             return None
         return "inference='moments'" if self.sampling == "batch" else f"sampling={self.sampling!r}"
 
-    def refused(self, product: Product) -> str | None:
-        """Why a product cannot do it, and what to do; or None."""
-        if self.mode is None or product.is_matrix:
+    def refused(
+        self, product: Product | None, otherwise: str = "needs a product", *, bias: bool = False
+    ) -> str | None:
+        """Why a parameter cannot be dropped as the options say, and what to do; or None.
+
+        Args:
+            product: whose weight the parameter is; None if it is the weight of none.
+            otherwise: what is wrong then; the message goes on with it after the option.
+            bias: whether the parameter is the bias of a product.
+        """
+        if self.mode is None or (bias and self.bias):
+            return None
+        if bias:
+            return f"{self.mode} drops a bias with its weight only; use bias=True"
+        if product is None:
+            instead = "use sampling='batch' and inference='mean' or 'sample' for it"
+            return f"{self.mode} {otherwise}; {instead}"
+        if product.is_matrix:
             return None
         if self.unit == "element" and self.sampling == "example":
             return (
@@ -78,11 +89,17 @@ class Demand:
             )
         return None
 
-    def refused_bias(self) -> str | None:
-        """Why the bias of a product cannot do it by itself; or None."""
-        if self.mode is None or self.bias:
+    def refused_apart(self, weight: Demand | None) -> str | None:
+        """Why the bias of a product cannot be dropped while its weight has other options, or is not
+        dropped (None); or None."""
+        own = (self.sampling, self.inference)
+        if self.mode is None or (weight and (weight.sampling, weight.inference) == own):
             return None
-        return f"{self.mode} drops a bias with its weight only; use bias=True"
+        return (
+            f"sampling={self.sampling!r} with inference={self.inference!r} drops a bias with its "
+            "weight only, and the weight has not the same options; name the weight, whose bias=True "
+            "takes the bias along"
+        )
 
 
 def _linear(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kinds.product import Product
+from ..kinds.product import Demand, Product
 from ..ops import Law, Layout, draw_key
 from ..ops.hash import Key
 from ..ops.random import is_capturing
@@ -200,6 +200,10 @@ class SiteState:
         if (config.inference, config.samples) != (inference, draws):
             config = config.replace(inference=inference, samples=draws)
         return {"_config": config, "inference": inference, "draws": draws}
+
+    def refused(self, sampling: Sampling, inference: Inference) -> str | None:
+        """Why the product of this weight cannot be had with these options, and what to do; or None."""
+        return Demand(sampling, inference, self.unit).refused(self.product)
 
     def mode(self, training: bool) -> Sampling | Literal["moments", "probe"] | None:
         """What a forward does: how it samples, `"moments"`, or None for nothing. The value of p is

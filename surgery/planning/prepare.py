@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..kinds.product import Product, needs_product
+from ..kinds.product import Demand, Product
 from ..kinds.table import follows_weight, kind_of, layout_of
 from ..modules.laws import give_laws
 from ..modules.operated import DropConnectModule, operated_class, plain_class
@@ -252,15 +252,13 @@ def _lone_biases(changes: dict[int, Change]) -> list[str]:
     problems = []
     for change in changes.values():
         bias = None if change.in_graph else change.states.get("bias")
-        if bias is None or not needs_product(bias.sampling, bias.inference):
+        if bias is None:
             continue
         weight = {**states_of(change.module), **change.states}.get("weight")
-        if weight is None or (weight.sampling, weight.inference) != (bias.sampling, bias.inference):
-            problems.append(
-                f"{bias.site} ({type(change.module).__name__}): sampling={bias.sampling!r} with "
-                f"inference={bias.inference!r} drops a bias with its weight only, and the weight has "
-                "not the same options; name the weight, whose bias=True takes the bias along"
-            )
+        its = None if weight is None else Demand.of(weight.config)
+        problem = Demand.of(bias.config).refused_apart(its)
+        if problem is not None:
+            problems.append(f"{bias.site} ({type(change.module).__name__}): {problem}")
     return problems
 
 

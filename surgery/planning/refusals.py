@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kinds.derived import computed, fix
-from ..kinds.product import INSTEAD, Demand, needs_product
+from ..kinds.product import Demand
 from ..kinds.table import SEPARATE_PROJECTIONS, follows_weight, kind_of, layout_of, needs_axes
 from ..modules.masking import AFTER_FSDP, is_managed
 from ..modules.operated import DropConnectModule, plain_class
@@ -141,27 +141,23 @@ def _first_held(module: nn.Module, names: Sequence[str]) -> str | None:
 
 def _no_product(user: Choice, parents: list[nn.Module]) -> str | None:
     """Why this site cannot be sampled per example, or its moments be had, if it is to be."""
-    config = user.config
-    if not needs_product(config.sampling, config.inference):
+    demand = Demand.of(user.config)
+    if demand.mode is None:
         return None
-    demand = Demand.of(config)
     cls, kind = plain_class(user.module), kind_of(user.module)
+    product = None if parents else kind.product(cls)
     if parents:
-        return (
-            f"{demand.mode} replaces the product in its own forward, but {type(parents[0]).__name__} "
-            f"reads the weight itself; use {INSTEAD} for it"
+        reader = type(parents[0]).__name__
+        otherwise = f"replaces the product in its own forward, but {reader} reads the weight itself"
+    elif product is None:
+        otherwise = (
+            "needs a forward that is a product of input and weight, and that of "
+            f"{cls.__name__} is not known to be one"
         )
-    product = kind.product(cls)
-    if product is None:
-        return (
-            f"{demand.mode} needs a forward that is a product of input and weight, and that of "
-            f"{cls.__name__} is not known to be one; use {INSTEAD} for it"
-        )
-    if user.name == kind.bias("weight"):
-        return demand.refused_bias()
-    if user.name != "weight":
-        return f"{demand.mode} is for the weight of {cls.__name__} only; use {INSTEAD} for it"
-    return demand.refused(product)
+    else:
+        otherwise = f"is for the weight of {cls.__name__} only"
+    bias = product is not None and user.name == kind.bias("weight")
+    return demand.refused(product if user.name == "weight" else None, otherwise, bias=bias)
 
 
 def not_followed(catalogue: Catalogue, module: nn.Module) -> str | None:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from ..base.journal import Changes, Reversible, Step, at_once
-from ..kinds.product import Demand
 from ..modules.places import Place, places, product_site
 from ..modules.state import SiteState
 from ..modules.walk import unwrapped
@@ -110,6 +109,4 @@ def _check_products(model: nn.Module, states: list[SiteState]) -> None:
 def _has_moments(place: Place, named: set[int]) -> bool:
     """Whether mean and variance of the pre-activation are known: of a bias, with its weight."""
     by = product_site(place)
-    if by is None or by.product is None or id(by) not in named:
-        return False
-    return Demand(by.sampling, "moments", by.unit).refused(by.product) is None
+    return by is not None and id(by) in named and by.refused(by.sampling, "moments") is None

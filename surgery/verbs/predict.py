@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..base.journal import Changes, restoring
-from ..kinds.product import Demand
 from ..modules.places import Place, places, product_site
 from ..modules.state import Group
 from ..spec.config import Sampling
@@ -230,10 +229,10 @@ def _can_group(place: Place) -> bool:
     state, by = place.state, product_site(place)
     if state.p == 0.0:
         return True
-    if by is None or by.product is None or by.p == 0.0:
+    if by is None or by.p == 0.0:
         return False
     sampling: Sampling = "example" if by.sampling == "batch" else by.sampling
-    return Demand(sampling, "sample", by.unit).refused(by.product) is None
+    return by.refused(sampling, "sample") is None
 
 
 def _repeated(value: Any, count: int) -> Any:

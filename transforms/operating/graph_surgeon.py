@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx, nn
 
 from surgery.base.journal import Step
-from surgery.kinds.product import INSTEAD, Demand
+from surgery.kinds.product import Demand
 from surgery.kinds.table import follows_weight
 from surgery.modules import SiteState
 from surgery.moments.torch_functions import ANEW, RESHAPING, SELECTING
@@ -79,12 +79,9 @@ class GraphSurvey(Survey):
             graph_module, node = replaced.read.graph_module, replaced.node
             return demand.refused(replaced.product) or _joint(self, graph_module, node, config)
         weight = self._weight_of(module, name)
-        if weight is not None and self._is_combined(module, name, weight):
-            return demand.refused_bias()
-        return (
-            f"{demand.mode} needs one matrix product that alone reads the weight, and here it is used "
-            f"by {_named(found)}; use {INSTEAD} for it"
-        )
+        bias = weight is not None and self._is_combined(module, name, weight)
+        otherwise = "needs one matrix product that alone reads the weight, and here it is used by "
+        return demand.refused(None, otherwise + _named(found), bias=bias)
 
     def _joint_after_call(self, module: nn.Module, config: DropConnectConfig) -> str | None:
         for graph_module in self.graphs:
