@@ -31,6 +31,7 @@ MOVED = {
     "modules.reads": "kinds.reads",
     "modules.source": "kinds.source",
     "modules.derived": "kinds.derived",
+    "ops.tracing": "torch_private.tracing",
     "recompute": "modules.recompute",
     "keys": "modules.keys",
     "modules.paper_modes": "modules.product_forward",

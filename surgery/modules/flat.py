@@ -20,8 +20,8 @@ from ..ops import Law, drop_into, drop_weight
 from ..ops.hash import Key
 from ..ops.linear import as_if_trained
 from ..ops.ordinary import is_ordinary_there
-from ..ops.tracing import is_traced
 from ..ops.versions import check_unmodified, version_of
+from ..torch_private.tracing import is_traced
 from .live import Open, watched
 from .recompute import Recipe, can_recompute
 from .state import SiteState

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..kinds.product import LINEAR_PRODUCT
 from ..ops import masked_linear
 from ..ops.ordinary import is_dense
-from ..ops.tracing import is_traced
+from ..torch_private.tracing import is_scripted, is_traced
 from .masking import check_anchor
 from .state import SiteState
 
@@ -50,6 +50,6 @@ def _asks_for_a_mask(state: SiteState, held: dict[str, Any]) -> bool:
         return False
     if state.held_key is not None or state.group is not None or held[state.live] is not None:
         return False
-    if held["_dropconnect_draws"] or state.rate * state.factor == 0.0 or torch._C._is_tracing():
+    if held["_dropconnect_draws"] or state.rate * state.factor == 0.0 or is_scripted():
         return False
     return (held["training"] or state.inference == "sample") and state.layout.is_elementwise

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..ops import Law, drop_weight
 from ..ops.hash import Key
 from ..ops.linear import as_if_trained
-from ..ops.tracing import is_traced
 from ..ops.versions import version_of
+from ..torch_private.tracing import is_traced
 from .recompute import Recipe, can_recompute
 from .state import SiteState
 

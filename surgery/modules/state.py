@@ -11,9 +11,9 @@ from torch import Tensor
 from ..kinds.product import Demand, Product
 from ..ops import Law, Layout, draw_key
 from ..ops.hash import Key
-from ..ops.random import is_capturing
 from ..spec.config import DropConnectConfig, Inference, Sampling, check_p
 from ..spec.errors import SurgeryError
+from ..torch_private.tracing import is_capturing, is_scripted
 from .laws import Row, change_laws, give_laws, shared_law
 
 
@@ -213,7 +213,7 @@ class SiteState:
         if eager and self.rate * self.factor == 0.0 and not self._is_captured():
             return None
         if training or self.inference == "sample":
-            if eager and torch._C._is_tracing():
+            if eager and is_scripted():
                 raise SurgeryError(refusal_to_script(self.site, "torch.jit.trace"))
             if self.group is not None and self.group.probing:
                 return "probe"

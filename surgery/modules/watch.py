@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils import checkpoint
 
 from ..kinds.reads import METADATA
+from ..torch_private.tracing import backward_number
 from .state import SiteState
 
 _CALL = nn.Module._call_impl.__code__
@@ -59,7 +60,7 @@ def refuse_recomputation(state: SiteState) -> None:
     Raises:
         RuntimeError: it had, and is gone.
     """
-    if state.drawn_outside and torch._C._current_graph_task_id() != -1:
+    if state.drawn_outside and backward_number() != -1:
         raise RuntimeError(
             f"activation checkpointing recomputes what reads {state.site}, and the forward that draws "
             "its mask is not part of that (drawn_by in dropconnect_sites): checkpoint the module that "

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..base.caching import cached, lasting
+from ..torch_private.tracing import is_traced
 from . import gpu, native
 from .hash import Key, advance_key, key_tensor, mix_into, spread
 from .law import Law, Layout
 from .ordinary import is_batched
 from .switch import compile_enabled, give_up
-from .tracing import is_traced
 from .workspace import Block, borrow, give_back
 
 Formula = Callable[..., Tensor]

@@ -13,11 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..torch_private.tracing import is_traced
 from . import gpu
 from .example_product import gradients, product
 from .hash import Key, key_tensor
 from .law import Law
-from .tracing import is_traced
 
 
 def example_product(x: Tensor, weight: Tensor, anchor: Tensor | None, key: Key, law: Law) -> Tensor:

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..torch_private.tracing import is_traced
 from . import gpu, native
 from .engine import CHUNK, has_kernels
 from .gaussian import gaussian_sample, safe_sqrt
-from .tracing import is_traced
 
 Function = Callable[[Tensor], Tensor]
 ClosedForm = Callable[[Function, Tensor, Tensor], Tensor]

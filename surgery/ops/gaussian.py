@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec.config import Unit
+from ..torch_private.tracing import is_traced
 from . import gpu
 from .law import Law
 from .linear import has_autocast
 from .random import drawn
-from .tracing import is_traced
 from .workspace import Block, borrow, give_back
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec.config import Unit
+from ..torch_private.tracing import is_traced
 from . import gpu, native
 from .engine import has_kernels
 from .gaussian import difference, dtype_of_squares, gaussian_sample, moments_of, squared_difference
 from .law import Law
 from .linear import autocast_dtype, matrix
 from .ordinary import is_ordinary, unviewed
-from .tracing import is_traced
 from .versions import check_unmodified, version_of
 from .workspace import Block, borrow, give_back
 

@@ -29,8 +29,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..torch_private.tracing import is_traced
 from .random import drawn, host_seed
-from .tracing import is_traced
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B9

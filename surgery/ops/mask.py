@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..torch_private.tracing import is_traced
 from . import gpu
 from .engine import masks, run, shared_masks
 from .hash import Key, advance_key, key_tensor, mix, spread
 from .law import Law, Layout
 from .ordinary import is_batched, unviewed
-from .tracing import is_traced
 from .workspace import Block
 
 SEGMENT = 1 << 30

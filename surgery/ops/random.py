@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base.caching import constant_in_traces
-from .tracing import is_traced
+from ..torch_private.tracing import is_capturing, is_traced
 
 
 def drawn(sampler: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -89,9 +89,3 @@ def _generator_of(device: torch.device) -> Any:
     if found is None or str(device) != device.type:  # else it depends on the current device
         _generators[device] = found
     return found
-
-
-def is_capturing() -> bool:
-    """Whether what is launched on CUDA becomes part of a graph, which runs it again and again: then no
-    number of the host may be part of it."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ...torch_private.tracing import is_traced
 from ..switch import compile_enabled, give_up
-from ..tracing import is_traced
 
 INTERPRETED: set[str] = set()
 """Types of device beside GPUs whose tensors kernels take: those of Triton's interpreter, in tests."""
