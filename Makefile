@@ -55,7 +55,7 @@ test-all: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/pytest -n auto
 
 WITH_KERNELS := $(patsubst %,tests/modules/test_%.py,example family fused_linear gaussian_sites surroundings)
-WITH_KERNELS += $(patsubst %,tests/ops/test_%.py,engine example gaussian native)
+WITH_KERNELS += $(patsubst %,tests/ops/test_%.py,engine example gaussian) tests/ops/cpu/test_native.py
 
 test-no-compiler: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/pytest -n auto -m "not slow" $(WITH_KERNELS)

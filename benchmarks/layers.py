@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from surgery import apply_dropconnect
 from surgery.ops import Law, Layout, draw_key, drop_weight, masked_formula
+from surgery.ops.cpu.workspace import Block
 from surgery.ops.mask import drop_both
 from surgery.ops.switch import set_compile_enabled
-from surgery.ops.workspace import Block
 
 from . import peers
 from .measure import Settings, Work, clear_gradients, interleaved

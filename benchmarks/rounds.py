@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from surgery.ops import Law, draw_key
-from surgery.ops.build import SOURCES, NoCompiler, commands, find_compiler, open_library
-from surgery.ops.native import DROP_ARGUMENTS
+from surgery.ops.cpu.build import SOURCES, NoCompiler, commands, find_compiler, open_library
+from surgery.ops.cpu.native import DROP_ARGUMENTS
 
 from .measure import Settings, Work, interleaved
 from .rows import NANO, OURS, PLAIN, Row, in_unit

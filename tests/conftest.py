@@ -23,7 +23,7 @@ from surgery.ops.switch import set_compile_enabled
 
 
 def has_compiler() -> bool:
-    """Whether kernels can be compiled for the CPU, by `native.py` and by inductor: C++ compilers, and
+    """Whether kernels can be compiled for the CPU, by `ops/cpu` and by inductor: C++ compilers, and
     the headers of Python."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++"]

@@ -1,5 +1,6 @@
 """The operations: random bits, masks, and the masked weight. Tensors in, tensors out; no modules."""
 
+from .cpu.workspace import release
 from .example import example_linear, example_vector
 from .expect import expectation, expectation_by_draws, register_closed_form
 from .gaussian import gaussian_sample, linear_moments, moments_of
@@ -8,7 +9,6 @@ from .hash import draw_key, hash_bits, key_from_seed
 from .law import Law, Layout
 from .linear import masked_linear
 from .mask import drop_into, drop_weight, keep_mask, masked_formula
-from .workspace import release
 
 __all__ = [
     "Law",

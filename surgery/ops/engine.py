@@ -1,6 +1,6 @@
 """How a formula is run: by a kernel where there is one, else as it is, in chunks.
 
-    CPU     the C++ kernels of `native.py`, compiled at first use
+    CPU     the C++ kernels of `cpu/`, compiled at first use
     GPU     the Triton kernels of `gpu/`, compiled at first use
     else    the formula, in chunks, so that memory stays bounded; with one warning if that is because
             compiling failed
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ..base.caching import cached, lasting
 from ..torch_private.tracing import is_traced
-from . import gpu, native
+from . import gpu
+from .cpu import native
+from .cpu.workspace import Block, borrow, give_back
 from .hash import Key, advance_key, key_tensor, mix_into, spread
 from .law import Law, Layout
 from .ordinary import is_batched
 from .switch import compile_enabled, give_up
-from .workspace import Block, borrow, give_back
 
 Formula = Callable[..., Tensor]
 

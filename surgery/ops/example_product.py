@@ -19,7 +19,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import gpu, native
+from . import gpu
+from .cpu import native
 from .engine import CHUNK, has_kernels
 from .hash import Key, key_tensor, mix, multipliers, spread
 from .law import Law

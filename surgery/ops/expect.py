@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..torch_private.tracing import is_traced
-from . import gpu, native
+from . import gpu
+from .cpu import native
 from .engine import CHUNK, has_kernels
 from .gaussian import gaussian_sample, safe_sqrt
 

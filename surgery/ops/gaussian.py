@@ -20,10 +20,10 @@ from torch import Tensor
 from ..spec.config import Unit
 from ..torch_private.tracing import is_traced
 from . import gpu
+from .cpu.workspace import Block, borrow, give_back
 from .law import Law
 from .linear import has_autocast
 from .random import drawn
-from .workspace import Block, borrow, give_back
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """`product(x, weight, bias)`: any operation in which every output is the sum of the bias and of

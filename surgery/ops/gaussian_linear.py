@@ -11,14 +11,15 @@ from torch import Tensor
 
 from ..spec.config import Unit
 from ..torch_private.tracing import is_traced
-from . import gpu, native
+from . import gpu
+from .cpu import native
+from .cpu.workspace import Block, borrow, give_back
 from .engine import has_kernels
 from .gaussian import difference, dtype_of_squares, gaussian_sample, moments_of, squared_difference
 from .law import Law
 from .linear import autocast_dtype, matrix
 from .ordinary import is_ordinary, unviewed
 from .versions import check_unmodified, version_of
-from .workspace import Block, borrow, give_back
 
 
 class _GaussianLinear(torch.autograd.Function):

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..base.caching import constant_in_traces
 from . import gpu
+from .cpu.workspace import borrow, give_back
 from .hash import Key
 from .law import Law, Layout
 from .mask import drop_both, drop_eagerly, drop_weight
 from .ordinary import unviewed
 from .versions import check_unmodified, version_of
-from .workspace import borrow, give_back
 
 Masks = tuple[Key, Law, Layout, Tensor | None, str]
 """Key, law, layout and anchor of a weight, and its name: one argument of an autograd Function, as each

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery import apply_dropconnect, hold_masks, strip_dropconnect
 from surgery.modules import dropping
-from surgery.ops import native, release, workspace
+from surgery.ops import release
+from surgery.ops.cpu import native, workspace
 
 from ..helpers import keep, masked
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery import apply_dropconnect, hold_masks, plan_dropconnect
-from surgery.ops import release, workspace
+from surgery.ops import release
+from surgery.ops.cpu import workspace
 
 from ..cases import Case, every_case
 from .test_autograd import operated_in_every_way, output, some_cases

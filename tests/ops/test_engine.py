@@ -19,12 +19,12 @@ from surgery.ops import (
     engine,
     key_from_seed,
     masked_formula,
-    native,
     switch,
 )
+from surgery.ops.cpu import native
+from surgery.ops.cpu.workspace import Block
 from surgery.ops.gpu import launch
 from surgery.ops.mask import drop_both
-from surgery.ops.workspace import Block
 
 KEY = key_from_seed(21)
 ROWS, COLUMNS = 101, 257

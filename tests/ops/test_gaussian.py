@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.ops import Law, gaussian_linear, gaussian_sample, linear_moments, moments_of, native
+from surgery.ops import Law, gaussian_linear, gaussian_sample, linear_moments, moments_of
+from surgery.ops.cpu import native
 from surgery.ops.switch import set_compile_enabled
 from tests.ops.reference import every_mask, mask_shape
 

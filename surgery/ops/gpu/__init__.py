@@ -1,4 +1,4 @@
-"""Kernels for the GPU, in Triton: what `native.py` is for the CPU.
+"""Kernels for the GPU, in Triton: what `cpu/` is for the CPU.
 
     launch.py               which tensors they take, and how one is launched at little cost to the host
     hash_kernels.py         the hash of `hash.py`, for the kernels

@@ -18,7 +18,7 @@ def density(t):
 @triton.jit
 def scaled_tail(t):
     """(1 + t^2) * (1 - t * M(t)) for t >= 0, where M is Mills' ratio (1 - Phi) / phi: the series of
-    `kernels/activations.cpp`, with a relative error below 6e-8."""
+    `cpu/kernels/activations.cpp`, with a relative error below 6e-8."""
     y = divided(t - 4, t + 4)
     twice = 2 * y
     b12 = 6.869403535e-08

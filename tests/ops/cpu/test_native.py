@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from surgery.ops import Law, Layout, build, drop_weight, key_from_seed, native
+from surgery.ops import Law, Layout, drop_weight, key_from_seed
+from surgery.ops.cpu import build, native
 
 SIZE = 20_000
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from surgery.ops import build, cache, native
+from surgery.ops.cpu import build, cache, native
 
 NAME = "activations"
 """The kernels that compile fastest."""
@@ -71,7 +71,7 @@ def belongs_to_another(path: Path, monkeypatch) -> None:
 
 DAMAGED = """
 import os, pathlib, shutil, sys, torch
-from surgery.ops import build, native
+from surgery.ops.cpu import build, native
 cache, other = map(pathlib.Path, sys.argv[1:])
 compile_, built = build._compile, []
 def spy(*args):
@@ -265,7 +265,7 @@ def test_a_blank_cxx_is_none(folder: Path, monkeypatch) -> None:
 
 NO_CACHE = """
 import os, sys, torch
-from surgery.ops import native
+from surgery.ops.cpu import native
 mean, var = torch.linspace(-2, 2, 40), torch.full((40,), 0.3)
 native.library("activations")
 child = os.fork()

@@ -15,8 +15,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..base.caching import cached
-from ..base.files import publish
+from ...base.caching import cached
+from ...base.files import publish
 
 
 def cache_folder() -> Path | None:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..base.files import unfinished_folder
+from ...base.files import unfinished_folder
 from .cache import cache_folder, keep, kept, remove
 
 SOURCES = Path(__file__).parent / "kernels"

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..base.caching import lasting
-from . import gpu
-from .ordinary import is_ordinary
+from ...base.caching import lasting
+from .. import gpu
+from ..ordinary import is_ordinary
 
 
 class Block:

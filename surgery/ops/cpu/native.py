@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.journal import Lock
+from ...base.journal import Lock
+from ..ordinary import is_ordinary
 from .build import NoCompiler, load
-from .ordinary import is_ordinary
 
 __all__ = [
     "NoCompiler",
