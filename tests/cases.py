@@ -103,7 +103,8 @@ def attention_inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 def cross_inputs() -> tuple[Tensor, Tensor, Tensor]:
     sizes = (8, 6, 10)
-    return tuple(torch.randn(4, 3, size, dtype=torch.float64) for size in sizes)
+    a, b, c = (torch.randn(4, 3, size, dtype=torch.float64) for size in sizes)
+    return a, b, c
 
 
 def recurrent(layers: int = 1, reverse: bool = False) -> tuple[str, ...]:

@@ -89,7 +89,7 @@ class Estimate(NamedTuple):
     mean: Tensor
     error: Tensor
     """Standard error of `mean`."""
-    count: int
+    count: int  # type: ignore[assignment]
 
     def z(self, expected: Tensor | float) -> Tensor:
         """How many standard errors the estimate lies from `expected`; 0 where both are exact."""
@@ -130,7 +130,7 @@ def check_mean() -> Callable[..., Estimate]:
 def keys(monkeypatch) -> list[Tensor]:
     """Every key drawn by a forward call, in order: how many masks there were, and which."""
     drawn: list[Tensor] = []
-    draw = state.draw_key
+    draw: Any = state.draw_key  # type: ignore[attr-defined]
 
     def spy(*args):
         drawn.append(draw(*args))

@@ -26,6 +26,8 @@ implementations.
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -121,6 +123,10 @@ def multipliers(examples: int, key: Tensor) -> Tensor:
     return z ^ z[:1] ^ ROUND3
 
 
+@overload
+def advance_key(key: Tensor, start: int) -> Tensor: ...
+@overload
+def advance_key(key: Key, start: int) -> Key: ...
 def advance_key(key: Key, start: int) -> Key:
     """The key with which index 0 gives the bits that `key` gives at index `start`.
 

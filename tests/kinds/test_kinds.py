@@ -28,7 +28,7 @@ def tensors(output: Any) -> list[Tensor]:
     return []
 
 
-def loss(output: Any) -> Tensor:
+def loss(output: Any) -> Any:
     return sum(tensor.sin().sum() for tensor in tensors(output) if tensor.is_floating_point())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ class InLoop(Base):
 
 
 class InComprehension(Base):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return sum(F.linear(x, item.weight) for item in self.items)
 
 
@@ -69,7 +70,7 @@ class Enumerated(Base):
 
 
 class Zipped(Base):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return sum([F.linear(part, item.weight) for part, item in zip([x, x, x], self.items)])
 
 
@@ -83,7 +84,7 @@ class Nested(Base):
 class FromDict(Base):
     def __init__(self) -> None:
         super().__init__()
-        self.items = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
+        self.items = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         for _name, item in self.items.items():
@@ -142,7 +143,7 @@ class Walrus(Base):
 
 
 class LiteralLoop(Base):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return sum(F.linear(x, part.weight) for part in (self.proj, self.other))
 
 

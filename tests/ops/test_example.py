@@ -22,6 +22,7 @@ from surgery.ops import (
     key_from_seed,
     switch,
 )
+from surgery.spec.config import Unit
 from tests.ops.reference import example_weights
 
 CPU = torch.device("cpu")
@@ -46,11 +47,11 @@ def tensors(sizes: tuple[int, ...], anchored: bool, dtype: torch.dtype = torch.f
     return x, weight, torch.randn(outputs, inputs).to(dtype) if anchored else None
 
 
-def naive(x: Tensor, weight: Tensor, rule: Law, unit: str, anchor: Tensor | None) -> Tensor:
+def naive(x: Tensor, weight: Tensor, rule: Law, unit: Unit, anchor: Tensor | None) -> Tensor:
     return x @ example_weights(weight, len(x), KEY, rule, unit, anchor).mT
 
 
-def check(sizes, unit: str, anchored: bool, p: float, dtype=torch.float64) -> None:
+def check(sizes, unit: Unit, anchored: bool, p: float, dtype=torch.float64) -> None:
     x, weight, anchor = tensors(sizes, anchored, dtype)
     rule = law(p, dtype)
     found = example_linear(x, weight, KEY, rule, unit, anchor)
@@ -66,7 +67,7 @@ def check(sizes, unit: str, anchored: bool, p: float, dtype=torch.float64) -> No
 @units
 @towards
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
-def test_against_all_weights_at_once(sizes, unit: str, anchored: bool, p: float) -> None:
+def test_against_all_weights_at_once(sizes, unit: Unit, anchored: bool, p: float) -> None:
     check(sizes, unit, anchored, p)
 
 
@@ -126,7 +127,7 @@ def test_blocks_do_not_change_what_kernels_give(block: int, anchored: bool, monk
 
 
 @units
-def test_gradcheck(unit: str) -> None:
+def test_gradcheck(unit: Unit) -> None:
     for anchored in (False, True):
         x, weight, anchor = tensors((3, 2, 4, 3), anchored)
 
@@ -139,7 +140,7 @@ def test_gradcheck(unit: str) -> None:
 
 @units
 @towards
-def test_a_single_example_has_the_mask_of_the_whole_weight(unit: str, anchored: bool) -> None:
+def test_a_single_example_has_the_mask_of_the_whole_weight(unit: Unit, anchored: bool) -> None:
     """Bit for bit: each row of the product of the unit matrix is a row of the masked weight."""
     _, weight, anchor = tensors((1, 1, 8, 5), anchored, torch.float32)
     own = {"element": (0, 1), "input": (1,), "output": (0,), "tensor": ()}[unit]
@@ -154,7 +155,7 @@ def test_a_single_example_has_the_mask_of_the_whole_weight(unit: str, anchored: 
 
 
 @units
-def test_p_zero_is_the_plain_layer_and_p_one_the_anchor(unit: str) -> None:
+def test_p_zero_is_the_plain_layer_and_p_one_the_anchor(unit: Unit) -> None:
     x, weight, anchor = tensors((3, 2, 8, 5), True, torch.float32)
     one, zero = law(1.0, torch.float32), law(0.0, torch.float32)
     exact = unit != "element"  # the product of each example is rounded in its own order
@@ -196,7 +197,7 @@ def test_narrow_dtypes(dtype: torch.dtype, sizes) -> None:
     found = example_linear(x, weight, KEY, law(0.3, dtype), "element", anchor)
     wide = [t.detach().float().requires_grad_() for t in (x, weight)]
     rule = law(0.3, torch.float32)
-    expected = naive(*wide, rule, "element", anchor.float())
+    expected = naive(wide[0], wide[1], rule, "element", anchor.float())
     assert found.dtype == dtype
     step = torch.finfo(dtype).eps
     torch.testing.assert_close(found.float(), expected, rtol=4 * step, atol=16 * step)
@@ -209,7 +210,7 @@ def test_narrow_dtypes(dtype: torch.dtype, sizes) -> None:
 
 
 @units
-def test_autocast_computes_in_its_dtype(unit: str) -> None:
+def test_autocast_computes_in_its_dtype(unit: Unit) -> None:
     x, weight, _ = tensors((3, 2, 8, 5), False, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = example_linear(x, weight, KEY, law(0.3, torch.float32), unit)
@@ -236,7 +237,7 @@ def test_only_the_gradients_that_are_wanted(wanted: str, rows: int) -> None:
 
 @pytest.mark.parametrize("sizes", [(0, 2, 4, 3), (2, 0, 4, 3), (2, 2, 0, 3), (2, 2, 4, 0)], ids=str)
 @units
-def test_empty(sizes, unit: str) -> None:
+def test_empty(sizes, unit: Unit) -> None:
     x, weight, _ = tensors(sizes, False)
     product = example_linear(x, weight, KEY, law(0.5), unit)
     assert product.shape == (sizes[0], sizes[1], sizes[3])
@@ -264,7 +265,7 @@ def test_bad_arguments() -> None:
 
 @units
 @towards
-def test_vector(unit: str, anchored: bool) -> None:
+def test_vector(unit: Unit, anchored: bool) -> None:
     bias = torch.randn(5).double().requires_grad_()
     anchor = torch.randn(5).double() if anchored else None
     found = example_vector(bias, KEY, law(0.5), unit, 6, anchor)
@@ -279,7 +280,7 @@ def test_vector(unit: str, anchored: bool) -> None:
 
 
 @pytest.mark.parametrize("unit", ["output", "tensor"])
-def test_vector_shares_the_mask_of_its_weight(unit: str) -> None:
+def test_vector_shares_the_mask_of_its_weight(unit: Unit) -> None:
     """With the weight's key, a layer's row and its bias are dropped together."""
     x, weight, _ = tensors((6, 3, 4, 5), False)
     bias = torch.randn(5).double()
@@ -375,7 +376,7 @@ def test_memory_stays_under_twice_that_of_a_plain_layer() -> None:
 
 
 @units
-def test_compiles_into_one_graph(unit: str) -> None:
+def test_compiles_into_one_graph(unit: Unit) -> None:
     x, weight, anchor = tensors((4, 6, 8, 5), True)
 
     def layer(x, weight):
@@ -441,7 +442,7 @@ def test_operators_are_registered_correctly(anchored: bool) -> None:
 
 @units
 @towards
-def test_functional_transforms(unit: str, anchored: bool) -> None:
+def test_functional_transforms(unit: Unit, anchored: bool) -> None:
     x, weight, anchor = tensors((3, 2, 4, 5), anchored)
     x = x.detach()
 

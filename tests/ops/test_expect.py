@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_a_kink_that_is_differentiated_has_the_formula(monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", [*CLOSED, *SMOOTH])
 def test_zero_variance_gives_the_function_and_its_derivative(name: str, dtype) -> None:
-    f = CLOSED[name] if name in CLOSED else SMOOTH[name][0]
+    f: Any = CLOSED[name] if name in CLOSED else SMOOTH[name][0]
     values = [-1e4, -7.0, -2.5, -0.7, 0.0, 0.1, 1.5, 7.0, 1e4]
     mean = torch.tensor(values).to(dtype).requires_grad_()
     var = torch.zeros_like(mean).requires_grad_()
@@ -155,7 +156,7 @@ def test_zero_variance_gives_the_function_and_its_derivative(name: str, dtype) -
 
 @pytest.mark.parametrize("name", [*CLOSED, "silu"])
 def test_gradients(name: str) -> None:
-    f = CLOSED.get(name, F.silu)
+    f: Any = CLOSED.get(name, F.silu)
     mean = torch.randn(6).double().requires_grad_()
     var = (torch.rand(6).double() + 0.05).requires_grad_()
 

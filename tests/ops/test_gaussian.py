@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from surgery.ops import Law, gaussian_linear, gaussian_sample, linear_moments, moments_of
 from surgery.ops.cpu import native
 from surgery.ops.switch import set_compile_enabled
+from surgery.spec.config import Unit
 from tests.ops.reference import every_mask, mask_shape
 
 CPU = torch.device("cpu")
@@ -49,7 +51,7 @@ def enumerate_moments(product, x, weight, bias, p, unit, anchor, bias_anchor, dr
         towards = torch.zeros_like(value) if towards is None else towards
         return towards + (mask * (value - towards) / (1 - p) if p < 1 else 0)
 
-    mean = square = 0
+    mean = square = torch.zeros(())
     for chance, bits in every_mask(entries + extra, p):
         mask = bits[:entries].view(shape)
         own = (mask.flatten() if shared else bits[entries:]) if drop_bias else None
@@ -78,7 +80,7 @@ def test_moments_are_those_of_all_masks(name, unit, anchored, drop_bias, p) -> N
     bias = torch.randn(outputs(name, weight)).double()
     anchor = torch.randn(shape).double() if anchored else None
     bias_anchor = torch.randn_like(bias) if anchored else None
-    args = (product, x, weight, bias)
+    args: tuple[Any, Tensor, Tensor, Tensor] = (product, x, weight, bias)
     rule = law(p)
     mean, var = moments_of(*args, rule, unit, anchor, bias_anchor, rule if drop_bias else None)
     found = enumerate_moments(*args, p, unit, anchor, bias_anchor, drop_bias)
@@ -90,7 +92,7 @@ def test_moments_are_those_of_all_masks(name, unit, anchored, drop_bias, p) -> N
 @units
 @towards
 @pytest.mark.parametrize("p", [(0.3, 0.6), (0.6, 0.3), (0.0, 0.5), (0.3, 1.0), (1.0, 0.3)], ids=str)
-def test_moments_where_weight_and_bias_differ_in_p(unit: str, anchored: bool, p) -> None:
+def test_moments_where_weight_and_bias_differ_in_p(unit: Unit, anchored: bool, p) -> None:
     """One output of two inputs, over every mask: ten equally likely numbers for each entry."""
     x, values = torch.randn(2).double(), torch.randn(3).double()
     anchors = torch.randn(3).double() if anchored else torch.zeros(3).double()
@@ -110,7 +112,7 @@ def test_moments_where_weight_and_bias_differ_in_p(unit: str, anchored: bool, p)
 
 
 @units
-def test_mean_is_the_plain_layer_bit_for_bit(unit: str) -> None:
+def test_mean_is_the_plain_layer_bit_for_bit(unit: Unit) -> None:
     x, weight, bias = torch.randn(4, 3, 8), torch.randn(5, 8), torch.randn(5)
     for p in (0.0, 0.4):
         rule = law(p, torch.float32)
@@ -121,7 +123,7 @@ def test_mean_is_the_plain_layer_bit_for_bit(unit: str) -> None:
 
 @units
 @towards
-def test_p_one_is_the_anchor_bit_for_bit(unit: str, anchored: bool) -> None:
+def test_p_one_is_the_anchor_bit_for_bit(unit: Unit, anchored: bool) -> None:
     x, weight, bias = torch.randn(4, 8), torch.randn(5, 8), torch.randn(5)
     anchor = torch.randn(5, 8) if anchored else None
     mean, var = linear_moments(x, weight, bias, law(1.0, torch.float32), unit, anchor)
@@ -144,7 +146,7 @@ def test_input_unit_of_a_kernel_is_refused() -> None:
 
 @units
 @towards
-def test_gradients_of_the_moments(unit: str, anchored: bool) -> None:
+def test_gradients_of_the_moments(unit: Unit, anchored: bool) -> None:
     leaves = [torch.randn(s).double().requires_grad_() for s in [(3, 4), (2, 4), (2,)]]
     anchor = torch.randn(2, 4).double() if anchored else None
 
@@ -189,7 +191,7 @@ def test_sample_has_its_moments(check_mean) -> None:
 @pytest.mark.parametrize("frozen", ["", "x", "weight"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_linear_is_the_sample_of_its_moments(
-    unit: str, anchored: bool, shape, frozen: str, dtype: torch.dtype
+    unit: Unit, anchored: bool, shape, frozen: str, dtype: torch.dtype
 ) -> None:
     """Value and gradients, of the same noise; float32 has a kernel."""
     x = torch.randn(shape, dtype=dtype, requires_grad=frozen != "x")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_neighbouring_and_bit_flipped_seeds_are_independent(p: float, base: int)
 
 @pytest.mark.parametrize("p", PROBABILITIES)
 def test_consecutive_calls_and_sites_are_independent(p: float) -> None:
-    keys = [draw_key(torch.device("cpu")) for _ in range(20)]
+    keys: list[Any] = [draw_key(torch.device("cpu")) for _ in range(20)]
     assert faults(cross_scores(keys, p)) == []
 
 
@@ -210,7 +211,7 @@ def test_multipliers_are_odd_and_all_different(seed: int) -> None:
 
 
 def test_ranks_are_independent() -> None:
-    keys = []
+    keys: list[Any] = []
     for rank in range(20):
         torch.manual_seed(5)
         keys.append(draw_key(torch.device("cpu"), rank))
@@ -218,9 +219,10 @@ def test_ranks_are_independent() -> None:
 
 
 def test_rank_zero_draws_as_one_process_does() -> None:
-    key = draw_key(torch.device("cpu"), rank=0)
+    key: Any = draw_key(torch.device("cpu"), rank=0)
     torch.manual_seed(1234)
-    assert torch.equal(draw_key(torch.device("cpu")), key)
+    again: Any = draw_key(torch.device("cpu"))
+    assert torch.equal(again, key)
 
 
 def key_pairs(count: int) -> list[tuple[Tensor, Tensor]]:
@@ -296,9 +298,10 @@ def test_key_is_one_step_of_splitmix64() -> None:
 
 def test_draw_key_is_reproduced_by_the_seed() -> None:
     torch.manual_seed(9)
-    keys = [draw_key(torch.device("cpu")) for _ in range(3)]
+    keys: list[Any] = [draw_key(torch.device("cpu")) for _ in range(3)]
     torch.manual_seed(9)
-    assert all(torch.equal(draw_key(torch.device("cpu")), key) for key in keys)
+    again: list[Any] = [draw_key(torch.device("cpu")) for _ in keys]
+    assert all(map(torch.equal, again, keys))
     assert len({tuple(key.tolist()) for key in keys}) == 3
     assert keys[0].dtype == torch.int32
     assert keys[0].shape == (2,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def masks(
 def test_drawn_key_of_a_rank(monkeypatch) -> None:
     for line in LINES:
         monkeypatch.setattr("surgery.ops.hash.drawn", lambda *a, key=line.key, **k: tensor_of(key))
-        key = draw_key(torch.device("cpu"), line.rank)
+        key: Any = draw_key(torch.device("cpu"), line.rank)
         assert torch.equal(advance_key(key, line.start >> 32 << 32), key_of(line))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -246,7 +247,7 @@ def test_backward_keeps_the_key_and_two_scalars(layout: Layout, anchored: bool) 
     weight, anchor = pair(anchored, torch.float32)
     weight.requires_grad_()
     used = drop_weight(weight, KEY, law(0.5), layout, anchor)
-    node = used.grad_fn
+    node: Any = used.grad_fn
     held = [*vars(node).values(), *vars(node.law).values()]
     kept = [*node.saved_tensors, *(value for value in held if isinstance(value, Tensor))]
     assert sorted(tensor.numel() for tensor in kept) == [1, 1, 2]

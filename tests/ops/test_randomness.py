@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -292,7 +293,7 @@ class TestKeys:
     @pytest.mark.parametrize("rank", [0, 3])
     def test_consecutive_calls_and_sites(self, rank: int) -> None:
         torch.manual_seed(11)
-        keys = [draw_key(torch.device("cpu"), rank) for _ in range(128)]
+        keys: list[Any] = [draw_key(torch.device("cpu"), rank) for _ in range(128)]
         assert verdict(f"pairs of 128 calls, rank {rank}", between(keys, 0.5, 1 << 18)) == []
         scores = [lags_between(a, b, 1 << 17) for a, b in itertools.pairwise(keys)]
         assert verdict(f"lags of consecutive calls, rank {rank}", torch.cat(scores)) == []

@@ -18,7 +18,7 @@ from surgery import (
     plan_dropconnect,
     set_p,
 )
-from surgery.spec.config import FORMAT_VERSION
+from surgery.spec.forms import FORMAT_VERSION
 
 from ..cases import ReadsChild
 from ..helpers import Snapshot

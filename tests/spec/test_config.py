@@ -6,24 +6,25 @@ import dataclasses
 import json
 import math
 from collections import ChainMap
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery import DropConnectConfig
-from surgery.spec.config import FORMAT_VERSION
+from surgery.spec.forms import FORMAT_VERSION
 
-samplings = st.one_of(
+samplings: st.SearchStrategy[Any] = st.one_of(
     st.just({"sampling": "batch"}),
     st.builds(dict, sampling=st.just("example"), example_dim=st.integers(-3, 3) | st.just("all")),
     st.builds(dict, sampling=st.just("gaussian"), unit=st.sampled_from(["element", "output"])),
 )
-inferences = st.one_of(
+inferences: st.SearchStrategy[Any] = st.one_of(
     st.builds(dict, inference=st.sampled_from(["mean", "sample"])),
     st.builds(dict, inference=st.just("moments"), samples=st.none() | st.integers(1, 99)),
 )
-others = st.builds(
+others: st.SearchStrategy[Any] = st.builds(
     dict,
     p=st.floats(0, 1),
     unit=st.sampled_from(["element", "input", "output", "tensor"]),
@@ -59,7 +60,7 @@ def test_p_out_of_range(p: float) -> None:
 
 
 @pytest.mark.parametrize("p", ["0.5", None, True, [0.5]], ids=repr)
-def test_p_of_another_type(p: object) -> None:
+def test_p_of_another_type(p: Any) -> None:
     with pytest.raises(TypeError, match=r"a number in \[0, 1\]; got"):
         DropConnectConfig(p=p)
 
@@ -82,25 +83,25 @@ def test_p_becomes_a_float(p: int) -> None:
     ],
 )
 @pytest.mark.parametrize("value", ["other", "", None, 0], ids=repr)
-def test_choices_are_listed(field: str, allowed: str, value: object) -> None:
+def test_choices_are_listed(field: str, allowed: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{field} must be one of {allowed}; got {value!r}"):
         DropConnectConfig(**{field: value})
 
 
 @pytest.mark.parametrize("value", [[], {}], ids=repr)
-def test_unhashable_choice(value: object) -> None:
+def test_unhashable_choice(value: Any) -> None:
     with pytest.raises(ValueError, match="unit must be one of"):
         DropConnectConfig(unit=value)
 
 
 @pytest.mark.parametrize("bias", [0, 1, "yes", None], ids=repr)
-def test_bias_is_a_bool(bias: object) -> None:
+def test_bias_is_a_bool(bias: Any) -> None:
     with pytest.raises(TypeError, match="bias must be True or False; got"):
         DropConnectConfig(bias=bias)
 
 
 @pytest.mark.parametrize("dim", [None, "rows", 1.0, True], ids=repr)
-def test_example_dim_is_a_dimension(dim: object) -> None:
+def test_example_dim_is_a_dimension(dim: Any) -> None:
     with pytest.raises(
         ValueError, match="example_dim must be a dimension of the input or 'all'; got"
     ):
@@ -108,27 +109,27 @@ def test_example_dim_is_a_dimension(dim: object) -> None:
 
 
 @pytest.mark.parametrize("sampling", ["batch", "gaussian"])
-def test_example_dim_goes_with_example(sampling: str) -> None:
+def test_example_dim_goes_with_example(sampling: Any) -> None:
     message = f"example_dim='all' says where .* no meaning for sampling='{sampling}'"
     with pytest.raises(ValueError, match=message):
         DropConnectConfig(sampling=sampling, example_dim="all")
 
 
 @pytest.mark.parametrize("count", [0, -1, True, 2.0, "10"], ids=repr)
-def test_samples_is_a_positive_number(count: object) -> None:
+def test_samples_is_a_positive_number(count: Any) -> None:
     with pytest.raises(ValueError, match="samples must be a positive number of draws or None; got"):
         DropConnectConfig(inference="moments", samples=count)
 
 
 @pytest.mark.parametrize("inference", ["mean", "sample"])
-def test_samples_go_with_moments(inference: str) -> None:
+def test_samples_go_with_moments(inference: Any) -> None:
     message = f"samples=10 .* no meaning for inference='{inference}'"
     with pytest.raises(ValueError, match=message):
         DropConnectConfig(inference=inference, samples=10)
 
 
 @pytest.mark.parametrize("unit", ["input", "tensor"])
-def test_gaussian_noise_is_for_single_pre_activations(unit: str) -> None:
+def test_gaussian_noise_is_for_single_pre_activations(unit: Any) -> None:
     with pytest.raises(
         ValueError, match=f"unit='{unit}' drops several together; use sampling=.example"
     ):
@@ -144,9 +145,9 @@ def test_form_of_an_older_release_is_read() -> None:
 def test_frozen_keyword_only_and_hashable() -> None:
     config = DropConnectConfig(p=0.1)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.p = 0.2
+        config.p = 0.2  # type: ignore[misc]
     with pytest.raises(TypeError):
-        DropConnectConfig(0.1)
+        DropConnectConfig(0.1)  # type: ignore[call-arg]
     assert {config: 1}[DropConnectConfig(p=0.1)] == 1
 
 

@@ -31,7 +31,7 @@ def folder(tmp_path: Path, compiled: Path, monkeypatch) -> Path:
     """An empty cache, for a process that has loaded nothing."""
     monkeypatch.setattr(build, "_compile", lambda *args: shutil.copy(compiled, args[2] / "new.so"))
     monkeypatch.setattr(native, "_libraries", {})
-    monkeypatch.setattr(cache, "_warn", cache._warn.__wrapped__)  # each time
+    monkeypatch.setattr(cache, "_warn", cache._warn.__wrapped__)  # type: ignore[attr-defined]  # each time
     made = tmp_path / "above" / "kernels"
     made.mkdir(parents=True)
     monkeypatch.setenv("DROPCONNECT_CACHE_DIR", str(made))

@@ -100,7 +100,7 @@ def use_all(every: bool) -> None:
             outputs.append(example_linear(examples, weight, key, law, "element", anchor))
         outputs.append(gaussian_linear(x, weight, None, law, "element", anchor))
         outputs.append(gaussian_sample(x, torch.ones_like(x)))
-        sum(output.sum() for output in outputs).backward()
+        torch.stack([output.sum() for output in outputs]).sum().backward()
         with torch.no_grad():
             moments_of(F.linear, x, weight, None, law, "element", anchor)
             for f in (torch.relu, F.gelu, F.leaky_relu):

@@ -35,7 +35,8 @@ def step(leaves: list[Tensor], bias: bool, anchor: Tensor | None, grad: Tensor) 
     """A sample, and its gradients."""
     law = Law.of(0.3, CPU, leaves[0].dtype)
     given = [leaf.detach().requires_grad_() for leaf in leaves]
-    u = gaussian_linear(*given, *([] if bias else [None]), law, "element", anchor)
+    x, weight, own = given if bias else (*given, None)
+    u = gaussian_linear(x, weight, own, law, "element", anchor)
     return [u.detach(), *torch.autograd.grad(u, given, grad)]
 
 
