@@ -6,20 +6,19 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.hash import Key
 from .flat import flat_of, open_flat
 from .fused import fused_forward
 from .live import Open, check_unwritten, close, is_of_another_thread, recipes_of, watched
-from .masking import check_anchor, is_sharded, masked_weight
-from .product_forward import Factor, product_forward
-from .recompute import Recipe, call_recomputing
+from .masking import Factor, draw_keys, is_sharded, masked_weight
+from .product_forward import drops_in_product, product_forward, replaced_product
+from .recompute import call_recomputing
 from .state import SiteState
 from .watch import refuse_recomputation
 
@@ -52,52 +51,27 @@ def dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> A
 
 def _inner(base: type[nn.Module], module: Any) -> Callable[..., Any]:
     """What runs with the masks: the original forward, or a product in its place."""
-    found = _product_site(module)
-    if found is not None:
-        return functools.partial(_by_product, module, *found)
+    replaced = replaced_product(module._dropconnect.values(), module.training)
+    if replaced is not None:
+        return functools.partial(_by_product, module, *replaced)
     return functools.partial(base.forward, module)
 
 
-def _product_site(module: Any) -> tuple[SiteState, str] | None:
-    """The weight of this module and its mode, if its product is to be replaced in this forward."""
-    states = module._dropconnect.values()
-    weight = next((state for state in states if state.product is not None), None)
-    mode = None if weight is None else mode_of_product(states, module.training)
-    return None if weight is None or mode is None else (weight, mode)
-
-
-def mode_of_product(states: Iterable[SiteState], training: bool) -> str | None:
-    """The mode of a weight, or of its bias where that alone has a p; None if the product stays."""
-    for state in states:
-        mode = state.mode(training)
-        if mode is not None and mode != "batch":
-            return mode
-    return None
-
-
 def _by_product(module: Any, state: SiteState, mode: str, *args: Tensor, **kwargs: Tensor) -> Any:
-    """What the forward of a module with a product would return, with the paper's masks or moments."""
+    """What the forward of a module with a product would return, in one of the modes of products."""
     if len(args) != 1 or kwargs:  # as the forward of the class takes it, under whatever name
         forward = module._dropconnect_class[0].forward
         _, *args = inspect.signature(forward).bind(module, *args, **kwargs).arguments.values()  # type: ignore[assignment]
     (x,) = args
-    weight = Factor(getattr(module, state.raw), state, _anchor(module, state))
-    assert state.product is not None
-    return product_forward(state.product, module, x, weight, _bias(module), mode)
+    of_bias = module._dropconnect.get("bias")
+    # Where the product does not drop the bias, it is masked by now, or plain.
+    bias = _factor(module, of_bias) if drops_in_product(of_bias, module.training) else module.bias
+    return product_forward(mode, module, x, _factor(module, state), bias)
 
 
-def _bias(module: Any) -> Factor | None:
-    """The bias as a forward finds it: dropped by the product, or masked by now, or plain."""
-    state = module._dropconnect.get("bias")
-    if state is not None and state.mode(module.training) not in (None, "batch"):
-        return Factor(getattr(module, state.raw), state, _anchor(module, state))
-    return None if module.bias is None else Factor(module.bias)
-
-
-def _anchor(module: Any, state: SiteState) -> Any:
+def _factor(module: Any, state: SiteState) -> Factor:
     anchor = None if state.anchor is None else getattr(module, state.anchor)
-    check_anchor(state, getattr(module, state.raw), anchor)
-    return anchor
+    return Factor(getattr(module, state.raw), state, anchor)
 
 
 def _open(module: Any, opened: list[Open]) -> None:
@@ -126,43 +100,42 @@ def _any_sharded(child: Any) -> bool:
 
 
 def _open_own(module: Any, opened: list[Open], outside: bool = False) -> None:
-    keys: dict[str, Key] = {}
-    compiling = torch.compiler.is_compiling()
-    flat = None if outside or compiling else flat_of(module)
-    for state in module._dropconnect.values():
-        mode = state.mode(module.training)
-        if mode is None or (module.__dict__[state.live] is not None and runs_now(module)):
-            continue
-        if mode != "batch":
-            if not compiling:  # activation checkpoints in a graph forbid it
-                state.drawn = True
-            continue
-        raw = getattr(module, state.raw)
-        if not compiling:
-            if outside:
-                state.drawn_outside = True
-            elif state.drawn_outside:
-                refuse_recomputation(state)
-        if state.held_key is not None:
-            key = state.held_key
-        elif state.follows in keys:
-            key = keys[state.follows]
+    """Draw the masks of a module's own sites. `outside`: for the forward of a module around it."""
+    flat = None if outside or torch.compiler.is_compiling() else flat_of(module)
+    factors = [_factor(module, state) for state in _to_mask(module, outside)]
+    if not factors:
+        return
+    keep_law = not getattr(module, "_is_replica", False)
+    for factor, key in zip(factors, draw_keys(factors)):
+        if flat is not None and factor.state.name in flat.names:
+            flat.add(factor, key)
         else:
-            key = state.new_key(raw.device)
-        keys[state.name] = key
-        if flat is not None and state.name in flat.names:
-            flat.add(state, key, state.law_for(raw), _anchor(module, state))
-            continue
-        used, recipe = _used(module, state, raw, key)
-        _hand_out(module, watched(module, state, used, recipe), opened)
+            used, recipe = masked_weight(factor, key, keep_law)
+            _hand_out(module, watched(module, factor.state, used, recipe), opened)
     if flat is not None and flat.masks:
         for one in open_flat(module, flat):
             _hand_out(module, one, opened)
 
 
-def _used(module: Any, state: SiteState, raw: Tensor, key: Key) -> tuple[Tensor, Recipe | None]:
-    keep_law = not getattr(module, "_is_replica", False)
-    return masked_weight(state, raw, _anchor(module, state), key, keep_law)
+def _to_mask(module: Any, outside: bool) -> list[SiteState]:
+    """The sites that this call masks: not those that have a mask now, or that a product drops."""
+    compiling = torch.compiler.is_compiling()
+    states = []
+    for state in module._dropconnect.values():
+        mode = state.mode(module.training)
+        if mode is None or (module.__dict__[state.live] is not None and runs_now(module)):
+            continue
+        if mode == "batch":
+            states.append(state)
+        if compiling:  # activation checkpoints in a graph forbid to note anything
+            continue
+        if mode != "batch":
+            state.drawn = True
+        elif outside:
+            state.drawn_outside = True
+        elif state.drawn_outside:
+            refuse_recomputation(state)
+    return states
 
 
 def _hand_out(module: Any, one: Open, opened: list[Open]) -> None:

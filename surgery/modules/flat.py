@@ -23,6 +23,7 @@ from ..ops.ordinary import is_ordinary_there
 from ..ops.versions import check_unmodified, version_of
 from ..torch_private.tracing import is_traced
 from .live import Open, watched
+from .masking import Factor, check_anchor
 from .recompute import Recipe, can_recompute
 from .state import SiteState
 
@@ -66,9 +67,15 @@ class Flat:
         self._again: Tensor | None = None
         self._saved = self._asked = 0
 
-    def add(self, state: SiteState, key: Key, law: Law, anchor: Tensor | None) -> None:
-        """Mask one of the weights."""
-        self.masks[self.names.index(state.name)] = Mask(state, key, law, anchor)
+    def add(self, factor: Factor, key: Key) -> None:
+        """Mask one of the weights.
+
+        Raises:
+            RuntimeError: its shape is no longer that of its anchor.
+        """
+        raw, state, anchor = factor
+        check_anchor(state, raw, anchor)
+        self.masks[self.names.index(state.name)] = Mask(state, key, state.law_for(raw), anchor)
 
     def tensors(self) -> list[Tensor]:
         """All weights, in memory that they share. None is a view: what an autograd Function returns

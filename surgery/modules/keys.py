@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from ..spec.plan import join
 from .places import Place, places
+from .state import SiteState
 from .walk import WRAPPERS
 
 Value = TypeVar("Value")
@@ -70,6 +71,28 @@ def raw_state_dict(model: nn.Module, state_dict: Mapping[str, Value]) -> dict[st
         if place.state.anchor is not None and join(name, place.state.anchor) not in state_dict:
             raw[join(name, place.state.anchor)] = place.anchor
     return raw
+
+
+def take_plain_keys(
+    state_dict: dict[str, Any], prefix: str, states: Iterable[SiteState]
+) -> list[SiteState]:
+    """Rename, in a state dict that one module loads, the plain keys of its sites to raw ones.
+
+    Args:
+        state_dict: changed in place. A plain key beside its raw one is left as it is.
+        prefix: of the names of the module's own tensors.
+        states: of the module's sites.
+
+    Returns:
+        the states of those that were renamed. A plain checkpoint has no anchor for them.
+    """
+    renamed = []
+    for state in states:
+        plain, raw = prefix + state.name, prefix + state.raw
+        if plain in state_dict and raw not in state_dict:
+            state_dict[raw] = state_dict.pop(plain)
+            renamed.append(state)
+    return renamed
 
 
 def _named_places(model: nn.Module) -> Iterator[tuple[str, Place]]:

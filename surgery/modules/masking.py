@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,21 +18,40 @@ from .recompute import Recipe, can_recompute
 from .state import SiteState
 
 
-def masked_weight(
-    state: SiteState, raw: Tensor, anchor: Tensor | None, key: Key, keep_law: bool = True
-) -> tuple[Tensor, Recipe | None]:
-    """The masked weight, and the recipe to compute it again.
+class Factor(NamedTuple):
+    """A weight or a bias that one call drops: of a module, or of a node of a graph."""
+
+    raw: Tensor
+    """The stored parameter, of any shape."""
+    state: SiteState
+    anchor: Tensor | None
+    """Where dropped entries go, of the shape of `raw`; None is zero."""
+
+
+def draw_keys(factors: Sequence[Factor]) -> list[Key]:
+    """The key of each mask of one call: the one that is held, or that of the weight which a bias
+    follows, or a new one. New ones are drawn in the order of `factors`."""
+    keys: dict[str, Key] = {}
+    for raw, state, _ in factors:
+        key: Key | None = state.held_key
+        if key is None and state.follows is not None:
+            key = keys.get(state.follows)
+        keys[state.name] = state.new_key(raw.device) if key is None else key
+    return list(keys.values())
+
+
+def masked_weight(factor: Factor, key: Key, keep_law: bool = True) -> tuple[Tensor, Recipe | None]:
+    """The masked weight, and the recipe to compute it again; None if autograd keeps it instead.
 
     Args:
-        state: of the site.
-        raw: the stored parameter.
-        anchor: where dropped weights go; None is zero.
+        factor: what is masked.
         key: of the mask, int32, shape (2,).
         keep_law: whether the law may be kept in the state.
 
     Raises:
-        RuntimeError: the weight is sharded, or has not the shape of its anchor any more.
+        RuntimeError: the weight is sharded, or its shape is no longer that of its anchor.
     """
+    raw, state, anchor = factor
     if is_sharded(raw):
         raise RuntimeError(
             f"{state.raw!r} (the site {state.site}) is sharded (a DTensor) while a forward reads "
@@ -41,7 +61,7 @@ def masked_weight(
     check_anchor(state, raw, anchor)
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():  # with a version, see `live.py`
-            return masked_weight(state, raw, anchor, key, keep_law)
+            return masked_weight(factor, key, keep_law)
     law = state.law_for(raw, keep=keep_law)
     if state.held_key is not None and not torch.compiler.is_compiling():
         return _held(state, raw, key, law, anchor), None

@@ -13,14 +13,13 @@ from torch._ops import OpOverload
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..moments.scope import in_scope, settle
-from ..ops.hash import Key
 from ..spec.errors import SurgeryError
-from .dropping import mode_of_product
 from .functional import teach_functional_call
-from .masking import check_anchor, masked_weight
+from .keys import take_plain_keys
+from .masking import Factor, draw_keys, masked_weight
 from .places import SitesNode
-from .product_forward import Factor, product_forward
-from .recompute import address_of, call_recomputing
+from .product_forward import drops_in_product, product_forward, replaced_product
+from .recompute import Recipe, address_of, call_recomputing
 from .state import SiteState, refusal_to_script
 
 Slot = int | str
@@ -119,72 +118,51 @@ class DropConnect(SitesNode):
                 f"{self._site}: a graph with DropConnect cannot be traced again, its masks would be "
                 "constants; call strip_dropconnect first"
             )
+        self._note()
+        anchors = anchor, bias_anchor
         if self.call is not None:
-            return self._replace(self.call, args, kwargs, anchor, bias_anchor)
+            return self._replace(self.call, args, kwargs, anchors)
         raw, *known = args
         if known:
-            self._note()
             return known[0]
-        return self._masked({self.name: raw}, {self.name: anchor})[0][self.name]
+        (used,), _ = self._masked(self._factors([raw], anchors))
+        return used
+
+    def _factors(self, raws: list[Tensor], anchors: tuple[Tensor | None, ...]) -> list[Factor]:
+        return [Factor(*one) for one in zip(raws, self.states.values(), anchors)]
 
     def _replace(
         self,
         call: Call,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        anchor: Tensor | None,
-        bias_anchor: Tensor | None,
+        anchors: tuple[Tensor | None, ...],
     ) -> Any:
-        """The operation with masked weights, or its product done the paper's way."""
-        state = self.states[self.name]
-        raws = {self.name: _get(args, kwargs, call.weight)}
-        anchors = {self.name: anchor}
-        for name in list(self.states)[1:]:
-            assert call.bias is not None
-            raws[name], anchors[name] = _get(args, kwargs, call.bias), bias_anchor
-        mode = mode_of_product(self.states.values(), self.training)
-        if mode is not None and state.product is not None:
-            self._note()
-            x, bias = _get(args, kwargs, call.input), self._bias(call, args, kwargs, bias_anchor)
-            check_anchor(state, raws[self.name], anchor)
-            weight = Factor(raws[self.name], state, anchor)
-            return product_forward(state.product, None, x, weight, bias, mode)
-        used, recipes = self._masked(raws, anchors)
-        args, kwargs = _put(args, kwargs, call.weight, used[self.name])
-        for name in list(self.states)[1:]:
-            assert call.bias is not None
-            args, kwargs = _put(args, kwargs, call.bias, used[name])
+        """The operation with masked weights, or with its product replaced."""
+        slots = [slot for slot in (call.weight, call.bias) if slot is not None]
+        slots = slots[: len(self.states)]
+        factors = self._factors([_get(args, kwargs, slot) for slot in slots], anchors)
+        replaced = replaced_product(self.states.values(), self.training)
+        if replaced is not None:
+            bias = None if call.bias is None else _get(args, kwargs, call.bias)
+            if drops_in_product(factors[-1].state, self.training) and len(factors) > 1:
+                bias = factors[-1]
+            x = _get(args, kwargs, call.input)
+            return product_forward(replaced[1], None, x, factors[0], bias)
+        used, recipes = self._masked(factors)
+        for slot, masked in zip(slots, used):
+            args, kwargs = _put(args, kwargs, slot, masked)
         return call_recomputing(recipes, call.run, (args, kwargs), {})
 
-    def _bias(
-        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], anchor: Tensor | None
-    ) -> Factor | None:
-        raw = None if call.bias is None else _get(args, kwargs, call.bias)
-        if raw is None:
-            return None
-        state = next(iter(list(self.states.values())[1:]), None)
-        if state is None or state.mode(self.training) in (None, "batch"):
-            return Factor(raw)
-        check_anchor(state, raw, anchor)
-        return Factor(raw, state, anchor)
-
-    def _masked(
-        self, raws: dict[str, Tensor], anchors: dict[str, Tensor | None]
-    ) -> tuple[dict[str, Tensor], dict[int, Any]]:
-        """The weights that this call uses by name, and recipes to compute them again."""
-        used = dict(raws)
-        keys: dict[str | None, Key] = {}
-        recipes: dict[int, Any] = {}
-        for name, state in self.states.items():
-            if state.mode(self.training) != "batch":
-                continue
-            self._note()
-            raw = raws[name]
-            key = state.held_key if state.held_key is not None else keys.get(state.follows)
-            keys[name] = key = state.new_key(raw.device) if key is None else key
-            used[name], recipe = masked_weight(state, raw, anchors[name], key)
-            address = None if recipe is None else address_of(used[name])
-            if address is not None:
+    def _masked(self, factors: list[Factor]) -> tuple[list[Tensor], dict[int, Recipe]]:
+        """The weights that this call uses, and recipes to compute them again, by address."""
+        used = [factor.raw for factor in factors]
+        recipes: dict[int, Recipe] = {}
+        dropped = [i for i, f in enumerate(factors) if f.state.mode(self.training) == "batch"]
+        for i, key in zip(dropped, draw_keys([factors[i] for i in dropped])):
+            used[i], recipe = masked_weight(factors[i], key)
+            address = None if recipe is None else address_of(used[i])
+            if recipe is not None and address is not None:
                 recipes[address] = recipe
         return used, recipes
 
@@ -200,12 +178,7 @@ class DropConnect(SitesNode):
     def accept_plain_keys(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Hook of the owner: a plain key stands for the raw one. The anchor, which a plain checkpoint
         does not have, stays as it is."""
-        self._loads_plain = False
-        for state in self.states.values():
-            plain, raw = prefix + state.name, prefix + state.raw
-            if plain in state_dict and raw not in state_dict:
-                state_dict[raw] = state_dict.pop(plain)
-                self._loads_plain = True
+        self._loads_plain = bool(take_plain_keys(state_dict, prefix, self.states.values()))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any,

@@ -26,6 +26,7 @@ from ..spec.errors import SurgeryError
 from .dropping import dropping, runs_now
 from .flat import flat_weights
 from .functional import teach_functional_call
+from .keys import take_plain_keys
 from .live import refuse_write
 from .state import SiteState, live_name, raw_name, refusal_to_script
 from .takers import Parametrizations, Qconfig, refuse_quantised, refuse_taking
@@ -79,12 +80,9 @@ class DropConnectModule(nn.Module):
     ) -> None:
         """Accept plain keys and raw keys. With a plain key the anchor, which a plain checkpoint does
         not have, stays as it is."""
-        for state in self._dropconnect.values():
-            plain, raw = prefix + state.name, prefix + state.raw
-            if plain in state_dict and raw not in state_dict:
-                state_dict[raw] = state_dict.pop(plain)
-                if state.anchor is not None:
-                    state_dict.setdefault(prefix + state.anchor, getattr(self, state.anchor))
+        for state in take_plain_keys(state_dict, prefix, self._dropconnect.values()):
+            if state.anchor is not None:
+                state_dict.setdefault(prefix + state.anchor, getattr(self, state.anchor))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._fit_laws()
 

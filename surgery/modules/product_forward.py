@@ -1,13 +1,14 @@
-"""The paper's own modes, for modules whose pre-activation is a product of input and weight.
+"""Products of input and weight in the modes that no masked weight can serve.
 
-A mask per example, noise per pre-activation, and moments cannot be had by handing a masked weight to
-the module's forward: they replace that forward's product.
+A mask for each example, noise on each pre-activation, and moments cannot be had by handing a masked
+weight to the forward of a module. They replace the product that the forward computes.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -21,64 +22,73 @@ from ..moments.scope import in_scope, scope_shapes, settle
 from ..ops import Law, Layout, drop_weight
 from ..ops.hash import Key
 from ..ops.ordinary import is_dense
+from .masking import Factor, check_anchor, draw_keys
 from .state import NotGrouped, SiteState
 
 
-class Factor(NamedTuple):
-    """A weight or a bias as it enters a product."""
+def replaced_product(states: Collection[SiteState], training: bool) -> tuple[SiteState, str] | None:
+    """Whether one call of a module or node has its product replaced.
 
-    raw: Tensor
-    state: SiteState | None = None
-    """None: it is not dropped."""
-    anchor: Tensor | None = None
+    Args:
+        states: of the module or node.
+        training: whether it is in training.
+
+    Returns:
+        the weight of the product, and the mode: of the weight, or of its bias where that alone has a p.
+        None: the call is computed as ever, with masked weights or plain ones.
+    """
+    weight = next((state for state in states if state.product is not None), None)
+    if weight is None:
+        return None
+    for state in states:
+        mode = state.mode(training)
+        if mode is not None and mode != "batch":
+            return weight, mode
+    return None
+
+
+def drops_in_product(state: SiteState | None, training: bool) -> bool:
+    """Whether the product itself drops a weight or bias. If not, that is plain, or masked by now."""
+    return state is not None and state.mode(training) not in (None, "batch")
 
 
 def product_forward(
-    product: Product,
-    module: nn.Module | None,
-    x: Tensor,
-    weight: Factor,
-    bias: Factor | None,
-    mode: str,
+    mode: str, module: nn.Module | None, x: Any, weight: Factor, bias: Factor | Tensor | None
 ) -> Any:
-    """The pre-activation of one forward call.
+    """The pre-activation of one call.
 
     Args:
-        product: of the module or graph node.
-        module: what `product.run` is given.
-        x: the input; its features along `product.features`.
-        weight: a site.
-        bias: dropped with the weight, or not dropped, or None.
-        mode: `SiteState.mode` of the weight: `"example"`, `"gaussian"`, `"moments"` or `"probe"`.
+        mode: as `replaced_product` returns it: `"example"`, `"gaussian"`, `"moments"` or `"probe"`.
+        module: what `Product.run` is given; None in a node of a graph.
+        x: the input, dense; its features lie along `Product.features`.
+        weight: the site whose state has the product.
+        bias: a Factor if the product drops it, a Tensor if it is added as it is, or None.
 
     Returns:
         a Tensor, or for `"moments"` a `Gaussian` where something above settles it.
 
     Raises:
-        RuntimeError: the input has no example dimension, or not the one of the model's input.
+        TypeError: the input is no Tensor.
+        RuntimeError: the input is not dense, it has no example dimension, or not the one of the model's
+            input; or a weight has not the shape of its anchor.
     """
     state = weight.state
-    assert state is not None
+    check_anchor(state, weight.raw, weight.anchor)
+    if isinstance(bias, Factor):
+        check_anchor(bias.state, bias.raw, bias.anchor)
     x = settle(x)
     if not isinstance(x, Tensor):
         raise TypeError(f"{state.site}: the input must be a Tensor, not {type(x).__name__}")
     _check_dense(x, state, mode)
+    assert state.product is not None
+    call = ProductCall(state.product, module, x, weight, bias)
     if mode == "probe":
-        return _probe(product, module, x, weight, bias, state)
+        return call.probe()
     if mode == "example":
-        return _per_example(product, module, x, weight, bias, state)
-    undropped = bias is None or bias.state is None
-    if mode == "gaussian" and product is LINEAR_PRODUCT and undropped:
-        law, offset = state.law_for(weight.raw), None if bias is None else bias.raw
-        return ops.gaussian_linear(x, weight.raw, offset, law, state.unit, weight.anchor)
-    mean, variance = _moments(product, module, x, weight, bias, state)
+        return call.per_example()
     if mode == "gaussian":
-        return ops.gaussian_sample(mean, variance)
-    if state.settled or in_scope():
-        points = _points(product, module, x, weight, bias, mean)
-        shared = state.unit in ("input", "tensor")
-        return Gaussian.of(Source(mean, variance, state.site, state.draws, points, shared))
-    return mean
+        return call.noisy()
+    return call.travelling()
 
 
 def _check_dense(x: Tensor, state: SiteState, mode: str) -> None:
@@ -97,70 +107,185 @@ def _check_dense(x: Tensor, state: SiteState, mode: str) -> None:
     )
 
 
-def _probe(
-    product: Product,
-    module: nn.Module | None,
-    x: Tensor,
-    weight: Factor,
-    bias: Factor | None,
-    state: SiteState,
-) -> Tensor:
-    """What the plain weight gives, tilted so that neighbouring repetitions of the batch differ."""
-    assert state.group is not None
-    leading = x.ndim + product.features
-    if leading < 1:
-        raise NotGrouped(state.site)
-    _check_group(state, x)
-    u = product.run(module, x, weight.raw, None if bias is None else bias.raw)
-    samples = state.group.samples
-    factors = tilt(samples, u.shape[product.features], u.device, u.dtype)
-    spatial = -1 - product.features
-    factors = factors.view(samples, *(1,) * leading, factors.shape[1], *(1,) * spatial)
-    tilted = u.reshape(samples, len(u) // samples, *u.shape[1:]) * factors
-    return tilted.view(u.shape)
+class ProductCall(NamedTuple):
+    """One call of a product of input and weight. (A NamedTuple, because dynamo traces its methods.)"""
+
+    product: Product
+    module: nn.Module | None
+    x: Tensor
+    weight: Factor
+    bias: Factor | Tensor | None
+
+    def dropped_bias(self) -> Factor | None:
+        """The bias, if the product drops it."""
+        return self.bias if isinstance(self.bias, Factor) else None
+
+    def added(self) -> Tensor | None:
+        """The bias, shape (out,), as it is when nothing of it is dropped."""
+        return self.bias.raw if isinstance(self.bias, Factor) else self.bias
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product as the original forward computes it."""
+        return self.product.run(self.module, x, weight, bias)
+
+    def probe(self) -> Tensor:
+        """What the plain weight gives, tilted so that neighbouring repetitions of the batch differ."""
+        group, features = self.weight.state.group, self.product.features
+        assert group is not None
+        leading = self.x.ndim + features
+        if leading < 1:
+            raise NotGrouped(self.weight.state.site)
+        self.check_group()
+        u = self.run(self.x, self.weight.raw, self.added())
+        factors = tilt(group.samples, u.shape[features], u.device, u.dtype)
+        spatial = -1 - features
+        factors = factors.view(len(factors), *(1,) * leading, factors.shape[1], *(1,) * spatial)
+        tilted = u.reshape(len(factors), len(u) // len(factors), *u.shape[1:]) * factors
+        return tilted.view(u.shape)
+
+    def check_group(self) -> None:
+        """Raise `NotGrouped` unless the repetitions of a batch lie where the examples do."""
+        state = self.weight.state
+        if state.group is None:
+            return
+        first = state.example_dim in ("all", 0, -self.x.ndim)
+        if not first or self.x.shape[0] != state.group.rows:
+            raise NotGrouped(state.site)
+
+    def noisy(self) -> Tensor:
+        """The pre-activation with Gaussian noise of the mean and variance that masks would give."""
+        if self.product is LINEAR_PRODUCT and not isinstance(self.bias, Factor):
+            raw, state, anchor = self.weight
+            law = state.law_for(raw)
+            return ops.gaussian_linear(self.x, raw, self.bias, law, state.unit, anchor)
+        return ops.gaussian_sample(*self.moments())
+
+    def travelling(self) -> Gaussian | Tensor:
+        """Mean and variance as one object, or the mean alone where nothing would settle that."""
+        mean, variance = self.moments()
+        state = self.weight.state
+        if not state.settled and not in_scope():
+            return mean
+        shared = state.unit in ("input", "tensor")
+        points = self.points(mean)
+        return Gaussian.of(Source(mean, variance, state.site, state.draws, points, shared))
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each pre-activation."""
+        (raw, state, anchor), bias = self.weight, self.dropped_bias()
+        return ops.moments_of(
+            functools.partial(self.product.run, self.module),
+            self.x,
+            raw,
+            self.added(),
+            state.law_for(raw),
+            state.unit,
+            anchor=anchor,
+            bias_anchor=None if bias is None else bias.anchor,
+            bias_law=None if bias is None else _law(bias),
+        )
+
+    def points(self, mean: Tensor) -> Points | None:
+        """Where one mask entry multiplies the whole pre-activation: its value if kept, and if dropped,
+        each with its probability. None where many entries do."""
+        if self.weight.state.unit not in ("output", "tensor"):
+            return None
+        moving, law, bias = _moving(self.weight), _law(self.weight), self.dropped_bias()
+        part = self.run(self.x, moving, None if bias is None else _moving(bias))
+        bias_law = law if bias is None else _law(bias)
+        if bias_law is not law:
+            of_weight = self.run(self.x, moving, None)
+            return _points_of_two(mean, of_weight, part - of_weight, law.scale, bias_law.scale)
+        never = law.scale == 0  # p = 1: the mean is that of dropped weights
+        kept = torch.where(never, mean, mean + (law.scale - 1) * part).to(mean.dtype)
+        dropped = torch.where(never, mean, mean - part).to(mean.dtype)
+        probability = torch.where(never, 0, 1 / law.scale)
+        return (kept, probability), (dropped, 1 - probability)
+
+    def per_example(self) -> Tensor:
+        """The pre-activation with masks of its own for each example."""
+        (key,) = draw_keys([self.weight])
+        dim = self.example_dim()
+        return self.by_rows(key, dim) if self.product.is_matrix else self.by_channels(key)
+
+    def example_dim(self) -> int | None:
+        """The dimension of the examples, counted from the start; None for all but the features.
+
+        Raises:
+            RuntimeError: the input has none, or not the one of the model's input.
+        """
+        self.check_group()
+        state, features = self.weight.state, self.product.features
+        given = () if torch.compiler.is_compiling() else scope_shapes()
+        dim, problem = where_examples_lie(tuple(self.x.shape), state.example_dim, features, given)
+        if problem is not None:
+            raise RuntimeError(f"{state.site}: {problem}")
+        return dim
+
+    def by_rows(self, key: Key, dim: int | None) -> Tensor:
+        """A matrix product. `dim`: of the examples in the input; None for all but the features."""
+        matrix, state, anchor = self.weight
+        law = state.law_for(matrix)
+        if self.product.columns:
+            matrix, anchor = matrix.t(), None if anchor is None else anchor.t()
+        rows, leading = _rows(self.x, dim, _groups(state))
+        u = ops.example_linear(rows, matrix, key, law, state.unit, anchor)
+        if self.bias is not None:
+            u = u + self.bias_of_examples(key, len(rows)).unsqueeze(1).to(u.dtype)
+        u = u.reshape(*leading, u.shape[-1])
+        return u if dim is None else u.movedim(0, dim)
+
+    def by_channels(self, key: Key) -> Tensor:
+        """A convolution whose masks lie on the channels of its input or of its output."""
+        x, (raw, state, anchor) = self.x, self.weight
+        law = state.law_for(raw)
+        groups = _groups(state) or len(x)
+        own = (0,) if state.unit == "tensor" else (0, 2)
+
+        def kept(values: Tensor) -> Tensor:
+            view = (groups, len(values) // max(groups, 1), *values.shape[1:])
+            return drop_weight(values, key, law, Layout.shared(view, own))
+
+        if state.unit == "input":
+            dropped = kept(x)
+            u = self.run(dropped, raw, None)
+            if anchor is not None:
+                u = u + self.run(x - dropped, anchor, None)
+        else:
+            u = kept(self.run(x, raw, None))
+            if anchor is not None:
+                towards = self.run(x, anchor, None)
+                u = u + (towards - kept(towards))
+        if self.bias is None:
+            return u
+        added = self.bias_of_examples(key, groups)
+        added = added.repeat_interleave(len(x) // max(len(added), 1), 0)
+        return u + added.reshape(len(x), u.shape[1], *(1,) * (u.ndim - 2)).to(u.dtype)
+
+    def bias_of_examples(self, key: Key, examples: int) -> Tensor:
+        """(examples, out), or (1, out) if it is not dropped. `key`: of the weight."""
+        if not isinstance(self.bias, Factor):
+            assert self.bias is not None
+            return self.bias.unsqueeze(0)
+        raw, state, anchor = self.bias
+        (own,) = [key] if state.follows is not None else draw_keys([self.bias])
+        law = state.law_for(raw)
+        return ops.example_vector(raw, own, law, state.unit, examples, anchor)
 
 
 def tilt(samples: int, features: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(samples, features): 0.5 or 1.5, in one pattern for the sample in the middle and every other
     from there, in another between them. No shift and no norm over the features makes them equal."""
-    place = torch.arange(features, device=device)
-    one, other = 0.5 + (place // 2 % 2).to(dtype), 1.5 - (place % 2).to(dtype)
+    index = torch.arange(features, device=device)
+    one, other = 0.5 + (index // 2 % 2).to(dtype), 1.5 - (index % 2).to(dtype)
     return torch.stack([other if (i - samples // 2) % 2 else one for i in range(samples)])
-
-
-def _points(
-    product: Product,
-    module: nn.Module | None,
-    x: Tensor,
-    weight: Factor,
-    bias: Factor | None,
-    mean: Tensor,
-) -> Points | None:
-    """Where one mask entry multiplies the whole pre-activation: its value if kept, and if dropped, each
-    with its probability."""
-    state = weight.state
-    assert state is not None
-    if state.unit not in ("output", "tensor"):
-        return None
-    moving, law = _moving(weight), state.law_for(weight.raw)
-    bias_law = None if bias is None else _own_law(bias)
-    part = product.run(
-        module, x, moving, None if bias is None or bias_law is None else _moving(bias)
-    )
-    if bias_law is not None and bias_law is not law:
-        of_weight = product.run(module, x, moving, None)
-        return _points_of_two(mean, of_weight, part - of_weight, law.scale, bias_law.scale)
-    never = law.scale == 0  # p = 1: the mean is that of dropped weights
-    kept = torch.where(never, mean, mean + (law.scale - 1) * part).to(mean.dtype)
-    dropped = torch.where(never, mean, mean - part).to(mean.dtype)
-    probability = torch.where(never, 0, 1 / law.scale)
-    return (kept, probability), (dropped, 1 - probability)
 
 
 def _points_of_two(
     mean: Tensor, of_weight: Tensor, of_bias: Tensor, scale: Tensor, bias_scale: Tensor
 ) -> Points:
-    """The same where weight and bias differ in p: kept are both, the one of smaller p, or none."""
+    """`ProductCall.points` where weight and bias differ in p: both are kept, or the one of smaller p,
+    or none."""
     # p = 1 is in the mean already: nothing moves, as for p = 0.
     of_weight, of_bias = (
         torch.where(one == 0, 0, part) for one, part in ((scale, of_weight), (bias_scale, of_bias))
@@ -175,99 +300,18 @@ def _points_of_two(
     return tuple((value.to(mean.dtype), probability) for value, probability in points)
 
 
-def _own_law(bias: Factor) -> Law | None:
-    """The law of a bias that is dropped."""
-    return None if bias.state is None else bias.state.law_for(bias.raw)
+def _law(factor: Factor) -> Law:
+    return factor.state.law_for(factor.raw)
 
 
 def _moving(factor: Factor) -> Tensor:
-    """What a mask multiplies."""
+    """What a mask multiplies: the difference from the anchor."""
     return factor.raw if factor.anchor is None else factor.raw - factor.anchor
-
-
-def _moments(
-    product: Product,
-    module: nn.Module | None,
-    x: Tensor,
-    weight: Factor,
-    bias: Factor | None,
-    state: SiteState,
-) -> tuple[Tensor, Tensor]:
-    return ops.moments_of(
-        functools.partial(product.run, module),
-        x,
-        weight.raw,
-        None if bias is None else bias.raw,
-        state.law_for(weight.raw),
-        state.unit,
-        anchor=weight.anchor,
-        bias_anchor=None if bias is None else bias.anchor,
-        bias_law=None if bias is None else _own_law(bias),
-    )
-
-
-def _per_example(
-    product: Product,
-    module: nn.Module | None,
-    x: Tensor,
-    weight: Factor,
-    bias: Factor | None,
-    state: SiteState,
-) -> Tensor:
-    key = _key(state, weight.raw)
-    dim = _example_dim(product, x, state)
-    if product.is_matrix:
-        return _matrix_per_example(product, x, weight, bias, state, key, dim)
-    return _channels_per_example(product, module, x, weight, bias, state, key)
 
 
 def _groups(state: SiteState) -> int | None:
     """Into how many examples the batch is split, if not one for each row."""
     return None if state.group is None or state.sampling != "batch" else state.group.samples
-
-
-def _key(state: SiteState, raw: Tensor) -> Key:
-    return state.new_key(raw.device) if state.held_key is None else state.held_key
-
-
-def _example_dim(product: Product, x: Tensor, state: SiteState) -> int | None:
-    """The dimension of the examples, counted from the start; None for all but the features."""
-    _check_group(state, x)
-    given = () if torch.compiler.is_compiling() else scope_shapes()
-    dim, problem = where_examples_lie(tuple(x.shape), state.example_dim, product.features, given)
-    if problem is not None:
-        raise RuntimeError(f"{state.site}: {problem}")
-    return dim
-
-
-def _check_group(state: SiteState, x: Tensor) -> None:
-    """Raise `NotGrouped` unless the repetitions of a batch lie where the examples do."""
-    if state.group is None:
-        return
-    first = state.example_dim in ("all", 0, -x.ndim)
-    if not first or x.shape[0] != state.group.rows:
-        raise NotGrouped(state.site)
-
-
-def _matrix_per_example(
-    product: Product,
-    x: Tensor,
-    weight: Factor,
-    bias: Factor | None,
-    state: SiteState,
-    key: Key,
-    dim: int | None,
-) -> Tensor:
-    matrix, anchor = weight.raw, weight.anchor
-    if product.columns:
-        matrix, anchor = matrix.t(), None if anchor is None else anchor.t()
-    law = state.law_for(weight.raw)
-    rows, leading = _rows(x, dim, _groups(state))
-    u = ops.example_linear(rows, matrix, key, law, state.unit, anchor)
-    if bias is not None:
-        u = u + _bias_per_example(bias, key, len(rows)).unsqueeze(1).to(u.dtype)
-    u = u.reshape(*leading, u.shape[-1])
-    return u if dim is None else u.movedim(0, dim)
 
 
 def _rows(x: Tensor, dim: int | None, groups: int | None) -> tuple[Tensor, tuple[int, ...]]:
@@ -280,48 +324,3 @@ def _rows(x: Tensor, dim: int | None, groups: int | None) -> tuple[Tensor, tuple
     examples = first.shape[0] if groups is None else groups
     size = math.prod(first.shape[:-1]) // max(examples, 1)
     return first.reshape(examples, size, features), tuple(first.shape[:-1])
-
-
-def _bias_per_example(bias: Factor, key: Key, examples: int) -> Tensor:
-    """(examples, out), or (1, out) if it is not dropped."""
-    state = bias.state
-    if state is None:
-        return bias.raw.unsqueeze(0)
-    own = key if state.follows is not None else _key(state, bias.raw)
-    law = state.law_for(bias.raw)
-    return ops.example_vector(bias.raw, own, law, state.unit, examples, bias.anchor)
-
-
-def _channels_per_example(
-    product: Product,
-    module: nn.Module | None,
-    x: Tensor,
-    weight: Factor,
-    bias: Factor | None,
-    state: SiteState,
-    key: Key,
-) -> Tensor:
-    """A convolution whose masks lie on the channels of its input or of its output."""
-    law = state.law_for(weight.raw)
-    groups = _groups(state) or len(x)
-
-    def kept(values: Tensor) -> Tensor:
-        view = (groups, len(values) // max(groups, 1), *values.shape[1:])
-        return drop_weight(values, key, law, Layout.shared(view, own))
-
-    own = (0,) if state.unit == "tensor" else (0, 2)
-    if state.unit == "input":
-        dropped = kept(x)
-        u = product.run(module, dropped, weight.raw, None)
-        if weight.anchor is not None:
-            u = u + product.run(module, x - dropped, weight.anchor, None)
-    else:
-        u = kept(product.run(module, x, weight.raw, None))
-        if weight.anchor is not None:
-            towards = product.run(module, x, weight.anchor, None)
-            u = u + (towards - kept(towards))
-    if bias is None:
-        return u
-    added = _bias_per_example(bias, key, groups)
-    added = added.repeat_interleave(len(x) // max(len(added), 1), 0)
-    return u + added.reshape(len(x), u.shape[1], *(1,) * (u.ndim - 2)).to(u.dtype)
