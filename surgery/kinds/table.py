@@ -60,6 +60,25 @@ class Kind:
     linear: bool = False
     """Whether the target `"all-linear"` takes it."""
 
+    def layout(self, module: nn.Module, name: str, weight: Tensor, unit: Unit) -> Layout | None:
+        """Which entries of a parameter share a mask entry; None if the unit has no meaning for it: one
+        that `needs_axes`, where these are unknown.
+
+        Args:
+            module: of this kind, the owner of the parameter.
+            name: plain name of the parameter in the module.
+            weight: the parameter, of any shape.
+            unit: of the config.
+        """
+        if unit == "element":
+            return _elements(weight.numel())
+        if unit == "tensor":
+            return Layout.shared(tuple(weight.shape), ())
+        axes = self.axes(module, name, weight)
+        if axes is None:
+            return None
+        return Layout.shared(axes.view, axes.input if unit == "input" else axes.output)
+
     def but(self, **changes: Any) -> Kind:
         """A kind like this one, with some fields changed."""
         return dataclasses.replace(self, **changes)
@@ -93,19 +112,6 @@ def kind_of(module: nn.Module) -> Kind:
 
 def _registered(cls: type[nn.Module]) -> Kind | None:
     return next((kind for kind in _kinds if issubclass(cls, kind.classes)), None)
-
-
-def layout_of(module: nn.Module, name: str, weight: Tensor, unit: Unit) -> Layout | None:
-    """Which weights share a mask entry, or None if the unit has no meaning for this parameter: one
-    that `needs_axes`, where these are unknown."""
-    if unit == "element":
-        return _elements(weight.numel())
-    if unit == "tensor":
-        return Layout.shared(tuple(weight.shape), ())
-    axes = kind_of(module).axes(module, name, weight)
-    if axes is None:
-        return None
-    return Layout.shared(axes.view, axes.input if unit == "input" else axes.output)
 
 
 @cached

@@ -47,7 +47,8 @@ def operate(prepared: Prepared, kept: Anchors | None = None) -> None:
         kept: values of anchors, by the name of their site; of others the weight's value is taken.
     """
     known = {} if kept is None else _kept_anchors(prepared, kept)
-    carry_out([(change, _anchors(change, known)) for change in prepared.changes], prepared.graphs)
+    todo = [(change, _anchors(change, known)) for change in prepared.changes]
+    carry_out(todo, prepared.graphs)
 
 
 def _kept_anchors(prepared: Prepared, kept: Anchors) -> dict[int, Tensor]:
@@ -58,19 +59,17 @@ def _kept_anchors(prepared: Prepared, kept: Anchors) -> dict[int, Tensor]:
         SurgeryError: one is missing.
     """
     known: dict[int, Tensor] = {}
-    for found in prepared.found:
-        if found.state.anchor is None:
+    for site in prepared.sites:
+        if site.state.anchor is None:
             continue
-        saved = next((kept[name] for name in found.names if name in kept), None)
+        saved = next((kept[name] for name in site.names if name in kept), None)
         if saved is None:
             raise SurgeryError(
-                f"no anchor was saved for {found.names[0]!r}, which is toward='pretrained'; the model "
+                f"no anchor was saved for {site.names[0]!r}, which is toward='pretrained'; the model "
                 "is unchanged"
             )
-        weight = found.parameter
-        known[id(weight)] = (
-            weight.detach().clone().copy_(saved)
-        )  # its strides, not those of the file
+        weight = site.parameter
+        known[id(weight)] = weight.detach().clone().copy_(saved)  # with the strides of the weight
     return known
 
 
@@ -346,14 +345,15 @@ def was_trained(modules: Modules) -> bool:
 
 def _drawn_by(catalogue: Catalogue) -> dict[int, list[str]]:
     """Names of the parents that draw for a module, by the module's id."""
-    found: dict[int, list[str]] = {}
-    for _, module in catalogue:
+    drawers: dict[int, list[str]] = {}
+    for owner in catalogue:
+        module = owner.module
         if isinstance(module, DropConnectModule):
             for child in drawn_children(module):
-                found.setdefault(id(child), []).append(catalogue.name(module))
+                drawers.setdefault(id(child), []).append(owner.name)
         for reader in catalogue.graphs.readers(module) if catalogue.graphs else ():
-            found.setdefault(id(module), []).append(catalogue.name(reader))
-    return found
+            drawers.setdefault(id(module), []).append(catalogue.of(reader).name)
+    return drawers
 
 
 def can_undo(model: nn.Module) -> bool:
@@ -383,7 +383,9 @@ def rescope(
     wanted: dict[int, nn.Module] = {}
     if owners:
         catalogue = Catalogue(model)
-        wanted = {id(one): one for owner in owners for one in catalogue.enclosing(owner)}
+        wanted = {
+            id(one): one for owner in owners for one in catalogue.enclosing(catalogue.of(owner))
+        }
     for module in wanted.values():
         if not _has_scope(module):
             swap(changes, Change(module, scope=True), {})

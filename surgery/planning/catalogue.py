@@ -3,111 +3,140 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from ..modules.places import plain_parameters
+from ..kinds.table import Kind, kind_of
+from ..modules.operated import plain_class
+from ..modules.places import plain_parameters, states_of
+from ..modules.state import SiteState
 from ..modules.walk import WRAPPERS, named_modules
 from ..spec.plan import join
 from .graphs import graph_surgeon
 
 
+class Owner:
+    """A module of a model, as the owner of its parameters. What is asked of it is found out once."""
+
+    def __init__(self, module: nn.Module, name: str, in_graph: bool) -> None:
+        self.module = module
+        self.names = [name]
+        """Its dotted names, in model order: a shared module has several."""
+        self.in_graph = in_graph
+        """Whether only nodes of a graph read the parameters: its forward never runs."""
+
+    @property
+    def name(self) -> str:
+        """The first name, as in `named_modules()`."""
+        return self.names[0]
+
+    @cached_property
+    def cls(self) -> type[nn.Module]:
+        """The class without DropConnect."""
+        return plain_class(self.module)
+
+    @cached_property
+    def kind(self) -> Kind:
+        """Which weights it drops, and what their dimensions mean."""
+        return kind_of(self.module)
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor | None]:
+        """Its own parameters under their plain names, in order."""
+        return plain_parameters(self.module)
+
+    @cached_property
+    def states(self) -> dict[str, SiteState]:
+        """What is known of those that are operated already, by plain name."""
+        return states_of(self.module)
+
+
+Around = tuple[str, Owner, tuple[str, ...]]
+"""A module that contains another: its name, itself, the path from there to the other."""
+
+
 class Catalogue:
-    """The modules of a model under all their names (a shared module has several)."""
+    """The modules of a model, each once, in model order. Changes nothing."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules: dict[int, nn.Module] = {}
-        self.names: dict[int, list[str]] = {}
-        self._named: dict[str, nn.Module] = {}
-        self._lineages: dict[str, list[tuple[str, nn.Module, tuple[str, ...]]]] = {}
-        self._own: dict[int, dict[str, Tensor | None]] = {}
-        for name, module in named_modules(model, remove_duplicate=False):
-            self.modules[id(module)] = module
-            self.names.setdefault(id(module), []).append(name)
-            self._named[name] = module
-        surgeon = graph_surgeon(self.modules.values())
-        self.graphs = None if surgeon is None else surgeon.survey(model)
+        named = named_modules(model, remove_duplicate=False)
+        surgeon = graph_surgeon(module for _, module in named)
+        self.graphs = graphs = None if surgeon is None else surgeon.survey(model)
         """What the graphs in the model read; None if it has none."""
+        self._owners: dict[int, Owner] = {}
+        self._named: dict[str, Owner] = {}
+        self._lineages: dict[str, list[Around]] = {}
+        for name, module in named:
+            owner = self._owners.get(id(module))
+            if owner is None:
+                in_graph = graphs is not None and graphs.owns(module)
+                owner = self._owners[id(module)] = Owner(module, name, in_graph)
+            else:
+                owner.names.append(name)
+            self._named[name] = owner
 
-    def __iter__(self) -> Iterator[tuple[list[str], nn.Module]]:
-        for key, module in self.modules.items():
-            yield self.names[key], module
+    def __iter__(self) -> Iterator[Owner]:
+        return iter(self._owners.values())
 
-    def name(self, module: nn.Module) -> str:
-        """The first name of a module, as in `named_modules()`."""
-        return self.names[id(module)][0]
+    def of(self, module: nn.Module) -> Owner:
+        """A module of the model, as the owner of its parameters."""
+        return self._owners[id(module)]
 
     def in_order(self, names: Collection[str]) -> list[str]:
         """First names of modules, in model order."""
         if len(names) < 2:
             return list(names)
-        return [name for name, *_ in self.names.values() if name in names]
-
-    def full(self, module: nn.Module, parameter: str) -> str:
-        """The first dotted name of a parameter of a module."""
-        return join(self.name(module), parameter)
-
-    def own(self, module: nn.Module) -> dict[str, Tensor | None]:
-        """The module's own parameters under their plain names, in order; looked up once."""
-        found = self._own.get(id(module))
-        if found is None:
-            found = self._own[id(module)] = plain_parameters(module)
-        return found
+        return [owner.name for owner in self if owner.name in names]
 
     def all_names(self) -> list[str]:
         """Every module name and every parameter name."""
-        modules = [name for names in self.names.values() for name in names if name]
+        modules = [name for owner in self for name in owner.names if name]
         return modules + [name for names, _, _ in self.parameters() for name in names]
 
-    def parameters(self) -> Iterator[tuple[list[str], nn.Module, str]]:
+    def parameters(self) -> Iterator[tuple[list[str], Owner, str]]:
         """(dotted plain names, owner, plain name in the owner) of every parameter."""
-        for names, module in self:
-            for parameter, value in self.own(module).items():
+        for owner in self:
+            for parameter, value in owner.parameters.items():
                 if value is not None:
-                    yield [join(name, parameter) for name in names], module, parameter
+                    yield [join(name, parameter) for name in owner.names], owner, parameter
 
-    def parameter(self, full: str) -> tuple[nn.Module, str] | None:
+    def parameter(self, full: str) -> tuple[Owner, str] | None:
         """Owner and plain name of the parameter with this dotted plain name, if there is one."""
         path, _, name = full.rpartition(".")
-        module = self._named.get(path)
-        if module is None or self.own(module).get(name) is None:
+        owner = self._named.get(path)
+        if owner is None or owner.parameters.get(name) is None:
             return None
-        return module, name
+        return owner, name
 
-    def ancestors(self, module: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-        """Name and module of everything that contains a module, from the root, and the path from there
-        to the module; under each name that it has."""
-        for full in self.names[id(module)]:
-            if full:
-                parent, _, last = full.rpartition(".")
-                for name, ancestor, path in self.lineage(parent):
-                    yield name, ancestor, (*path, last)
+    def ancestors(self, owner: Owner) -> Iterator[Around]:
+        """Everything that contains a module, from the root; under each name that the module has."""
+        for full in filter(None, owner.names):
+            parent, _, last = full.rpartition(".")
+            for name, ancestor, path in self.lineage(parent):
+                yield name, ancestor, (*path, last)
 
-    def lineage(self, full: str) -> list[tuple[str, nn.Module, tuple[str, ...]]]:
+    def lineage(self, full: str) -> list[Around]:
         """A module and its ancestors, as `ancestors` yields them; looked up once for all children."""
-        found = self._lineages.get(full)
-        if found is None:
+        known = self._lineages.get(full)
+        if known is None:
             parts = full.split(".") if full else []
             names = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
-            found = self._lineages[full] = [
+            known = self._lineages[full] = [
                 (name, self._named[name], tuple(parts[depth:])) for depth, name in enumerate(names)
             ]
-        return found
+        return known
 
-    def enclosing(self, module: nn.Module) -> Iterator[nn.Module]:
+    def enclosing(self, owner: Owner) -> Iterator[nn.Module]:
         """The modules that contain one, whose forward can be followed."""
-        for _, parent, _ in self.ancestors(module):
-            if isinstance(parent, torch.jit.ScriptModule) or self.is_in_graph(parent):
+        for _, around, _ in self.ancestors(owner):
+            if isinstance(around.module, torch.jit.ScriptModule) or around.in_graph:
                 continue
-            if type(parent).__name__ not in WRAPPERS:
-                yield parent
+            if type(around.module).__name__ not in WRAPPERS:
+                yield around.module
 
-    def is_in_graph(self, module: nn.Module) -> bool:
-        """Whether only nodes of a graph read the module's parameters."""
-        return self.graphs is not None and self.graphs.owns(module)
-
-    def is_read(self, module: nn.Module, name: str) -> bool:
+    def is_read(self, owner: Owner, name: str) -> bool:
         """Whether a node of a graph reads a parameter."""
-        return self.graphs is not None and self.graphs.is_read(module, name)
+        return self.graphs is not None and self.graphs.is_read(owner.module, name)

@@ -13,7 +13,7 @@ from ..kinds.reads import GIVEN, Reads, is_at, reads
 from ..kinds.source import ANY, Chain
 from ..modules.operated import plain_class
 from ..spec.plan import Plan, Site
-from .catalogue import Catalogue
+from .catalogue import Catalogue, Owner
 from .runs import Look
 from .select import Choice, Key
 from .ties import Ties
@@ -49,54 +49,55 @@ class Known:
             assert self._drawn_by is not None
             for name in (site.name, *site.shared_with):
                 self._drawn_by.setdefault(name, set()).update(site.drawn_by)
-                found = catalogue.parameter(name)
-                if found is not None:
-                    self._planned[id(found[0]), found[1]] = site, name == site.name
+                owned = catalogue.parameter(name)
+                if owned is not None:
+                    self._planned[id(owned[0].module), owned[1]] = site, name == site.name
             if any(use.by == site.module for use in site.uses):
                 self._used_by_owner.add(site.name)
         self._lineages: dict[str, tuple[list[_Around], list[_Around]]] = {}
 
-    def readers(self, user: Choice, full: str) -> list[tuple[nn.Module, str]]:
+    def drawers(self, user: Choice) -> list[tuple[nn.Module, str]]:
         """The ancestors that draw the mask of a weight, because their own forward reads it, or because
         the forward of a module that does not contain the owner reads it inside theirs; each with the
         relative name of the owner."""
-        around = self._above(user.module)
-        told = self._told(user, full, around)
+        around = self._above(user.owner)
+        told = self._told(user, around)
         if told:
-            around = self._above(user.module, every=True)
-        found: dict[tuple[int, str], tuple[nn.Module, str]] = {}
+            around = self._above(user.owner, every=True)
+        drawers: dict[tuple[int, str], tuple[nn.Module, str]] = {}
         for name, ancestor, path, its in around:
             full_path = (*path, user.name)
             if name in told or its.reads(full_path) or _passed_on(ancestor, its, full_path):
                 relative = ".".join(path)
-                found[id(ancestor), relative] = (ancestor, relative)
-        return list(found.values())
+                drawers[id(ancestor), relative] = (ancestor, relative)
+        return list(drawers.values())
 
     def reads_itself(self, user: Choice) -> bool:
         """Whether the owner's own forward reads a parameter, as far as its source or a run tells."""
-        own = reads(plain_class(user.module))
+        own = reads(user.owner.cls)
         if own.reads((user.name,)) or not own.complete:
             return True
-        full = self._catalogue.full(user.module, user.name)
-        if full in self._used_by_owner:
+        if user.full in self._used_by_owner:
             return True
-        seen, mine = self._look(), set(self._catalogue.names[id(user.module)])
-        return seen is not None and any(mine.intersection(s) for s in seen.running.get(full, ()))
+        seen, mine = self._look(), set(user.owner.names)
+        running = () if seen is None else seen.running.get(user.full, ())
+        return any(mine.intersection(names) for names in running)
 
-    def unlike(self, user: Choice, kind: str, parameter: Tensor) -> str | None:
+    def unlike(self, user: Choice, kind: str) -> str | None:
         """Why a plan was not made for this weight, and what to do; or None. In a graph the operation
         tells the kind: a product is one, whatever the module was."""
         if not self._planned:
             return None
-        site, first = self._planned.get((id(user.module), user.name), (None, False))
-        if site is None or type(parameter) not in (nn.Parameter, Tensor):
+        site, first = self._planned.get(user.key, (None, False))
+        parameter = user.parameter
+        if site is None or parameter is None or type(parameter) not in (nn.Parameter, Tensor):
             return None
-        if self._catalogue.is_in_graph(user.module) and site.kind in _PRODUCTS:
+        if user.owner.in_graph and site.kind in _PRODUCTS:
             first = first and kind not in ("linear", "other")
         shape = None if self._resized else tuple(parameter.shape)
         return site.unlike(kind if first else None, shape)
 
-    def problem(self, user: Choice, full: str, product: Product | None) -> str | None:
+    def problem(self, user: Choice, product: Product | None) -> str | None:
         """Why a run of the model does not allow this, or None."""
         config = user.config
         if product is None or not needs_product(config.sampling, config.inference):
@@ -104,59 +105,55 @@ class Known:
         seen = self._look() if config.inference == "moments" else self._look.given()
         if seen is None:
             return None
-        by = self._catalogue.names[id(user.module)]
-        if self._catalogue.graphs is not None and self._catalogue.is_in_graph(user.module):
+        by = user.owner.names
+        if self._catalogue.graphs is not None and user.owner.in_graph:
             readers = (user.module, *self._catalogue.graphs.readers(user.module))
-            by = [name for one in readers for name in self._catalogue.names[id(one)]]
-        return seen.problem(full, config, product, by)
+            by = [name for one in readers for name in self._catalogue.of(one).names]
+        return seen.problem(user.full, config, product, by)
 
-    def _above(self, module: nn.Module, *, every: bool = False) -> list[_Around]:
+    def _above(self, owner: Owner, *, every: bool = False) -> list[_Around]:
         """The ancestors of a module, under each name that it has; only those whose forward may concern
         its parameters, or every one. They are looked up once for all children of a module."""
         above: list[_Around] = []
-        for owner in filter(None, self._catalogue.names[id(module)]):
-            parent, _, last = owner.rpartition(".")
-            found = self._lineages.get(parent)
-            if found is None:
-                found = self._lineages[parent] = self._lineage(parent)
-            for name, ancestor, path, its in found[not every]:
+        for full in filter(None, owner.names):
+            parent, _, last = full.rpartition(".")
+            known = self._lineages.get(parent)
+            if known is None:
+                known = self._lineages[parent] = self._lineage(parent)
+            for name, ancestor, path, its in known[not every]:
                 above.append((name, ancestor, (*path, last), its))
         return above
 
     def _lineage(self, full: str) -> tuple[list[_Around], list[_Around]]:
         """A module and its ancestors, and those of them that may concern a parameter of a child."""
         every = [
-            (name, module, path, reads(plain_class(module)))
-            for name, module, path in self._catalogue.lineage(full)
-            if not self._catalogue.is_in_graph(module)
+            (name, owner.module, path, reads(owner.cls))
+            for name, owner, path in self._catalogue.lineage(full)
+            if not owner.in_graph
         ]
         return every, [one for one in every if one[3].concerns(len(one[2]) + 2)]
 
-    def _told(self, user: Choice, full: str, around: list[_Around]) -> Set[str]:
+    def _told(self, user: Choice, around: list[_Around]) -> Set[str]:
         """Names of the modules that draw for a parameter, as a plan or a run says."""
         if self._drawn_by is not None:
-            told: Set[str] = self._drawn_by.get(full, set())
+            told: Set[str] = self._drawn_by.get(user.full, set())
             seen = self._look.given()
         else:
             told = set()
             seen = self._look() if _is_unsure(around) else self._look.given()
         if seen is None:
             return told
-        drawers = (self._drawer(user, running) for running in seen.running.get(full, ()))
+        drawers = (self._drawer(user, running) for running in seen.running.get(user.full, ()))
         return told | {name for name in drawers if name is not None}
 
     def _drawer(self, user: Choice, running: Sequence[str]) -> str | None:
         """Who has to draw the mask of a weight that is read while these forwards run: the innermost of
         them that contains the owner; nobody, if an owner's own forward is among them, which draws."""
-        catalogue = self._catalogue
-        key = id(catalogue.own(user.module).get(user.name))
-        owners = {
-            name for module, _ in self._ties.get(key, ()) for name in catalogue.names[id(module)]
-        }
-        owners.update(catalogue.names[id(user.module)])
+        tied = self._ties.get(id(user.parameter), ())
+        owners = {*user.owner.names, *(name for owner, _ in tied for name in owner.names)}
         if not owners.isdisjoint(running):
             return None
-        mine = {name for name, _, _ in catalogue.ancestors(user.module)}
+        mine = {name for name, _, _ in self._catalogue.ancestors(user.owner)}
         return next((name for name in reversed(running) if name in mine), None)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..kinds.product import Demand, Product
-from ..kinds.table import follows_weight, kind_of, layout_of
+from ..kinds.product import Demand
+from ..kinds.table import follows_weight
 from ..modules.laws import give_laws
 from ..modules.operated import DropConnectModule, operated_class, plain_class
 from ..modules.places import plain_parameters, states_of
@@ -21,10 +21,10 @@ from ..spec.plan import Plan, Site, Use
 from .catalogue import Catalogue
 from .graphs import Survey
 from .known import Known
-from .refusals import no_class, not_followed, why_not
+from .refusals import Candidate, no_class, why_not
 from .runs import Look
-from .select import Choice, select
-from .ties import Users, by_parameter, ties, with_ties
+from .select import select
+from .ties import by_parameter, ties, with_ties
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Change:
         return self._new_class
 
 
-class Found(NamedTuple):
+class Planned(NamedTuple):
     """One site, under the names of all its users."""
 
     state: SiteState
@@ -75,7 +75,7 @@ class Found(NamedTuple):
 class Prepared:
     """A validated plan and the changes that carry it out."""
 
-    found: list[Found]
+    sites: list[Planned]
     changes: list[Change]
     graphs: Survey | None
     """What the graphs in the model read, if it has any."""
@@ -84,7 +84,7 @@ class Prepared:
 
     def plan(self) -> Plan:
         """The plan as data, for those who ask; surgery itself needs only the changes."""
-        return Plan(tuple(self._site(*found) for found in self.found))
+        return Plan(tuple(self._site(*planned) for planned in self.sites))
 
     def _site(
         self, state: SiteState, names: list[str], parameter: Tensor, drawn_by: list[str]
@@ -128,111 +128,84 @@ def prepare(
     if plan is None:  # which lists the users that drop
         choices = with_ties(catalogue, choices, excluded, tied)
     known = Known(catalogue, tied, plan, look, resized)
-    changes: dict[int, Change] = {}
-    sites: list[Found] = []
     problems: list[str] = []
-    found = by_parameter(catalogue, choices, problems)
-    for users, parameter in found:
-        site = _site(catalogue, users, parameter, changes, problems, known)
-        if site is not None:
-            sites.append(site)
+    sites = [
+        [Candidate.of(user, catalogue, known) for user in users]
+        for users in by_parameter(choices, problems)
+    ]
+    problems += _refused(one for users in sites for one in users)
+    changes: dict[int, Change] = {}
+    planned = [] if problems else [_site(catalogue, users, changes) for users in sites]
     raise_all(problems or [*_lone_biases(changes), *_without_class(catalogue, changes)])
-    _complete(found, changes, have_gradients(catalogue.modules.values()))
-    return Prepared(sites, list(changes.values()), catalogue.graphs, look.uses)
+    _complete(catalogue, sites, changes)
+    return Prepared(planned, list(changes.values()), catalogue.graphs, look.uses)
+
+
+def _refused(candidates: Iterable[Candidate]) -> Iterator[str]:
+    """What is wrong with these, by name."""
+    for one in candidates:
+        problem = why_not(one)
+        if problem is not None:
+            yield f"{one.user.full} ({type(one.user.module).__name__}): {problem}"
 
 
 def _site(
-    catalogue: Catalogue,
-    users: list[Choice],
-    parameter: Tensor,
-    changes: dict[int, Change],
-    problems: list[str],
-    known: Known,
-) -> Found | None:
-    """Record the changes of one site with all its users; add what is wrong to `problems`."""
-    before = len(problems)
-    names: list[str] = []
+    catalogue: Catalogue, candidates: Sequence[Candidate], changes: dict[int, Change]
+) -> Planned:
+    """Record the changes of one site, whose users can all be operated on."""
     drawn_by: set[str] = set()
-    for user in users:
-        module, full = user.module, catalogue.full(user.module, user.name)
-        names.append(full)
-        parents = known.readers(user, full)
-        readers = [parent for parent, _ in parents]
-        kind_name, product = _operation(catalogue, user, bool(parents))
-        problem = known.unlike(user, kind_name, parameter)
-        problem = problem or why_not(user, parameter, readers, known, catalogue.graphs)
-        problem = problem or known.problem(user, full, product)
-        if problem is None and user.config.inference == "moments":
-            problem = not_followed(catalogue, module)
-        if problem is not None:
-            problems.append(f"{full} ({type(module).__name__}): {problem}")
-            continue
+    for one in candidates:
+        user, module = one.user, one.user.module
         change = _change(changes, module)
-        change.states[user.name] = _state(catalogue, user, full, parameter, kind_name, product)
+        change.in_graph = user.owner.in_graph
         if catalogue.graphs is not None:
-            change.in_graph = catalogue.graphs.owns(module)
-            drawn_by.update(map(catalogue.name, catalogue.graphs.readers(module)))
+            drawn_by.update(
+                catalogue.of(reader).name for reader in catalogue.graphs.readers(module)
+            )
         if needs_scope(user.config):
-            for around in catalogue.enclosing(module):
+            for around in catalogue.enclosing(user.owner):
                 _change(changes, around).scope = True
-        for parent, path in parents:
-            draws = _change(changes, parent).draws
+        for drawer, path in one.drawers:
+            draws = _change(changes, drawer).draws
             if path not in draws:
                 draws.append(path)
-            drawn_by.add(catalogue.name(parent))
-    if len(problems) > before:
-        return None
-    first = users[0]
-    state = changes[id(first.module)].states[first.name]
-    return Found(state, names, parameter, catalogue.in_order(drawn_by))
+            drawn_by.add(catalogue.of(drawer).name)
+    states = [_state(one) for one in candidates]
+    for one, state in zip(candidates, states):
+        changes[id(one.user.module)].states[state.name] = state
+    names = [one.user.full for one in candidates]
+    return Planned(states[0], names, candidates[0].parameter, catalogue.in_order(drawn_by))
 
 
 def _change(changes: dict[int, Change], module: nn.Module) -> Change:
     """What will happen to a module, so far."""
-    found = changes.get(id(module))
-    if found is None:
-        found = changes[id(module)] = Change(module)
-    return found
+    change = changes.get(id(module))
+    if change is None:
+        change = changes[id(module)] = Change(module)
+    return change
 
 
-def _state(
-    catalogue: Catalogue,
-    user: Choice,
-    full: str,
-    parameter: Tensor,
-    kind_name: str,
-    product: Product | None,
-) -> SiteState:
-    module, name, config = user.module, user.name, user.config
-    layout = layout_of(module, name, parameter, config.unit)
-    assert layout is not None  # why_not has looked
+def _state(one: Candidate) -> SiteState:
+    user, owner = one.user, one.user.owner
+    assert user.layout is not None  # `why_not` has looked
     follows = None
-    if follows_weight(config.unit):
-        kind = kind_of(module)
-        weights = [weight for weight in catalogue.own(module) if kind.bias(weight) == name]
-        follows = weights[0] if weights else None
-    return SiteState(name, kind_name, config, layout, follows, full, product)
+    if follows_weight(user.config.unit):
+        weights = (name for name in owner.parameters if owner.kind.bias(name) == user.name)
+        follows = next(weights, None)
+    return SiteState(user.name, one.kind, user.config, user.layout, follows, user.full, one.product)
 
 
-def _operation(catalogue: Catalogue, user: Choice, by_parents: bool) -> tuple[str, Product | None]:
-    """How a weight is read, as `Site.kind`, and the product that is made of it and of nothing else."""
-    module, name = user.module, user.name
-    if catalogue.graphs is not None and catalogue.is_in_graph(module):
-        return catalogue.graphs.kind(module, name), catalogue.graphs.product(module, name)
-    kind = kind_of(module)
-    own = name == "weight" and not by_parents
-    return kind.name, kind.product(plain_class(module)) if own else None
-
-
-def _complete(found: list[Users], changes: dict[int, Change], had_gradients: bool) -> None:
+def _complete(
+    catalogue: Catalogue, sites: Iterable[Sequence[Candidate]], changes: dict[int, Change]
+) -> None:
     """Give the states of a plan that can be carried out what is not known of one alone."""
     new = [
-        (changes[id(user.module)].states[user.name], parameter)
-        for users, parameter in found
-        for user in users
+        (changes[id(one.user.module)].states[one.user.name], one.parameter)
+        for candidates in sites
+        for one in candidates
     ]
     give_laws(new)
-    if had_gradients:
+    if have_gradients(owner.module for owner in catalogue):
         for state, _ in new:
             state.had_gradients = True
 
@@ -269,5 +242,5 @@ def _without_class(catalogue: Catalogue, changes: dict[int, Change]) -> Iterator
             continue
         problem = no_class(change.module, change.new_class)
         if problem is not None:
-            name = catalogue.name(change.module) or "(root)"
+            name = catalogue.of(change.module).name or "(root)"
             yield f"{name} ({type(change.module).__name__}): {problem}"

@@ -1,108 +1,248 @@
-"""Why a parameter cannot be operated on, and what to do about it."""
+"""Why a parameter cannot be operated on, and what to do about it: a list of rules, asked in order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..kinds.derived import computed, fix
-from ..kinds.product import Demand
-from ..kinds.table import SEPARATE_PROJECTIONS, follows_weight, kind_of, layout_of, needs_axes
+from ..kinds.product import Demand, Product
+from ..kinds.table import SEPARATE_PROJECTIONS, follows_weight, needs_axes
 from ..modules.masking import AFTER_FSDP, is_managed
-from ..modules.operated import DropConnectModule, plain_class
-from ..modules.places import states_of
+from ..modules.operated import DropConnectModule
 from ..modules.state import anchor_name, live_name, raw_name
-from .catalogue import Catalogue
-from .graphs import Survey
+from .catalogue import Catalogue, Owner
 from .known import Known
 from .select import Choice
 
 
-def why_not(
-    user: Choice, parameter: Tensor, parents: list[nn.Module], known: Known, graphs: Survey | None
-) -> str | None:
-    """Why this parameter cannot be operated on and what to do about it, or None.
+@dataclass(frozen=True)
+class Candidate:
+    """A chosen parameter that a module has, and how the model uses it: what the rules look at."""
 
-    Args:
-        user: the parameter, and what is to be done to it.
-        parameter: itself.
-        parents: the modules around it whose forward would draw its mask.
-        known: of how the model uses it.
-        graphs: what the graphs in the model read, if it has any.
-    """
-    module, name, config = user.module, user.name, user.config
-    if name in states_of(module):
-        return (
-            "DropConnect is already in place here; call strip_dropconnect first, or exclude it. "
-            "set_p changes p"
-        )
-    if isinstance(module, torch.jit.ScriptModule):
-        return "a scripted module cannot be operated on; apply before torch.jit.script"
-    for reader in (module, *parents):
-        if "forward" in reader.__dict__:
+    user: Choice
+    parameter: Tensor
+    drawers: Sequence[tuple[nn.Module, str]]
+    """The modules around the owner whose forward draws the mask, and the owner's name in each."""
+    kind: str
+    """How the parameter is read, as `Site.kind`."""
+    product: Product | None
+    """The product that is made of it and of nothing else."""
+    catalogue: Catalogue
+    known: Known
+
+    @classmethod
+    def of(cls, user: Choice, catalogue: Catalogue, known: Known) -> Candidate:
+        """Of a parameter that is there."""
+        owner, drawers = user.owner, known.drawers(user)
+        if catalogue.graphs is not None and owner.in_graph:
+            kind = catalogue.graphs.kind(owner.module, user.name)
+            product = catalogue.graphs.product(owner.module, user.name)
+        else:
+            alone = user.name == "weight" and not drawers
+            kind, product = owner.kind.name, owner.kind.product(owner.cls) if alone else None
+        assert user.parameter is not None
+        return cls(user, user.parameter, drawers, kind, product, catalogue, known)
+
+
+Rule = Callable[[Candidate], "str | None"]
+
+
+def why_not(candidate: Candidate) -> str | None:
+    """Why this parameter cannot be operated on and what to do about it; or None."""
+    for rule in RULES:
+        problem = rule(candidate)
+        if problem is not None:
+            return problem
+    return None
+
+
+def _unlike_the_plan(one: Candidate) -> str | None:
+    return one.known.unlike(one.user, one.kind)
+
+
+def _in_place(one: Candidate) -> str | None:
+    if one.user.name not in one.user.owner.states:
+        return None
+    return (
+        "DropConnect is already in place here; call strip_dropconnect first, or exclude it. "
+        "set_p changes p"
+    )
+
+
+def _scripted(one: Candidate) -> str | None:
+    if not isinstance(one.user.module, torch.jit.ScriptModule):
+        return None
+    return "a scripted module cannot be operated on; apply before torch.jit.script"
+
+
+def _forward_replaced(one: Candidate) -> str | None:
+    for module in (one.user.module, *(drawer for drawer, _ in one.drawers)):
+        if "forward" in module.__dict__:
             return (
-                f"the forward of {type(reader).__name__} has been replaced on the instance, so masks "
+                f"the forward of {type(module).__name__} has been replaced on the instance, so masks "
                 "would never act; apply before accelerate hooks (device_map) or wrappers are added"
             )
-    if type(parameter) not in (nn.Parameter, Tensor):
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            return "the parameter is lazy and has no shape yet; run the model once, then apply"
-        return (
-            f"the weight is a {type(parameter).__name__} (sharded or quantised); apply before "
-            "fully_shard, tensor parallelism or quantisation"
-        )
-    if is_managed(module):
-        return AFTER_FSDP
-    if parameter.layout is not torch.strided:
-        return (
-            f"the weight has layout {parameter.layout}; only strided weights can be dropped: convert "
-            "it with to_dense() first, or exclude it"
-        )
-    if not parameter.is_floating_point():
-        return f"the weight has dtype {parameter.dtype}; only floating-point weights can be dropped"
-    weight = computed(plain_class(module), module, name)
-    if weight is not None:
-        return (
-            f"{weight!r} is computed from it before a mask could act; {fix(module, weight)}, or "
-            "exclude it"
-        )
-    in_graph = graphs is not None and graphs.owns(module)
-    added = [raw_name(name)] if in_graph else [raw_name(name), live_name(name)]
-    if config.toward == "pretrained":
-        added.append(anchor_name(name))
-    taken = _first_taken(module, added)
-    if taken is not None:
-        return _taken(taken)
-    if config.toward == "pretrained":
-        if not parameter.requires_grad:
-            return (
-                "it is frozen, so it never leaves its pretrained value; exclude it or unfreeze it"
-            )
-        if parameter.device.type == "meta":
-            return 'it has no value yet to go toward; load the weights before toward="pretrained"'
-    kind = kind_of(module)
-    refused = kind.refuse(module, name)
-    if refused is None and graphs is not None:
-        refused = graphs.problem(module, name, config)
-    if refused is None and not in_graph:
-        refused = _no_product(user, parents)
-    if refused is not None:
-        return refused
-    if needs_axes(config.unit) and layout_of(module, name, parameter, config.unit) is None:
-        return f'unit={config.unit!r} has no meaning for this parameter; use "element" or "tensor"'
-    if config.bias and follows_weight(config.unit) and name in SEPARATE_PROJECTIONS:
-        return (
-            f"unit={config.unit!r} with bias=True would have to split one packed bias between three "
-            "masks; use bias=False"
-        )
-    if not in_graph and kind.name == "other" and not parents and not known.reads_itself(user):
-        return (
-            f"neither {type(module).__name__}.forward nor a parent's reads it as an attribute, so "
-            "a mask would never act; name the module that uses it"
-        )
     return None
+
+
+def _no_plain_tensor(one: Candidate) -> str | None:
+    if type(one.parameter) in (nn.Parameter, Tensor):
+        return None
+    if isinstance(one.parameter, nn.parameter.UninitializedParameter):
+        return "the parameter is lazy and has no shape yet; run the model once, then apply"
+    return (
+        f"the weight is a {type(one.parameter).__name__} (sharded or quantised); apply before "
+        "fully_shard, tensor parallelism or quantisation"
+    )
+
+
+def _managed(one: Candidate) -> str | None:
+    return AFTER_FSDP if is_managed(one.user.module) else None
+
+
+def _not_strided(one: Candidate) -> str | None:
+    if one.parameter.layout is torch.strided:
+        return None
+    return (
+        f"the weight has layout {one.parameter.layout}; only strided weights can be dropped: convert "
+        "it with to_dense() first, or exclude it"
+    )
+
+
+def _no_float(one: Candidate) -> str | None:
+    if one.parameter.is_floating_point():
+        return None
+    return f"the weight has dtype {one.parameter.dtype}; only floating-point weights can be dropped"
+
+
+def _computed_from(one: Candidate) -> str | None:
+    module = one.user.module
+    weight = computed(one.user.owner.cls, module, one.user.name)
+    if weight is None:
+        return None
+    return (
+        f"{weight!r} is computed from it before a mask could act; {fix(module, weight)}, or "
+        "exclude it"
+    )
+
+
+def _name_taken(one: Candidate) -> str | None:
+    """A module that only graphs read keeps its class, and gets no attribute for the masked weight."""
+    name = one.user.name
+    added = [raw_name(name)] if one.user.owner.in_graph else [raw_name(name), live_name(name)]
+    if one.user.config.toward == "pretrained":
+        added.append(anchor_name(name))
+    taken = _first_taken(one.user.module, added)
+    return None if taken is None else _taken(taken)
+
+
+def _no_anchor(one: Candidate) -> str | None:
+    if one.user.config.toward != "pretrained":
+        return None
+    if not one.parameter.requires_grad:
+        return "it is frozen, so it never leaves its pretrained value; exclude it or unfreeze it"
+    if one.parameter.device.type == "meta":
+        return 'it has no value yet to go toward; load the weights before toward="pretrained"'
+    return None
+
+
+def _refused_by_kind(one: Candidate) -> str | None:
+    return one.user.owner.kind.refuse(one.user.module, one.user.name)
+
+
+def _refused_by_graphs(one: Candidate) -> str | None:
+    if one.catalogue.graphs is None:
+        return None
+    return one.catalogue.graphs.problem(one.user.module, one.user.name, one.user.config)
+
+
+def _refused_by_product(one: Candidate) -> str | None:
+    """Of a parameter that nodes read, `_refused_by_graphs` has asked."""
+    user, owner, demand = one.user, one.user.owner, Demand.of(one.user.config)
+    if owner.in_graph or demand.mode is None:
+        return None
+    product = None if one.drawers else owner.kind.product(owner.cls)
+    if one.drawers:
+        reader = type(one.drawers[0][0]).__name__
+        otherwise = f"replaces the product in its own forward, but {reader} reads the weight itself"
+    elif product is None:
+        otherwise = (
+            "needs a forward that is a product of input and weight, and that of "
+            f"{owner.cls.__name__} is not known to be one"
+        )
+    else:
+        otherwise = f"is for the weight of {owner.cls.__name__} only"
+    bias = product is not None and user.name == owner.kind.bias("weight")
+    return demand.refused(one.product, otherwise, bias=bias)
+
+
+def _unit_without_meaning(one: Candidate) -> str | None:
+    unit = one.user.config.unit
+    if not needs_axes(unit) or one.user.layout is not None:
+        return None
+    return f'unit={unit!r} has no meaning for this parameter; use "element" or "tensor"'
+
+
+def _packed_bias(one: Candidate) -> str | None:
+    config = one.user.config
+    if not config.bias or not follows_weight(config.unit):
+        return None
+    if one.user.name not in SEPARATE_PROJECTIONS:
+        return None
+    return (
+        f"unit={config.unit!r} with bias=True would have to split one packed bias between three "
+        "masks; use bias=False"
+    )
+
+
+def _never_read(one: Candidate) -> str | None:
+    owner = one.user.owner
+    if owner.in_graph or owner.kind.name != "other" or one.drawers:
+        return None
+    if one.known.reads_itself(one.user):
+        return None
+    return (
+        f"neither {type(owner.module).__name__}.forward nor a parent's reads it as an attribute, so "
+        "a mask would never act; name the module that uses it"
+    )
+
+
+def _against_the_run(one: Candidate) -> str | None:
+    return one.known.problem(one.user, one.product)
+
+
+def _not_followed(one: Candidate) -> str | None:
+    if one.user.config.inference != "moments":
+        return None
+    return not_followed(one.catalogue, one.user.owner)
+
+
+RULES: tuple[Rule, ...] = (
+    _unlike_the_plan,
+    _in_place,
+    _scripted,
+    _forward_replaced,
+    _no_plain_tensor,
+    _managed,
+    _not_strided,
+    _no_float,
+    _computed_from,
+    _name_taken,
+    _no_anchor,
+    _refused_by_kind,
+    _refused_by_graphs,
+    _refused_by_product,
+    _unit_without_meaning,
+    _packed_bias,
+    _never_read,
+    _against_the_run,
+    _not_followed,
+)
+"""In this order: a rule may rely on what those before it have refused."""
 
 
 def no_class(module: nn.Module, new_class: Callable[[], type]) -> str | None:
@@ -139,30 +279,9 @@ def _first_held(module: nn.Module, names: Sequence[str]) -> str | None:
     return None
 
 
-def _no_product(user: Choice, parents: list[nn.Module]) -> str | None:
-    """Why this site cannot be sampled per example, or its moments be had, if it is to be."""
-    demand = Demand.of(user.config)
-    if demand.mode is None:
-        return None
-    cls, kind = plain_class(user.module), kind_of(user.module)
-    product = None if parents else kind.product(cls)
-    if parents:
-        reader = type(parents[0]).__name__
-        otherwise = f"replaces the product in its own forward, but {reader} reads the weight itself"
-    elif product is None:
-        otherwise = (
-            "needs a forward that is a product of input and weight, and that of "
-            f"{cls.__name__} is not known to be one"
-        )
-    else:
-        otherwise = f"is for the weight of {cls.__name__} only"
-    bias = product is not None and user.name == kind.bias("weight")
-    return demand.refused(product if user.name == "weight" else None, otherwise, bias=bias)
-
-
-def not_followed(catalogue: Catalogue, module: nn.Module) -> str | None:
+def not_followed(catalogue: Catalogue, owner: Owner) -> str | None:
     """Why moments cannot reach an activation: nobody would settle what the site returns."""
-    around = list(catalogue.enclosing(module))
+    around = list(catalogue.enclosing(owner))
     if not around or not all("forward" in one.__dict__ for one in around):
         return None
     return (

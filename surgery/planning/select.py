@@ -7,30 +7,50 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 from torch import nn
 
-from ..kinds.table import kind_of
+from ..ops import Layout
 from ..spec.config import DropConnectConfig, check_p
 from ..spec.errors import NoMatchError, SurgeryError
 from ..spec.plan import Plan, join
-from .catalogue import Catalogue
+from .catalogue import Catalogue, Owner
 
 ALL_LINEAR = "all-linear"
 _CLASSIFICATION_HEADS = ("score", "classifier")
 
 
-class Choice(NamedTuple):
-    """One selected parameter: `name` is its plain name inside `module`."""
-
-    module: nn.Module
-    name: str
-    config: DropConnectConfig
-
-
 Key = tuple[int, str]
-"""A parameter as (id of its module, plain name)."""
+"""A parameter as (id of its owner's module, plain name)."""
+
+
+class Choice:
+    """One selected parameter, and all that planning asks of it."""
+
+    def __init__(self, owner: Owner, name: str, config: DropConnectConfig) -> None:
+        self.owner = owner
+        self.module = owner.module
+        self.name = name
+        """Plain name inside the owner."""
+        self.config = config
+        self.key: Key = (id(owner.module), name)
+        self.full = join(owner.name, name)
+        """The first dotted name in the model."""
+        self.parameter = owner.parameters.get(name)
+        """The parameter itself; None if the owner has none under this name."""
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """Which entries share a mask entry; None if the unit has no meaning for this parameter."""
+        assert self.parameter is not None
+        return self.owner.kind.layout(self.module, self.name, self.parameter, self.config.unit)
+
+    @property
+    def bias(self) -> str | None:
+        """Name of the bias that goes with this weight, whether or not the module has one."""
+        return self.owner.kind.bias(self.name)
 
 
 def select(
@@ -52,16 +72,19 @@ def select(
     """
     chosen: dict[Key, Choice] = {}
     for target, its_config in _entries(targets, config):
-        for module, name in _resolve(catalogue, target, "targets"):
-            chosen.setdefault((id(module), name), Choice(module, name, its_config))
+        for owner, name in _resolve(catalogue, target, "targets"):
+            key = id(owner.module), name
+            if key not in chosen:
+                chosen[key] = Choice(owner, name, its_config)
     if not isinstance(targets, Plan):  # a plan lists its biases
         for choice in [choice for choice in chosen.values() if choice.config.bias]:
-            for bias in _biases(catalogue, choice):
-                chosen.setdefault((id(bias.module), bias.name), bias)
+            bias, owner = choice.bias, choice.owner
+            if bias is not None and owner.parameters.get(bias) is not None:
+                chosen.setdefault((choice.key[0], bias), Choice(owner, bias, choice.config))
     excluded = frozenset(
-        (id(module), name)
+        (id(owner.module), name)
         for target, _ in (_entries(exclude, config) if exclude else ())
-        for module, name in _resolve(catalogue, target, "exclude")
+        for owner, name in _resolve(catalogue, target, "exclude")
     )
     for key in excluded:
         chosen.pop(key, None)
@@ -70,21 +93,13 @@ def select(
     return in_model_order(catalogue, chosen), excluded
 
 
-def _biases(catalogue: Catalogue, choice: Choice) -> list[Choice]:
-    """The bias that goes with a chosen weight, if the module has one."""
-    bias = kind_of(choice.module).bias(choice.name)
-    if bias is None or catalogue.own(choice.module).get(bias) is None:
-        return []
-    return [Choice(choice.module, bias, choice.config)]
-
-
 def in_model_order(catalogue: Catalogue, chosen: dict[Key, Choice]) -> list[Choice]:
     """The choices of a dict, which is emptied, in the order in which the model has its parameters."""
     ordered = [
-        chosen.pop((key, name))
-        for key, module in catalogue.modules.items()
-        for name in catalogue.own(module)
-        if (key, name) in chosen
+        chosen.pop((id(owner.module), name))
+        for owner in catalogue
+        for name in owner.parameters
+        if (id(owner.module), name) in chosen
     ]
     return ordered + list(chosen.values())  # what is left is missing; `prepare` says so
 
@@ -122,7 +137,7 @@ def _config_for(value: Any, config: DropConnectConfig) -> DropConnectConfig:
     return config.replace(p=check_p(value, "p in targets"))
 
 
-Pairs = list[tuple[nn.Module, str]]
+Pairs = list[tuple[Owner, str]]
 """Parameters as (owner, plain name in the owner)."""
 
 
@@ -136,23 +151,26 @@ def _resolve(catalogue: Catalogue, target: Any, where: str) -> Pairs:
     if isinstance(target, type):
         if not issubclass(target, nn.Module):
             raise SurgeryError(f"{where}: {target.__name__} is not a torch.nn.Module class")
-        modules = [one for one in catalogue.modules.values() if isinstance(one, target)]
-        return _weights_of(catalogue, modules, target.__name__, where)
+        owners = [owner for owner in catalogue if isinstance(owner.module, target)]
+        return _weights_of(catalogue, owners, target.__name__, where)
     if target == ALL_LINEAR:
         left_out = {id(head) for head in _output_heads(catalogue.model)}
         left_out |= {id(part) for part in _adapter_parts(catalogue.model)}
-        modules = [m for _, m in catalogue if kind_of(m).linear and id(m) not in left_out]
-        return _weights_of(catalogue, modules, target, where)
+        linear = [owner for owner in catalogue if owner.kind.linear]
+        owners = [owner for owner in linear if id(owner.module) not in left_out]
+        return _weights_of(catalogue, owners, target, where)
     if not isinstance(target, str):
         raise SurgeryError(f"{where}: expected a pattern or a module class; got {target!r}")
     matches = _matcher(target, where)
-    modules = [module for names, module in catalogue if any(map(matches, names))]
-    if modules:
-        return _weights_of(catalogue, modules, target, where)
-    found = [(m, name) for names, m, name in catalogue.parameters() if any(map(matches, names))]
-    if not found:
+    owners = [owner for owner in catalogue if any(map(matches, owner.names))]
+    if owners:
+        return _weights_of(catalogue, owners, target, where)
+    pairs = [
+        (owner, name) for names, owner, name in catalogue.parameters() if any(map(matches, names))
+    ]
+    if not pairs:
         raise _no_match(catalogue, target, where)
-    return found
+    return pairs
 
 
 def _matcher(pattern: str, where: str) -> Callable[[str], bool]:
@@ -168,29 +186,31 @@ def _matcher(pattern: str, where: str) -> Callable[[str], bool]:
     return lambda name: fnmatchcase(name, pattern) or fnmatchcase(f".{name}", pattern)
 
 
-def _weights_of(catalogue: Catalogue, modules: list[nn.Module], target: str, where: str) -> Pairs:
+def _weights_of(catalogue: Catalogue, owners: list[Owner], target: str, where: str) -> Pairs:
     """The weights that the modules' kinds drop by default; for exclusions, all they own."""
-    if not modules:
+    if not owners:
         raise _no_match(catalogue, target, where)
-    found: Pairs = []
-    for module in modules:
+    pairs: Pairs = []
+    for owner in owners:
         if where == "exclude":
-            found += [(module, name) for name in catalogue.own(module)]
-        for name in kind_of(module).weights(module):
-            owner, _, parameter = name.rpartition(".")
-            found.append((module.get_submodule(owner) if owner else module, parameter))
-    if found:
-        return found
-    example = catalogue.name(modules[0])
-    own = [name for name, value in catalogue.own(modules[0]).items() if value is not None]
+            pairs += [(owner, name) for name in owner.parameters]
+        for name in owner.kind.weights(owner.module):
+            path, _, parameter = name.rpartition(".")
+            child = catalogue.of(owner.module.get_submodule(path)) if path else owner
+            pairs.append((child, parameter))
+    if pairs:
+        return pairs
+    first = owners[0]
+    example = first.name
+    own = [name for name, value in first.parameters.items() if value is not None]
     advice = (
         f"To drop one of its parameters, name it: {join(example, own[0])!r}"
         if own
         else f"To reach what is inside it, write {join(example, '*')!r}"
     )
     raise NoMatchError(
-        f"{where}: {target!r} matches {len(modules)} modules (the first is {example or '(root)'!r}, a "
-        f"{type(modules[0]).__name__}), but none has weights that are dropped by default. {advice}."
+        f"{where}: {target!r} matches {len(owners)} modules (the first is {example or '(root)'!r}, a "
+        f"{type(first.module).__name__}), but none has weights that are dropped by default. {advice}."
     )
 
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..kinds.derived import computed, fix
 from ..modules.masking import AFTER_FSDP, is_managed
-from ..modules.operated import plain_class
-from .catalogue import Catalogue
+from .catalogue import Catalogue, Owner
 from .select import Choice, Key, in_model_order
 
-Ties = Mapping[int, Sequence[tuple[nn.Module, str]]]
+Ties = Mapping[int, Sequence[tuple[Owner, str]]]
 """All users of every parameter that has several, by the parameter's id, in model order."""
 
-Users = tuple[list[Choice], Tensor]
-"""One parameter and those of its users that drop, in model order. The first gives the site its name."""
+Users = list[Choice]
+"""Those users of one parameter that drop, in model order. The first gives the site its name."""
 
 
 def with_ties(
@@ -25,61 +23,59 @@ def with_ties(
 ) -> list[Choice]:
     """The choices and the other users of what they choose, but for those that are excluded: a tied
     weight drops wherever it is read. In model order."""
-    chosen = {(id(choice.module), choice.name): choice for choice in choices}
-    found = dict(chosen)
+    chosen = {choice.key: choice for choice in choices}
+    both = dict(chosen)
     for choice in choices:
-        for module, name in tied.get(id(catalogue.own(choice.module).get(choice.name)), ()):
-            key = id(module), name
-            unread = catalogue.is_in_graph(module) and not catalogue.is_read(module, name)
-            if key not in found and key not in excluded and not unread:
-                found[key] = Choice(module, name, choice.config)
-    return choices if len(found) == len(chosen) else in_model_order(catalogue, found)
+        for owner, name in tied.get(id(choice.parameter), ()):
+            key = id(owner.module), name
+            unread = owner.in_graph and not catalogue.is_read(owner, name)
+            if key not in both and key not in excluded and not unread:
+                both[key] = Choice(owner, name, choice.config)
+    return choices if len(both) == len(chosen) else in_model_order(catalogue, both)
 
 
-def by_parameter(catalogue: Catalogue, choices: list[Choice], problems: list[str]) -> list[Users]:
-    """Every parameter once, with its users; what is wrong is added to `problems`."""
-    found: dict[int, Users] = {}
-    for choice in choices:
-        parameter = catalogue.own(choice.module).get(choice.name)
-        if parameter is None:
-            problems.append(_missing(catalogue, choice))
-            continue
-        users, _ = found.setdefault(id(parameter), ([], parameter))
+def by_parameter(choices: list[Choice], problems: list[str]) -> list[Users]:
+    """Every parameter once, by its users; what is wrong is added to `problems`."""
+    sites: dict[int, Users] = {}
+    problems += map(_missing, (choice for choice in choices if choice.parameter is None))
+    for choice in (choice for choice in choices if choice.parameter is not None):
+        users = sites.setdefault(id(choice.parameter), [])
         if users and users[0].config != choice.config:
-            problems.append(_differently(catalogue, choice, users[0]))
-            continue
-        users.append(choice)
-    return list(found.values())
+            problems.append(_differently(choice, users[0]))
+        else:
+            users.append(choice)
+    return list(sites.values())
 
 
 def ties(catalogue: Catalogue) -> Ties:
     """All users of every parameter that has several, by the parameter's id."""
-    first: dict[int, tuple[nn.Module, str]] = {}
-    users: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in catalogue.modules.values():
-        for name, parameter in catalogue.own(module).items():
+    first: dict[int, tuple[Owner, str]] = {}
+    users: dict[int, list[tuple[Owner, str]]] = {}
+    for owner in catalogue:
+        for name, parameter in owner.parameters.items():
             if parameter is None:
                 continue
-            user = (module, name)
+            user = (owner, name)
             known = first.setdefault(id(parameter), user)
             if known is not user:
                 users.setdefault(id(parameter), [known]).append(user)
     return users
 
 
-def _differently(catalogue: Catalogue, choice: Choice, other: Choice) -> str:
-    one, two = (catalogue.full(user.module, user.name) for user in (choice, other))
-    return f"{one} is tied with {two}, but the two were given different options; give both the same"
+def _differently(one: Choice, other: Choice) -> str:
+    return (
+        f"{one.full} is tied with {other.full}, but the two were given different options; give both "
+        "the same"
+    )
 
 
-def _missing(catalogue: Catalogue, choice: Choice) -> str:
+def _missing(choice: Choice) -> str:
     """Why a module has not the parameter that its kind drops, and the fix."""
-    module, name = choice.module, catalogue.full(choice.module, choice.name)
+    module, cls, name = choice.module, choice.owner.cls, choice.full
     if is_managed(module):
         return f"{name}: {AFTER_FSDP}"
     if is_parametrized(module, choice.name):
         return f"{name} is parametrized; {fix(module, choice.name)}, or exclude it"
-    cls = plain_class(module)
     sources = [own for own in module._parameters if computed(cls, module, own) == choice.name]
     if sources:
         return (

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..base.journal import Changes, Reversible, Step
 from ..base.plugins import load_plugins
-from ..kinds.table import kind_of
-from ..modules.places import Place, places, states_in, states_of
+from ..modules.places import Place, places, states_in
 from ..modules.state import SiteState, change_p
 from ..modules.walk import named_modules
 from ..operating.surgeon import current_plan, operate, undo, unused_sites, was_trained
@@ -113,7 +112,8 @@ def apply_dropconnect(
     """
     load_plugins()
     look = Look(model, example_inputs)
-    operate(_prepare(model, targets, p, exclude, config, options, look))
+    prepared = _prepare(model, targets, p, exclude, config, options, look)
+    operate(prepared)
     return model
 
 
@@ -255,11 +255,11 @@ def states_named(model: nn.Module, targets: Any) -> list[SiteState]:
 
 def _parameters(choice: Choice) -> Iterator[int]:
     """Ids of the operated parameter that was chosen and of the bias that drops with it."""
-    states = states_of(choice.module)
+    states = choice.owner.states
     state = states.get(choice.name)
     if state is None:
         return
     yield id(getattr(choice.module, state.raw))
-    bias = states.get(kind_of(choice.module).bias(choice.name) or "") if state.config.bias else None
+    bias = states.get(choice.bias or "") if state.config.bias else None
     if bias is not None:
         yield id(getattr(choice.module, bias.raw))

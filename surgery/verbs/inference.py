@@ -89,7 +89,9 @@ def _rescope_now(model: nn.Module) -> None:
 def _check_followed(model: nn.Module, states: list[SiteState]) -> None:
     catalogue, named = Catalogue(model), set(map(id, states))
     for place in places(model):
-        problem = not_followed(catalogue, place.owner) if id(place.state) in named else None
+        if id(place.state) not in named:
+            continue
+        problem = not_followed(catalogue, catalogue.of(place.owner))
         if problem is not None:
             raise SurgeryError(f"{place.state.site}: {problem}. The model is unchanged")
 
