@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakValueDictionary, ref
-
-import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -91,11 +87,3 @@ def _is_importable(cls: type) -> bool:
     for name in cls.__qualname__.split("."):
         found = getattr(found, name, None)
     return found is cls
-
-
-@contextmanager
-def lasting() -> Iterator[None]:
-    """For making tensors that outlive the inference, the transform or the mode that is running. Give
-    them a device: `with torch.device(...)` acts here too."""
-    with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
-        yield

@@ -20,7 +20,8 @@ from ..ops import Law, drop_into, drop_weight
 from ..ops.hash import Key
 from ..ops.linear import as_if_trained
 from ..ops.ordinary import is_ordinary_there
-from ..ops.versions import check_unmodified, version_of
+from ..ops.versions import check_unmodified
+from ..torch_private.tensors import copy_all, identity, version_of
 from ..torch_private.tracing import is_traced
 from .live import Open, watched
 from .masking import Factor, check_anchor
@@ -93,7 +94,7 @@ class Flat:
         memory = (raws[0].new_empty if filled else raws[0].new_zeros)(self.places.size)
         rest = [i for i in range(len(raws)) if i not in self.masks]
         if rest:
-            torch._foreach_copy_([self._part(memory, i) for i in rest], [raws[i] for i in rest])
+            copy_all([self._part(memory, i) for i in rest], [raws[i] for i in rest])
         for i, mask in self.masks.items():
             law = mask.key, mask.law, mask.state.layout, mask.anchor
             drop_into(self._part(memory, i), raws[i], *law)
@@ -178,7 +179,7 @@ def _are_alike(first: Tensor, other: Tensor) -> bool:
 def _shared(raws: list[Tensor]) -> Tensor | None:
     """The memory that all of them see, if they see one."""
     storage = raws[0].untyped_storage()
-    if any(raw.untyped_storage()._cdata != storage._cdata for raw in raws[1:]):
+    if any(identity(raw.untyped_storage()) != identity(storage) for raw in raws[1:]):
         return None
     first = raws[0]
     size = storage.nbytes() // first.element_size()

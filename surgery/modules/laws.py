@@ -17,10 +17,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..base.caching import cached, lasting
+from ..base.caching import cached
 from ..base.journal import Lock, surely
 from ..ops import Law
 from ..ops.law import law_dtype, law_numbers
+from ..torch_private.modes import lasting
 
 _shared: WeakValueDictionary[tuple[float, torch.device, torch.dtype], Law] = WeakValueDictionary()
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..ops.versions import version_of
 from ..spec.errors import SurgeryError
+from ..torch_private.tensors import counter, identity, no_torch_function, version_of
 from .recompute import Recipe, address_of
 from .state import SiteState
 
@@ -29,7 +29,7 @@ class LiveWeight(Tensor):
     As `torch.nn.Parameter` it takes no part in `__torch_function__`: operations give plain tensors.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
 
     aliases: list[LiveWeight]
     """What `.data` of this weight, and of these, has handed out. Each has a version of its own."""
@@ -65,8 +65,8 @@ class LiveWeight(Tensor):
 
     def was_written(self, version: int) -> bool:
         """Whether somebody wrote since it was at `version`."""
-        of_data = any(alias._version or alias.assigned for alias in self.aliases)
-        return of_data or self.assigned or self._version != version
+        of_data = any(counter(alias) or alias.assigned for alias in self.aliases)
+        return of_data or self.assigned or counter(self) != version
 
 
 _DATA: Any = Tensor.data
@@ -164,7 +164,7 @@ def _in_trace(
 
 def _mark(context: Any) -> None:
     fake = context.get_local("used").as_fake()
-    fake._dropconnect_version = fake._version
+    fake._dropconnect_version = counter(fake)
 
 
 def _look(context: Any) -> None:
@@ -177,7 +177,7 @@ def _look(context: Any) -> None:
     nodes = itertools.takewhile(lambda other: other is not node, reversed(context.graph().nodes))
     since = list(nodes)
     aliases = [value for value in map(_value, since) if _is_alias(value, used)]
-    written = used._version != made or any(alias._version not in (0, made) for alias in aliases)
+    written = counter(used) != made or any(counter(alias) not in (0, made) for alias in aliases)
     if written or any(_is_item_of(used, other) for other in since):
         reader, state = (_known(context.get_local(name)) for name in ("reader", "state"))
         state.written = True
@@ -196,7 +196,7 @@ def _is_item_of(used: Tensor, node: Any) -> bool:
 def _is_alias(value: Any, used: Tensor) -> bool:
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return False
-    return bool(value.untyped_storage()._cdata == used.untyped_storage()._cdata)
+    return bool(identity(value.untyped_storage()) == identity(used.untyped_storage()))
 
 
 def _known(variable: Any) -> Any:

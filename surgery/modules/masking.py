@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops import Law, drop_weight
 from ..ops.hash import Key
 from ..ops.linear import as_if_trained
-from ..ops.versions import version_of
+from ..torch_private.tensors import identity, version_of
 from ..torch_private.tracing import is_traced
 from .recompute import Recipe, can_recompute
 from .state import SiteState
@@ -139,7 +139,7 @@ class _Source(NamedTuple):
 
 def _form(tensor: Any) -> Any:
     """Where the values of a tensor lie, how, and how often they were written."""
-    place = tensor.untyped_storage()._cdata, tensor.storage_offset()
+    place = identity(tensor.untyped_storage()), tensor.storage_offset()
     return *place, tensor.dtype, tensor.shape, tensor.stride(), version_of(tensor)
 
 

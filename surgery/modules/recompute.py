@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.versions import check_unmodified, version_of
+from ..ops.versions import check_unmodified
 from ..torch_private.saved_hooks import hooks_are_allowed, take_out, top_hooks
+from ..torch_private.tensors import version_of
 from ..torch_private.tracing import is_traced
 
 

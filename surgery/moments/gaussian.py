@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.versions import version_of
+from ..torch_private.tensors import version_of
 from .pieces import Piece, disjoint
 from .scope import Deferred
 from .torch_functions import VIEWS

@@ -15,14 +15,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..base.caching import cached, lasting
+from ..base.caching import cached
+from ..torch_private.modes import lasting
+from ..torch_private.tensors import is_batched
 from ..torch_private.tracing import is_traced
 from . import gpu
 from .cpu import native
 from .cpu.workspace import Block, borrow, give_back
 from .hash import Key, advance_key, key_tensor, mix_into, spread
 from .law import Law, Layout
-from .ordinary import is_batched
 from .switch import compile_enabled, give_up
 
 Formula = Callable[..., Tensor]

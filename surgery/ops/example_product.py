@@ -25,7 +25,6 @@ from .engine import CHUNK, has_kernels
 from .hash import Key, key_tensor, mix, multipliers, spread
 from .law import Law
 from .mask import apply_mask
-from .ordinary import unviewed
 
 BLOCK = 1 << 20
 """Masked weights made at a time, where examples have many rows: 4 MB. Without a compiler a CPU makes

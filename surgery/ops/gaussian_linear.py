@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec.config import Unit
+from ..torch_private.tensors import unviewed, version_of
 from ..torch_private.tracing import is_traced
 from . import gpu
 from .cpu import native
@@ -18,8 +19,8 @@ from .engine import has_kernels
 from .gaussian import difference, dtype_of_squares, gaussian_sample, moments_of, squared_difference
 from .law import Law
 from .linear import autocast_dtype, matrix
-from .ordinary import is_ordinary, unviewed
-from .versions import check_unmodified, version_of
+from .ordinary import is_ordinary
+from .versions import check_unmodified
 
 
 class _GaussianLinear(torch.autograd.Function):

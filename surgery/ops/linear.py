@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.caching import constant_in_traces
+from ..torch_private.modes import any_autocast
+from ..torch_private.tensors import unviewed, version_of
 from . import gpu
 from .cpu.workspace import borrow, give_back
 from .hash import Key
 from .law import Law, Layout
 from .mask import drop_both, drop_eagerly, drop_weight
-from .ordinary import unviewed
-from .versions import check_unmodified, version_of
+from .versions import check_unmodified
 
 Masks = tuple[Key, Law, Layout, Tensor | None, str]
 """Key, law, layout and anchor of a weight, and its name: one argument of an autograd Function, as each
@@ -130,7 +131,7 @@ def masked_linear(
         (..., out), differentiable any number of times. Backward raises `RuntimeError` if the weight was
         changed since, unless autograd keeps the masked weight: under autocast on a GPU.
     """
-    narrow = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
+    narrow = autocast_dtype(x) if any_autocast() else None
     if narrow is not None and narrow != weight.dtype and gpu.is_there(weight):
         # A plain layer casts its weight, and autograd keeps what it gets: one kernel casts and masks.
         return F.linear(x, drop_eagerly(weight, (anchor, key, law, layout, narrow)), bias)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..torch_private.tensors import is_batched, unviewed
 from ..torch_private.tracing import is_traced
 from . import gpu
 from .cpu.workspace import Block
 from .engine import masks, run, shared_masks
 from .hash import Key, advance_key, key_tensor, mix, spread
 from .law import Law, Layout
-from .ordinary import is_batched, unviewed
 
 SEGMENT = 1 << 30
 """Weights are hashed in segments of at most this many, so that indices fit int32."""

@@ -7,10 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-
-def _keys(tensor: Tensor) -> int:
-    found: int = torch._C._dispatch_keys(tensor).raw_repr()
-    return found
+from ..torch_private.tensors import dispatch_keys
 
 
 @functools.cache
@@ -21,7 +18,7 @@ def _plain_keys(kind: str) -> frozenset[int]:
     found = set()
     for inference in (False, True):
         with torch.inference_mode(inference):
-            found.add(_keys(torch.empty(1, device=kind)))
+            found.add(dispatch_keys(torch.empty(1, device=kind)))
     return frozenset(found)
 
 
@@ -31,7 +28,7 @@ _PLAIN = _plain_keys("cpu")
 def is_ordinary(tensor: Tensor) -> bool:
     """Whether it is a dense tensor on the CPU and nothing else, of any strides."""
     kind = type(tensor)
-    return (kind is Tensor or kind is torch.nn.Parameter) and _keys(tensor) in _PLAIN
+    return (kind is Tensor or kind is torch.nn.Parameter) and dispatch_keys(tensor) in _PLAIN
 
 
 def is_ordinary_there(tensor: Tensor) -> bool:
@@ -39,27 +36,9 @@ def is_ordinary_there(tensor: Tensor) -> bool:
     kind = type(tensor)
     if kind is not Tensor and kind is not torch.nn.Parameter:
         return False
-    return _keys(tensor) in _plain_keys(tensor.device.type)
+    return dispatch_keys(tensor) in _plain_keys(tensor.device.type)
 
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether it has one value for each entry of one shape: no sparse and no nested tensor."""
     return tensor.layout is torch.strided and not tensor.is_nested
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Whether it is a batch of gradients, of `torch.autograd.grad(..., is_grads_batched=True)`: they do
-    without `torch.func`, and run backward once with operations that each know of the batch."""
-    if torch.compiler.is_compiling():  # there are none, and torch 2.9 does not trace the question
-        return False
-    batched: bool = torch._C._functorch.is_legacy_batchedtensor(tensor)
-    return batched
-
-
-def unviewed(tensor: Tensor) -> Tensor:
-    """The tensor, if it is a view as one that is none: what an autograd Function returns must not be a
-    view of what it made, because torch forbids to write into such a one."""
-    if not tensor._is_view():
-        return tensor
-    own: Tensor = torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
-    return own

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-
-def version_of(tensor: Tensor) -> int:
-    """How often it was changed in place; always 0 for a tensor made in inference mode, which does not
-    count."""
-    return 0 if tensor.is_inference() else tensor._version
+from ..torch_private.tensors import version_of
 
 
 def check_unmodified(name: str, weight: Tensor, version: int) -> None:

@@ -5,6 +5,8 @@ costs more than a forward should pay; the file says which. Each name has a test 
 `tests/torch_private`, which fails with the name and the file once torch behaves in another way.
 
     saved_hooks.py   the hooks that decide what autograd keeps
+    tensors.py       what a tensor is below its values
+    modes.py         gradients, autocast, modes that see each operation
     tracing.py       what follows the calling code
 
 Functions that are called in every forward are torch's own under another name, so that none of them

@@ -300,13 +300,13 @@ def _while_sampling(
 
     def put_back() -> None:
         before.make()
-        torch._C._set_grad_enabled(gradients)
+        torch.set_grad_enabled(gradients)
         for generator, state in zip(generators, random):
             generator.set_state(state)
 
     def sample() -> None:
         now.make()
-        torch._C._set_grad_enabled(False)
+        torch.set_grad_enabled(False)
         for generator in generators:
             generator.manual_seed(seed)
         call()

@@ -14,8 +14,9 @@ from torch.nn.parameter import is_lazy
 from surgery.base.journal import Result, Step, at_once, restoring
 from surgery.modules.places import places
 from surgery.operating.suspend import suspended
-from surgery.ops.versions import version_of
 from surgery.spec.errors import SurgeryError
+from surgery.torch_private.modes import set_gradients
+from surgery.torch_private.tensors import version_of
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -58,7 +59,7 @@ def _surroundings(model: nn.Module) -> list[Step]:
     generators = [torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)]
     return [
         *(partial(generator.set_state, generator.get_state()) for generator in generators),
-        partial(torch._C._set_grad_enabled, torch.is_grad_enabled()),
+        partial(set_gradients, torch.is_grad_enabled()),
         partial(setattr, warnings, "filters", warnings.filters),
     ]
 

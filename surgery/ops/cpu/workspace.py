@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...base.caching import lasting
+from ...torch_private.modes import dispatch_modes, function_modes, lasting
 from .. import gpu
 from ..ordinary import is_ordinary
 
@@ -43,7 +43,7 @@ def borrow(like: Tensor) -> Block | None:
     """
     if not like.is_cpu or gpu.is_there(like):
         return None
-    watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    watched = dispatch_modes() or function_modes()
     if watched or not is_ordinary(like):
         return None
     try:

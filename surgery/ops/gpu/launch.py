@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ...torch_private.tensors import is_batch, is_unwritten_zero
 from ...torch_private.tracing import is_traced
 from ..switch import compile_enabled, give_up
 
@@ -25,8 +26,6 @@ INTERPRETED: set[str] = set()
 """Types of device beside GPUs whose tensors kernels take: those of Triton's interpreter, in tests."""
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
-
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 INDEX = 1 << 30
 """Kernels count entries in int32, with room for the last block."""
@@ -56,7 +55,7 @@ def takes(first: Tensor, *others: Tensor | None, strided: bool = False) -> bool:
             return False
         if not (strided or tensor.is_contiguous()) or tensor.layout is not torch.strided:
             return False
-        if tensor.is_nested or tensor.is_neg() or tensor._is_zerotensor() or _is_batched(tensor):
+        if tensor.is_nested or tensor.is_neg() or is_unwritten_zero(tensor) or is_batch(tensor):
             return False
         if tensor is not first and tensor.device != first.device:
             return False

@@ -1,0 +1,36 @@
+"""The modes of torch: which are on, and how to step outside of them or switch them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """For making tensors that outlive the inference, the transform or the mode that is running. Give
+    them a device: `with torch.device(...)` acts here too.
+
+    Without `_DisableFuncTorch` and `_disable_current_modes`, what is made once and kept could be a
+    wrapper of a transform, or a fake tensor, which is worth nothing when that has ended.
+    """
+    with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
+        yield
+
+
+set_gradients: Callable[[bool], Any] = torch._C._set_grad_enabled
+"""Switches the recording of autograd, as a step of `base/journal.py`. `torch.set_grad_enabled` does it
+from Python code, in which an interrupt may come before it is done."""
+
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether autocast is on for some device. `torch.is_autocast_enabled(device.type)` answers for one, and
+takes several times as long in each forward."""
+
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+"""How many modes see each operation, and each torch function. One of them could hold on to memory that
+is lent for the length of a product only."""
