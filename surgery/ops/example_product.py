@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..torch_private.tensors import unviewed
 from . import gpu
 from .cpu import native
 from .engine import CHUNK, has_kernels
