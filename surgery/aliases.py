@@ -25,7 +25,7 @@ MOVED = {
     "forms": "spec.forms",
     "scope": "moments.scope",
     "torch_functions": "moments.torch_functions",
-    "modules.kinds": "kinds.table",
+    "modules.kinds": "kinds",
     "modules.product": "kinds.product",
     "modules.examples": "kinds.examples",
     "modules.reads": "kinds.reads",

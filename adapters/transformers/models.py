@@ -8,8 +8,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import load_sharded_checkpoint
 
-from surgery.kinds.product import COLUMN_PRODUCT
-from surgery.kinds.table import LINEAR, columns, product_of, register_kind
+from surgery.kinds.kind import register_kind
+from surgery.kinds.product import COLUMN_PRODUCT, product_of
+from surgery.kinds.torch_kinds import LINEAR, columns
 from surgery.verbs.savers import (
     reads_file,
     resizes_plain,

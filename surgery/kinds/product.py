@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..spec.config import DropConnectConfig, Inference, Sampling, Unit
 
@@ -122,3 +122,13 @@ COLUMN_PRODUCT = Product(_linear_columns, columns=True)
 def conv_product(spatial: int) -> Product:
     """Of a convolution over so many spatial dimensions."""
     return Product(_conv, features=-1 - spatial)
+
+
+def product_of(*known: type[nn.Module], product: Product) -> Callable[..., Product | None]:
+    """For `Kind.product`: `product` for classes whose forward is that of a class in `known`."""
+
+    def of(cls: type[nn.Module]) -> Product | None:
+        same = cls in known or any(cls.forward is one.forward for one in known)
+        return product if same else None
+
+    return of

@@ -1,6 +1,6 @@
 """Modules: their kinds, what they read, and how an operated one behaves."""
 
-from ..kinds.table import Axes, Kind, kind_of, register_kind
+from ..kinds.kind import Axes, Kind, kind_of, register_kind
 from .operated import DropConnectModule
 from .state import SiteState
 

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ..kinds.table import Kind, kind_of
+from ..kinds.kind import Kind, kind_of
 from ..modules.operated import plain_class
 from ..modules.places import plain_parameters, states_of
 from ..modules.state import SiteState

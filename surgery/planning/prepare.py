@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..kinds.kind import follows_weight
 from ..kinds.product import Demand
-from ..kinds.table import follows_weight
 from ..modules.laws import give_laws
 from ..modules.operated import DropConnectModule, operated_class, plain_class
 from ..modules.places import plain_parameters, states_of

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..kinds.derived import computed, fix
+from ..kinds.kind import follows_weight, needs_axes
 from ..kinds.product import Demand, Product
-from ..kinds.table import SEPARATE_PROJECTIONS, follows_weight, needs_axes
+from ..kinds.torch_kinds import SEPARATE_PROJECTIONS
 from ..modules.masking import AFTER_FSDP, is_managed
 from ..modules.operated import DropConnectModule
 from ..modules.state import anchor_name, live_name, raw_name

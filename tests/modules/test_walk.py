@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from surgery.base.caching import PerObject
-from surgery.kinds import table as kinds
+from surgery.kinds import LINEAR
 from surgery.modules import kind_of, register_kind
 from surgery.modules.walk import named_modules
 
@@ -28,13 +27,11 @@ def test_walk_is_that_of_torch(model: nn.Module, remove_duplicate: bool) -> None
     assert all(one is other for (_, one), (_, other) in zip(found, wanted, strict=True))
 
 
-def test_a_kind_registered_later_is_found(monkeypatch) -> None:
+def test_a_kind_registered_later_is_found() -> None:
     class Mine(nn.Linear):
         pass
 
-    monkeypatch.setattr(kinds, "_kinds", list(kinds._kinds))
-    monkeypatch.setattr(kinds, "_kind_of_class", PerObject())
     assert kind_of(Mine(2, 2)).name == "linear"
-    register_kind(kinds.LINEAR.but(name="mine", classes=(Mine,)))
+    register_kind(LINEAR.but(name="mine", classes=(Mine,)))
     assert kind_of(Mine(2, 2)).name == "mine"
     assert kind_of(nn.Linear(2, 2)).name == "linear"

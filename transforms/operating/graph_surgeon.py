@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import fx, nn
 
 from surgery.base.journal import Step
+from surgery.kinds.kind import follows_weight
 from surgery.kinds.product import Demand
-from surgery.kinds.table import follows_weight
 from surgery.modules import SiteState
 from surgery.moments.torch_functions import ANEW, RESHAPING, SELECTING
 from surgery.planning.graphs import Nodes

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
+from surgery.kinds.kind import set_kind
 from surgery.kinds.product import COLUMN_PRODUCT, LINEAR_PRODUCT, Product
-from surgery.kinds.table import set_kind
 from surgery.modules.node import Call, Slot
 from surgery.modules.places import states_of
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from surgery.kinds.table import kind_of
+from surgery.kinds.kind import kind_of
 from surgery.modules.masking import is_sharded
 from surgery.modules.operated import plain_class
 from surgery.moments.torch_functions import CASTING, INDEXING, RESHAPING, SELECTING

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from surgery.kinds.table import OTHER, columns, conv_axes, rows
+from surgery.kinds.kind import OTHER
+from surgery.kinds.torch_kinds import columns, conv_axes, rows
 from surgery.modules import Axes, Kind
 from surgery.modules.places import states_of
 

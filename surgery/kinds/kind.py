@@ -1,0 +1,140 @@
+"""What a kind of module is, and which kind a module has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from ..base.caching import PerObject, cached
+from ..ops import Layout
+from ..spec.config import Unit
+from .product import Product
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The meaning of a weight's dimensions, after viewing it with shape `view`."""
+
+    view: tuple[int, ...]
+    input: tuple[int, ...]
+    """Dimensions along which the input feature varies; () for a bias, the weight of a constant 1."""
+    output: tuple[int, ...]
+    """Dimensions along which the pre-activation varies."""
+
+
+AxesOf = Callable[[nn.Module, str, Tensor], "Axes | None"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How one family of module classes is operated on. Register with `register_kind`."""
+
+    name: str
+    """Shown in plans."""
+
+    classes: tuple[type[nn.Module], ...]
+
+    weights: Callable[[nn.Module], Sequence[str]]
+    """Names, relative to the module, of the parameters that a target naming the module means."""
+
+    axes: AxesOf
+    """Meaning of the dimensions of a parameter; None if unknown (then only the units `element` and
+    `tensor` can be used)."""
+
+    bias: Callable[[str], str | None]
+    """Name of the bias that goes with a weight, or None."""
+
+    refuse: Callable[[nn.Module, str], str | None] = lambda module, name: None
+    """Why this parameter of this module cannot be operated on and what to do, or None."""
+
+    product: Callable[[type[nn.Module]], Product | None] = lambda cls: None
+    """How the forward of a plain class computes its pre-activation from `weight` and `bias`; None if
+    it is no product of input and weight, or its forward is not known. Per-example masks, Gaussian
+    noise and moments need it."""
+
+    linear: bool = False
+    """Whether the target `"all-linear"` takes it."""
+
+    def layout(self, module: nn.Module, name: str, weight: Tensor, unit: Unit) -> Layout | None:
+        """Which entries of a parameter share a mask entry; None if the unit has no meaning for it: one
+        that `needs_axes`, where these are unknown.
+
+        Args:
+            module: of this kind, the owner of the parameter.
+            name: plain name of the parameter in the module.
+            weight: the parameter, of any shape.
+            unit: of the config.
+        """
+        if unit == "element":
+            return _elements(weight.numel())
+        if unit == "tensor":
+            return Layout.shared(tuple(weight.shape), ())
+        axes = self.axes(module, name, weight)
+        if axes is None:
+            return None
+        return Layout.shared(axes.view, axes.input if unit == "input" else axes.output)
+
+    def but(self, **changes: Any) -> Kind:
+        """A kind like this one, with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+OTHER = Kind(
+    name="other",
+    classes=(nn.Module,),
+    weights=lambda module: (),
+    axes=lambda module, name, weight: None,
+    bias=lambda name: None,
+)
+"""Any other module: parameters only if named, masks by element or as a whole."""
+
+
+_kinds: list[Kind] = []
+
+
+def register_kind(kind: Kind) -> None:
+    """Add a kind. Kinds registered later are asked first, so a subclass can have its own."""
+    _kinds.insert(0, kind)
+    _kind_of_class.clear()
+
+
+_kind_of_class: PerObject[type[nn.Module], Kind | None] = PerObject()
+"""What was found before; None for a class that no kind was registered for."""
+
+_kind_of_one: WeakKeyDictionary[nn.Module, Kind] = WeakKeyDictionary()
+
+
+def set_kind(module: nn.Module, kind: Kind) -> None:
+    """Say the kind of one module object whose class does not tell it: whose parameters are read by
+    the nodes of a graph. The kind must not refer to the module."""
+    _kind_of_one[module] = kind
+
+
+def kind_of(module: nn.Module) -> Kind:
+    """The kind of a module; `OTHER` if none was registered for its class."""
+    return _kind_of_class.get(type(module), _registered) or _kind_of_one.get(module, OTHER)
+
+
+def _registered(cls: type[nn.Module]) -> Kind | None:
+    return next((kind for kind in _kinds if issubclass(cls, kind.classes)), None)
+
+
+@cached
+def _elements(numel: int) -> Layout:
+    """Weights of one size share it."""
+    return Layout.elements(numel)
+
+
+def needs_axes(unit: Unit) -> bool:
+    """Whether the unit depends on what the dimensions of a parameter mean."""
+    return unit in ("input", "output")
+
+
+def follows_weight(unit: Unit) -> bool:
+    """Whether a bias takes the mask of its weight: a dropped row drops its bias too."""
+    return unit in ("output", "tensor")

@@ -1,0 +1,158 @@
+"""The kinds of torch's own modules: which weights they drop by default, and what dimensions mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .kind import Axes, Kind, register_kind
+from .product import LINEAR_PRODUCT, Product, conv_product, product_of
+
+
+def _conv_product_of(cls: type[nn.Module]) -> Product | None:
+    for spatial, conv in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), start=1):
+        if cls.forward is conv.forward:
+            return conv_product(spatial)
+    return None
+
+
+def _weight(module: nn.Module) -> Sequence[str]:
+    return ("weight",)
+
+
+def _bias(name: str) -> str | None:
+    """`bias_hh_l0` of `weight_hh_l0`, `in_proj_bias` of `in_proj_weight`."""
+    return name.replace("weight", "bias") if "weight" in name else None
+
+
+def rows(name: str, weight: Tensor) -> Axes | None:
+    """A matrix with outputs along rows, or a vector of outputs."""
+    if weight.ndim == 1:
+        return Axes(tuple(weight.shape), input=(), output=(0,))
+    return Axes(tuple(weight.shape), input=(1,), output=(0,)) if weight.ndim == 2 else None
+
+
+def _matrix(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
+    return rows(name, weight)
+
+
+def columns(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
+    """A matrix with inputs along rows (Embedding: a word is an input; transformers' Conv1D)."""
+    if weight.ndim != 2:
+        return rows(name, weight)
+    return Axes(tuple(weight.shape), input=(0,), output=(1,))
+
+
+def conv_axes(weight: Tensor, groups: int, transposed: bool) -> Axes:
+    """Of a filter bank, viewed as (group, output in group, input in group, kernel)."""
+    first, second = weight.shape[:2]
+    kernel = weight.numel() // max(first * second, 1)
+    view = (groups, first // groups, second, kernel)
+    if transposed:
+        return Axes(view, input=(0, 1), output=(0, 2))
+    return Axes(view, input=(0, 2), output=(0, 1))
+
+
+def _conv(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
+    if weight.ndim == 1:
+        return rows(name, weight)
+    groups = module.groups
+    assert isinstance(groups, int)
+    return conv_axes(weight, groups, bool(getattr(module, "transposed", False)))
+
+
+def _attention(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
+    """The packed projection is three matrices on top of each other: query, key and value."""
+    if not name.startswith("in_proj_"):
+        return rows(name, weight)
+    if weight.ndim == 1:
+        return Axes((3, weight.shape[0] // 3), input=(0,), output=(0, 1))
+    return Axes((3, weight.shape[0] // 3, weight.shape[1]), input=(0, 2), output=(0, 1))
+
+
+SEPARATE_PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""The parameters of a MultiheadAttention whose keys or values have another width."""
+
+
+def _attention_weights(module: nn.Module) -> Sequence[str]:
+    packed = getattr(module, "_qkv_same_embed_dim", True)
+    return (*(("in_proj_weight",) if packed else SEPARATE_PROJECTIONS), "out_proj.weight")
+
+
+def _attention_bias(name: str) -> str | None:
+    """The separate projections share one packed bias, which goes with none of them alone."""
+    return _bias(name) if name == "in_proj_weight" else None
+
+
+def _recurrent_weights(module: nn.Module) -> Sequence[str]:
+    """The AWD-LSTM convention: hidden to hidden, every layer and direction; also those that are no
+    parameters any more (pruned, normed), which are refused by name."""
+    names = getattr(module, "_flat_weights_names", None)
+    if not isinstance(names, list):
+        names = list(module._parameters)
+    return tuple(name for name in names if name.startswith("weight_hh"))
+
+
+def _refuse_embedding(module: nn.Module, name: str) -> str | None:
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm rewrites the weight in its forward; construct the module without max_norm"
+    if getattr(module, "sparse", False):
+        return "a sparse gradient cannot pass a mask; construct the module with sparse=False"
+    return None
+
+
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+LINEAR = Kind(
+    name="linear",
+    classes=(nn.Linear,),
+    weights=_weight,
+    axes=_matrix,
+    bias=_bias,
+    product=product_of(nn.Linear, product=LINEAR_PRODUCT),
+    linear=True,
+)
+
+for _kind in (
+    LINEAR,
+    Kind(
+        name="conv",
+        classes=_CONVOLUTIONS,
+        weights=_weight,
+        axes=_conv,
+        bias=_bias,
+        product=_conv_product_of,
+    ),
+    Kind(
+        name="embedding",
+        classes=(nn.Embedding, nn.EmbeddingBag),
+        weights=_weight,
+        axes=columns,
+        bias=lambda name: None,
+        refuse=_refuse_embedding,
+    ),
+    Kind(name="rnn", classes=(nn.RNNBase,), weights=_recurrent_weights, axes=_matrix, bias=_bias),
+    Kind(
+        name="rnn-cell",
+        classes=(nn.RNNCellBase,),
+        weights=lambda module: ("weight_hh",),
+        axes=_matrix,
+        bias=_bias,
+    ),
+    Kind(
+        name="attention",
+        classes=(nn.MultiheadAttention,),
+        weights=_attention_weights,
+        axes=_attention,
+        bias=_attention_bias,
+    ),
+):
+    register_kind(_kind)
