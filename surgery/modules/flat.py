@@ -1,9 +1,9 @@
-"""The weights of an RNN on cuDNN, masked, in one piece of memory.
+"""The weights of an RNN on cuDNN, masked, in one block of memory.
 
-cuDNN reads all weights of an RNN from one piece of memory, in an order of its own. `flatten_parameters`
+cuDNN reads all weights of an RNN from one block of memory, in an order of its own. `flatten_parameters`
 puts the stored ones there. Masked ones that lay elsewhere would make torch copy all of them into such a
-piece at every call, and warn of it. So here one forward has a piece of its own, in which the masked
-weights and copies of the others have their places, and hands out tensors that see it. Gradients go back
+block at every call, and warn of it. So here one forward has a block of its own, in which the masked
+weights and copies of the others lie, and hands out tensors that see it. Gradients go back
 to each stored weight: through its mask, or as they are.
 """
 
@@ -29,17 +29,18 @@ from .recompute import Recipe, can_recompute
 from .state import SiteState
 
 DEVICES = {"cuda"}
-"""Types of device on which RNNs read their weights from one piece of memory."""
+"""Types of device on which RNNs read their weights from one block of memory."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class Places(NamedTuple):
-    """Where each weight lies in the piece."""
+class Block(NamedTuple):
+    """A block of memory for all weights of an RNN."""
 
     size: int
-    """Of the piece, in entries."""
+    """In entries, of the dtype of the weights."""
     offsets: tuple[int, ...]
+    """Where each weight begins, in entries, in the order of the RNN."""
 
 
 class Mask(NamedTuple):
@@ -57,14 +58,14 @@ class Flat:
     Args:
         names: of all weights of the RNN, in its order.
         raws: the stored ones.
-        places: of the masked ones.
+        block: where the masked ones are to lie.
     """
 
-    def __init__(self, names: list[str], raws: list[Tensor], places: Places) -> None:
-        self.names, self.raws, self.places = names, raws, places
+    def __init__(self, names: list[str], raws: list[Tensor], block: Block) -> None:
+        self.names, self.raws, self.block = names, raws, block
         self.versions = [version_of(raw) for raw in raws]
         self.masks: dict[int, Mask] = {}
-        """By place in the lists."""
+        """By index in the lists."""
         self._again: Tensor | None = None
         self._saved = self._asked = 0
 
@@ -83,15 +84,15 @@ class Flat:
         must not be one."""
         memory = self._memory()
         storage, seen = memory.untyped_storage(), []
-        for raw, offset in zip(self.raws, self.places.offsets):
+        for raw, offset in zip(self.raws, self.block.offsets):
             # Each is at version 1, as is what cuDNN's code makes of the memory: see `recipe`.
             seen.append(memory.new_empty(0).set_(storage, offset, raw.size(), raw.stride()))
         return seen
 
     def _memory(self) -> Tensor:
         raws = [raw.detach() for raw in self.raws]
-        filled = sum(raw.numel() for raw in raws) == self.places.size
-        memory = (raws[0].new_empty if filled else raws[0].new_zeros)(self.places.size)
+        filled = sum(raw.numel() for raw in raws) == self.block.size
+        memory = (raws[0].new_empty if filled else raws[0].new_zeros)(self.block.size)
         rest = [i for i in range(len(raws)) if i not in self.masks]
         if rest:
             copy_all([self._part(memory, i) for i in rest], [raws[i] for i in rest])
@@ -101,7 +102,7 @@ class Flat:
         return memory
 
     def _part(self, memory: Tensor, i: int) -> Tensor:
-        raw, offset = self.raws[i], self.places.offsets[i]
+        raw, offset = self.raws[i], self.block.offsets[i]
         return memory[offset : offset + raw.numel()].view(raw.shape)
 
     def recipe(self) -> Recipe:
@@ -123,29 +124,29 @@ class Flat:
         return memory
 
 
-class _Placed(torch.autograd.Function):
+class _InBlock(torch.autograd.Function):
     """The stored weights -> those of one forward."""
 
     @staticmethod
     def forward(ctx: Any, flat: Flat, *raws: Tensor) -> tuple[Tensor, ...]:
         ctx.masks = flat.masks
         ctx.set_materialize_grads(False)
-        placed = flat.tensors()
-        frozen = [one for one, raw in zip(placed, raws) if not raw.requires_grad]
+        used = flat.tensors()
+        frozen = [one for one, raw in zip(used, raws) if not raw.requires_grad]
         ctx.mark_non_differentiable(*frozen)
-        return tuple(placed)
+        return tuple(used)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        found = list(grads)
+        of_raws = list(grads)
         for i, mask in ctx.masks.items():
-            if found[i] is not None:
-                found[i] = drop_weight(found[i], mask.key, mask.law, mask.state.layout)
-        return None, *found
+            if of_raws[i] is not None:
+                of_raws[i] = drop_weight(of_raws[i], mask.key, mask.law, mask.state.layout)
+        return None, *of_raws
 
 
 def flat_of(module: Any) -> Flat | None:
-    """What a forward of a module does with its weights, if they are to lie in one piece; none of them
+    """What a forward of a module does with its weights, if they are to lie in one block; none of them
     is masked yet. None: each masked weight has memory of its own."""
     if not isinstance(module, nn.RNNBase) or is_traced():
         return None
@@ -166,9 +167,9 @@ def flat_of(module: Any) -> Flat | None:
     if not all(_are_alike(raws[0], raw) for raw in raws):
         return None
     whole = _shared(raws)
-    places = None if whole is None else _places(raws, whole)
-    places = _cudnn_places(module, raws) if places is None else places
-    return None if places is None else Flat(list(module._flat_weights_names), raws, places)
+    block = None if whole is None else _block(raws, whole)
+    block = _block_of_cudnn(module, raws) if block is None else block
+    return None if block is None else Flat(list(module._flat_weights_names), raws, block)
 
 
 def _are_alike(first: Tensor, other: Tensor) -> bool:
@@ -186,16 +187,16 @@ def _shared(raws: list[Tensor]) -> Tensor | None:
     return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, (size,), (1,))
 
 
-def _places(raws: list[Tensor], whole: Tensor) -> Places | None:
+def _block(raws: list[Tensor], whole: Tensor) -> Block | None:
     """Where they are in their memory, if that holds little else and no two of them overlap."""
     parts = sorted((int(raw.storage_offset()), raw.numel()) for raw in raws)
     apart = all(one + size <= other for (one, size), (other, _) in itertools.pairwise(parts))
     if not apart or whole.numel() > 2 * sum(size for _, size in parts):
         return None
-    return Places(whole.numel(), tuple(int(raw.storage_offset()) for raw in raws))
+    return Block(whole.numel(), tuple(int(raw.storage_offset()) for raw in raws))
 
 
-def _cudnn_places(module: nn.RNNBase, raws: list[Tensor]) -> Places | None:
+def _block_of_cudnn(module: nn.RNNBase, raws: list[Tensor]) -> Block | None:
     """Where cuDNN wants them, for stored weights that are not there: copies of a model have each in
     memory of its own, and so have those in bfloat16, which `flatten_parameters` leaves alone."""
     raw = raws[0]
@@ -220,7 +221,7 @@ def _asked_of_cudnn(
     bias: bool,
     batch_first: bool,
     bidirectional: bool,
-) -> Places | None:
+) -> Block | None:
     """What `flatten_parameters` does, with tensors that nobody needs."""
     if not torch._use_cudnn_rnn_flatten_weight():
         return None
@@ -238,7 +239,7 @@ def _asked_of_cudnn(
             raise
         return None
     whole = _shared(weights)
-    return None if whole is None else _places(weights, whole)
+    return None if whole is None else _block(weights, whole)
 
 
 def open_flat(module: Any, flat: Flat) -> list[Open]:
@@ -249,17 +250,17 @@ def open_flat(module: Any, flat: Flat) -> list[Open]:
             return open_flat(module, flat)
     recorded = torch.is_grad_enabled() and any(raw.requires_grad for raw in flat.raws)
     if recorded:
-        placed: list[Tensor] = list(_Placed.apply(flat, *flat.raws))  # type: ignore[no-untyped-call]
+        used: list[Tensor] = list(_InBlock.apply(flat, *flat.raws))  # type: ignore[no-untyped-call]
     else:
-        placed = flat.tensors()
+        used = flat.tensors()
     if not torch.is_grad_enabled():
-        pairs = zip(placed, flat.raws)
-        placed = [as_if_trained(one) if raw.requires_grad else one for one, raw in pairs]
+        pairs = zip(used, flat.raws)
+        used = [as_if_trained(one) if raw.requires_grad else one for one, raw in pairs]
     recipe = flat.recipe() if can_recompute() else None
-    beside = {name: placed[i] for i, name in enumerate(flat.names) if i not in flat.masks}
+    beside = {name: used[i] for i, name in enumerate(flat.names) if i not in flat.masks}
     opened = []
     for i, mask in flat.masks.items():
-        one = watched(module, mask.state, placed[i], recipe)
+        one = watched(module, mask.state, used[i], recipe)
         one.used.beside = beside
         opened.append(one)
     return opened

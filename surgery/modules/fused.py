@@ -19,16 +19,16 @@ from .state import SiteState
 def fused_forward(module: Any, x: Any) -> Tensor | None:
     """What the forward returns; None, with nothing done, if anything but a mask by element is asked of
     this module, its input or the caller."""
-    held = module.__dict__
-    states = held["_dropconnect"]
+    own = module.__dict__
+    states = own["_dropconnect"]
     if len(states) != 1 or not torch.is_grad_enabled() or is_traced():
         return None
     (state,) = states.values()
-    if not _asks_for_a_mask(state, held):
+    if not _asks_for_a_mask(state, own):
         return None
     if type(x) is not Tensor or x.ndim < 2 or not is_dense(x):
         return None
-    parameters = held["_parameters"]
+    parameters = own["_parameters"]
     raw = parameters.get(state.raw)
     if type(raw) is not nn.Parameter:
         return None
@@ -44,12 +44,12 @@ def fused_forward(module: Any, x: Any) -> Tensor | None:
     return masked_linear(x, raw, bias, key, law, state.layout, anchor, state.name)
 
 
-def _asks_for_a_mask(state: SiteState, held: dict[str, Any]) -> bool:
+def _asks_for_a_mask(state: SiteState, own: dict[str, Any]) -> bool:
     """Whether the weight gets a mask of its own in this call, by element, and nothing else is drawn."""
     if state.product is not LINEAR_PRODUCT or state.sampling != "batch":
         return False
-    if state.held_key is not None or state.group is not None or held[state.live] is not None:
+    if state.held_key is not None or state.group is not None or own[state.live] is not None:
         return False
-    if held["_dropconnect_draws"] or state.rate * state.factor == 0.0 or is_scripted():
+    if own["_dropconnect_draws"] or state.rate * state.factor == 0.0 or is_scripted():
         return False
-    return (held["training"] or state.inference == "sample") and state.layout.is_elementwise
+    return (own["training"] or state.inference == "sample") and state.layout.is_elementwise

@@ -60,10 +60,10 @@ def raw_state_dict(model: nn.Module, state_dict: Mapping[str, Value]) -> dict[st
         state_dict: a state dict of the model without DropConnect, whole or in part. Tensors are not
             copied.
     """
-    found = {join(name, place.state.name): (name, place) for name, place in _named_places(model)}
+    known = {join(name, place.state.name): (name, place) for name, place in _named_places(model)}
     raw: dict[str, Any] = {}
     for key, value in state_dict.items():
-        name, place = found.get(key, ("", None))
+        name, place = known.get(key, ("", None))
         if place is None or join(name, place.state.raw) in state_dict:
             raw[key] = value
             continue

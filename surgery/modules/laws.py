@@ -39,7 +39,7 @@ def shared_law(p: float, device: torch.device, dtype: torch.dtype) -> Law:
 
 @cached
 def _indices(device: torch.device) -> tuple[Tensor, ...]:
-    """The places of a table as tensors, for all tables of a device."""
+    """The numbers of the rows of a table, int64, shape (1,) each: for all tables of a device."""
     with lasting():
         return torch.arange(LawTable.SIZE, device=device).view(-1, 1).unbind()
 
@@ -77,11 +77,11 @@ class LawTable:
 
     def add(self, threshold: int, scale: float) -> Row:
         """A row for a new site. Nobody reads there yet, so tensors may change; call `added` then."""
-        place = self._taken
-        self._taken = place + 1
-        self._thresholds[place] = threshold
-        self._scales[place] = scale
-        return Row(self, place, self._indices[place])
+        number = self._taken
+        self._taken = number + 1
+        self._thresholds[number] = threshold
+        self._scales[number] = scale
+        return Row(self, number, self._indices[number])
 
     def added(self) -> None:
         """Give the graphs the rows that were added. On the CPU the tensors are the arrays."""
@@ -102,10 +102,10 @@ class LawTable:
         for seen, values in zip(self._captured, (self.thresholds, self.scales)):
             seen.copy_(values)
 
-    def captured(self, place: int) -> Law:
+    def captured(self, number: int) -> Law:
         """The law of a row as replays of a CUDA graph shall see it: as it is then."""
         thresholds, scales = self._captured
-        return Law(thresholds[place], scales[place])
+        return Law(thresholds[number], scales[number])
 
     def published(self, thresholds: array[int], scales: array[float]) -> dict[str, Any]:
         """The attributes of a table with these numbers."""
@@ -121,12 +121,12 @@ class LawTable:
 class Row:
     """Where a graph finds the law of one site."""
 
-    def __init__(self, table: LawTable, place: int, index: Tensor) -> None:
+    def __init__(self, table: LawTable, number: int, index: Tensor) -> None:
         self.table = table
-        self.place = place
+        self.number = number
         self.index = index
-        """The place, int64, shape (1,): a number would be compiled into the graph, and layers that
-        are compiled alone share theirs."""
+        """The number as a tensor, int64, shape (1,). An int would be compiled into the graph, which
+        layers that are compiled one by one share."""
 
     def law(self) -> Law:
         """The law as part of a graph."""
@@ -235,7 +235,7 @@ def _change_laws(states: Iterable[HasLaw], p: float | None, factor: float) -> No
             if table not in written:
                 written[table] = table.copies()
             thresholds, scales = written[table]
-        thresholds[row.place], scales[row.place] = numbers
+        thresholds[row.number], scales[row.number] = numbers
     news = [(table, table.published(*numbers_of)) for table, numbers_of in written.items()]
 
     def put() -> None:

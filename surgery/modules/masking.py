@@ -139,8 +139,8 @@ class _Source(NamedTuple):
 
 def _form(tensor: Any) -> Any:
     """Where the values of a tensor lie, how, and how often they were written."""
-    place = identity(tensor.untyped_storage()), tensor.storage_offset()
-    return *place, tensor.dtype, tensor.shape, tensor.stride(), version_of(tensor)
+    memory = identity(tensor.untyped_storage()), tensor.storage_offset()
+    return *memory, tensor.dtype, tensor.shape, tensor.stride(), version_of(tensor)
 
 
 def _held(state: SiteState, raw: Tensor, key: Key, law: Law, anchor: Tensor | None) -> Tensor:

@@ -64,7 +64,7 @@ class Call:
         self.__dict__.update(state)
 
 
-class DropConnect(SitesNode):
+class DropConnectNode(SitesNode):
     """Called by a node that graph surgery put in; `surgery.transforms` makes it.
 
     It lies beside its parameter: for `fc.weight_raw` it is `fc.weight_dropconnect`. It holds what is
@@ -98,6 +98,10 @@ class DropConnect(SitesNode):
     def __prepare_scriptable__(self) -> NoReturn:
         """Called by `torch.jit.script`."""
         raise SurgeryError(refusal_to_script(self._site, "torch.jit.script"))
+
+    def _get_name(self) -> str:
+        """In the repr."""
+        return "DropConnect"
 
     @property
     def name(self) -> str:
@@ -206,6 +210,10 @@ class DropConnect(SitesNode):
         return ", ".join(parts + ([f"in {self.call.function}"] if self.call else []))
 
 
+DropConnect = DropConnectNode
+"""The name in pickles from before this class had its own."""
+
+
 class Settle(nn.Module):
     """Called on what a graph returns: plain tensors instead of Gaussians (`inference="moments"`),
     unless a forward around the graph does that."""
@@ -230,7 +238,7 @@ _taught = False
 
 
 def _teach_owners() -> None:
-    """From now on, whatever module a DropConnect is registered in learns to load plain keys.
+    """From now on, whatever module a DropConnectNode is registered in learns to load plain keys.
 
     A hook on registration, because copies, pickles and passes of `torch.fx` build the owners anew, as
     empty modules, and put the children in.
@@ -243,13 +251,13 @@ def _teach_owners() -> None:
 
 
 def _teach_owner(owner: nn.Module, name: str, child: nn.Module | None) -> None:
-    if isinstance(child, DropConnect):
+    if isinstance(child, DropConnectNode):
         forget(owner, child)
         # Without a reference to the owner: a GraphModule cannot be pickled with one to itself.
         owner._register_load_state_dict_pre_hook(child.accept_plain_keys)  # type: ignore[no-untyped-call]
 
 
-def forget(owner: nn.Module, child: DropConnect) -> None:
+def forget(owner: nn.Module, child: DropConnectNode) -> None:
     """Take the hook of a child out of its owner."""
     hooks: dict[int, Any] = owner._load_state_dict_pre_hooks
     for key in [key for key, hook in hooks.items() if hook.hook == child.accept_plain_keys]:

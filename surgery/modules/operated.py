@@ -2,7 +2,7 @@
 
 The module object stays; hooks, attributes and `isinstance` keep working. In the subclass
 
-* the parameter `weight` is registered as `weight_raw`, in the same place and order;
+* the parameter `weight` is registered as `weight_raw`, in the same position;
 * `module.weight` is a property: the masked weight while a forward runs, the raw `Parameter` otherwise;
 * `forward` draws the masks, runs the forward of the original class, and lets the masks go.
 """
@@ -226,7 +226,7 @@ def _ignore_flat_weights(self: Any, value: Any) -> None:
 
 
 def _of_stored_weights(method: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A method that looks whether the weights are others now, or moves them into one piece of memory:
+    """A method that looks whether the weights are others now, or moves them into one block of memory:
     not while masked ones are read in their place."""
 
     @functools.wraps(method)

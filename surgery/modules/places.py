@@ -13,8 +13,8 @@ from .walk import named_modules
 
 
 class SitesNode(nn.Module):
-    """What lies beside parameters that nodes of a graph read, and holds the states of these sites; see
-    `surgery.modules.node`. (An operated module holds its own in its `__dict__`.)"""
+    """What lies beside parameters that nodes of a graph read, and has the states of these sites; see
+    `surgery.modules.node`. (An operated module has its own in its `__dict__`.)"""
 
     states: dict[str, SiteState]
     """By plain parameter name."""
@@ -42,7 +42,7 @@ class Place:
 
 
 def own_states(module: nn.Module) -> dict[str, SiteState] | None:
-    """The states that an operated module holds; None for any other."""
+    """The states of an operated module; None for any other."""
     if not hasattr(type(module), "_dropconnect_class"):
         return None
     states: dict[str, SiteState] = module.__dict__["_dropconnect"]
@@ -65,8 +65,8 @@ def states_of(module: nn.Module) -> dict[str, SiteState]:
         states.update(node.states)
     if not states:
         return states
-    place = {name: index for index, name in enumerate(module._parameters)}
-    return dict(sorted(states.items(), key=lambda item: place.get(item[1].raw, len(place))))
+    order = {name: index for index, name in enumerate(module._parameters)}
+    return dict(sorted(states.items(), key=lambda item: order.get(item[1].raw, len(order))))
 
 
 def product_site(place: Place) -> SiteState | None:
@@ -105,7 +105,7 @@ def places(model: nn.Module, remove_duplicate: bool = True) -> Iterator[Place]:
 def states_in(model: nn.Module) -> list[SiteState]:
     """The states of all places, in any order. Without names this takes half the time, and a schedule
     asks at every step."""
-    found: list[SiteState] = []
+    states: list[SiteState] = []
     seen: set[nn.Module] = set()
     todo: list[nn.Module | None] = [model]
     while todo:
@@ -115,10 +115,10 @@ def states_in(model: nn.Module) -> list[SiteState]:
         seen.add(module)
         own = module.states if isinstance(module, SitesNode) else own_states(module)
         if own is not None:
-            found += own.values()
+            states += own.values()
         if module._modules:
             todo += module._modules.values()
-    return found
+    return states
 
 
 def plain_parameters(module: nn.Module) -> dict[str, Tensor | None]:

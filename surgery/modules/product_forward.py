@@ -168,7 +168,7 @@ class ProductCall(NamedTuple):
             return mean
         shared = state.unit in ("input", "tensor")
         points = self.points(mean)
-        return Gaussian.of(Source(mean, variance, state.site, state.draws, points, shared))
+        return Gaussian.of(Source(mean, variance, state.site, state.samples, points, shared))
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of each pre-activation."""

@@ -140,11 +140,11 @@ def _pack(tensor: Tensor) -> _Saved:
 
 
 def _unpack(saved: _Saved) -> Tensor:
-    found = version_of(saved.tensor)
-    if found != saved.version:
+    version = version_of(saved.tensor)
+    if version != saved.version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
             f"operation: a tensor of shape {tuple(saved.tensor.shape)} is at version "
-            f"{found}; expected version {saved.version} instead"
+            f"{version}; expected version {saved.version} instead"
         )
     return saved.tensor

@@ -48,7 +48,7 @@ class Group(NamedTuple):
     rows: int
     """Size of the whole batch."""
     probing: bool = False
-    """Whether repetitions are told apart by `paper_modes.tilt` instead of masks, to see whether the
+    """Whether repetitions are told apart by `product_forward.tilt` instead of masks, to see whether the
     model keeps them apart."""
 
 
@@ -107,7 +107,7 @@ class SiteState:
         self.sampling = config.sampling
         self.example_dim = config.example_dim
         self.inference = config.inference
-        self.draws = config.samples
+        self.samples = config.samples
         self.independent = config.ranks == "independent"
         self.product = product
         """How the module computes its pre-activation, if this is the weight of a product."""
@@ -142,6 +142,8 @@ class SiteState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy has a p of its own."""
+        if "draws" in state:  # the name that files from before the rooms have
+            state["samples"] = state.pop("draws")
         self.__dict__.update(state)
         if self.law is not None:
             give_laws([(self, self.law.scale)])
@@ -166,7 +168,7 @@ class SiteState:
                 f"{self.site}: nothing can be made while a CUDA graph is captured. Run the model once "
                 "before, on the device and in the mode of the capture"
             )
-        return self.row.table.captured(self.row.place)
+        return self.row.table.captured(self.row.number)
 
     def _law_in_trace(self, raw: Tensor, keep: bool) -> Law:
         row, law = self.row, self.law
@@ -194,12 +196,12 @@ class SiteState:
         """Whether a CUDA graph is captured, whose replays may have another p."""
         return is_capturing()
 
-    def with_inference(self, inference: Inference, draws: int | None) -> dict[str, Any]:
+    def with_inference(self, inference: Inference, samples: int | None) -> dict[str, Any]:
         """The attributes that change with what `eval()` does."""
         config = self.config
-        if (config.inference, config.samples) != (inference, draws):
-            config = config.replace(inference=inference, samples=draws)
-        return {"_config": config, "inference": inference, "draws": draws}
+        if (config.inference, config.samples) != (inference, samples):
+            config = config.replace(inference=inference, samples=samples)
+        return {"_config": config, "inference": inference, "samples": samples}
 
     def refused(self, sampling: Sampling, inference: Inference) -> str | None:
         """Why the product of this weight cannot be had with these options, and what to do; or None."""
@@ -230,7 +232,7 @@ def change_p(states: Iterable[SiteState], p: float | None = None, factor: float 
     Raises:
         ValueError: a product is outside [0, 1]; nothing is changed.
     """
-    found = list(states)
-    for rate in {state.rate for state in found} if p is None else {p}:
+    changed = list(states)
+    for rate in {state.rate for state in changed} if p is None else {p}:
         check_p(rate * factor)
-    change_laws(found, p, factor)
+    change_laws(changed, p, factor)

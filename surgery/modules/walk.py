@@ -11,7 +11,7 @@ WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
 
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
     """What `model.named_modules(remove_duplicate=remove_duplicate)` yields."""
-    found: list[tuple[str, nn.Module]] = []
+    named: list[tuple[str, nn.Module]] = []
     seen: set[nn.Module] = set()
     todo = [("", model)]
     while todo:
@@ -20,12 +20,12 @@ def named_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple
             if module in seen:
                 continue
             seen.add(module)
-        found.append((name, module))
+        named.append((name, module))
         if module._modules:
             prefix = f"{name}." if name else ""
             children = module._modules.items()
             todo += [(prefix + key, child) for key, child in children if child is not None][::-1]
-    return found
+    return named
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

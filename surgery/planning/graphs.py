@@ -15,12 +15,12 @@ from torch import nn
 from ..base.journal import Step
 from ..base.plugins import load_plugins
 from ..kinds.product import Product
-from ..modules.node import DropConnect
+from ..modules.node import DropConnectNode
 from ..modules.state import SiteState
 from ..spec.config import DropConnectConfig
 from ..spec.errors import SurgeryError
 
-Nodes = dict[tuple[int, str], DropConnect]
+Nodes = dict[tuple[int, str], DropConnectNode]
 """DropConnect modules by (id of the owner, name of the weight)."""
 
 
@@ -93,7 +93,7 @@ def graph_surgeon(modules: Iterable[nn.Module]) -> GraphSurgeon | None:
     Raises:
         SurgeryError: there are graphs, and the plugin is not installed.
     """
-    graphs = (torch.fx.GraphModule, DropConnect)
+    graphs = (torch.fx.GraphModule, DropConnectNode)
     if not any(isinstance(module, graphs) for module in modules):
         return None
     if not _surgeons:
@@ -105,11 +105,11 @@ def graph_surgeon(modules: Iterable[nn.Module]) -> GraphSurgeon | None:
 
 def graph_owners(
     modules: Iterable[tuple[str, nn.Module]],
-) -> Iterator[tuple[str, nn.Module, list[DropConnect]]]:
+) -> Iterator[tuple[str, nn.Module, list[DropConnectNode]]]:
     """Of named modules, those beside whose parameters DropConnect nodes lie, and these."""
     for name, module in modules:
         if not module._modules:
             continue
-        nodes = [child for child in module._modules.values() if isinstance(child, DropConnect)]
+        nodes = [child for child in module._modules.values() if isinstance(child, DropConnectNode)]
         if nodes:
             yield name, module, nodes

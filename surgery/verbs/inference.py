@@ -65,7 +65,7 @@ class set_inference(Reversible):
         changes, before, configs = Changes(), Changes(), {}
         for state in self._states:
             changes.put(state.__dict__, state.with_inference(self._mode, self._samples))
-            before.put(state.__dict__, state.with_inference(state.inference, state.draws))
+            before.put(state.__dict__, state.with_inference(state.inference, state.samples))
             configs[id(state)] = state.config.replace(inference=self._mode, samples=self._samples)
         rescope(changes, self._model, configs)
         # Twice, since the first can be interrupted: then `IOBase` takes the rest when this object is

@@ -292,7 +292,7 @@ def _while_sampling(
         before.put(module.__dict__, {"training": module.training})
     for state in (place.state for place in found):
         now.put(state.__dict__, state.with_inference("sample", None))
-        kept = state.with_inference(state.inference, state.draws)
+        kept = state.with_inference(state.inference, state.samples)
         before.put(state.__dict__, {**kept, "group": None})
     gradients = torch.is_grad_enabled()
     generators = [] if seed is None else _generators(found)

@@ -92,7 +92,7 @@ def test_sites_beyond_one_table() -> None:
     count = LawTable.SIZE + 1
     model = stack(count)
     assert len({state.row.table for state in states_in(model)}) >= 2
-    assert len({(state.row.table, state.row.place) for state in states_in(model)}) == count
+    assert len({(state.row.table, state.row.number) for state in states_in(model)}) == count
     set_p(model, 0.25)
     assert set(read(model)) == set(shared(model))
     assert {threshold for threshold, _ in read(model)} == {-(2**30)}

@@ -125,7 +125,7 @@ def form(model: nn.Module, own: list[nn.Parameter]) -> Any:
             )
         )
     states = [
-        (place.name, s.name, s.config, s.rate, s.factor, s.inference, s.draws, s.held_key, s.held,
+        (place.name, s.name, s.config, s.rate, s.factor, s.inference, s.samples, s.held_key, s.held,
          s.group, s.law is not None and s.law.scale.tolist())
         for place in places(model)
         for s in [place.state]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 
-from surgery.modules.node import DropConnect
+from surgery.modules.node import DropConnectNode
 from surgery.modules.places import places
 from surgery.spec.plan import join
 
@@ -68,7 +68,7 @@ def _node_box(
         name = function_of(node, graph_module)
         return Box(node.name, node.name, "" if name == node.name else name, role="op")
     module = graph_module.get_submodule(target)
-    if isinstance(module, DropConnect):
+    if isinstance(module, DropConnectNode):
         owner = target.rpartition(".")[0]
         found = [_weight(parts, join(owner, name)) for name in module.states]
         return Box(node.name, node.name, "DropConnect", weights=tuple(filter(None, found)))

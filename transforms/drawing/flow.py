@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx, nn
 
-from surgery.modules.node import DropConnect, Settle
+from surgery.modules.node import DropConnectNode, Settle
 from surgery.moments.torch_functions import ACTIVATIONS, CASTING, COPYING, JOINT
 from surgery.spec.plan import join
 
@@ -132,10 +132,10 @@ class _Builder:
         module = _submodule(self.model, path) or _submodule(self.graph_module, path)
         if isinstance(module, (*_HIDDEN, Settle)):
             return flow
-        opaque = node.op == "call_module" and not isinstance(module, DropConnect)
+        opaque = node.op == "call_module" and not isinstance(module, DropConnectNode)
         if module is not None and (opaque or (path and not _parted(module))):
             return self._leaf(path, module, flow, opaque)
-        if isinstance(module, DropConnect) and module.call is not None:
+        if isinstance(module, DropConnectNode) and module.call is not None:
             name = module.call.function
         if flow.reads and flow.sources:
             return self._reading(name, flow)
@@ -204,7 +204,7 @@ def module_path(node: fx.Node) -> str:
 
 def _parted(module: nn.Module) -> bool:
     """Whether it has parts, or is one of a graph's own that do not count."""
-    return isinstance(module, DropConnect) or any(True for _ in module.children())
+    return isinstance(module, DropConnectNode) or any(True for _ in module.children())
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from surgery import dropconnect_sites
-from surgery.modules.node import DropConnect, Settle
+from surgery.modules.node import DropConnectNode, Settle
 from surgery.modules.operated import plain_class
 from surgery.modules.places import plain_parameters
 from surgery.spec.config import DropConnectConfig
@@ -114,7 +114,7 @@ def _part(
     weights = tuple(_weights(module, path, sites, seen))
     children: list[Part] = []
     for name, child in module.named_children():
-        if not isinstance(child, (DropConnect, Settle)):
+        if not isinstance(child, (DropConnectNode, Settle)):
             children += _lift(_part(child, join(path, name), name, sites, seen), child)
     folded = tuple(_fold(children))
     kind = plain_class(module).__name__

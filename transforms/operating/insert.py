@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from surgery.modules import DropConnectModule, SiteState
-from surgery.modules.node import Call, DropConnect, Settle
+from surgery.modules.node import Call, DropConnectNode, Settle
 from surgery.modules.places import states_of
 from surgery.planning.graphs import Nodes
 from surgery.spec.plan import join
@@ -129,7 +129,7 @@ class _Inserter:
         if name not in read.owner._modules:
             module = self.nodes.get((id(read.owner), read.name))
             if module is None:
-                module = DropConnect(states, call)
+                module = DropConnectNode(states, call)
                 module.training = read.owner.training
             read.owner.add_module(name, module)
         return join(read.path, name)
@@ -167,7 +167,7 @@ def called_states(graph_module: fx.GraphModule) -> Iterator[SiteState]:
     """The sites in modules that a graph calls, but not those of another graph."""
     for node in graph_module.graph.find_nodes(op="call_module"):
         module = graph_module.get_submodule(str(node.target))
-        if isinstance(module, DropConnect):
+        if isinstance(module, DropConnectNode):
             yield from module.states.values()
         elif not isinstance(module, fx.GraphModule):
             for part in module.modules():

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from surgery.modules.node import DropConnect, Settle, forget
+from surgery.modules.node import DropConnectNode, Settle, forget
 from surgery.modules.places import states_of
 from surgery.modules.walk import named_modules
 from surgery.planning.graphs import Nodes, graph_owners
@@ -36,7 +36,7 @@ Module = TypeVar("Module", bound=nn.Module)
 class _Called(AtNode):
     """A node that calls a DropConnect module."""
 
-    module: DropConnect
+    module: DropConnectNode
 
     @property
     def raw(self) -> object:
@@ -187,7 +187,7 @@ def _calls(graph_module: fx.GraphModule, kind: type[Module]) -> Iterator[tuple[f
 
 
 def _called(graph_module: fx.GraphModule) -> Iterator[_Called]:
-    for node, module in _calls(graph_module, DropConnect):
+    for node, module in _calls(graph_module, DropConnectNode):
         yield _Called(graph_module, node, module)
 
 

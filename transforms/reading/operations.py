@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
-from surgery.modules.node import DropConnect
+from surgery.modules.node import DropConnectNode
 from surgery.moments.torch_functions import DROPOUTS, QUERIES, canonical
 
 Layout = Literal["out_in", "in_out"]
@@ -217,7 +217,7 @@ def _function_of_module(path: str, root: nn.Module) -> str:
     if path == "_guards_fn":
         return "guards_fn"
     module = root.get_submodule(path)
-    if isinstance(module, DropConnect) and module.call is not None:
+    if isinstance(module, DropConnectNode) and module.call is not None:
         return module.call.function
     named = next((name for classes, name in _MODULES if isinstance(module, classes)), None)
     return type(module).__name__.lower() if named is None else named

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgery.modules.node import DropConnect
+from surgery.modules.node import DropConnectNode
 from surgery.moments.torch_functions import CASTING, COPYING, TRANSPOSING
 
 from .operations import Operation, function_of, leaves, operation
@@ -76,13 +76,13 @@ def _uses(read: Read, value: fx.Node, flipped: bool) -> Iterator[GraphUse]:
 
 def _is_dropconnect(node: fx.Node, root: nn.Module) -> bool:
     return node.op == "call_module" and isinstance(
-        root.get_submodule(str(node.target)), DropConnect
+        root.get_submodule(str(node.target)), DropConnectNode
     )
 
 
 def _replaces(node: fx.Node, root: nn.Module) -> bool:
     module = root.get_submodule(str(node.target))
-    return isinstance(module, DropConnect) and module.call is not None
+    return isinstance(module, DropConnectNode) and module.call is not None
 
 
 def _holds(argument: Any, value: fx.Node) -> bool:

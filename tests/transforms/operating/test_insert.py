@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from surgery import SurgeryError, apply_dropconnect, dropconnect_sites, set_p, strip_dropconnect
-from surgery.modules.node import DropConnect
+from surgery.modules.node import DropConnectNode
 from surgery.transforms.operating.insert import insert
 from surgery.transforms.operating.survey import Survey
 
@@ -41,7 +41,7 @@ def nodes_of(model: fx.GraphModule) -> dict[str, str]:
     return {
         n.name: str(n.target)
         for n in model.graph.find_nodes(op="call_module")
-        if isinstance(model.get_submodule(str(n.target)), DropConnect)
+        if isinstance(model.get_submodule(str(n.target)), DropConnectNode)
     }
 
 
