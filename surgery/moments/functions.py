@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.torch_names import WRITERS, canonical, of_two, spelling, writes
 from . import torch_functions as table
 from .gaussian import Apply, Gaussian, Source
 from .pointwise import leaves_domain, pointwise
@@ -20,17 +21,15 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `func` does to arguments among which are Gaussians."""
     if not args and "input" in kwargs:
         args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
-    raw = _name_of(func)
-    name = table.canonical(raw)
+    spelled = spelling(func)
+    name = of_two(canonical(spelled), args)
     values = [value for value in (*args, *kwargs.values()) if isinstance(value, Gaussian)]
     if name in table.JOINING and kwargs.get("out") is None:
         return _joined(func, args, kwargs)
     if not values or kwargs.get("out") is not None:  # inside a list
         return func(*settle(args), **settle(kwargs))
-    if name in ("max", "min") and len(args) == 2 and not isinstance(args[1], int):
-        name = f"{name}imum"
-    if _writes(raw, kwargs):
-        return _in_place(func, raw, args, kwargs)
+    if writes(spelled) or kwargs.get("inplace") is True:
+        return _in_place(func, spelled, args, kwargs)
     if args and isinstance(args[0], Gaussian):
         handler = _handler(name)
         if handler is not None:
@@ -70,7 +69,7 @@ def _handler(name: str) -> _Handler | None:
     """What is special about some functions of a Gaussian, their first argument."""
     if name in table.QUERIES:
         return _query
-    if name in table.CASTING | table.COPYING:
+    if name in table.PASSING:
         return _cast
     if name in table.VIEWS:
         return _rearrange
@@ -81,32 +80,20 @@ def _handler(name: str) -> _Handler | None:
     return _SPECIAL.get(name)
 
 
-def _name_of(func: Any) -> str:
-    """`mul_` of `Tensor.mul_`, `rmul` of `Tensor.__rmul__`, `gelu` of `aten.gelu.default`."""
-    schema = getattr(func, "_schema", None)
-    name = str(func.__name__) if schema is None else str(schema.name).rpartition("::")[2]
-    return name[2:-2] if name.startswith("__") else name
-
-
-def _writes(name: str, kwargs: dict[str, Any]) -> bool:
-    writer = name.endswith("_") and not name.startswith("_")
-    return writer or name == "setitem" or kwargs.get("inplace") is True
-
-
-def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A function that writes into its first argument."""
+def _in_place(func: Any, spelled: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A function that writes into its first argument; the argument, after that."""
     target = args[0]
     pure = {k: v for k, v in kwargs.items() if k != "inplace"}
-    twin = func if kwargs.get("inplace") is True else _twin(name)
+    twin = func if kwargs.get("inplace") is True else _twin(spelled)
     if isinstance(target, Gaussian):
-        if name == "requires_grad_" and not kwargs.get("requires_grad", (*args, True)[1]):
+        if spelled == "requires_grad_" and not kwargs.get("requires_grad", (*args, True)[1]):
             return target  # what was made without a gradient has none
         if twin is not None:
             return target.become(dispatch(twin, args, pure))
         written = target.expectation().clone()
         func(written, *settle(args[1:]), **settle(kwargs))
         return target.become(written)
-    value = dispatch(twin, args, pure) if name in ("add_", "sub_") else None
+    value = dispatch(twin, args, pure) if canonical(spelled) in table.ADDS else None
     written = func(*settle(args), **settle(kwargs))
     if isinstance(value, Gaussian) and value.normal is not None:
         source = value.source
@@ -115,9 +102,11 @@ def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     return written
 
 
-def _twin(name: str) -> Any:
-    """The function that returns what `name` would write; None if there is none."""
-    plain = name[:-1]
+def _twin(spelled: str) -> Any:
+    """The function that returns what the one of this spelling would write; None if there is none."""
+    if spelled in WRITERS:
+        return getattr(Tensor, f"__{WRITERS[spelled]}__")
+    plain = spelled.removesuffix("_")
     twin = getattr(Tensor, plain, None) or getattr(torch.nn.functional, plain, None)
     return twin if callable(twin) else None  # `requires_grad` is none
 

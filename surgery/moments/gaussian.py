@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..base.torch_names import WRITERS, canonical
 from ..torch_private.tensors import version_of
 from .pieces import Piece, disjoint
 from .scope import Deferred
-from .torch_functions import VIEWS
+from .torch_functions import ELEMENTWISE, VIEWS
 
 Apply = Callable[[Tensor], Tensor]
 Points = tuple[tuple[Tensor, Tensor], ...]
@@ -281,7 +282,6 @@ _OPERATORS = (
     "add radd sub rsub mul rmul truediv rtruediv pow rpow neg pos abs matmul rmatmul mod floordiv "
     "gt lt ge le eq ne and or xor rand ror rxor invert getitem setitem len bool float int iter contains"
 )
-for _name in _OPERATORS.split():
+_WRITERS = (name for name in WRITERS if canonical(name) in ELEMENTWISE)
+for _name in (*_OPERATORS.split(), *_WRITERS):
     setattr(Gaussian, f"__{_name}__", _operator(f"__{_name}__"))
-for _name, _writer in {"iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_"}.items():
-    setattr(Gaussian, f"__{_name}__", _operator(_writer))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from .torch_functions import SPLITTING
+
 Step = tuple[Any, int | None, tuple[int, ...]]
 """A view: its name and arguments, which of several results it is, and the shape it was taken of."""
 
 Piece = tuple[Step, ...]
-
-_SPLITS = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind")
 
 
 def disjoint(one: Piece, other: Piece) -> bool:
@@ -18,7 +18,7 @@ def disjoint(one: Piece, other: Piece) -> bool:
         if name == other_name and index == other_index:
             continue
         if name == other_name:
-            return name is not None and name[0] in _SPLITS
+            return name is not None and name[0] in SPLITTING
         return _apart(name, other_name, shape)
     return False
 

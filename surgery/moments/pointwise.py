@@ -80,12 +80,7 @@ def _affine(
 
 def _is_linear(name: str, args: tuple[Any, ...]) -> bool:
     """Whether the result is affine in the one Gaussian among the arguments."""
-    places = [i for i, arg in enumerate(args) if isinstance(arg, Gaussian)]
-    if len(places) != 1:
-        return False
-    if name in table.SCALES:
-        return "div" not in name or places == [0]
-    return name in table.ADDS or name in table.REVERSED
+    return table.is_affine(name, [i for i, arg in enumerate(args) if isinstance(arg, Gaussian)])
 
 
 def _closed(
@@ -109,9 +104,7 @@ def _closed(
 
     tanh = kwargs.get("approximate") == "tanh"  # the other GELU
     mean, variance = torch.broadcast_tensors(mean, variance)  # type: ignore[no-untyped-call]
-    return lambda: ops.expectation(
-        activation, mean, variance, None if tanh else table.CLOSED.get(name)
-    )
+    return lambda: ops.expectation(activation, mean, variance, None if tanh else name)
 
 
 def _independent(

@@ -1,53 +1,16 @@
 """What torch functions do to the entries of a tensor: the one table, by name.
 
 `surgery.moments` asks it what a function makes of a Gaussian, `surgery.transforms` what a node of a
-graph makes of a value. Names are those of `canonical`: no underscores, no synonyms.
+graph makes of a value. Names are those of `surgery.base.torch_names`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
-
-
-SPELLINGS = {
-    "absolute": "abs",
-    "arccos": "acos",
-    "arccosh": "acosh",
-    "arcsin": "asin",
-    "arcsinh": "asinh",
-    "arctan": "atan",
-    "arctanh": "atanh",
-    "clip": "clamp",
-    "concat": "cat",
-    "concatenate": "cat",
-    "divide": "div",
-    "greater": "gt",
-    "greater_equal": "ge",
-    "less": "lt",
-    "less_equal": "le",
-    "log_sigmoid": "logsigmoid",
-    "moveaxis": "movedim",
-    "multiply": "mul",
-    "negative": "neg",
-    "not_equal": "ne",
-    "radd": "add",
-    "rmul": "mul",
-    "subtract": "sub",
-    "swapaxes": "transpose",
-    "swapdims": "transpose",
-    "swish": "silu",
-    "true_divide": "div",
-    "truediv": "div",
-}
-"""Other names of the same function: Python's operators, and torch's synonyms."""
-
-
-def canonical(name: str) -> str:
-    """`softmax` for `_softmax`, `relu` for `relu_`, `add` for `__radd__`."""
-    name = name.strip("_")
-    return SPELLINGS.get(name, name)
 
 
 # --- of each entry alone ---------------------------------------------------------------------------
@@ -89,12 +52,6 @@ function of one, as in `log(1 + exp(u))`."""
 
 ELEMENTWISE = ADDS | REVERSED | SCALES | POINTWISE | COMPARISONS | PARTIAL
 
-CLOSED = {
-    **{name: name for name in _names("relu leaky_relu relu6 hardtanh hardsigmoid hardswish gelu")},
-    **dict.fromkeys(("clamp", "clamp_max", "clamp_min"), "hardtanh"),
-}
-"""Names under which `ops.expectation` knows the closed form of an expectation."""
-
 # --- the same entries, elsewhere or otherwise ------------------------------------------------------
 
 CASTING = _names("bfloat16 cpu cuda double float half to to_copy type type_as")
@@ -102,6 +59,9 @@ CASTING = _names("bfloat16 cpu cuda double float half to to_copy type type_as")
 
 COPYING = _names("alias clone contiguous detach detach_copy identity lift_fresh_copy requires_grad")
 """The values of the first argument, and no other."""
+
+PASSING = CASTING | COPYING
+"""The values of the first argument, in its form. The result may be the very tensor that was given."""
 
 SPLITTING = _names("chunk split split_with_sizes tensor_split unbind unsafe_chunk unsafe_split")
 """Parts of the first argument, as a tuple."""
@@ -132,6 +92,9 @@ ANEW = _names(
 )
 """Of these, the ones whose result is never the memory of the first argument."""
 
+ALIASING = (SELECTING | RESHAPING) - ANEW
+"""The result may be the memory of the first argument, so that a write into it is one into that."""
+
 JOINING = _names("cat stack")
 """The entries of several tensors."""
 
@@ -140,16 +103,44 @@ DROPOUTS = _names(
 )
 """The identity in evaluation mode."""
 
+DROPPING = DROPOUTS | _names("native_dropout")
+"""The same; `native_dropout` returns its mask too."""
+
+KEEPING = RESHAPING | CASTING | DROPPING
+"""In evaluation mode, every entry of the first argument with its value."""
+
 # --- of several entries together -------------------------------------------------------------------
 
 JOINT = _names("softmax log_softmax softmin safe_softmax logsumexp gumbel_softmax")
 """Activations of several entries together: only draws can pass them."""
+
+GATING = _names("glu")
+"""One half of the entries, each times the sigmoid of one of the other half."""
+
+ACROSS = JOINT | GATING
+"""Activations that mix entries."""
 
 NORMALISING = _names("batch_norm")
 """Affine in each channel in evaluation mode, and so of a Gaussian a Gaussian."""
 
 QUERIES = _names(
     "size dim ndimension numel nelement stride storage_offset element_size get_device is_contiguous "
-    "is_floating_point is_complex is_signed is_same_size len result_type"
+    "is_floating_point is_complex is_signed is_same_size len result_type sym_numel sym_size sym_stride "
+    "assert_async assert_scalar assert_tensor_metadata"
 )
-"""Ask for the form, not the value."""
+"""Functions that ask for the form, not the value, or check and return nothing."""
+
+ATTRIBUTES = _names("device dtype is_cuda layout ndim shape")
+"""What is read from a tensor and does not depend on its values."""
+
+
+def is_affine(name: str, positions: Sequence[int]) -> bool:
+    """Whether a function is affine in one of its positional arguments.
+
+    Args:
+        positions: of the arguments that are Gaussian, or depend on the one value in question. Of more
+            than one, no function is.
+    """
+    if len(positions) != 1:
+        return False
+    return name in ADDS | REVERSED | SCALES and (name != "div" or positions[0] == 0)

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..base.torch_names import is_of_torch, name_of, spelling, writes
 from ..torch_private.tracing import is_traced
 from . import gpu
 from .cpu import native
@@ -41,7 +41,8 @@ def register_closed_form(name: str, form: ClosedForm, *spellings: Any) -> None:
     Args:
         name: what callers may call the function.
         form: the expectation, for float32 or float64 mean and var of one shape.
-        spellings: functions, and classes of modules, that are this function.
+        spellings: functions, and classes of modules, that are this function. Not needed for those of
+            torch whose canonical name it is (see `surgery.base.torch_names`).
     """
     _FORMS[name] = form
     _NAMES.update(dict.fromkeys(spellings, name))
@@ -60,6 +61,8 @@ def expectation(f: Function, mean: Tensor, var: Tensor, name: str | None = None)
         gradient by var would be infinite or 0 / 0, at var = 0, it is 0.
     """
     form = _FORMS.get(name or _name_of(f) or "")
+    if _is_in_place(f):
+        f = _on_copies(f)
     found = _on_gpu(_ON_GPU.get(form), mean, var)
     if found is not None:
         return found
@@ -97,7 +100,17 @@ def expectation_by_draws(f: Function, mean: Tensor, var: Tensor, samples: int) -
 def _name_of(f: Function) -> str | None:
     if getattr(f, "approximate", "none") != "none":  # nn.GELU(approximate="tanh")
         return None
-    return _NAMES.get(type(f) if isinstance(f, nn.Module) else f)
+    called = type(f) if isinstance(f, nn.Module) else f
+    return _NAMES.get(called) or (name_of(called) if is_of_torch(called) else None)
+
+
+def _is_in_place(f: Function) -> bool:
+    """Whether f writes its values over its argument, which is needed afterwards."""
+    return getattr(f, "inplace", False) is True or writes(spelling(f))
+
+
+def _on_copies(f: Function) -> Function:
+    return lambda t: f(t.clone())
 
 
 def _gauss_hermite(count: int) -> tuple[tuple[float, float], ...]:
@@ -245,11 +258,17 @@ def _gelu(f: Function, mean: Tensor, var: Tensor) -> Tensor:
 _ON_GPU: dict[ClosedForm | None, str] = {_relu: "relu", _gelu: "gelu"}
 """What the kernel of `gpu.expect` knows as a whole."""
 
-register_closed_form("identity", _identity, nn.Identity)
-register_closed_form("relu", _relu, nn.ReLU, torch.relu, torch.relu_, F.relu, F.relu_)
-register_closed_form("leaky_relu", _rectified, nn.LeakyReLU, F.leaky_relu)
-register_closed_form("relu6", _clamped, nn.ReLU6, F.relu6)
-register_closed_form("hardtanh", _clamped, nn.Hardtanh, F.hardtanh)
-register_closed_form("hardsigmoid", _hard_sigmoid, nn.Hardsigmoid, F.hardsigmoid)
-register_closed_form("hardswish", _hard_swish, nn.Hardswish, F.hardswish)
-register_closed_form("gelu", _gelu, nn.GELU, F.gelu)
+for _name, _form in {
+    "clamp": _clamped,
+    "clamp_max": _clamped,
+    "clamp_min": _clamped,
+    "gelu": _gelu,
+    "hardsigmoid": _hard_sigmoid,
+    "hardswish": _hard_swish,
+    "hardtanh": _clamped,
+    "identity": _identity,
+    "leaky_relu": _rectified,
+    "relu": _relu,
+    "relu6": _clamped,
+}.items():
+    register_closed_form(_name, _form)

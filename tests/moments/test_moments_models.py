@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery import apply_dropconnect, mc_predict, set_inference
+from surgery.base.torch_names import canonical
 from surgery.moments import torch_functions as table
+from surgery.ops import register_closed_form
+from surgery.ops.expect import _FORMS
 
 P = 0.3
 
@@ -209,13 +212,13 @@ def _unary_pointwise() -> set[str]:
 
 def test_every_elementwise_function_has_a_place() -> None:
     known = table.ELEMENTWISE | table.CASTING | table.COPYING
-    excluded = frozenset(map(table.canonical, " ".join(EXCLUDED.values()).split()))
+    excluded = frozenset(map(canonical, " ".join(EXCLUDED.values()).split()))
     special = ("special_bessel", "special_modified", "special_spherical", "special_scaled",
                "special_airy", "special_chebyshev", "special_shifted", "special_hermite",
                "special_laguerre", "special_legendre")  # fmt: skip
     missing = {
         name
-        for name in set(map(table.canonical, _unary_pointwise())) - known - excluded
+        for name in set(map(canonical, _unary_pointwise())) - known - excluded
         if not name.startswith(special)
     }
     assert not missing
@@ -225,13 +228,13 @@ def test_every_elementwise_function_has_a_place() -> None:
 def test_a_function_is_in_one_table() -> None:
     sets = (table.ADDS, table.REVERSED, table.SCALES, table.POINTWISE, table.COMPARISONS,
             table.PARTIAL, table.CASTING, table.COPYING, table.VIEWS, table.JOINING, table.DROPOUTS,
-            table.JOINT, table.NORMALISING, table.QUERIES)  # fmt: skip
+            table.JOINT, table.NORMALISING, table.QUERIES, table.ATTRIBUTES, table.GATING,
+            table.DROPPING - table.DROPOUTS)  # fmt: skip
     known = frozenset().union(*sets)
     assert sum(map(len, sets)) == len(known)
     every = [value for value in vars(table).values() if isinstance(value, frozenset)]
     assert frozenset().union(*every) <= known
-    assert all(table.canonical(name) == name for name in known - {"H", "T", "mT"})
-    assert set(table.CLOSED) <= table.POINTWISE
+    assert all(canonical(name) == name for name in known - {"H", "T", "mT"})
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
@@ -344,6 +347,43 @@ def test_a_write_into_a_view_is_refused() -> None:
     model = apply_dropconnect(Around(then).eval(), "site", inference="moments")
     with pytest.raises(RuntimeError, match=r"site\.weight: .* cannot follow a write into a view"):
         model(torch.randn(2, 32))
+
+
+def _assign_power(u: Tensor) -> Tensor:
+    same = u
+    same **= 2
+    return u
+
+
+def test_every_operator_that_assigns_writes() -> None:
+    model, x = Around(_assign_power).eval(), torch.randn(2, 32)
+    apply_dropconnect(model, "site", inference="moments")
+    found = model(x)
+    model.then = torch.square
+    torch.testing.assert_close(found, model(x))
+
+
+def test_a_registered_form_is_used_by_its_name() -> None:
+    model, x = Around(nn.Mish()).eval(), torch.randn(2, 32)
+    apply_dropconnect(model, "site", inference="moments")
+    register_closed_form("mish", lambda f, mean, var: torch.full_like(mean, 7))
+    try:
+        assert bool((model(x) == 7).all())
+    finally:
+        del _FORMS["mish"]
+
+
+@pytest.mark.parametrize("split", [torch.split, torch.unsafe_split])
+def test_parts_are_independent_however_they_are_split(split: Callable[..., Any]) -> None:
+    def gated(u: Tensor) -> Tensor:
+        one, other = split(u, 16, -1)
+        return torch.relu(one) * torch.relu(other)
+
+    model, x = Around(gated).eval(), torch.randn(2, 32)
+    apply_dropconnect(model, "site", inference="moments")
+    found = model(x)
+    model.then = torch.relu
+    assert torch.equal(found, torch.mul(*model(x).chunk(2, -1)))
 
 
 def _write_to_view(h: Tensor) -> Tensor:

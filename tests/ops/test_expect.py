@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -80,6 +81,19 @@ def test_a_name_finds_the_closed_form_of_any_callable() -> None:
     assert errors(slope, "leaky_relu", 1.0) < 1e-11
     assert errors(slope, None, 1.0) > 1e-4
     assert errors(torch.tanh, "a name that nobody registered", 0.5) < 1e-11
+
+
+@pytest.mark.parametrize("f", [torch.relu_, nn.ReLU(inplace=True), torch.tanh_], ids=str)
+def test_a_function_that_writes_gets_a_copy(f: Callable[[Tensor], Tensor]) -> None:
+    mean, var = torch.tensor([-1.0, 0.5]), torch.tensor([1.0, 2.0])
+    plain = torch.tanh if f is torch.tanh_ else torch.relu
+    assert torch.equal(expectation(f, mean, var), expectation(plain, mean, var))
+    assert torch.equal(mean, torch.tensor([-1.0, 0.5]))
+
+
+def test_a_method_has_the_closed_form_of_its_function() -> None:
+    mean, var = torch.randn(5), torch.rand(5)
+    assert torch.equal(expectation(Tensor.relu, mean, var), expectation(torch.relu, mean, var))
 
 
 def test_registered_forms_are_used() -> None:

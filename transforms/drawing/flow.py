@@ -9,18 +9,15 @@ import torch
 from torch import fx, nn
 
 from surgery.modules.node import DropConnectNode, Settle
-from surgery.moments.torch_functions import ACTIVATIONS, CASTING, COPYING, JOINT
+from surgery.moments.torch_functions import ACROSS, ACTIVATIONS, PASSING
 from surgery.spec.plan import join
 
 from ..reading.operations import INSPECTING, function_of
 from .boxes import Box, Diagram, all_weights, plain_names
 from .outline import Part
 
-_NAMED = ACTIVATIONS | JOINT | {"glu"}
+_NAMED = ACTIVATIONS | ACROSS
 """Functions of one value that are worth a box."""
-_SAME = CASTING | COPYING
-"""Functions whose result may be the very tensor they were given, so that export books what others do
-with that tensor on the module that called them."""
 _SYMBOLS = {"add": "+", "mul": "×", "sub": "−"}
 _NAMES = {"scaled_dot_product_attention": "attention", "cat": "concat"}
 _HIDDEN = (nn.Identity, nn.modules.dropout._DropoutNd)
@@ -127,7 +124,9 @@ class _Builder:
         path, data, name = module_path(node), self._data(flow), function_of(node, self.graph_module)
         if name in INSPECTING or not node.users:
             return _Flow()
-        if name in _SAME:
+        if (
+            name in PASSING
+        ):  # export books what others do with the same tensor on the one who passes it
             return flow
         module = _submodule(self.model, path) or _submodule(self.graph_module, path)
         if isinstance(module, (*_HIDDEN, Settle)):

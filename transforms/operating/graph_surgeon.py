@@ -10,7 +10,7 @@ from surgery.base.journal import Step
 from surgery.kinds.kind import follows_weight
 from surgery.kinds.product import Demand
 from surgery.modules import SiteState
-from surgery.moments.torch_functions import ANEW, RESHAPING, SELECTING
+from surgery.moments.torch_functions import ALIASING
 from surgery.planning.graphs import Nodes
 from surgery.spec.config import DropConnectConfig
 
@@ -143,12 +143,10 @@ def _writer(use: GraphUse) -> fx.Node | None:
             continue
         if in_place(node, root):
             return node
-        if function_of(node, root) in _VIEWING:
+        if function_of(node, root) in ALIASING:
             todo += [(user, node) for user in node.users]
     return None
 
-
-_VIEWING = (SELECTING | RESHAPING) - ANEW
 
 _EMBEDDING = (
     "input",

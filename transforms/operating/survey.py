@@ -171,5 +171,5 @@ def _product(use: GraphUse, call: Call) -> Product | None:
         return LINEAR_PRODUCT
     plain = not {"alpha", "beta"} & set(node.kwargs)
     function = function_of(node, use.read.graph_module)
-    known = op.layout == "in_out" and function in ("addmm", "matmul", "mm", "rmatmul")
+    known = op.order == "in_out" and function in ("addmm", "matmul", "mm", "rmatmul")
     return COLUMN_PRODUCT if known and plain else None

@@ -19,28 +19,26 @@ from torch.nn import functional as F
 
 from surgery.base.caching import cached
 from surgery.moments.torch_functions import (
+    ACROSS,
     ACTIVATIONS,
     ADDS,
-    CASTING,
-    COPYING,
+    DROPPING,
     ELEMENTWISE,
     JOINING,
     JOINT,
+    KEEPING,
     NORMALISING,
-    RESHAPING,
-    REVERSED,
-    SCALES,
+    PASSING,
     SELECTING,
     SPLITTING,
     VIEWS,
+    is_affine,
 )
 
-from .operations import DROPPING, INSPECTING, function_of, in_place, leaves
+from .operations import INSPECTING, function_of, in_place, leaves
 
-_ACROSS = JOINT | {"glu"}
-"""Activations that mix entries."""
-
-_KEEPING = RESHAPING | CASTING | DROPPING
+_STAYING = VIEWS | PASSING | DROPPING | NORMALISING | {"setitem"}
+"""Functions whose result is Gaussian if the first argument is."""
 
 _GATED = {"sigmoid": "glu", "silu": "swiglu", "relu": "reglu"} | dict.fromkeys(
     ("gelu", "gelu_tanh", "gelu_new"), "geglu"
@@ -136,14 +134,15 @@ class Flow:
         """Whether a function of Gaussians, and of values made of them, is one."""
         if function in JOINING:
             return all(source in gaussian for source in sources)
-        if function in VIEWS | CASTING | COPYING | DROPPING | NORMALISING or function == "setitem":
+        if function in _STAYING:
             return first in gaussian
-        given = [self._sources[node][one] for one in leaves(node.args)]
-        given = [source for source in given if source in sources]
-        alone = len(given) == 1 and given[0] in gaussian and not node.kwargs
-        if function == "div":
-            return alone and first in gaussian
-        return alone and function in ADDS | REVERSED | SCALES
+        positions = {
+            i: self._sources[node][one]
+            for i, one in enumerate(node.args)
+            if isinstance(one, fx.Node) and self._sources[node][one] in sources
+        }
+        alone = is_affine(function, list(positions)) and not node.kwargs
+        return alone and all(source in gaussian for source in positions.values())
 
     def _follow(self, start: fx.Node) -> tuple[str, fx.Node] | None:
         """The activation's name and the node that has its result."""
@@ -169,9 +168,9 @@ class Flow:
 
     def _keeps(self, node: fx.Node) -> bool:
         """Whether every entry of the first argument passes unchanged, but for a bias."""
-        if self._function[node] in ("add", "sub"):
+        if self._function[node] in ADDS:
             return any(given in self._parameters for given in node.all_input_nodes)
-        return self._function[node] in _KEEPING
+        return self._function[node] in KEEPING
 
     def _elementwise(self, node: fx.Node, inside: Collection[fx.Node]) -> bool:
         sources = self._sources[node].values()
@@ -258,7 +257,7 @@ class Flow:
             return self._follow(node)
         if function in ACTIVATIONS:
             return self._named(node), node
-        return (function, node) if function in _ACROSS else None
+        return (function, node) if function in ACROSS else None
 
     def _gate(self, gate: tuple[str, fx.Node], other: fx.Node) -> tuple[str, fx.Node] | None:
         """The gated unit in which an activated part multiplies the other part."""

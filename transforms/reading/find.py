@@ -13,7 +13,7 @@ from torch import fx, nn
 from surgery.kinds.kind import kind_of
 from surgery.modules.masking import is_sharded
 from surgery.modules.operated import plain_class
-from surgery.moments.torch_functions import CASTING, INDEXING, RESHAPING, SELECTING
+from surgery.moments.torch_functions import INDEXING, JOINING, KEEPING, SELECTING
 from surgery.planning.runs import Act, Seen
 from surgery.spec.plan import Use
 
@@ -30,11 +30,11 @@ from ..capture.inputs import dummy_inputs
 from ..capture.record import record_run
 from ..capture.untouched import plain
 from .activation import Flow
-from .operations import DROPPING, INSPECTING, Operation, function_of, leaves, operation
+from .operations import INSPECTING, Operation, function_of, leaves, operation
 
 Shape = tuple[int, ...]
 
-_CARRYING = RESHAPING | CASTING | DROPPING | SELECTING | INDEXING
+_CARRYING = KEEPING | SELECTING | INDEXING
 """Functions whose result is a view, a part or a copy of a parameter, and so not a use of it yet."""
 
 _STACKED = frozenset({"linear", "addmm", "matmul", "grouped_mm"})
@@ -282,7 +282,7 @@ class _Finder:
     def _carries(self, node: fx.Node, function: str, given: list[fx.Node]) -> bool:
         """Whether a node only moves entries; then its value is followed instead."""
         others = [source for source in node.all_input_nodes if source not in self._reads]
-        if function in ("cat", "stack"):
+        if function in JOINING:
             carries = not others
         else:
             carries = function in _CARRYING

@@ -1,9 +1,8 @@
 """The operations of a graph, whatever its dialect: their names, and where a weight sits in each.
 
 `torch.fx.symbolic_trace` writes torch functions, Tensor methods and leaf modules, `torch.export` writes
-aten overloads, the recorder writes what it saw. `function_of` gives all of them one name:
-`F.linear`, `nn.Linear` and `aten.linear.default` are `"linear"`; `x.add_(y)`, `x + y` and
-`aten.add.Tensor` are `"add"`. `OPERATIONS` tells for such a name what the arguments mean.
+aten overloads, the recorder writes what it saw. `function_of` gives all of them one name, and
+`OPERATIONS` tells for such a name what the arguments mean.
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import fx, nn
-from torch._ops import OpOverload, OpOverloadPacket
 
+from surgery.base.torch_names import name_of, of_two, spelling, writes
 from surgery.modules.node import DropConnectNode
-from surgery.moments.torch_functions import DROPOUTS, QUERIES, canonical
-
-Layout = Literal["out_in", "in_out"]
+from surgery.moments.torch_functions import ATTRIBUTES, QUERIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +41,7 @@ class Operation:
     bias: str | None = None
     """Name of the argument that is added to the result."""
 
-    layout: Layout | None = None
+    order: Literal["out_in", "in_out"] | None = None
     """Order of the weight's two feature dimensions as this function takes it; None if it has no such
     order. `out_in` is that of `nn.Linear`. With `"in_out"` the output feature comes last."""
 
@@ -78,34 +75,34 @@ _CELL: dict[str, Any] = {"input": "input", "affine": False}
 
 OPERATIONS: tuple[Operation, ...] = (
     _family("linear", "linear", "input weight bias", "weight", input="input", bias="bias",
-            layout="out_in"),
+            order="out_in"),
     _family("addmm", "addmm", "input mat1 mat2", "mat2", input="mat1", bias="input",
-            layout="in_out"),
+            order="in_out"),
     _family("addmm", "addmm", "input mat1 mat2", "mat1", input="mat2", bias="input",
-            layout="out_in"),
+            order="out_in"),
     _family("addmm", "baddbmm", "input batch1 batch2", "batch2", input="batch1", bias="input",
-            layout="in_out"),
+            order="in_out"),
     _family("addmm", "baddbmm", "input batch1 batch2", "batch1", input="batch2", bias="input",
-            layout="out_in"),
-    _family("matmul", "matmul mm bmm", "input other", "other", input="input", layout="in_out"),
-    _family("matmul", "matmul mm bmm mv", "input other", "input", input="other", layout="out_in"),
-    _family("matmul", "rmatmul", "other input", "other", input="input", layout="in_out"),
-    _family("matmul", "rmatmul", "other input", "input", input="other", layout="out_in"),
+            order="out_in"),
+    _family("matmul", "matmul mm bmm", "input other", "other", input="input", order="in_out"),
+    _family("matmul", "matmul mm bmm mv", "input other", "input", input="other", order="out_in"),
+    _family("matmul", "rmatmul", "other input", "other", input="input", order="in_out"),
+    _family("matmul", "rmatmul", "other input", "input", input="other", order="out_in"),
     _family("matmul", "einsum", "equation operands", "operands"),
     _family("matmul", "tensordot inner dot", "input other", "other", input="input"),
     _family("matmul", "tensordot inner dot", "input other", "input", input="other"),
     _family("grouped_mm", "grouped_mm grouped_mm_fallback", "input weight", "weight",
-            input="input", layout="in_out"),
+            input="input", order="in_out"),
     _family("bilinear", "bilinear", "input1 input2 weight bias", "weight", input="input1",
             bias="bias"),
-    _family("conv", "conv1d conv2d conv3d convolution", "input weight bias", layout="out_in",
+    _family("conv", "conv1d conv2d conv3d convolution", "input weight bias", order="out_in",
             **_CONV),
     _family("conv", "conv_transpose1d conv_transpose2d conv_transpose3d", "input weight bias",
-            layout="in_out", **_CONV),
+            order="in_out", **_CONV),
     _family("embedding", "embedding embedding_bag", "input weight", "weight", input="input",
-            layout="in_out"),
+            order="in_out"),
     _family("embedding", "embedding embedding_bag", "weight input", "weight", input="input",
-            layout="in_out"),
+            order="in_out"),
     _family("lstm", "lstm", "input hx params", **_RNN),
     _family("lstm", "lstm", "input batch_sizes hx params", **_RNN),
     _family("gru", "gru", "input hx params", **_RNN),
@@ -153,64 +150,26 @@ def operation(node: fx.Node, root: nn.Module, holds: Callable[[Any], bool]) -> O
     return next((op for op in rows if holds(op.argument(node, op.weight))), rows[0])
 
 
-DROPPING = DROPOUTS | {"native_dropout"}
-"""Functions that are the identity in evaluation mode."""
-
-INSPECTING = QUERIES | frozenset(
-    {"assert_async", "assert_scalar", "assert_tensor_metadata", "device", "dtype", "guards_fn",
-     "is_cuda", "layout", "ndim", "output", "shape", "sym_numel", "sym_size", "sym_stride"}
-)  # fmt: skip
-"""Functions of a tensor, and nodes of a graph, that do not depend on its values."""
-
-_MODULES: tuple[tuple[Any, str], ...] = (
-    (nn.Linear, "linear"),
-    (nn.Bilinear, "bilinear"),
-    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), "conv_transpose1d"),
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv1d"),
-    ((nn.Embedding, nn.EmbeddingBag), "embedding"),
-    (nn.LSTM, "lstm"),
-    (nn.GRU, "gru"),
-    (nn.RNN, "rnn"),
-    (nn.LSTMCell, "lstm_cell"),
-    (nn.GRUCell, "gru_cell"),
-    (nn.RNNCell, "rnn_tanh_cell"),
-    (nn.MultiheadAttention, "multi_head_attention_forward"),
-    (nn.modules.batchnorm._NormBase, "batch_norm"),
-    ((nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), "layer_norm"),
-    (nn.PReLU, "prelu"),
-    (nn.Identity, "identity"),
-    (nn.Flatten, "flatten"),
-    (nn.Unflatten, "unflatten"),
-    (nn.modules.dropout._DropoutNd, "dropout"),
-    (nn.LeakyReLU, "leaky_relu"),
-    (nn.LogSoftmax, "log_softmax"),
-    (nn.Softmax2d, "softmax"),
-)
+INSPECTING = QUERIES | ATTRIBUTES | {"guards_fn", "output"}
+"""Names of nodes that do not depend on the values that they are given."""
 
 
 def function_of(node: fx.Node, root: nn.Module) -> str:
-    """The name of what a node calls, the same in every dialect: no namespace, overload, underscores or
-    in-place marks. A leaf module is called by its function, `getattr(x, "T")` is `"T"`."""
+    """The name of what a node calls, the same in every dialect: see `surgery.base.torch_names`. A leaf
+    module has the name of its function, `getattr(x, "T")` that of the attribute, and a node that calls
+    nothing that of its `op`.
+
+    Args:
+        node: of a graph of `root`.
+        root: the module whose submodules the node may call.
+    """
     if node.op == "call_module":
         return _function_of_module(str(node.target), root)
-    if node.op == "call_method":
-        name = str(node.target)
-    elif node.op != "call_function":
+    if node.op not in ("call_function", "call_method"):
         return node.op
-    elif node.target is builtins.getattr:
+    if node.target is builtins.getattr:
         return str(node.args[1])
-    else:
-        name = _name(node.target)
-    name = canonical(name)
-    return _WRITING.get(name, name)
-
-
-def _name(target: Any) -> str:
-    if isinstance(target, OpOverload):
-        return target._schema.name.split("::")[-1]
-    if isinstance(target, OpOverloadPacket):
-        return target._qualified_op_name.split("::")[-1]
-    return getattr(target, "__name__", type(target).__name__)
+    return of_two(name_of(node.target), node.args)
 
 
 def _function_of_module(path: str, root: nn.Module) -> str:
@@ -219,15 +178,7 @@ def _function_of_module(path: str, root: nn.Module) -> str:
     module = root.get_submodule(path)
     if isinstance(module, DropConnectNode) and module.call is not None:
         return module.call.function
-    named = next((name for classes, name in _MODULES if isinstance(module, classes)), None)
-    return type(module).__name__.lower() if named is None else named
-
-
-_WRITING = {
-    "iadd": "add", "imatmul": "matmul", "imul": "mul", "isub": "sub", "itruediv": "div",
-    "setitem": "setitem",
-}  # fmt: skip
-"""Python's operators that write into their first argument, and the functions that do not."""
+    return name_of(module)
 
 
 def in_place(node: fx.Node, root: nn.Module) -> bool:
@@ -236,10 +187,7 @@ def in_place(node: fx.Node, root: nn.Module) -> bool:
         return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
-    name = str(node.target) if node.op == "call_method" else _name(node.target)
-    if name.startswith("__"):
-        return name.strip("_") in _WRITING
-    return name in _WRITING or name.endswith("_") or node.kwargs.get("inplace") is True
+    return writes(spelling(node.target)) or node.kwargs.get("inplace") is True
 
 
 def leaves(argument: Any) -> Iterator[fx.Node]:

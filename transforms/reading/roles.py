@@ -80,8 +80,8 @@ def _role_of_use(use: GraphUse) -> Role:
     if kind == "conv":
         groups, transposed = _conv(use)
         return Role(kind, True, "conv", groups, transposed, bias)
-    columns_first = (use.operation.layout == "in_out") != use.flipped
-    known = use.operation.layout is not None and dims == 2
+    columns_first = (use.operation.order == "in_out") != use.flipped
+    known = use.operation.order is not None and dims == 2
     return Role(kind, True, ("columns" if columns_first else "rows") if known else None, bias=bias)
 
 

@@ -9,11 +9,9 @@ from typing import Any
 from torch import fx, nn
 
 from surgery.modules.node import DropConnectNode
-from surgery.moments.torch_functions import CASTING, COPYING, TRANSPOSING
+from surgery.moments.torch_functions import PASSING, TRANSPOSING
 
 from .operations import Operation, function_of, leaves, operation
-
-_SAME = CASTING | COPYING
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def _uses(read: Read, value: fx.Node, flipped: bool) -> Iterator[GraphUse]:
         function = "dropconnect" if _is_dropconnect(user, root) else function_of(user, root)
         if function in TRANSPOSING:
             yield from _uses(read, user, not flipped)
-        elif function in _SAME or (function == "dropconnect" and not _replaces(user, root)):
+        elif function in PASSING or (function == "dropconnect" and not _replaces(user, root)):
             yield from _uses(read, user, flipped)
         else:
             op = operation(user, root, lambda argument: _holds(argument, value))

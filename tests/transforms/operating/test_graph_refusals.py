@@ -75,6 +75,12 @@ class TestRefusals:
         assert "samples=Z" in text
         apply_dropconnect(model, "*", p=P, inference="moments", samples=3)
 
+    @pytest.mark.parametrize("between", ["norm", "larger"])
+    def test_what_gives_a_tensor_may_stand_before_a_softmax(self, between: str) -> None:
+        model = fx.symbolic_trace(_Between(between)).eval()
+        apply_dropconnect(model, "fc", p=P, inference="moments")
+        assert model(torch.randn(2, 3, 4)).sum().item() == pytest.approx(6)  # rows that add up to 1
+
     def test_in_place_writes(self) -> None:
         model = by_hand(
             lambda g, x: g.call_method("add_", (g.get_attr("w"), x)), w=torch.randn(2, 4)
@@ -106,6 +112,18 @@ class TestRefusals:
         assert "needs one node for weight and bias" in text
         assert "'conv1d'" in text
         assert "use bias=False" in text
+
+
+class _Between(nn.Module):
+    def __init__(self, between: str) -> None:
+        super().__init__()
+        self.fc, self.norm, self.between = nn.Linear(4, 3), nn.InstanceNorm1d(3), between
+
+    def forward(self, x):
+        u = self.fc(x)
+        if self.between == "norm":
+            return self.norm(u).softmax(-1)
+        return torch.cat([u, torch.max(u, -u)], -1).softmax(-1)
 
 
 class _Classifier(nn.Module):

@@ -70,7 +70,7 @@ def test_where_input_and_weight_sit(name: str) -> None:
     graph = record(Uses(function, *weight_shape), torch.randn(shape))
     node, weight = node_of(graph)
     found = operation(node, graph, lambda argument: weight in leaves(argument))
-    assert (found.name, found.layout, found.affine) == (op, layout, True)
+    assert (found.name, found.order, found.affine) == (op, layout, True)
     assert found.argument(node, found.weight) is weight
     assert found.argument(node, found.input).op == "placeholder"
     bias = found.argument(node, found.bias)
