@@ -16,6 +16,7 @@ from peft.utils import hotswap, save_and_load
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
+import surgery.adapters.conventions  # noqa: F401  it says what "all-linear" leaves out
 from surgery.modules.keys import plain_state_dict
 from surgery.modules.places import places
 from surgery.verbs.checkpoint import open_tensors

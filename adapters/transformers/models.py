@@ -8,6 +8,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import load_sharded_checkpoint
 
+import surgery.adapters.conventions  # noqa: F401  it says what "all-linear" leaves out
 from surgery.kinds.kind import register_kind
 from surgery.kinds.product import COLUMN_PRODUCT, product_of
 from surgery.kinds.torch_kinds import LINEAR, columns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -19,7 +19,16 @@ from ..spec.plan import Plan, join
 from .catalogue import Catalogue, Owner
 
 ALL_LINEAR = "all-linear"
-_CLASSIFICATION_HEADS = ("score", "classifier")
+
+PartsOf = Callable[[nn.Module], Iterable[nn.Module]]
+
+_left_out: list[PartsOf] = []
+
+
+def register_left_out(parts_of: PartsOf) -> None:
+    """Called by plugins: `"all-linear"` leaves out the modules that `parts_of(model)` yields, each of
+    them without what is inside of it."""
+    _left_out.append(parts_of)
 
 
 Key = tuple[int, str]
@@ -154,8 +163,7 @@ def _resolve(catalogue: Catalogue, target: Any, where: str) -> Pairs:
         owners = [owner for owner in catalogue if isinstance(owner.module, target)]
         return _weights_of(catalogue, owners, target.__name__, where)
     if target == ALL_LINEAR:
-        left_out = {id(head) for head in _output_heads(catalogue.model)}
-        left_out |= {id(part) for part in _adapter_parts(catalogue.model)}
+        left_out = {id(part) for parts_of in _left_out for part in parts_of(catalogue.model)}
         linear = [owner for owner in catalogue if owner.kind.linear]
         owners = [owner for owner in linear if id(owner.module) not in left_out]
         return _weights_of(catalogue, owners, target, where)
@@ -212,32 +220,6 @@ def _weights_of(catalogue: Catalogue, owners: list[Owner], target: str, where: s
         f"{where}: {target!r} matches {len(owners)} modules (the first is {example or '(root)'!r}, a "
         f"{type(first.module).__name__}), but none has weights that are dropped by default. {advice}."
     )
-
-
-def _output_heads(model: nn.Module) -> Iterator[nn.Module]:
-    """The output heads of the transformers models in `model`, as PEFT's "all-linear" finds them."""
-    for module in model.modules():
-        find = getattr(type(module), "get_output_embeddings", None)
-        if find is None:
-            continue
-        head = find(module)
-        if head is not None:
-            yield head
-            continue
-        for name in _CLASSIFICATION_HEADS:
-            head = getattr(module, name, None)
-            if isinstance(head, nn.Module):
-                yield from head.modules()
-                break
-
-
-def _adapter_parts(model: nn.Module) -> Iterator[nn.Module]:
-    """What PEFT has put beside the layers it adapts (`lora_A`, ...): not part of "all-linear"."""
-    for module in model.modules():
-        base = getattr(module, "base_layer", None)
-        if isinstance(base, nn.Module):
-            own = {id(part) for part in base.modules()}
-            yield from (part for part in module.modules() if id(part) not in own)
 
 
 def _no_match(catalogue: Catalogue, target: str, where: str) -> NoMatchError:
