@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from surgery import apply_dropconnect
 from surgery.ops import Law, Layout, draw_key, drop_weight, masked_formula
 from surgery.ops.cpu.workspace import Block
+from surgery.ops.law import Mask
 from surgery.ops.mask import drop_both
 from surgery.ops.switch import set_compile_enabled
 
@@ -60,7 +61,7 @@ def _mask_rows(side: int, settings: Settings, device: str) -> list[Row]:
 
     contenders: dict[str, Work] = {
         PLAIN: lambda: torch.mul(weight, 2.0, out=place),
-        OURS: lambda: drop_both(weight, None, key, law, layout, None, block),
+        OURS: lambda: drop_both(weight, None, None, Mask(key, law, layout), block),
         FRESH: lambda: drop_weight(weight, key, law, layout),
         "F.dropout": lambda: F.dropout(weight, P),
         FALLBACK: fallback,

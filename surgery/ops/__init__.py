@@ -3,12 +3,13 @@
 from .cpu.workspace import release
 from .example import example_linear, example_vector
 from .expect import expectation, expectation_by_draws, register_closed_form
+from .formula import keep_mask, masked_formula
 from .gaussian import gaussian_sample, linear_moments, moments_of
 from .gaussian_linear import gaussian_linear
 from .hash import draw_key, hash_bits, key_from_seed
 from .law import Law, Layout
 from .linear import masked_linear
-from .mask import drop_into, drop_weight, keep_mask, masked_formula
+from .mask import drop_into, drop_weight
 
 __all__ = [
     "Law",

@@ -7,6 +7,7 @@ work takes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -17,41 +18,47 @@ from ..torch_private.tracing import is_traced
 from . import gpu
 from .example_product import gradients, product
 from .hash import Key, key_tensor
-from .law import Law
+from .law import Law, Layout, Mask
 
 
 def example_product(x: Tensor, weight: Tensor, anchor: Tensor | None, key: Key, law: Law) -> Tensor:
     """`x_e @ W_e^T` for x (examples, rows, in) and a weight (out, in): see `example_linear`."""
     if not gpu.takes(x, weight, anchor, strided=True):
-        found: Tensor = _product(x, weight, anchor, key_tensor(key), law.threshold, law.scale)
-        return found
+        given = x, weight, anchor, key_tensor(key), law.threshold, law.scale
+        return cast(Tensor, _product(*given))
+    mask = _mask_of(weight, key, law)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return cast(Tensor, _Eager.apply(x, weight, anchor, key, law))  # type: ignore[no-untyped-call]
-    return product(x, weight, anchor, key, law, taken=True)
+        return cast(Tensor, _Eager.apply(x, weight, anchor, mask))  # type: ignore[no-untyped-call]
+    return product(x, weight, anchor, mask, taken=True)
+
+
+def _mask_of(weight: Tensor, key: Key, law: Law) -> Mask:
+    """The mask of example 0."""
+    return Mask(key, law, _elements(weight.numel()))
+
+
+_elements = functools.lru_cache(maxsize=4096)(Layout.elements)
 
 
 class _Eager(torch.autograd.Function):
     """The product in eager code. Keeps x, W and the key."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor | None, key: Key, law: Law
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor:
         ctx.save_for_backward(x, weight, anchor)
-        ctx.law = key, law
-        return product(x, weight, anchor, key, law, taken=True)
+        ctx.mask = mask
+        return product(x, weight, anchor, mask, taken=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad, (x, weight, anchor), (key, law) = grads[0], ctx.saved_tensors, ctx.law
+        (x, weight, anchor), mask, law = ctx.saved_tensors, ctx.mask, ctx.mask.law
+        tensors = grads[0], x, weight, anchor
         want_x, want_weight = ctx.needs_input_grad[:2]
-        args = grad, x, weight, anchor, key
-        if not torch.is_grad_enabled() and gpu.takes(grad, x, weight, anchor, strided=True):
-            return *gradients(*args, law, want_x, want_weight, taken=True), None, None, None
-        given = *args[:4], key_tensor(key), law.threshold, law.scale, want_x, want_weight
-        of_x, of_weight = _gradients(*given)
-        found = of_x if want_x else None, of_weight if want_weight else None
-        return *found, None, None, None
+        if not torch.is_grad_enabled() and gpu.takes(*tensors, strided=True):
+            return *gradients(*tensors, mask, want_x, want_weight, taken=True), None, None
+        given = *tensors, key_tensor(mask.key), law.threshold, law.scale
+        of_x, of_weight = _gradients(*given, want_x, want_weight)
+        return of_x if want_x else None, of_weight if want_weight else None, None, None
 
 
 @torch.library.custom_op(
@@ -63,7 +70,7 @@ class _Eager(torch.autograd.Function):
 def _product_op(
     x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, threshold: Tensor, scale: Tensor
 ) -> Tensor:
-    return product(x, weight, anchor, key, Law(threshold, scale))
+    return product(x, weight, anchor, _mask_of(weight, key, Law(threshold, scale)))
 
 
 @torch.library.custom_op(
@@ -84,8 +91,8 @@ def _gradients_op(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the weight; empty where not wanted."""
-    law = Law(threshold, scale)
-    of_x, of_weight = gradients(grad, x, weight, anchor, key, law, want_x, want_weight)
+    mask = _mask_of(weight, key, Law(threshold, scale))
+    of_x, of_weight = gradients(grad, x, weight, anchor, mask, want_x, want_weight)
     return (
         x.new_empty(0) if of_x is None else of_x,
         weight.new_empty(0) if of_weight is None else of_weight,

@@ -23,9 +23,9 @@ from ..torch_private.tensors import unviewed
 from . import gpu
 from .cpu import native
 from .engine import CHUNK, has_kernels
-from .hash import Key, key_tensor, mix, multipliers, spread
-from .law import Law
-from .mask import apply_mask
+from .formula import apply_mask, keep_masks
+from .hash import key_tensor, multipliers, spread
+from .law import Mask
 
 BLOCK = 1 << 20
 """Masked weights made at a time, where examples have many rows: 4 MB. Without a compiler a CPU makes
@@ -35,40 +35,12 @@ FEW_ROWS = 4
 """Up to so many rows an example, drawing its mask for each row costs less than storing its weight."""
 
 
-def _masked(
-    values: Tensor,
-    anchor: Tensor | None,
-    last: Tensor,
-    key: Tensor,
-    threshold: Tensor,
-    scale: Tensor,
-    first: Tensor,
-    second: Tensor,
-) -> Tensor:
-    """The formula: the masked weight of each example, (examples, first, second).
-
-    Args:
-        values, anchor: (first, second); values of each example have one more dimension before.
-        last: the multiplier of each example in round 3 of the hash.
-        key, threshold, scale: see `surgery.ops.mask.masked_formula`.
-        first, second: see `_coordinates`. The place of an entry is their sum, as spreading is linear.
-    """
-    bits = mix(first[:, None] + second, key, last[:, None, None])
-    return apply_mask(bits >= threshold, values, anchor, scale)
-
-
-def _coordinates(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The spread indices of rows and columns."""
-    rows, columns = weight.shape
-    index = torch.arange(max(rows, columns), dtype=torch.int64, device=weight.device)
-    return spread(index[:rows] * columns), spread(index[:columns])
-
-
-_Place = tuple[slice, slice]
+_Block = tuple[slice, slice]
+"""Some examples, and some rows of their weights."""
 _Pair = tuple[Tensor | None, Tensor | None]
 
 
-def _blocks(examples: int, weight: Tensor, entries: int) -> Iterator[_Place]:
+def _blocks(examples: int, weight: Tensor, entries: int) -> Iterator[_Block]:
     """Blocks of examples and rows: several whole examples, or some rows of one."""
     rows, columns = weight.shape
     row_step = max(1, min(rows, entries // max(1, columns)))
@@ -94,20 +66,25 @@ def _flat(tensor: Tensor | None, example: int | None = None) -> Tensor | None:
 
 
 class _Masks:
-    """The masks of all examples of one call, and the ways to use them."""
+    """The masks of all examples of one call, and the ways to use them.
 
-    def __init__(
-        self, x: Tensor, weight: Tensor, anchor: Tensor | None, key: Key, law: Law
-    ) -> None:
+    Args:
+        x: (examples, rows, in).
+        weight, anchor: (out, in), any strides; the anchor may be None.
+        mask: of example 0, by element.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, anchor: Tensor | None, mask: Mask) -> None:
         self.weight = weight.detach().contiguous()
         self.anchor = None if anchor is None else anchor.detach().contiguous()
         self.examples, self.rows = x.shape[:2]
-        self.law = (key_tensor(key, weight.device), law.threshold, law.scale)
+        self.key, self.law = key_tensor(mask.key, weight.device), mask.law
+        self.mask = Mask(self.key, mask.law, mask.layout)
 
     @functools.cached_property
     def last(self) -> Tensor:
         """The multiplier of each example in round 3 of the hash."""
-        return multipliers(self.examples, self.law[0])
+        return multipliers(self.examples, self.key)
 
     def each_row(self) -> Tensor:
         """That of each row of the input."""
@@ -126,37 +103,42 @@ class _Masks:
         if self.anchor is None:
             return self.weight, None
         always = torch.ones((), dtype=torch.bool, device=self.weight.device)
-        return apply_mask(always, self.weight, self.anchor, self.law[2]), self.anchor
+        return apply_mask(always, self.weight, self.anchor, self.law.scale), self.anchor
 
-    def blocks(self) -> Iterator[_Place]:
+    def blocks(self) -> Iterator[_Block]:
         """The blocks of masked weights, one after the other."""
         large = self.weight.device.type != "cpu" or self.kernels("example_masks")
         return _blocks(self.examples, self.weight, BLOCK if large else CHUNK)
 
-    def block(self, place: _Place, want_used: bool, outer: Tensor | None) -> _Pair:
+    def of_block(self, block: _Block, want_used: bool, outer: Tensor | None) -> _Pair:
         """The masked weights of a block, (examples, rows, columns), and its outer products, masked."""
-        examples, rows = place
+        examples, rows = block
         weight, anchor, last = self.weight[rows], _part(self.anchor, rows), self.last[examples]
         if not self.kernels("example_masks", *(() if outer is None else (outer,))):
-            first, second = _coordinates(self.weight)
-            rest = (last, *self.law, first[rows], second)
-            used = _masked(weight, anchor, *rest) if want_used else None
-            return used, None if outer is None else _masked(outer, None, *rest)
+            keep, scale = self._keep(rows, last), self.law.scale
+            used = apply_mask(keep, weight, anchor, scale) if want_used else None
+            return used, None if outer is None else apply_mask(keep, outer, None, scale)
         used = weight.new_empty(len(last), *weight.shape) if want_used else None
         start = (rows.start or 0) * weight.shape[1]
         values = (_flat(weight), _flat(anchor)) if want_used else (None, None)
         for example, multiplier in enumerate(last.tolist()):
             grad = _flat(outer, example)
-            native.drop(*values, grad, _flat(used, example), grad, self.law, multiplier, start)
+            native.drop(*values, grad, _flat(used, example), grad, self.mask, multiplier, start)
         return used, outer
+
+    def _keep(self, rows: slice, last: Tensor) -> Tensor:
+        """The keep masks of some rows for some examples, by the formula."""
+        outputs, inputs = self.weight.shape
+        index = torch.arange(max(outputs, inputs), dtype=torch.int64, device=self.weight.device)
+        first, columns = spread(index[:outputs] * inputs)[rows], spread(index[:inputs])
+        return keep_masks(first, columns, self.key, self.law.threshold, last)
 
 
 def product(
     x: Tensor,
     weight: Tensor,
     anchor: Tensor | None,
-    key: Key,
-    law: Law,
+    mask: Mask,
     taken: bool | None = None,
 ) -> Tensor:
     """`x_e @ W_e^T` for each example e, in eager code that autograd does not record.
@@ -164,28 +146,27 @@ def product(
     Args:
         x: (examples, rows, in).
         weight, anchor: (out, in), any strides; the anchor may be None.
-        key: on the host, on the CPU, or where the weight is.
-        law: of the mask.
+        mask: of example 0, by element; its key is on the host, on the CPU, or where the weight is.
         taken: whether the kernels of the GPU take these tensors, if that is known.
 
     Returns:
         (examples, rows, out), no view.
     """
     if gpu.takes(x, weight, anchor, strided=True) if taken is None else taken:
-        found = gpu.example_product(x.contiguous(), weight.contiguous(), _dense(anchor), key, law)
-        if found is not None:
-            return found
+        done = gpu.example_product(x.contiguous(), weight.contiguous(), _dense(anchor), mask)
+        if done is not None:
+            return done
     x = x.detach()
-    masks = _Masks(x, weight, anchor, key, law)
+    masks = _Masks(x, weight, anchor, mask)
     fused = _fused_product(masks, x.flatten(0, 1)) if masks.rows <= FEW_ROWS else None
     if fused is not None:
         return unviewed(fused.view(*x.shape[:2], weight.shape[0]))
-    found = x.new_empty(*x.shape[:2], weight.shape[0])
-    for place in masks.blocks():
-        used, _ = masks.block(place, True, None)
+    product = x.new_empty(*x.shape[:2], weight.shape[0])
+    for examples, rows in masks.blocks():
+        used, _ = masks.of_block((examples, rows), True, None)
         assert used is not None
-        found[place[0], :, place[1]] = torch.bmm(x[place[0]], used.mT)
-    return found
+        product[examples, :, rows] = torch.bmm(x[examples], used.mT)
+    return product
 
 
 def gradients(
@@ -193,8 +174,7 @@ def gradients(
     x: Tensor,
     weight: Tensor,
     anchor: Tensor | None,
-    key: Key,
-    law: Law,
+    mask: Mask,
     want_x: bool,
     want_weight: bool,
     taken: bool | None = None,
@@ -203,22 +183,22 @@ def gradients(
 
     Args:
         grad: (examples, rows, out), of the product.
-        x, weight, anchor, key, law, taken: see `product`.
+        x, weight, anchor, mask, taken: see `product`.
 
     Returns:
         both, no views, in the dtypes of x and of the weight; None where not wanted.
     """
     if gpu.takes(grad, x, weight, anchor, strided=True) if taken is None else taken:
         dense = grad.contiguous(), x.contiguous(), weight.contiguous()
-        found = gpu.example_gradients(*dense, _dense(anchor), key, law, want_x, want_weight)
-        if found is not None:
-            return found
+        done = gpu.example_gradients(*dense, _dense(anchor), mask, want_x, want_weight)
+        if done is not None:
+            return done
     grad, x = grad.detach(), x.detach()
-    masks = _Masks(x, weight, anchor, key, law)
-    found = _fused_gradients(masks, grad, x, want_x, want_weight)
-    if found is None:
-        found = _block_gradients(masks, grad, x, want_x, want_weight)
-    of_x, of_weight = found
+    masks = _Masks(x, weight, anchor, mask)
+    both = _fused_gradients(masks, grad, x, want_x, want_weight)
+    if both is None:
+        both = _block_gradients(masks, grad, x, want_x, want_weight)
+    of_x, of_weight = both
     return (
         None if of_x is None else unviewed(of_x.to(x.dtype).view(x.shape)),
         None if of_weight is None else of_weight.to(weight.dtype),
@@ -229,7 +209,7 @@ def _fused_product(masks: _Masks, rows: Tensor) -> Tensor | None:
     """The product with masks drawn inside; None where there is nothing that does it."""
     if rows.dtype != torch.float32 or not masks.kernels("products", rows):
         return None
-    return native.example_product(rows.contiguous(), *masks.factors(), masks.law, masks.each_row())
+    return native.example_product(rows.contiguous(), *masks.factors(), masks.mask, masks.each_row())
 
 
 def _fused_gradients(
@@ -241,21 +221,20 @@ def _fused_gradients(
     rows, inputs = grad.flatten(0, 1).contiguous(), x.flatten(0, 1).contiguous()
     if rows.dtype != torch.float32 or not masks.kernels("products", rows, inputs):
         return None
-    args = (*masks.factors(), masks.law, masks.each_row())
+    args = (*masks.factors(), masks.mask, masks.each_row())
     return native.example_gradients(rows, inputs, *args, want_x, want_weight)
 
 
 def _block_gradients(
     masks: _Masks, grad: Tensor, x: Tensor, want_x: bool, want_weight: bool
 ) -> _Pair:
-    wide = masks.law[2].dtype
+    wide = masks.law.scale.dtype
     of_x = torch.zeros_like(x, dtype=wide) if want_x else None
     of_weight = torch.zeros_like(masks.weight, dtype=wide) if want_weight else None
-    for place in masks.blocks():
-        examples, rows = place
+    for examples, rows in masks.blocks():
         part = grad[examples, :, rows]
         outer = torch.bmm(part.mT, x[examples]) if want_weight else None
-        used, kept = masks.block(place, want_x, outer)
+        used, kept = masks.of_block((examples, rows), want_x, outer)
         if of_x is not None and used is not None:
             of_x[examples] += torch.bmm(part, used)
         if of_weight is not None and kept is not None:

@@ -37,6 +37,9 @@ from .random import drawn, host_seed
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B9
 
+SEGMENT = 1 << 30
+"""Entries of a weight that are hashed, or given to one kernel, at a time: the index of each, and those
+of a kernel's last block beyond them, fit int32."""
 
 Key = Tensor | tuple[int, int]
 """Of a mask: int32, shape (2,); or both words on the host, where they were drawn in eager code on a
@@ -82,9 +85,9 @@ def spread(index: Tensor) -> Tensor:
     return ((index.to(torch.int64) * _STEP) & 0xFFFFFFFF).to(torch.int32)
 
 
-def mix(places: Tensor, key: Tensor, multiplier: Tensor | None = None) -> Tensor:
+def mix(indices: Tensor, key: Tensor, multiplier: Tensor | None = None) -> Tensor:
     """The rest of `hash_bits`, for spread indices; the multiplier of an example broadcasts to them."""
-    z = places + key[0]
+    z = indices + key[0]
     z = (z ^ _shift_right(z, 17)) * _ROUND1 + key[1]
     z = (z ^ _shift_right(z, 11)) * _ROUND2
     z = z ^ _shift_right(z, 15)
@@ -95,9 +98,9 @@ def mix(places: Tensor, key: Tensor, multiplier: Tensor | None = None) -> Tensor
     return (z ^ (other & (multiplier ^ ROUND3))) * multiplier
 
 
-def mix_into(places: Tensor, key: Tensor, z: Tensor, spare: Tensor) -> None:
+def mix_into(indices: Tensor, key: Tensor, z: Tensor, spare: Tensor) -> None:
     """`mix` into memory that is there: one step after the other in `z`, with the help of `spare`."""
-    torch.add(places, key[0], out=z)
+    torch.add(indices, key[0], out=z)
     z.bitwise_xor_(_shift_right_into(z, 17, spare))
     torch.add(key[1], z, alpha=_ROUND1, out=z)
     z.bitwise_xor_(_shift_right_into(z, 11, spare)).mul_(_ROUND2)

@@ -1,14 +1,17 @@
-"""What a mask is drawn by: which weights share an entry, and how probable it is that one drops."""
+"""What says which mask a weight gets: how probable it is that an entry drops (`Law`), which weights
+share an entry (`Layout`), and both with the key (`Mask`)."""
 
 from __future__ import annotations
 
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .hash import Key
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,18 @@ class Law:
         return self.threshold.device == weight.device and self.scale.dtype == law_dtype(
             weight.dtype
         )
+
+
+class Mask(NamedTuple):
+    """Which keep mask a weight gets. Equal values are equal masks.
+
+    Functions that mask by element need no more than key and law of it. Where each example has a mask
+    of its own, it is the one of example 0.
+    """
+
+    key: Key
+    law: Law
+    layout: Layout
 
 
 def law_numbers(p: float) -> tuple[int, float]:

@@ -20,40 +20,32 @@ from ..torch_private.tensors import unviewed, version_of
 from . import gpu
 from .cpu.workspace import borrow, give_back
 from .hash import Key
-from .law import Law, Layout
-from .mask import drop_both, drop_eagerly, drop_weight
+from .law import Law, Layout, Mask
+from .mask import drop, drop_both, drop_eagerly
 from .versions import check_unmodified
 
-Masks = tuple[Key, Law, Layout, Tensor | None, str]
-"""Key, law, layout and anchor of a weight, and its name: one argument of an autograd Function, as each
-costs time at every call."""
+Rest = tuple[Mask, Tensor | None, str]
+"""Mask, anchor and name of a weight: one argument of an autograd Function, as each costs time at every
+call."""
 
 
 class _MaskedLinear(torch.autograd.Function):
     """x, W, b -> x W_used^T + b. Keeps x, W and the key."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        masks: Masks,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rest: Rest) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None)
-        ctx.weight, ctx.version, ctx.masks = weight, version_of(weight), masks
-        key, law, layout, anchor, _ = masks
+        ctx.weight, ctx.version, ctx.rest = weight, version_of(weight), rest
+        mask, anchor, _ = rest
         # On a GPU, kernels convert to the dtype of the product; on the CPU, memory is used again.
-        ctx.on_gpu = layout.is_elementwise and gpu.takes(weight, anchor)
-        found = (
-            gpu.masked(weight, anchor, None, key, law, x.dtype, taken=True) if ctx.on_gpu else None
-        )
-        block = None
-        if found is not None:
-            used = found[0]
-        else:
+        ctx.on_gpu = mask.layout.is_elementwise and gpu.takes(weight, anchor)
+        masked = block = None
+        if ctx.on_gpu:
+            masked = gpu.masked(weight, anchor, None, mask, x.dtype, taken=True)
+        if masked is None:
             block = borrow(weight)
-            used, _ = drop_both(weight, None, key, law, layout, anchor, block)
+            masked = drop_both(weight, anchor, None, mask, block)
+        used = masked[0]
         if bias is None and weight.requires_grad:
             used = as_if_trained(used)
         product = unviewed(F.linear(x, used, bias))
@@ -64,28 +56,27 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,) = ctx.saved_tensors
         (grad,), weight = grads, ctx.weight
-        key, law, layout, anchor, name = ctx.masks
+        mask, anchor, name = ctx.rest
         check_unmodified(name, weight, ctx.version)
         want_x, want_weight, want_bias, _ = ctx.needs_input_grad
         rows = matrix(grad)
-        of_x = of_weight = found = block = None
+        of_x = of_weight = masked = block = None
         if want_weight:
             of_weight = rows.t().mm(matrix(x))
         if want_x:
             if ctx.on_gpu and not torch.is_grad_enabled() and gpu.takes(rows):
-                args = weight, anchor, of_weight, key, law, rows.dtype
-                found = gpu.masked(*args, taken=True)
-            if found is None:
+                masked = gpu.masked(weight, anchor, of_weight, mask, rows.dtype, taken=True)
+            if masked is None:
                 block = borrow(weight)
                 of_weight = None if of_weight is None else _as(weight, of_weight)
-                found = drop_both(weight, of_weight, key, law, layout, anchor, block)
-            used, of_weight = found
+                masked = drop_both(weight, anchor, of_weight, mask, block)
+            used, of_weight = masked
             of_x = rows.mm(_as(rows, used))
             give_back(block)
             if grad.dim() > 2:
                 of_x = of_x.view(*grad.shape[:-1], weight.shape[1])
         elif of_weight is not None:
-            of_weight = drop_weight(of_weight, key, law, layout, dtype=weight.dtype)
+            of_weight = drop(of_weight, None, mask, weight.dtype)
         return of_x, of_weight, rows.sum(0) if want_bias else None, None
 
 
@@ -131,14 +122,15 @@ def masked_linear(
         (..., out), differentiable any number of times. Backward raises `RuntimeError` if the weight was
         changed since, unless autograd keeps the masked weight: under autocast on a GPU.
     """
+    mask = Mask(key, law, layout)
     narrow = autocast_dtype(x) if any_autocast() else None
     if narrow is not None and narrow != weight.dtype and gpu.is_there(weight):
         # A plain layer casts its weight, and autograd keeps what it gets: one kernel casts and masks.
-        return F.linear(x, drop_eagerly(weight, (anchor, key, law, layout, narrow)), bias)
+        return F.linear(x, drop_eagerly(weight, (anchor, mask, narrow)), bias)
     if narrow is not None:
         x, bias = x.to(narrow), None if bias is None else bias.to(narrow)
-    masks: Masks = key, law, layout, anchor, name
-    return cast(Tensor, _MaskedLinear.apply(x, weight, bias, masks))  # type: ignore[no-untyped-call]
+    rest: Rest = mask, anchor, name
+    return cast(Tensor, _MaskedLinear.apply(x, weight, bias, rest))  # type: ignore[no-untyped-call]
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

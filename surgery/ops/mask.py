@@ -1,15 +1,12 @@
-"""The one formula of the family: the masked weight, its keep mask, and its gradient.
+"""The masked weight as an operation: differentiable, traced or by a kernel.
 
-    W_used = A + m * (W - A) / (1 - p)
-
-It is written once, in `masked_formula`. `drop_weight` is the public op: differentiable any number of
-times, keeping for backward only the 8-byte key and the two scalars that stand for p. `drop_both` is
-for backwards that need the masked weight and mask a gradient.
+`drop_weight` is the public one. It is differentiable any number of times, and keeps for backward only
+the 8-byte key and the two scalars that stand for p. `drop_both` is for backwards that need the masked
+weight and also mask a gradient. What they compute is defined in `formula.py`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
@@ -20,70 +17,14 @@ from ..torch_private.tensors import is_batched, unviewed
 from ..torch_private.tracing import is_traced
 from . import gpu
 from .cpu.workspace import Block
-from .engine import masks, run, shared_masks
-from .hash import Key, advance_key, key_tensor, mix, spread
-from .law import Law, Layout
+from .engine import by_formula, by_kernel
+from .formula import masked_formula, spread_indices
+from .hash import SEGMENT, Key, advance_key, key_tensor
+from .law import Law, Layout, Mask
 
-SEGMENT = 1 << 30
-"""Weights are hashed in segments of at most this many, so that indices fit int32."""
-
-
-def keep_mask(
-    shape: tuple[int, ...], key: Tensor, threshold: Tensor, places: Tensor | None = None
-) -> Tensor:
-    """The keep mask: bool, of that shape, True where kept. Entry i (row-major) has index i.
-
-    `places` are the spread indices, if they are computed already.
-    """
-    if places is None:
-        places = _places(math.prod(shape), key.device)
-    return (mix(places, key) >= threshold).view(shape)
-
-
-def _places(entries: int, device: torch.device) -> Tensor:
-    return spread(torch.arange(entries, dtype=torch.int32, device=device))
-
-
-def masked_formula(
-    weight: Tensor,
-    anchor: Tensor | None,
-    key: Tensor,
-    threshold: Tensor,
-    scale: Tensor,
-    mask: tuple[int, ...] | None,
-    places: Tensor | None = None,
-) -> Tensor:
-    """`A + m * (W - A) / (1 - p)` in plain tensor operations: the definition of everything here.
-
-    Args:
-        weight: floating point, the shape of a layout's view.
-        anchor: the same shape, or None for zero.
-        key: int32, shape (2,).
-        threshold, scale: 0-d, see `Law`.
-        mask: shape of the mask (see `Layout`), or None if it is the weight's own, which has one
-            dimension.
-        places: see `keep_mask`.
-
-    Returns:
-        the weight that is used: shape and dtype of `weight`.
-    """
-    keep = keep_mask(tuple(weight.shape) if mask is None else mask, key, threshold, places)
-    return apply_mask(keep, weight, anchor, scale)
-
-
-def apply_mask(keep: Tensor, weight: Tensor, anchor: Tensor | None, scale: Tensor) -> Tensor:
-    """The formula for a mask that is there, which broadcasts with the weight. Narrow floats are
-    computed in float32 and rounded once."""
-    wide = weight.to(scale.dtype) * scale
-    if anchor is None:
-        return torch.where(keep, wide, torch.zeros_like(scale)).to(weight.dtype)
-    towards = anchor.to(scale.dtype)
-    return torch.where(keep, wide + towards * (1 - scale), towards).to(weight.dtype)
-
-
-Rest = tuple[Tensor | None, Key, Law, Layout, torch.dtype | None]
-"""Anchor, key, law and layout of a mask, and the dtype of the result: one argument of an autograd
-Function, as each costs time at every call."""
+Rest = tuple[Tensor | None, Mask, torch.dtype | None]
+"""Anchor, mask, and the dtype of the result: one argument of an autograd Function, as each costs time
+at every call."""
 
 
 class _DropWeight(torch.autograd.Function):
@@ -93,25 +34,24 @@ class _DropWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rest: Rest) -> Tensor:
         # No `setup_context`: with it torch binds the arguments to the signature at every call, which
-        # takes longer than a small mask. Attributes, not `save_for_backward`: held masks are passed by
-        # several backward calls, and activation checkpointing counts saved tensors.
-        _, ctx.key, ctx.law, ctx.layout, _ = rest
-        ctx.dtype = weight.dtype
+        # takes longer than a small mask. Attributes, not `save_for_backward`: several backward calls
+        # may go through a mask that is held, and activation checkpointing counts saved tensors.
+        ctx.mask, ctx.dtype = rest[1], weight.dtype
         return unviewed(_masked(weight, rest))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (grad,), key, law, layout = grads, ctx.key, ctx.law, ctx.layout
-        if layout.is_elementwise and gpu.is_there(grad) and not torch.is_grad_enabled():
-            found = gpu.masked(grad, None, None, key, law, ctx.dtype)
-            if found is not None:
-                return found[0], None
-        return drop_weight(grad, key, law, layout, dtype=ctx.dtype), None
+        (grad,), mask = grads, ctx.mask
+        if mask.layout.is_elementwise and gpu.is_there(grad) and not torch.is_grad_enabled():
+            masked = gpu.masked(grad, None, None, mask, ctx.dtype)
+            if masked is not None:
+                return masked[0], None
+        return drop(grad, None, mask, ctx.dtype), None
 
 
 def drop_eagerly(weight: Tensor, rest: Rest) -> Tensor:
-    """`drop_weight` in code that nothing follows: the masked weight, part of the graph of autograd if
-    that is being recorded."""
+    """`drop` in code that nothing follows: the masked weight, part of the graph of autograd if that is
+    being recorded."""
     if not torch.is_grad_enabled() or not weight.requires_grad:
         return _masked(weight, rest)
     used: Tensor = _DropWeight.apply(weight, rest)  # type: ignore[no-untyped-call]
@@ -120,57 +60,49 @@ def drop_eagerly(weight: Tensor, rest: Rest) -> Tensor:
 
 def _masked(weight: Tensor, rest: Rest) -> Tensor:
     """The masked weight, with the strides of the weight: channels-last stays channels-last."""
-    anchor, key, law, layout, dtype = rest
-    fit = weight.numel() == layout.entries and (anchor is None or anchor.shape == weight.shape)
-    if fit and layout.is_elementwise and layout.entries <= SEGMENT:  # else `_evaluate` complains
-        found = masks(weight, anchor, None, key, law, dtype=dtype)
-        if found is not None:
-            return found[0]
-    used = _evaluate(weight.detach(), anchor, key, law, layout, dtype)
+    anchor, mask, dtype = rest
+    entries = mask.layout.entries
+    fit = weight.numel() == entries and (anchor is None or anchor.shape == weight.shape)
+    if fit and mask.layout.is_elementwise and entries <= SEGMENT:  # else `_evaluate` complains
+        masked = by_kernel(weight, anchor, None, mask, dtype=dtype)
+        if masked is not None:
+            return masked[0]
+    used = _evaluate(weight.detach(), anchor, mask, dtype)
     return used if weight.is_contiguous() else torch.empty_like(weight, dtype=dtype).copy_(used)
 
 
 def _evaluate(
-    weight: Tensor,
-    anchor: Tensor | None,
-    key: Key,
-    law: Law,
-    layout: Layout,
-    dtype: torch.dtype | None = None,
+    weight: Tensor, anchor: Tensor | None, mask: Mask, dtype: torch.dtype | None = None
 ) -> Tensor:
     """The formula on a weight of any shape; contiguous."""
+    layout = mask.layout
     if dtype is not None and dtype != weight.dtype:  # rounded once
-        wide = weight.to(law.scale.dtype)
-        return _evaluate(wide, anchor, key, law, layout).to(dtype)
+        wide = weight.to(mask.law.scale.dtype)
+        return _evaluate(wide, anchor, mask).to(dtype)
     view = (layout.entries,) if layout.is_elementwise else layout.view
     flat = weight.reshape(view)
     towards = None if anchor is None else anchor.reshape(view)
     if layout.is_elementwise:
-        used = _in_segments(flat, towards, key, law)
-    else:
-        found = None if is_batched(weight) else shared_masks(flat, towards, key, law, layout)
-        args = key_tensor(key, weight.device), law.threshold, law.scale, layout.mask
-        used = run(masked_formula, flat, towards, *args) if found is None else found
-    return used.view(weight.shape)
+        return _in_segments(flat, towards, mask).view(weight.shape)
+    used = None if is_batched(weight) else gpu.drop_shared(flat, towards, mask)
+    return (by_formula(flat, towards, mask) if used is None else used).view(weight.shape)
 
 
-def _in_segments(weight: Tensor, anchor: Tensor | None, key: Key, law: Law) -> Tensor:
-    """The elementwise formula on a 1-D weight of any length."""
+def _in_segments(weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor:
+    """The formula by element on a 1-D weight of any length."""
     numel = weight.shape[0]
     parts = []
     for start in range(0, max(1, numel), SEGMENT):
         part = slice(start, min(start + SEGMENT, numel))
         towards = None if anchor is None else anchor[part]
-        parts.append(_segment(weight[part], towards, advance_key(key, start), law))
+        moved = Mask(advance_key(mask.key, start), mask.law, mask.layout)
+        parts.append(_segment(weight[part], towards, moved))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _segment(weight: Tensor, anchor: Tensor | None, key: Key, law: Law) -> Tensor:
-    found = None if is_batched(weight) else masks(weight, anchor, None, key, law)
-    if found is not None:
-        return found[0]
-    args = key_tensor(key, weight.device), law.threshold, law.scale, None
-    return run(masked_formula, weight, anchor, *args)
+def _segment(weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor:
+    masked = None if is_batched(weight) else by_kernel(weight, anchor, None, mask)
+    return by_formula(weight, anchor, mask) if masked is None else masked[0]
 
 
 @torch.library.custom_op(
@@ -181,13 +113,13 @@ def _segment(weight: Tensor, anchor: Tensor | None, key: Key, law: Law) -> Tenso
 def _drop_op(
     weight: Tensor, anchor: Tensor | None, key: Tensor, threshold: Tensor, scale: Tensor
 ) -> Tensor:
-    """The elementwise formula as one operation of a compiled graph.
+    """The formula by element as one operation of a compiled graph.
 
     On the CPU only: what inductor makes of the formula there takes several times as long as the kernel,
     see `docs/performance.md`.
     """
-    layout = Layout.elements(weight.numel())
-    return unviewed(_evaluate(weight, anchor, key, Law(threshold, scale), layout))
+    mask = Mask(key, Law(threshold, scale), Layout.elements(weight.numel()))
+    return unviewed(_evaluate(weight, anchor, mask))
 
 
 @_drop_op.register_fake
@@ -206,19 +138,21 @@ def _drop_op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _drop_op.register_autograd(_drop_op_backward, setup_context=_keep_law)
 
 
-def _in_graph(weight: Tensor, anchor: Tensor | None, key: Key, law: Law, layout: Layout) -> Tensor:
+def _in_graph(weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor:
     """The masked weight as part of a compiled graph.
 
-    If there will be a backward, it does what `surgery.modules.recompute` does in eager mode: the mask
-    and the masked weight are not kept for backward but computed again. The spread indices stay outside:
-    they do not depend on the key, so sites of one size would share them, and what is shared would be
-    kept.
+    If there will be a backward, it does what `surgery.modules.recompute` does in eager mode: the keep
+    mask and the masked weight are not kept for backward but computed again. The spread indices are
+    computed outside of that: they do not depend on the key, so sites of one size would share them, and
+    what is shared would be kept.
     """
-    key = key_tensor(key, weight.device)  # one that is held was drawn in eager code
+    law, layout = mask.law, mask.layout
+    key = key_tensor(mask.key, weight.device)  # one that is held was drawn in eager code
     args: tuple[Any, ...] = (weight, anchor, key, law.threshold, law.scale)
     compute: Any = _drop_op
     if weight.device.type != "cpu" or not layout.is_elementwise:
-        compute, args = _traced_formula, (*args, layout, _places(layout.entries, weight.device))
+        indices = spread_indices(layout.entries, weight.device)
+        compute, args = _traced_formula, (*args, layout, indices)
     if not torch.is_grad_enabled():
         return cast(Tensor, compute(*args))
     used: Tensor = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
@@ -232,13 +166,14 @@ def _traced_formula(
     threshold: Tensor,
     scale: Tensor,
     layout: Layout,
-    places: Tensor,
+    indices: Tensor,
 ) -> Tensor:
-    mask = None if layout.is_elementwise else layout.mask
-    view = (layout.entries,) if mask is None else layout.view
+    """`masked_formula` for a weight of any shape: tensors in, as `checkpoint` wants them in a graph."""
+    shape = None if layout.is_elementwise else layout.mask
+    view = (layout.entries,) if shape is None else layout.view
     flat = weight.reshape(view)
     towards = None if anchor is None else anchor.reshape(view)
-    return masked_formula(flat, towards, key, threshold, scale, mask, places).view(weight.shape)
+    return masked_formula(flat, towards, key, threshold, scale, shape, indices).view(weight.shape)
 
 
 def drop_weight(
@@ -263,14 +198,21 @@ def drop_weight(
         `A + m * (W - A) / (1 - p)`, shape and strides of `weight`. Its expectation over keys is
         `weight`.
     """
+    return drop(weight, anchor, Mask(key, law, layout), dtype)
+
+
+def drop(
+    weight: Tensor, anchor: Tensor | None, mask: Mask, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`drop_weight` for a mask that is one value."""
     if not is_traced():
         if is_batched(weight):
-            return _evaluate(weight, anchor, key, law, layout, dtype)
-        return drop_eagerly(weight, (anchor, key, law, layout, dtype))
+            return _evaluate(weight, anchor, mask, dtype)
+        return drop_eagerly(weight, (anchor, mask, dtype))
     compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-    if compiling and dtype is None and layout.entries <= SEGMENT:
-        return _in_graph(weight, anchor, key, law, layout)
-    return _evaluate(weight, anchor, key, law, layout, dtype)
+    if compiling and dtype is None and mask.layout.entries <= SEGMENT:
+        return _in_graph(weight, anchor, mask)
+    return _evaluate(weight, anchor, mask, dtype)
 
 
 def drop_into(
@@ -283,39 +225,37 @@ def drop_into(
 ) -> None:
     """Write `drop_weight` of the rest into `place`: dense, and the shape and dtype of the weight. Not
     differentiable, and not for traced code."""
+    mask = Mask(key, law, layout)
     fit = weight.numel() == layout.entries and (anchor is None or anchor.shape == weight.shape)
-    by_kernel = fit and layout.is_elementwise and gpu.takes(place)
-    if by_kernel and gpu.masked(weight, anchor, None, key, law, used=place) is not None:
+    on_gpu = fit and layout.is_elementwise and gpu.takes(place)
+    if on_gpu and gpu.masked(weight, anchor, None, mask, used=place) is not None:
         return
-    place.copy_(drop_weight(weight.detach(), key, law, layout, anchor))
+    place.copy_(drop(weight.detach(), anchor, mask))
 
 
 def drop_both(
     weight: Tensor,
-    grad: Tensor | None,
-    key: Key,
-    law: Law,
-    layout: Layout,
     anchor: Tensor | None,
+    grad: Tensor | None,
+    mask: Mask,
     block: Block | None = None,
-    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The masked weight, and the gradient of the weight given that of the masked weight: what a
     backward needs, of one mask. Not for traced code.
 
     Args:
-        weight, key, law, layout, anchor, dtype: see `drop_weight`.
+        weight, anchor: of one shape; the anchor may be None.
         grad: of the masked weight, of its shape. It may be overwritten. Or None.
+        mask: of the weight.
         block: memory in which the masked weight may be put.
 
     Returns:
         both; the gradient in the dtype of the weight.
     """
+    layout = mask.layout
     if layout.is_elementwise and layout.entries <= SEGMENT and not torch.is_grad_enabled():
-        found = masks(weight, anchor, grad, key, law, block, dtype)
-        if found is not None:
-            return found
-    used = drop_weight(weight, key, law, layout, anchor, dtype)
-    if grad is None:
-        return used, None
-    return used, drop_weight(grad, key, law, layout, dtype=weight.dtype)
+        masked = by_kernel(weight, anchor, grad, mask, block)
+        if masked is not None:
+            return masked
+    used = drop(weight, anchor, mask)
+    return used, None if grad is None else drop(grad, None, mask, weight.dtype)

@@ -40,7 +40,7 @@ def masked_weights(monkeypatch) -> list[StorageWeakRef]:
         return used
 
     def spy_on_both(*args):
-        used, grad = drop_both(*args[:6])  # without the space that is used again and again
+        used, grad = drop_both(*args[:4])  # without the space that is used again and again
         made.append(StorageWeakRef(used.untyped_storage()))
         return used, grad
 

@@ -24,6 +24,7 @@ from surgery.ops import (
 from surgery.ops.cpu import native
 from surgery.ops.cpu.workspace import Block
 from surgery.ops.gpu import launch
+from surgery.ops.law import Mask
 from surgery.ops.mask import drop_both
 
 KEY = key_from_seed(21)
@@ -127,7 +128,7 @@ def test_both_at_once_are_what_two_masks_give(size: int, dtype, anchored, kernel
     del kernel_calls[:]
     block = Block(weight)
     with torch.no_grad():
-        used, masked = drop_both(weight, grad.clone(), KEY, law, layout, anchor, block)
+        used, masked = drop_both(weight, anchor, grad.clone(), Mask(KEY, law, layout), block)
     assert kernel_calls == [2]
     assert used.data_ptr() == block.base.data_ptr()
     assert torch.equal(used, expected[0])

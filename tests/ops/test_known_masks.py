@@ -21,6 +21,7 @@ from surgery.ops.hash import (
     multipliers,
     spread,
 )
+from surgery.ops.law import Mask
 
 from .known_masks import RATES, RUN, Line, computed, stored
 from .statistics import window
@@ -94,10 +95,10 @@ def test_without_a_compiler(dtype: torch.dtype) -> None:
 def test_kernels_of_masks(dtype: torch.dtype) -> None:
     ones, used = torch.ones(RUN, dtype=dtype), torch.empty(RUN, dtype=dtype)
     for line, law, expected in masks(LINES, dtype):
-        arguments = key_of(line), law.threshold, law.scale
+        mask = Mask(key_of(line), law, Layout.elements(RUN))
         multiplier, start = int(multiplier_of(line)), line.start & 0xFFFFFFFF
         for given in (multiplier, None) if line.example == 0 else (multiplier,):
-            native.drop(ones, None, None, used, None, arguments, given, start)
+            native.drop(ones, None, None, used, None, mask, given, start)
             assert torch.equal(used != 0, expected), line
 
 
@@ -108,10 +109,10 @@ def test_kernels_of_products() -> None:
     for line, law, expected in masks(near):
         rows = (line.start + RUN) // RUN + 1
         ones = torch.ones(rows, RUN)
-        arguments = key_of(line), law.threshold, law.scale
+        mask = Mask(key_of(line), law, Layout.elements(RUN))
         own = multiplier_of(line).repeat(RUN)
-        product = native.example_product(torch.eye(RUN), ones, None, arguments, own)
-        rest = ones[:1], ones, None, arguments, own[:1], False, True
+        product = native.example_product(torch.eye(RUN), ones, None, mask, own)
+        rest = ones[:1], ones, None, mask, own[:1], False, True
         _, gradient = native.example_gradients(ones[:, :1].t().contiguous(), *rest)
         assert gradient is not None
         for found in (product.t(), gradient):

@@ -1,6 +1,6 @@
 """The kernels for the CPU: C++ of a few hundred lines, compiled by the machine's compiler at first use.
 
-`kernels/*masks.cpp` and `kernels/products.cpp` compute the formulas of `mask.py` and
+`kernels/*masks.cpp` and `kernels/products.cpp` compute those of `formula.py` and
 `example_product.py` with the mask in registers, `kernels/activations.cpp` one of `expect.py`.
 `docs/performance.md` says what inductor reaches with the same formulas, and why that was not enough.
 How they are compiled, kept and loaded is in `build.py`.
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ...base.journal import Lock
+from ..hash import key_tensor
+from ..law import Mask
 from ..ordinary import is_ordinary
 from .build import NoCompiler, load
 
@@ -87,13 +89,18 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _tensors_of(mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
+    """Key, threshold and scale, which the kernels read from memory."""
+    return key_tensor(mask.key), mask.law.threshold, mask.law.scale
+
+
 def drop(
     weight: Tensor | None,
     anchor: Tensor | None,
     grad: Tensor | None,
     used: Tensor | None,
     masked_grad: Tensor | None,
-    law: tuple[Tensor, Tensor, Tensor],
+    mask: Mask,
     multiplier: int | None = None,
     start: int = 0,
 ) -> None:
@@ -103,7 +110,7 @@ def drop(
     None, and so may `grad` and `masked_grad`, which may also be the same tensor.
 
     Args:
-        law: key, threshold and scale.
+        mask: by element.
         multiplier: that of an example in round 3 of the hash; None for the mask of a batch.
         start: index of the first entry.
     """
@@ -114,7 +121,7 @@ def drop(
     if function is None:
         function = getattr(library(name), f"drop_{_NAMES[some.dtype]}")
         _drop_functions[name, some.dtype] = function
-    tensors = (weight, anchor, grad, used, masked_grad, *law)
+    tensors = (weight, anchor, grad, used, masked_grad, *_tensors_of(mask))
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     threads = torch.get_num_threads()
     function(*addresses, start, (multiplier or 0) & 0xFFFFFFFF, some.numel(), threads)
@@ -124,7 +131,7 @@ def example_product(
     x: Tensor,
     kept: Tensor,
     dropped: Tensor | None,
-    law: tuple[Tensor, Tensor, Tensor],
+    mask: Mask,
     multipliers: Tensor,
 ) -> Tensor:
     """`x_r @ W_r^T` for every row r, each with a mask of its own.
@@ -134,14 +141,14 @@ def example_product(
         kept: (out, in), the entries of W_r that are kept: with `dropped`, as they are used; without,
             before they are scaled.
         dropped: (out, in), the entries that are dropped; None is zero.
-        law: key, threshold and scale.
+        mask: of example 0, by element.
         multipliers: int32, (rows,), of round 3 of the hash for each row.
 
     Returns:
         (rows, out).
     """
     product = x.new_empty(x.shape[0], kept.shape[0])
-    tensors = (x, kept, dropped, *law, multipliers, product)
+    tensors = (x, kept, dropped, *_tensors_of(mask), multipliers, product)
     sizes = (*product.shape, x.shape[1])
     function = library("products").example_product
     function(*map(_address, tensors), *sizes, torch.get_num_threads())
@@ -153,7 +160,7 @@ def example_gradients(
     x: Tensor,
     kept: Tensor,
     dropped: Tensor | None,
-    law: tuple[Tensor, Tensor, Tensor],
+    mask: Mask,
     multipliers: Tensor,
     want_x: bool,
     want_weight: bool,
@@ -162,12 +169,13 @@ def example_gradients(
 
     Args:
         grad: (rows, out), of the product.
-        x, kept, dropped, law, multipliers: see `example_product`.
+        x, kept, dropped, mask, multipliers: see `example_product`.
     """
     of_x = torch.empty_like(x) if want_x else None
     of_weight = torch.empty_like(kept) if want_weight else None
     columns = grad.t().contiguous()
-    tensors = (columns, x, kept, dropped, *law, multipliers, of_x, of_weight)
+    masks = (*_tensors_of(mask), multipliers)
+    tensors = (columns, x, kept, dropped, *masks, of_x, of_weight)
     sizes = (*grad.shape, x.shape[1])
     function = library("products").example_gradients
     function(*map(_address, tensors), *sizes, torch.get_num_threads())

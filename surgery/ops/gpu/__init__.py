@@ -16,12 +16,11 @@ compile them for GPUs of NVIDIA and AMD.
 
 from .expectations import expect
 from .gaussians import add_twice, draw, factors
-from .launch import INDEX, is_there, takes
-from .masks import drop_shared, masked, steps
+from .launch import is_there, takes
+from .masks import drop_shared, masked
 from .products import example_gradients, example_product
 
 __all__ = [
-    "INDEX",
     "add_twice",
     "draw",
     "drop_shared",
@@ -31,6 +30,5 @@ __all__ = [
     "factors",
     "is_there",
     "masked",
-    "steps",
     "takes",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import INDEX, Kernel, form
+from ..hash import SEGMENT
+from .launch import Kernel, form
 
 BLOCK = 1024
 """Entries of a program."""
@@ -31,5 +32,5 @@ def expect(name: str, mean: Tensor, var: Tensor) -> Tensor | None:
     key = (*form(mean, var, out), size % 16 == 0, size == 1)
     grid = -(-size // BLOCK), 1, 1
     arguments = mean, var, out, size
-    done = size <= INDEX and _expect.launch(grid, mean.device, key, arguments, (name, BLOCK))
+    done = size <= SEGMENT and _expect.launch(grid, mean.device, key, arguments, (name, BLOCK))
     return out if done else None

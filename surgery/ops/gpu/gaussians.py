@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import INDEX, Kernel, form
+from ..hash import SEGMENT
+from .launch import Kernel, form
 
 BLOCK = 1024
 """Entries of a program."""
@@ -65,7 +66,7 @@ def factors(
         0 if grad is None else grad.numel(),
     )
     copies = copies and not x.dtype == weight.dtype == dtype
-    if max(sizes) > INDEX:
+    if max(sizes) > SEGMENT:
         return None
     square_x = torch.empty_like(x, dtype=dtype)
     square_weight = torch.empty_like(weight, dtype=dtype)
@@ -116,7 +117,7 @@ def draw(
     tensors = mean, var, noise, sample, slope, ratio
     double = noise.dtype == torch.float64
     options = ratio is not None, double, BLOCK
-    return size <= INDEX and _launch(_draw, (size,), mean.device, tensors, options)
+    return size <= SEGMENT and _launch(_draw, (size,), mean.device, tensors, options)
 
 
 def add_twice(
@@ -146,7 +147,7 @@ def add_twice(
     )
     double = x.dtype == torch.float64
     options = anchor is not None and of_weight is not None, double, BLOCK
-    if max(sizes) > INDEX or not _launch(_add_twice, sizes, x.device, tensors, options):
+    if max(sizes) > SEGMENT or not _launch(_add_twice, sizes, x.device, tensors, options):
         return None
     return new_x, new_weight
 

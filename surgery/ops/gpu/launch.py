@@ -27,9 +27,6 @@ INTERPRETED: set[str] = set()
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
-INDEX = 1 << 30
-"""Kernels count entries in int32, with room for the last block."""
-
 
 @functools.cache
 def has_triton() -> bool:

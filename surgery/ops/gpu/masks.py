@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hash import Key, words
-from ..law import Law, Layout
-from .launch import INDEX, Kernel, form, takes
+from ..hash import SEGMENT, words
+from ..law import Layout, Mask
+from .launch import Kernel, form, takes
 
 BLOCK = 1024
 """Entries of a program."""
@@ -19,11 +19,12 @@ _drop = Kernel("mask_kernels", "drop", num_warps=4)
 _drop_shared = Kernel("mask_kernels", "drop_shared", num_warps=4)
 
 
-def arguments(key: Key, law: Law) -> tuple[Any, ...]:
+def arguments(mask: Mask) -> tuple[Any, ...]:
     """Key and law as kernels take them: pointers, numbers of the host, and whether these count.
 
     A key on the host or on the CPU is given as numbers, and so is a law that knows its own.
     """
+    key, law, _ = mask
     numbers = law.numbers
     if isinstance(key, tuple) or key.is_cpu:
         k0, k1 = words(key)
@@ -39,8 +40,7 @@ def masked(
     weight: Tensor,
     anchor: Tensor | None,
     grad: Tensor | None,
-    key: Key,
-    law: Law,
+    mask: Mask,
     dtype: torch.dtype | None = None,
     used: Tensor | None = None,
     taken: bool = False,
@@ -52,7 +52,7 @@ def masked(
     Args:
         weight, anchor: of one shape. The anchor may be None.
         grad: of the masked weight, of any floating dtype, or None. It may be overwritten.
-        key: on the host, on the CPU or on the device.
+        mask: by element; its key on the host, on the CPU or on the device.
         dtype: of the masked weight; None is that of the weight.
         used: where to write it, dense; None makes a tensor.
         taken: whether `takes` was asked already.
@@ -62,7 +62,7 @@ def masked(
         rounded once. None, with nothing done, where there is no kernel for these tensors.
     """
     size = weight.numel()
-    if size > INDEX or not (taken or takes(weight, anchor, grad)):
+    if size > SEGMENT or not (taken or takes(weight, anchor, grad)):
         return None
     if used is None:
         used = torch.empty_like(weight, dtype=dtype)
@@ -74,8 +74,8 @@ def masked(
         addresses |= grad.data_ptr()
     if anchor is not None:
         addresses |= anchor.data_ptr()
-    args = weight, anchor, grad, used, of_weight, *arguments(key, law), size
-    constants = anchor is not None, grad is not None, law.scale.dtype == torch.float64, BLOCK
+    args = weight, anchor, grad, used, of_weight, *arguments(mask), size
+    constants = anchor is not None, grad is not None, mask.law.scale.dtype == torch.float64, BLOCK
     kinds = weight.dtype, used.dtype, grad is not None and grad.dtype
     forms = *kinds, anchor is not None and anchor.dtype, size % 16 == 0, size == 1
     if addresses % 16:
@@ -110,25 +110,32 @@ def steps(layout: Layout) -> Steps | None:
     return (a, b, c, d), (apart[3], apart[2], apart[1], apart[0])
 
 
-def drop_shared(
-    weight: Tensor, anchor: Tensor | None, used: Tensor, key: Key, law: Law, shape: Steps
-) -> bool:
-    """Write `used`, the masked weight, where entries share a mask.
+def drop_shared(weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor | None:
+    """The masked weight where entries share a mask entry.
 
     Args:
-        weight, anchor, used, key, law: see `masked`.
-        shape: the layout, as `steps` gives it.
+        weight, anchor: with the shape of the layout's view. The anchor may be None.
+        mask: see `masked`.
+
+    Returns:
+        shape and dtype of the weight; None where there is no kernel for these tensors.
     """
-    size = used.numel()
+    if not takes(weight, anchor) or mask.layout.entries > SEGMENT:
+        return None
+    shape = steps(mask.layout)  # asked last, since torch 2.9 does not trace it for sizes that vary
+    if shape is None:
+        return None
+    used, size = torch.empty_like(weight), weight.numel()
     if size == 0:
-        return True
+        return used
     sizes, apart = shape
     tensors = weight, anchor, used
     numbers = (size, *sizes[1:], *apart)
-    return _drop_shared.launch(
+    done = _drop_shared.launch(
         (-(-size // BLOCK), 1, 1),
         used.device,
         (*form(*tensors), *((number % 16 == 0, number == 1) for number in numbers)),
-        (*tensors, *arguments(key, law), *numbers),
-        (anchor is not None, law.scale.dtype == torch.float64, BLOCK),
+        (*tensors, *arguments(mask), *numbers),
+        (anchor is not None, mask.law.scale.dtype == torch.float64, BLOCK),
     )
+    return used if done else None

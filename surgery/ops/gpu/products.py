@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hash import Key
-from ..law import Law
-from .launch import INDEX, Kernel, form
+from ..hash import SEGMENT
+from ..law import Mask
+from .launch import Kernel, form
 from .masks import arguments
 
 FEW_ROWS = 16
@@ -32,7 +32,7 @@ UNROLL = 2
 """Rows whose outer products are summed in one go."""
 
 PROGRAMS = 256
-"""Rows are summed in parts where a weight has fewer tiles than that: a GPU has so many places."""
+"""A GPU runs so many programs at once. If a weight has fewer tiles, its rows are summed in parts."""
 
 _FUSED: dict[str, Any] = {"enable_fp_fusion": True}
 """Sums are in another order than those of the formula anyway."""
@@ -44,32 +44,30 @@ _masked_weights = Kernel("product_kernels", "masked_weights", num_warps=4)
 _masked_sum = Kernel("product_kernels", "masked_sum", num_warps=4)
 
 
-def example_product(
-    x: Tensor, weight: Tensor, anchor: Tensor | None, key: Key, law: Law
-) -> Tensor | None:
+def example_product(x: Tensor, weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor | None:
     """`x_e @ W_e^T` for each example e.
 
     Args:
         x: (examples, rows, in).
         weight: (out, in).
         anchor: like the weight, or None.
-        key, law: see `masks.masked`.
+        mask: see `masks.masked`.
 
     Returns:
         (examples, rows, out); None where there is no kernel. All tensors are contiguous.
     """
     if not _fit(x, weight):
         return None
-    found = x.new_empty(*x.shape[:2], weight.shape[0])
-    if not found.numel() or not weight.numel():
-        return found.zero_()
+    product = x.new_empty(*x.shape[:2], weight.shape[0])
+    if not product.numel() or not weight.numel():
+        return product.zero_()
     if x.shape[1] > FEW_ROWS:
-        done = _block_product(x, weight, anchor, key, law, found)
+        done = _block_product(x, weight, anchor, mask, product)
     else:
         tile = _tile(x)
         programs = -(-weight.shape[0] // tile[1])
-        done = _by_rows(_product, programs, (x, weight, anchor, found), key, law, tile)
-    return found if done else None
+        done = _by_rows(_product, programs, (x, weight, anchor, product), mask, tile)
+    return product if done else None
 
 
 def example_gradients(
@@ -77,8 +75,7 @@ def example_gradients(
     x: Tensor,
     weight: Tensor,
     anchor: Tensor | None,
-    key: Key,
-    law: Law,
+    mask: Mask,
     want_x: bool,
     want_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None] | None:
@@ -86,7 +83,7 @@ def example_gradients(
 
     Args:
         grad: (examples, rows, out), of the product.
-        x, weight, anchor, key, law: see `example_product`.
+        x, weight, anchor, mask: see `example_product`.
 
     Returns:
         both, each None where it is not wanted; None where there is no kernel.
@@ -96,19 +93,19 @@ def example_gradients(
     of_x = torch.empty_like(x) if want_x else None
     of_weight = torch.empty_like(weight) if want_weight else None
     if not grad.numel() or not weight.numel():
-        for found in (of_x, of_weight):
-            if found is not None:
-                found.zero_()
+        for gradient in (of_x, of_weight):
+            if gradient is not None:
+                gradient.zero_()
         return of_x, of_weight
     if x.shape[1] > FEW_ROWS:
-        done = _block_gradients(grad, x, weight, anchor, key, law, of_x, of_weight)
+        done = _block_gradients(grad, x, weight, anchor, mask, of_x, of_weight)
         return (of_x, of_weight) if done else None
     if of_x is not None:
         tile = _tile(x)
         programs = -(-weight.shape[1] // tile[2])
-        if not _by_rows(_input_gradient, programs, (grad, weight, anchor, of_x), key, law, tile):
+        if not _by_rows(_input_gradient, programs, (grad, weight, anchor, of_x), mask, tile):
             return None
-    if of_weight is not None and not _summed_outer(grad, x, key, law, of_weight):
+    if of_weight is not None and not _summed_outer(grad, x, mask, of_weight):
         return None
     return of_x, of_weight
 
@@ -116,8 +113,8 @@ def example_gradients(
 def _fit(x: Tensor, weight: Tensor) -> bool:
     """Whether kernels can count the entries of all that they read and write."""
     if x.shape[1] > FEW_ROWS:
-        return weight.numel() <= INDEX
-    return max(x.numel(), weight.numel(), x.shape[0] * x.shape[1] * weight.shape[0]) <= INDEX
+        return weight.numel() <= SEGMENT
+    return max(x.numel(), weight.numel(), x.shape[0] * x.shape[1] * weight.shape[0]) <= SEGMENT
 
 
 def _tile(x: Tensor) -> tuple[int, int, int]:
@@ -147,8 +144,7 @@ def _by_rows(
     kernel: Kernel,
     programs: int,
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor],
-    key: Key,
-    law: Law,
+    mask: Mask,
     tile: tuple[int, int, int],
 ) -> bool:
     """Launch a kernel whose programs have each some rows, and one of so many parts of the result."""
@@ -158,12 +154,12 @@ def _by_rows(
         (-(-rows // tile[0]) * programs, 1, 1),
         weight.device,
         (*form(*tensors), *_specialised(*shape)),
-        (*tensors, *arguments(key, law), rows, *shape),
-        (left.shape[1], anchor is not None, law.scale.dtype == torch.float64, *tile),
+        (*tensors, *arguments(mask), rows, *shape),
+        (left.shape[1], anchor is not None, mask.law.scale.dtype == torch.float64, *tile),
     )
 
 
-def _summed_outer(grad: Tensor, x: Tensor, key: Key, law: Law, of_weight: Tensor) -> bool:
+def _summed_outer(grad: Tensor, x: Tensor, mask: Mask, of_weight: Tensor) -> bool:
     rows, (outputs, inputs) = x.shape[0] * x.shape[1], of_weight.shape
     tile = _outer_tile(inputs)
     programs = -(-outputs // tile[0]) * -(-inputs // tile[1])
@@ -171,13 +167,13 @@ def _summed_outer(grad: Tensor, x: Tensor, key: Key, law: Law, of_weight: Tensor
     span = -(-rows // (parts * UNROLL)) * UNROLL
     sums = of_weight
     if parts > 1:
-        sums = of_weight.new_empty(parts, outputs, inputs, dtype=law.scale.dtype)
+        sums = of_weight.new_empty(parts, outputs, inputs, dtype=mask.law.scale.dtype)
     done = _weight_gradient.launch(
         (programs, parts, 1),
         grad.device,
         (*form(grad, x, sums), *_specialised(outputs, inputs)),
-        (grad, x, sums, *arguments(key, law), rows, span, outputs, inputs),
-        (x.shape[1], law.scale.dtype == torch.float64, *tile, UNROLL),
+        (grad, x, sums, *arguments(mask), rows, span, outputs, inputs),
+        (x.shape[1], mask.law.scale.dtype == torch.float64, *tile, UNROLL),
     )
     if done and parts > 1:
         of_weight.copy_(sums.sum(0))
@@ -194,14 +190,14 @@ def _scratch(x: Tensor, weight: Tensor) -> tuple[Tensor, list[slice]]:
 
 
 def _block_product(
-    x: Tensor, weight: Tensor, anchor: Tensor | None, key: Key, law: Law, found: Tensor
+    x: Tensor, weight: Tensor, anchor: Tensor | None, mask: Mask, product: Tensor
 ) -> bool:
     scratch, blocks = _scratch(x, weight)
     for block in blocks:
         used = scratch[: block.stop - block.start]
-        if not _write_weights(weight, anchor, used, block.start, key, law):
+        if not _for_block(_masked_weights, (weight, anchor, used), used, block.start, mask):
             return False
-        torch.bmm(x[block], used.mT, out=found[block])
+        torch.bmm(x[block], used.mT, out=product[block])
     return True
 
 
@@ -210,71 +206,59 @@ def _block_gradients(
     x: Tensor,
     weight: Tensor,
     anchor: Tensor | None,
-    key: Key,
-    law: Law,
+    mask: Mask,
     of_x: Tensor | None,
     of_weight: Tensor | None,
 ) -> bool:
     scratch, blocks = _scratch(x, weight)
-    for block, sums in zip(blocks, _sums(of_weight, len(blocks), law)):
+    for block, sums in zip(blocks, _sums(of_weight, len(blocks), mask.law.scale.dtype)):
         used = scratch[: block.stop - block.start]
         if of_x is not None:
-            if not _write_weights(weight, anchor, used, block.start, key, law):
+            if not _for_block(_masked_weights, (weight, anchor, used), used, block.start, mask):
                 return False
             torch.bmm(grad[block], used, out=of_x[block])
         if sums is not None:
-            torch.bmm(grad[block].mT, x[block], out=used)
-            if not _add_masked(used, *sums, block.start, key, law):
+            outer = torch.bmm(grad[block].mT, x[block], out=used)
+            if not _for_block(_masked_sum, (outer, *sums), outer, block.start, mask):
                 return False
     return True
 
 
 def _sums(
-    of_weight: Tensor | None, count: int, law: Law
+    of_weight: Tensor | None, count: int, dtype: torch.dtype
 ) -> Iterator[tuple[Tensor | None, Tensor] | None]:
-    """For each block what its sum is added to, and where the new sum goes: last, into the gradient."""
+    """For each block what its sum is added to, and where the new sum goes: last, into the gradient.
+    Sums of several blocks have that dtype until then."""
     if of_weight is None:
         yield from [None] * count
         return
     wide = of_weight
-    if count > 1 and of_weight.dtype != law.scale.dtype:
-        wide = torch.empty_like(of_weight, dtype=law.scale.dtype)
+    if count > 1 and of_weight.dtype != dtype:
+        wide = torch.empty_like(of_weight, dtype=dtype)
     for i in range(count):
         yield (None if i == 0 else wide), (wide if i < count - 1 else of_weight)
 
 
-def _write_weights(
-    weight: Tensor, anchor: Tensor | None, used: Tensor, first: int, key: Key, law: Law
-) -> bool:
-    """The masked weights of some examples, from number `first` on."""
-    return _for_block(
-        _masked_weights, (weight, anchor, used), anchor is not None, used, first, key, law
-    )
-
-
-def _add_masked(
-    outer: Tensor, before: Tensor | None, found: Tensor, first: int, key: Key, law: Law
-) -> bool:
-    """The gradients of the masked weights of some examples, masked and summed."""
-    return _for_block(
-        _masked_sum, (outer, before, found), before is not None, outer, first, key, law
-    )
-
-
 def _for_block(
     kernel: Kernel,
-    tensors: tuple[Tensor | None, ...],
-    has_second: bool,
+    tensors: tuple[Tensor, Tensor | None, Tensor],
     block: Tensor,
     first: int,
-    key: Key,
-    law: Law,
+    mask: Mask,
 ) -> bool:
+    """Launch a kernel for the masked weights of some examples.
+
+    Args:
+        kernel: `masked_weights`, or `masked_sum`.
+        tensors: what it reads and writes; the second, an anchor or the sum so far, may be None.
+        block: (examples, out, in), the one of them that has an entry for each example.
+        first: the number of its first example.
+    """
     count, size = len(block), block[0].numel()
     return kernel.launch(
         (-(-size // BLOCK), 1, 1),
         block.device,
         (*form(*tensors), *_specialised(size)),
-        (*tensors, *arguments(key, law), first, count, size),
-        (has_second, law.scale.dtype == torch.float64, BLOCK),
+        (*tensors, *arguments(mask), first, count, size),
+        (tensors[1] is not None, mask.law.scale.dtype == torch.float64, BLOCK),
     )

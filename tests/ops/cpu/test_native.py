@@ -13,6 +13,7 @@ import torch
 
 from surgery.ops import Law, Layout, drop_weight, key_from_seed
 from surgery.ops.cpu import build, native
+from surgery.ops.law import Mask
 
 SIZE = 20_000
 
@@ -114,9 +115,10 @@ def test_flags_that_a_compiler_does_not_know_are_left_out(empty_cache: Path, mon
     weight = torch.randn(SIZE)
     used = torch.empty_like(weight)
     law = Law.of(0.4, weight.device, weight.dtype)
-    expected = drop_weight(weight, key_from_seed(1), law, Layout.elements(SIZE))
+    mask = Mask(key_from_seed(1), law, Layout.elements(SIZE))
+    expected = drop_weight(weight, *mask)
     monkeypatch.setattr(native, "_drop_functions", {})
-    native.drop(weight, None, None, used, None, (key_from_seed(1), law.threshold, law.scale))
+    native.drop(weight, None, None, used, None, mask)
     assert torch.equal(used, expected)
 
 

@@ -20,7 +20,7 @@ from surgery.ops import (
 )
 from surgery.ops.gpu import masks
 from surgery.ops.hash import advance_key, words
-from surgery.ops.mask import drop_both
+from surgery.ops.law import Mask
 
 KEY = key_from_seed(8)
 CPU = torch.device("cpu")
@@ -48,7 +48,8 @@ def test_every_size_and_every_dtype_of_the_result(dtype, numbers: bool, gpu_kern
                 for towards in (None, anchor):
                     given = grad.to(to).clone()
                     expected = formula(given, None, law, dtype)
-                    found = masks.masked(weight, towards, given, KEY, known, to)
+                    layout = Layout.elements(size)
+                    found = masks.masked(weight, towards, given, Mask(KEY, known, layout), to)
                     assert found is not None
                     assert torch.equal(found[0], formula(weight, towards, law, to))
                     assert torch.equal(found[1], expected)
@@ -57,7 +58,7 @@ def test_every_size_and_every_dtype_of_the_result(dtype, numbers: bool, gpu_kern
 def test_special_values_and_addresses_that_are_not_aligned(gpu_kernels) -> None:
     law = Law.of(0.5, CPU, torch.float32)
     weight = torch.tensor([float("inf"), float("nan"), -0.0, 3e38, 1e-45] * 99)[1:]
-    used, _ = masks.masked(weight, None, None, KEY, law)
+    used, _ = masks.masked(weight, None, None, Mask(KEY, law, Layout.elements(len(weight))))
     expected = formula(weight, None, law, torch.float32)
     assert torch.equal(used.view(torch.int32), expected.view(torch.int32))
 
@@ -65,9 +66,10 @@ def test_special_values_and_addresses_that_are_not_aligned(gpu_kernels) -> None:
 def test_an_index_beyond_2_to_the_31(gpu_kernels) -> None:
     """Kernels see parts of a weight, each with the key that has moved to its start."""
     law = Law.of(0.5, CPU, torch.float32)
+    layout = Layout.elements(64)
     for start in (1 << 31, (1 << 32) - 3, 1 << 32, 3 << 33):
         used, same = (
-            masks.masked(torch.ones(64), None, None, advance_key(key, start), law)[0]
+            masks.masked(torch.ones(64), None, None, Mask(advance_key(key, start), law, layout))[0]
             for key in (KEY, words(KEY))  # a tensor, and on the host
         )
         assert torch.equal(used, same)
@@ -118,8 +120,9 @@ def test_a_gradient_of_another_dtype(dtype, gpu_kernels) -> None:
     weight, grad = torch.randn(33, 31), torch.randn(33, 31).to(dtype)
     law, layout = Law.of(0.4, CPU, torch.float32), Layout.elements(weight.numel())
     expected = formula(grad.flatten(), None, law, torch.float32)  # now: the grad may be overwritten
-    with torch.no_grad():
-        used, of_weight = drop_both(weight, grad, KEY, law, layout, None, dtype=torch.bfloat16)
+    masked = masks.masked(weight, None, grad, Mask(KEY, law, layout), torch.bfloat16)
+    assert masked is not None
+    used, of_weight = masked
     assert used.dtype == torch.bfloat16
     assert of_weight is not None
     assert of_weight.dtype == torch.float32

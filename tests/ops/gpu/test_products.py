@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery import apply_dropconnect
-from surgery.ops import Law, example_linear, key_from_seed
+from surgery.ops import Law, Layout, example_linear, key_from_seed
 from surgery.ops.gpu import launch, products
+from surgery.ops.law import Mask
 from tests.ops.reference import example_weights
 
 
@@ -182,12 +183,12 @@ def test_empty(sizes, gpu_kernels) -> None:
 
 def test_sizes_beyond_the_kernels() -> None:
     huge = torch.empty(1, device="meta").expand(1 << 16, 1 << 15)
-    rule = Law.of(0.5, huge.device, huge.dtype)
+    mask = Mask(KEY, Law.of(0.5, huge.device, huge.dtype), Layout.elements(huge.numel()))
     for rows in (1, 9):
         x = torch.empty(1, rows, 1 << 15, device="meta")
-        assert products.example_product(x, huge, None, KEY, rule) is None
+        assert products.example_product(x, huge, None, mask) is None
     long = torch.empty(1 << 20, 4, 1 << 10, device="meta")
-    assert products.example_product(long, huge[:2, : 1 << 10], None, KEY, rule) is None
+    assert products.example_product(long, huge[:2, : 1 << 10], None, mask) is None
 
 
 @pytest.mark.parametrize("rows", [1, 5])
