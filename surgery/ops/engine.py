@@ -103,7 +103,7 @@ def _in_chunks(weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law) -> 
     for start in range(0, numel, CHUNK):
         part = slice(start, min(start + CHUNK, numel))
         towards = None if anchor is None else anchor[part]
-        args = key_tensor(advance_key(key, start)), law.threshold, law.scale, None
+        args = advance_key(key, start), law.threshold, law.scale, None
         indices = _indices_of_a_chunk(CHUNK)[: part.stop - start]
         used[part] = masked_formula(weight[part], towards, *args, indices)
     return used
@@ -123,7 +123,7 @@ def _in_place_in_chunks(weight: Tensor, key: Tensor, law: Law) -> Tensor:
     for start in range(0, len(weight), CHUNK):
         into, part = used[start : start + CHUNK], weight[start : start + CHUNK]
         z, spare, indices = (tensor[: len(part)] for tensor in (z, spare, every))
-        mix_into(indices, key_tensor(advance_key(key, start)), z, spare)
+        mix_into(indices, advance_key(key, start), z, spare)
         exact = into.dtype == scale.dtype
         wide = torch.mul(part.to(scale.dtype), scale, out=into if exact else None)
         wide.view(torch.int32).bitwise_and_(_ones_where_kept(z, least))
