@@ -14,10 +14,12 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ..torch_private.modules import PRUNED, pre_hooks
+from ..torch_private.recurrent import flat_names
 from .reads import reads
 
 _FIXES: tuple[tuple[type[Any], str, str], ...] = (
-    (BasePruningMethod, "_tensor_name", "torch.nn.utils.prune.remove(module, {!r})"),
+    (BasePruningMethod, PRUNED, "torch.nn.utils.prune.remove(module, {!r})"),
     (WeightNorm, "name", "torch.nn.utils.remove_weight_norm(module, {!r})"),
     (SpectralNorm, "name", "torch.nn.utils.remove_spectral_norm(module, {!r})"),
 )
@@ -47,7 +49,7 @@ def fix(module: nn.Module, weight: str) -> str:
         return "call torch.nn.utils.parametrize.remove_parametrizations first"
     if parametrize.is_parametrized(module, weight):
         return f"call torch.nn.utils.parametrize.remove_parametrizations(module, {weight!r}) first"
-    for hook in module._forward_pre_hooks.values():
+    for hook in pre_hooks(module):
         for cls, attribute, call in _FIXES:
             if isinstance(hook, cls) and getattr(hook, attribute, None) == weight:
                 return f"call {call.format(weight)} first"
@@ -56,5 +58,5 @@ def fix(module: nn.Module, weight: str) -> str:
 
 def _reads(cls: type[nn.Module], module: nn.Module, name: str) -> bool:
     """Whether the module's forward reads an attribute; an RNN says so in a list."""
-    listed = getattr(module, "_flat_weights_names", None)
-    return name in listed if isinstance(listed, list) else reads(cls).reads((name,))
+    listed = flat_names(module)
+    return reads(cls).reads((name,)) if listed is None else name in listed

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spec.config import DropConnectConfig, Inference, Sampling, Unit
+from ..torch_private.modules import convolved as _conv  # the name that it has in pickles
 
 Run = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -108,11 +109,6 @@ def _linear(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 def _linear_columns(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.t(), bias)
-
-
-def _conv(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    u: Tensor = module._conv_forward(x, weight, bias)
-    return u
 
 
 LINEAR_PRODUCT = Product(_linear)

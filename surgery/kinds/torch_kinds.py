@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ..torch_private.recurrent import flat_names
 from .kind import Axes, Kind, register_kind
 from .product import LINEAR_PRODUCT, Product, conv_product, product_of
 
@@ -76,7 +77,8 @@ SEPARATE_PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def _attention_weights(module: nn.Module) -> Sequence[str]:
-    packed = getattr(module, "_qkv_same_embed_dim", True)
+    widths = {getattr(module, name, None) for name in ("embed_dim", "kdim", "vdim")}
+    packed = len(widths) == 1
     return (*(("in_proj_weight",) if packed else SEPARATE_PROJECTIONS), "out_proj.weight")
 
 
@@ -88,9 +90,8 @@ def _attention_bias(name: str) -> str | None:
 def _recurrent_weights(module: nn.Module) -> Sequence[str]:
     """The AWD-LSTM convention: hidden to hidden, every layer and direction; also those that are no
     parameters any more (pruned, normed), which are refused by name."""
-    names = getattr(module, "_flat_weights_names", None)
-    if not isinstance(names, list):
-        names = list(module._parameters)
+    listed = flat_names(module)
+    names = list(module._parameters) if listed is None else listed
     return tuple(name for name in names if name.startswith("weight_hh"))
 
 

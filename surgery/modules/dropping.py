@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..torch_private.modules import REPLICA
 from .flat import flat_of, open_flat
 from .fused import fused_forward
 from .live import Open, check_unwritten, close, is_of_another_thread, recipes_of, watched
@@ -105,7 +106,7 @@ def _open_own(module: Any, opened: list[Open], outside: bool = False) -> None:
     factors = [_factor(module, state) for state in _to_mask(module, outside)]
     if not factors:
         return
-    keep_law = not getattr(module, "_is_replica", False)
+    keep_law = not getattr(module, REPLICA, False)
     for factor, key in zip(factors, draw_keys(factors)):
         if flat is not None and factor.state.name in flat.names:
             flat.add(factor, key)

@@ -21,6 +21,7 @@ from ..ops.hash import Key
 from ..ops.linear import as_if_trained
 from ..ops.ordinary import is_ordinary_there
 from ..ops.versions import check_unmodified
+from ..torch_private.recurrent import names_of, put_where_cudnn_wants
 from ..torch_private.tensors import copy_all, identity, version_of
 from ..torch_private.tracing import is_traced
 from .live import Open, watched
@@ -154,7 +155,7 @@ def flat_of(module: Any) -> Flat | None:
     states: dict[str, SiteState] = module._dropconnect  # type: ignore[assignment]
     if not any(state.mode(module.training) == "batch" for state in states.values()):
         return None
-    for name in module._flat_weights_names:
+    for name in names_of(module):
         state = states.get(name)
         raw = module._parameters.get(name if state is None else state.raw)
         if raw is None or raw.device.type not in DEVICES or not is_ordinary_there(raw):
@@ -169,7 +170,7 @@ def flat_of(module: Any) -> Flat | None:
     whole = _shared(raws)
     block = None if whole is None else _block(raws, whole)
     block = _block_of_cudnn(module, raws) if block is None else block
-    return None if block is None else Flat(list(module._flat_weights_names), raws, block)
+    return None if block is None else Flat(list(names_of(module)), raws, block)
 
 
 def _are_alike(first: Tensor, other: Tensor) -> bool:
@@ -223,17 +224,12 @@ def _asked_of_cudnn(
     bidirectional: bool,
 ) -> Block | None:
     """What `flatten_parameters` does, with tensors that nobody needs."""
-    if not torch._use_cudnn_rnn_flatten_weight():
-        return None
-    from torch.backends.cudnn.rnn import get_cudnn_mode
-
     weights = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
     each = (4 if bias else 2) + (proj_size > 0)
     sizes = hidden_size, proj_size, num_layers, batch_first, bidirectional
     try:
-        with torch.no_grad(), torch.cuda.device(device):
-            code = get_cudnn_mode(mode)  # type: ignore[no-untyped-call]
-            torch._cudnn_rnn_flatten_weight(weights, each, input_size, code, *sizes)
+        if not put_where_cudnn_wants(weights, each, mode, input_size, *sizes):
+            return None
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -277,5 +273,5 @@ def flat_weights(module: Any) -> list[Any]:
         # Not by the property, which would take a forward that calls `flatten_parameters` for a reader.
         used[name] = module._parameters.get(state.raw) if live is None else getattr(module, name)
     known = {**beside, **used}
-    names = module._flat_weights_names
+    names = names_of(module)
     return [known[name] if name in known else getattr(module, name, None) for name in names]

@@ -8,22 +8,25 @@ had set until then.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import stateless
 
 from ..base.caching import cached
 from ..spec.errors import SurgeryError
+from ..torch_private.functional import wrap_functional_call
 from .keys import plain_keys, raw_state_dict
 
 
 @cached
 def teach_functional_call() -> None:
     """From now on it gets raw names."""
-    call: Any = stateless._functional_call
+    wrap_functional_call(_with_raw_names)
 
+
+def _with_raw_names(call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def taught(module: nn.Module, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         raw_of = {} if torch.compiler.is_dynamo_compiling() else _plain_names_in(module, tensors)
@@ -35,7 +38,7 @@ def teach_functional_call() -> None:
         finally:  # what the forward put in their place is handed back in the dict
             tensors.update({name: raw[raw_of.get(name, name)] for name in tensors})
 
-    stateless._functional_call = taught  # type: ignore[assignment]
+    return taught
 
 
 def _plain_names_in(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, str]:

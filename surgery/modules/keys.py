@@ -8,14 +8,12 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ..spec.plan import join
+from ..torch_private.modules import WRAPPED
 from .places import Place, places
 from .state import SiteState
 from .walk import WRAPPERS
 
 Value = TypeVar("Value")
-
-WRAPPED = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-"""Where wrappers of torch keep the one module inside. Some state dicts name them and some do not."""
 
 
 def plain_keys(model: nn.Module) -> dict[str, str | None]:

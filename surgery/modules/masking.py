@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ops import Law, drop_weight
 from ..ops.hash import Key
 from ..ops.linear import as_if_trained
+from ..torch_private.modules import MANAGED
 from ..torch_private.tensors import identity, version_of
 from ..torch_private.tracing import is_traced
 from .recompute import Recipe, can_recompute
@@ -88,7 +89,7 @@ def check_anchor(state: SiteState, raw: Tensor, anchor: Tensor | None) -> None:
 def is_managed(module: Any) -> bool:
     """Whether FSDP, of either version, holds the module's parameters under their present names. It
     marks the object; `nn.Module.__getattr__` would take long to say that it did not."""
-    return bool(module.__dict__.get("_is_fsdp_managed_module", False))
+    return bool(module.__dict__.get(MANAGED, False))
 
 
 AFTER_FSDP = "FSDP holds the parameters of the module; apply before FSDP wraps the model"

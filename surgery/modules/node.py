@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..moments.scope import in_scope, settle
 from ..spec.errors import SurgeryError
+from ..torch_private.modules import before_loading, not_before_loading, on_registration
 from .functional import teach_functional_call
 from .keys import take_plain_keys
 from .masking import Factor, draw_keys, masked_weight
@@ -246,19 +246,16 @@ def _teach_owners() -> None:
     global _taught
     teach_functional_call()
     if not _taught:
-        register_module_module_registration_hook(_teach_owner)
+        on_registration(_teach_owner)
         _taught = True
 
 
 def _teach_owner(owner: nn.Module, name: str, child: nn.Module | None) -> None:
     if isinstance(child, DropConnectNode):
         forget(owner, child)
-        # Without a reference to the owner: a GraphModule cannot be pickled with one to itself.
-        owner._register_load_state_dict_pre_hook(child.accept_plain_keys)  # type: ignore[no-untyped-call]
+        before_loading(owner, child.accept_plain_keys)
 
 
 def forget(owner: nn.Module, child: DropConnectNode) -> None:
     """Take the hook of a child out of its owner."""
-    hooks: dict[int, Any] = owner._load_state_dict_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook.hook == child.accept_plain_keys]:
-        del hooks[key]
+    not_before_loading(owner, child.accept_plain_keys)

@@ -23,6 +23,7 @@ from ..base.caching import kept_for_class
 from ..base.plugins import load_plugins
 from ..moments.scope import run_in_scope
 from ..spec.errors import SurgeryError
+from ..torch_private.recurrent import FLAT_WEIGHTS, KEEPERS
 from .dropping import dropping, runs_now
 from .flat import flat_weights
 from .functional import teach_functional_call
@@ -161,8 +162,8 @@ def operated_class(base: type[nn.Module], names: tuple[str, ...]) -> type[DropCo
         body[name] = _weight_property(name)
     body["forward"] = _forward(base)
     if issubclass(base, nn.RNNBase):
-        body["_flat_weights"] = property(flat_weights, _ignore_flat_weights)
-        for name in ("_update_flat_weights", "flatten_parameters"):
+        body[FLAT_WEIGHTS] = property(flat_weights, _ignore_flat_weights)
+        for name in KEEPERS:
             body[name] = _of_stored_weights(getattr(base, name))
         # Dynamo runs RNNs eagerly; without this it would compile each helper of `_forward` alone.
         body["forward"] = torch.compiler.disable(body["forward"])  # type: ignore[no-untyped-call]

@@ -17,16 +17,14 @@ from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any
 
-import torch
-from torch import nn
 from torch.utils import checkpoint
 
 from ..kinds.reads import METADATA
+from ..torch_private.modules import CALL, forward_hooks
 from ..torch_private.tracing import backward_number
 from .state import SiteState
 
-_CALL = nn.Module._call_impl.__code__
-_INNER = {_CALL, *(code for code in _CALL.co_consts if isinstance(code, CodeType))}
+_INNER = {CALL, *(code for code in CALL.co_consts if isinstance(code, CodeType))}
 """What runs hooks and the forward when a module is called."""
 
 _ASKS = ("isinstance", "hasattr", "type", "id", "len")
@@ -74,7 +72,7 @@ def _reader(frame: FrameType | None) -> str | None:
     recomputed = False
     while frame is not None:
         if frame.f_code in _INNER:
-            while frame.f_code is not _CALL and frame.f_back is not None:
+            while frame.f_code is not CALL and frame.f_back is not None:
                 frame = frame.f_back
             module = frame.f_locals.get("self")
             if below is not None and below.f_code in _codes_of_hooks(module):
@@ -87,12 +85,7 @@ def _reader(frame: FrameType | None) -> str | None:
 
 def _codes_of_hooks(module: Any) -> set[Any]:
     """The code of the hooks around a forward."""
-    everybodys = torch.nn.modules.module
-    tables = (
-        *(module._forward_pre_hooks, module._forward_hooks),
-        *(everybodys._global_forward_pre_hooks, everybodys._global_forward_hooks),
-    )
-    return {code for table in tables for hook in table.values() for code in _codes(hook)}
+    return {code for hook in forward_hooks(module) for code in _codes(hook)}
 
 
 def _codes(hook: Any) -> Iterator[Any]:

@@ -6,7 +6,6 @@ exact inverse. Both move `Parameter` objects and never copy them.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -28,6 +27,7 @@ from ..planning.prepare import Change, Prepared, have_gradients
 from ..spec.config import DropConnectConfig
 from ..spec.errors import NotOperatedError, SurgeryError, raise_all
 from ..spec.plan import Plan, Site, join
+from ..torch_private.recurrent import FLAT_WEIGHTS, flat_lists, names_of
 
 Anchors = Mapping[str, Tensor]
 """Pretrained values by the plain dotted name of a weight."""
@@ -130,8 +130,8 @@ def _swap_class(changes: Changes, change: Change) -> None:
     for state in change.states.values():
         items[state.live] = None
     changes.put(held, items)
-    if "_flat_weights" in held:
-        changes.drop(held, "_flat_weights")
+    if FLAT_WEIGHTS in held:
+        changes.drop(held, FLAT_WEIGHTS)
 
 
 def _rename(changes: Changes, module: nn.Module, names: dict[str, str]) -> None:
@@ -272,9 +272,7 @@ def _of_names(names: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
 def _flat_weights(module: Any) -> dict[str, Any]:
     """The lists that `torch.nn.RNNBase` makes of its parameters."""
     parameters = plain_parameters(module)
-    weights = [parameters.get(name) for name in module._flat_weights_names]
-    refs = [None if weight is None else weakref.ref(weight) for weight in weights]
-    return {"_flat_weights": weights, "_flat_weight_refs": refs}
+    return flat_lists([parameters.get(name) for name in names_of(module)])
 
 
 def current_plan(model: nn.Module) -> Plan:

@@ -5,6 +5,9 @@ costs more than a forward should pay; the file says which. Each name has a test 
 `tests/torch_private`, which fails with the name and the file once torch behaves in another way.
 
     saved_hooks.py   the hooks that decide what autograd keeps
+    modules.py       calls, hooks and marks of `nn.Module`; the names that all files may use
+    recurrent.py     the lists of weights of RNNs
+    functional.py    functional calls
     tensors.py       what a tensor is below its values
     modes.py         gradients, autocast, modes that see each operation
     tracing.py       what follows the calling code

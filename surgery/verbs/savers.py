@@ -29,6 +29,7 @@ from ..modules.places import places
 from ..modules.walk import unwrapped
 from ..operating.surgeon import can_undo
 from ..operating.suspend import reapplied, suspended
+from ..torch_private.modules import hooks_after_saving
 from .checkpoint import save_dropconnect
 
 Method = Callable[..., Any]
@@ -201,7 +202,7 @@ def with_plain_names(model: nn.Module, call: Callable[[], Any]) -> Any:
             owner.register_state_dict_post_hook(_rename_own)  # type: ignore[no-untyped-call]
         return call()
 
-    before = [content(owner._state_dict_hooks) for owner in owners.values()]
+    before = [content(hooks_after_saving(owner)) for owner in owners.values()]
     return restoring(at_once(itertools.chain.from_iterable(before)), while_renamed)
 
 

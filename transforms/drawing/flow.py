@@ -20,7 +20,10 @@ _NAMED = ACTIVATIONS | ACROSS
 """Functions of one value that are worth a box."""
 _SYMBOLS = {"add": "+", "mul": "×", "sub": "−"}
 _NAMES = {"scaled_dot_product_attention": "attention", "cat": "concat"}
-_HIDDEN = (nn.Identity, nn.modules.dropout._DropoutNd)
+_HIDDEN = (
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 
 
 def module_diagram(graph_module: fx.GraphModule, model: nn.Module, root: Part) -> Diagram:
