@@ -6,11 +6,13 @@ torch declares every parameter, buffer and child of an `nn.Module` that no annot
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from mypy.plugin import AttributeContext, Plugin
 from mypy.types import AnyType, Type, TypeOfAny, UnionType, get_proper_type
 
+TESTS = os.path.join(os.getcwd(), "tests", "")
 UNDECLARED = {"torch._tensor.Tensor", "torch.nn.modules.module.Module"}
 
 
@@ -24,7 +26,7 @@ class Modules(Plugin):
 def as_taken(context: AttributeContext) -> Type:
     """The declared type of an attribute, or any in a test where torch does not know it."""
     declared = get_proper_type(context.default_attr_type)
-    if not context.api.path.startswith("tests/") or not isinstance(declared, UnionType):
+    if not context.api.path.startswith(TESTS) or not isinstance(declared, UnionType):
         return declared
     unknown = {str(item) for item in declared.items} == UNDECLARED
     return AnyType(TypeOfAny.special_form) if unknown else declared

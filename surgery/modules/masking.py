@@ -156,7 +156,7 @@ def _held(state: SiteState, raw: Tensor, key: Key, law: Law, anchor: Tensor | No
         held = _Source.of(raw, anchor, law), _as_if_trained(used, raw)
         state.held = held
         if used.grad_fn is not None:
-            used.register_hook(functools.partial(_let_go, state))  # type: ignore[no-untyped-call]
+            used.register_hook(functools.partial(_let_go, state))
     return held[1]
 
 

@@ -166,7 +166,7 @@ def operated_class(base: type[nn.Module], names: tuple[str, ...]) -> type[DropCo
         for name in KEEPERS:
             body[name] = _of_stored_weights(getattr(base, name))
         # Dynamo runs RNNs eagerly; without this it would compile each helper of `_forward` alone.
-        body["forward"] = torch.compiler.disable(body["forward"])  # type: ignore[no-untyped-call]
+        body["forward"] = torch.compiler.disable(body["forward"])
     if _is_laid_out_as_modules_are(base):
         return type(base.__name__, (DropConnectModule, base), body)
     metaclass = _marked_later(type(base))

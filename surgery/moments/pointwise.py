@@ -103,7 +103,7 @@ def _closed(
         return result
 
     tanh = kwargs.get("approximate") == "tanh"  # the other GELU
-    mean, variance = torch.broadcast_tensors(mean, variance)  # type: ignore[no-untyped-call]
+    mean, variance = torch.broadcast_tensors(mean, variance)
     return lambda: ops.expectation(activation, mean, variance, None if tanh else name)
 
 

@@ -34,7 +34,7 @@ def _may_draw_again() -> bool:
     if config.activation_memory_budget >= 1:
         return False
     # Now, and not at import: this imports dynamo.
-    _outside_of_the_graph = torch.compiler.disable(_outside, reason=_WHY)  # type: ignore[no-untyped-call]
+    _outside_of_the_graph = torch.compiler.disable(_outside, reason=_WHY)
     return True
 
 

@@ -28,7 +28,7 @@ public `torch.jit.is_tracing` asks this, by two more calls of Python functions i
 def is_capturing() -> bool:
     """Whether what is launched on CUDA becomes part of a graph, which runs it again and again: then no
     number of the host may be part of it."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 backward_number: Callable[[], int] = torch._C._current_graph_task_id

@@ -199,7 +199,7 @@ def with_plain_names(model: nn.Module, call: Callable[[], Any]) -> Any:
 
     def while_renamed() -> Any:
         for owner in owners.values():
-            owner.register_state_dict_post_hook(_rename_own)  # type: ignore[no-untyped-call]
+            owner.register_state_dict_post_hook(_rename_own)
         return call()
 
     before = [content(hooks_after_saving(owner)) for owner in owners.values()]

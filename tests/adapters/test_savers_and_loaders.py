@@ -78,7 +78,7 @@ def test_safetensors_load_model(tmp_path: Path, keys: str) -> None:
         state = source.state_dict()
         shared = [name for name in state if name.startswith("head.")]
         save_file({name: state[name] for name in state if name not in shared}, file)
-    assert load_model(model, file) == (set(), [])
+    assert load_model(model, file) == (set(), [])  # type: ignore[comparison-overlap]
     assert_same(plain_state_dict(model), plain_state_dict(source))
     assert_same(anchors(model), before if keys == "plain" else anchors(source))
 
@@ -101,7 +101,7 @@ def test_a_damaged_file_is_the_loaders_error(tmp_path: Path) -> None:
 def test_hub_mixin(tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
 
-    class Shared(Net, hub.PyTorchModelHubMixin):
+    class Shared(Net, hub.PyTorchModelHubMixin):  # type: ignore[name-defined]
         pass
 
     model = apply_dropconnect(Shared(seed=1), SITES, p=0.3, toward="pretrained")

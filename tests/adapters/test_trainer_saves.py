@@ -103,7 +103,7 @@ def test_a_trainer_that_writes_in_its_own_way(trainer: Any, tmp_path: Path) -> N
     """As sentence-transformers does."""
     run = trained(trainer)
 
-    class Own(type(run)):  # type: ignore[misc]
+    class Own(type(run)):
         def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             torch.save(self.model.state_dict(), Path(output_dir) / "own.pt")

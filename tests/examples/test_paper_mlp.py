@@ -8,6 +8,7 @@ import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paper_mlp
@@ -183,7 +184,8 @@ def test_ways_of_inference_differ_and_leave_the_model_in_mean_mode() -> None:
 def test_score() -> None:
     probabilities = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.75, 0.0]])
     found = paper_mlp.score(probabilities, torch.tensor([0, 0]))
-    assert found == Score(50.0, pytest.approx(np.log(8) / 2))
+    about: Any = pytest.approx(np.log(8) / 2)
+    assert found == Score(50.0, about)
 
 
 def test_differences_are_paired() -> None:

@@ -48,7 +48,7 @@ def test_every_mode_draws_masks_and_sees_every_p(device: str, mode: str) -> None
         assert abs(float(kept.float().mean()) - (1 - p)) < 0.06
         if p < 1:
             torch.testing.assert_close(used[kept], layer.weight.detach()[kept] / (1 - p))
-        assert torch.equal(layer.weight.grad != 0, kept)
+        assert torch.equal(torch.ne(layer.weight.grad, 0), kept)
         torch.testing.assert_close(x.grad, grad @ used, rtol=1e-4, atol=1e-4)
         masks.add(tuple(kept.flatten().tolist()))
     assert len(masks) == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ class Captured:
     """Forward and backward of a Linear without bias, as a CUDA graph; of its identity, so that the
     output is the masked weight, transposed."""
 
-    def __init__(self, p: float, width: int = 64, **options: str) -> None:
+    def __init__(self, p: float, width: int = 64, **options: Any) -> None:
         self.layer = nn.Linear(width, width, bias=False).cuda()
         apply_dropconnect(self.layer, nn.Linear, p=p, **options)
         self.x = torch.eye(width, device="cuda", requires_grad=True)

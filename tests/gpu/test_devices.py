@@ -53,7 +53,7 @@ def assert_same_on(device: str, restart: Restart, model: nn.Module, x: Tensor, *
         )
 
 
-NEAR = {"rtol": 1e-4, "atol": 1e-5}
+NEAR: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 """Sums of a few dozen float32 products in another order."""
 
 
@@ -111,7 +111,7 @@ def test_an_example_of_several_rows(device: str, same_draws: Restart, rows: int)
         nn.Conv1d(4, 6, 3),
         nn.Conv2d(4, 6, 3, groups=2),
         nn.ConvTranspose2d(4, 6, 3),
-        nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last),
+        nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
     ],
     ids=["Conv1d", "Conv2d", "ConvTranspose2d", "channels-last"],
 )
@@ -189,7 +189,7 @@ def test_gradients_have_the_mask_of_the_forward(device: str) -> None:
 def test_moments(device: str, activation: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(40, 30), activation, nn.Linear(30, 4))
     apply_dropconnect(model, ["0"], p=0.3, inference="moments")
-    model = moved(model).eval()
+    model = moved(model).eval()  # type: ignore[assignment]
     x = torch.randn(17, 40)
     with torch.no_grad():
         expected = model(x)

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from surgery.ops.hash import _derived, key_tensor
 NARROW = [torch.bfloat16, torch.float16]
 
 
-def layer_on(device: str, p: float = 0.5, **options: str) -> nn.Module:
+def layer_on(device: str, p: float = 0.5, **options: Any) -> nn.Module:
     return apply_dropconnect(nn.Linear(32, 24).to(device), nn.Linear, p=p, **options)
 
 

@@ -335,7 +335,7 @@ def test_compiled_draws_the_same_and_p_changes_freely(unit: str, backend: str) -
             for run in (model, compiled):
                 torch.manual_seed(5)
                 u = run(x)
-                results.append((u, *torch.autograd.grad(u.square().sum(), model.parameters())))
+                results.append((u, *torch.autograd.grad(u.square().sum(), [*model.parameters()])))
         torch.testing.assert_close(*results)
 
 

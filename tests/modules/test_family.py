@@ -62,7 +62,7 @@ def drop_connect(inputs: Tensor, p: float, training: bool) -> Tensor:
         return inputs
     batch_size = inputs.shape[0]
     keep_prob = 1 - p
-    random_tensor = keep_prob
+    random_tensor: Any = keep_prob
     random_tensor += torch.rand([batch_size, 1, 1, 1], dtype=inputs.dtype, device=inputs.device)
     binary_tensor = torch.floor(random_tensor)
     return inputs / keep_prob * binary_tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ RNNS = {
     "rnn": lambda: nn.RNN(6, 16, nonlinearity="relu"),
 }
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "element": {},
     "bias": {"bias": True},
     "pretrained": {"toward": "pretrained"},

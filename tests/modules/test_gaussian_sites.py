@@ -23,7 +23,7 @@ def enumerated(
     entries = rows if unit == "output" else weight.numel()
     count = entries + (rows if bias and unit == "element" else 0)
     towards = [torch.zeros_like(t) if a is None else a for t, a in zip((weight, offset), anchors)]
-    mean, square = 0.0, 0.0
+    mean = square = torch.zeros(())
     for bits in itertools.product((0.0, 1.0), repeat=count):
         chance = (1 - P) ** sum(bits) * P ** (count - sum(bits))
         mask = torch.tensor(bits, dtype=weight.dtype)
@@ -145,5 +145,5 @@ def test_compiled_and_p_changes_freely() -> None:
             for run in (layer, compiled):
                 torch.manual_seed(5)
                 u = run(x)
-                results.append((u, *torch.autograd.grad(u.square().sum(), layer.parameters())))
+                results.append((u, *torch.autograd.grad(u.square().sum(), [*layer.parameters()])))
         torch.testing.assert_close(*results)

@@ -32,7 +32,7 @@ def batch() -> Tensor:
 def masked_weights(monkeypatch) -> list[StorageWeakRef]:
     """The storage of every masked weight that is made."""
     made: list[StorageWeakRef] = []
-    drop, drop_both = masking.drop_weight, linear_op.drop_both
+    drop, drop_both = masking.drop_weight, linear_op.drop_both  # type: ignore[attr-defined]
 
     def spy(*args, **kwargs):
         used = drop(*args, **kwargs)
@@ -56,7 +56,7 @@ def modules() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
         "linear-no-bias": (nn.Linear(6, 4, bias=False), (3, 6)),
         "conv": (nn.Conv2d(3, 4, 3), (2, 3, 6, 6)),
         "conv-channels-last": (
-            nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last),
+            nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
             (2, 3, 6, 6),
         ),
         "attention-out": (nn.MultiheadAttention(8, 2), (4, 3, 8)),

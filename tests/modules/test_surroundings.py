@@ -28,7 +28,7 @@ def fresh(request: pytest.FixtureRequest) -> Iterator[None]:
     """Nothing is kept from before."""
     before = set_compile_enabled(request.param)
     release()
-    engine._indices_of_a_chunk.cache_clear()
+    engine._indices_of_a_chunk.cache_clear()  # type: ignore[attr-defined]
     yield
     set_compile_enabled(before)
 

@@ -38,7 +38,7 @@ class Packed(Tensor):
         return ["values_"], None
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[override]
         return Packed(args[0].values_)
 
 

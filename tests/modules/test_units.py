@@ -68,10 +68,12 @@ INPUTS: dict[str, Reference] = {
     "conv-transpose3d": conv_input,
     "embedding": embedding_input,
 }
-OUTPUTS: dict[str, Reference] = {
-    name: {linear_input: linear_output, conv_input: conv_output}.get(input_of, embedding_output)
-    for name, input_of in INPUTS.items()
+PAIRS: dict[Reference, Reference] = {
+    linear_input: linear_output,
+    conv_input: conv_output,
+    embedding_input: embedding_output,
 }
+OUTPUTS: dict[str, Reference] = {name: PAIRS[input_of] for name, input_of in INPUTS.items()}
 
 
 def pair(case: Case, **options: Any) -> tuple[Any, Any]:

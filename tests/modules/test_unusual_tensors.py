@@ -106,9 +106,9 @@ def test_nothing_in_and_nothing_out(sizes: tuple[int, int]) -> None:
 
 @pytest.mark.compiler
 @pytest.mark.parametrize("sampling", ["batch", "example", "gaussian"])
-def test_experts_without_tokens(sampling: str) -> None:
+def test_experts_without_tokens(sampling: Any) -> None:
     """As a mixture of experts calls them: a slice of all tokens, which may be empty. Compiled, too."""
-    options = {"example_dim": "all"} if sampling == "example" else {}
+    options: Any = {"example_dim": "all"} if sampling == "example" else {}
     expert = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
     apply_dropconnect(expert, nn.Linear, p=0.4, sampling=sampling, **options)
     tokens = torch.randn(5, 4)
@@ -177,7 +177,8 @@ def test_what_the_plain_layer_takes(name: str) -> None:
         assert not torch.equal(entries(layer(x)), first)
     entries(y).sum().backward()
     assert layer.weight.grad is not None
-    for options in ({"sampling": "example"}, {"sampling": "gaussian"}, {"inference": "moments"}):
+    modes: Any = ({"sampling": "example"}, {"sampling": "gaussian"}, {"inference": "moments"})
+    for options in modes:
         site = apply_dropconnect(nn.Sequential(nn.Linear(6, 5)), nn.Linear, p=0.5, **options)
         form = "nested" if name == "jagged" else name
         message = rf"0\.weight: .* needs a dense input, and got a {form} tensor\. Give it x\.to_"

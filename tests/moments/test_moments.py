@@ -57,7 +57,7 @@ def test_mean_and_variance_are_those_of_all_masks(bias: bool) -> None:
     site = nn.Linear(3, 2)
     model = operated(torch.square, site, bias=bias)
     x = torch.randn(4, 3, dtype=torch.float64)
-    first, second = 0.0, 0.0
+    first = second = torch.zeros(())
     count = 3 + bias  # rows of the mask are independent: one at a time
     for bits in itertools.product((0.0, 1.0), repeat=count):
         chance = (1 - P) ** sum(bits) * P ** (count - sum(bits))
@@ -132,7 +132,7 @@ def test_expectation_with_a_kink(f: Function) -> None:
     assert gap.mean() < plain.mean() / 5
 
 
-GATES: dict[str, tuple[Function, Function]] = {
+GATES: dict[str, tuple[Function, Callable[[Tensor], tuple[Tensor, Function]]]] = {
     "glu": (F.glu, lambda u: (u.chunk(2, -1)[1], torch.sigmoid)),
     "swiglu": (
         lambda u: F.silu(u.chunk(2, -1)[0]) * u.chunk(2, -1)[1],

@@ -190,5 +190,5 @@ def test_generation_and_uncertainty() -> None:
 def test_compiled() -> None:
     torch._dynamo.reset()
     model, inputs = build(CASES["bert"]), tokens()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled: Any = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(logits(compiled, inputs), logits(model, inputs))

@@ -107,7 +107,7 @@ def models(draw: st.DrawFn) -> nn.Module:
         module = draw(st.sampled_from(list(model.modules())))
         module.register_forward_pre_hook(lambda module, args: None)
         module.register_state_dict_post_hook(lambda *args: None)
-        module.note = object()
+        module.note = object()  # type: ignore[assignment]
     return model
 
 

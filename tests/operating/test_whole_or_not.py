@@ -57,7 +57,7 @@ class Own:
     """A layer that is operated itself, with an override that has to go on acting."""
 
     def __init__(self) -> None:
-        super().__init__(4, 4)
+        super().__init__(4, 4)  # type: ignore[call-arg]
         self.moves = 0
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +100,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("sampling", ["batch", "example"])
 @pytest.mark.parametrize("cls", LAYOUTS, ids=[cls.__name__ for cls in LAYOUTS])
-def test_classes_with_other_bases_first(cls: type[nn.Linear], sampling: str) -> None:
+def test_classes_with_other_bases_first(cls: type[Any], sampling: str) -> None:
     class Net(abc.ABC, nn.Module):  # around the site: it is changed for sampling="example"
         def __init__(self) -> None:
             super().__init__()
@@ -174,7 +174,7 @@ def test_names_that_are_taken(name: str, how: str) -> None:
 
 def test_names_that_are_taken_around_a_site() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    model._dropconnect_draws = 1
+    model._dropconnect_draws = 1  # type: ignore[assignment]
     with pytest.raises(SurgeryError, match=r"\(root\) \(Sequential\): .*'_dropconnect_draws'"):
         apply_dropconnect(model, "0", sampling="example")
     assert type(model[0]) is nn.Linear

@@ -285,7 +285,7 @@ class TestParametrize:
     def test_an_lstm_step_masks_each_weight_more_than_once(self, monkeypatch) -> None:
         """What makes its LSTM step 1.5 times as slow: here one masked weight per site and step."""
         made = []
-        drop = masking.drop_weight
+        drop = masking.drop_weight  # type: ignore[attr-defined]
         monkeypatch.setattr(
             masking, "drop_weight", lambda *args: (made.append(args), drop(*args))[1]
         )

@@ -131,7 +131,7 @@ def test_a_graph_reads_the_weights_of_a_module() -> None:
     apply_dropconnect(graph, plan)
     assert [site.name for site in dropconnect_sites(graph)] == [site.name for site in plan]
     other = Net()
-    other.words, other.fc = nn.Embedding(9, 4), nn.Linear(4, 4)  # type: ignore[assignment]
+    other.words, other.fc = nn.Embedding(9, 4), nn.Linear(4, 4)
     graph = torch.export.export(other, (x,)).module()
     with pytest.raises(SurgeryError, match=r"words\.weight .*: the plan has .* shape 8x4 .* 9x4\."):
         apply_dropconnect(graph, plan)

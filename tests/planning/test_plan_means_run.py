@@ -147,7 +147,8 @@ def check(case: dict[str, Any]) -> str:
         run(make(), x)
     except (RuntimeError, ValueError, IndexError, TypeError):
         return "does not run"
-    model, target = make(), KINDS[case["kind"]][1]
+    model: nn.Module = make()
+    target = KINDS[case["kind"]][1]
     if case["graph"]:
         try:
             model = torch.fx.symbolic_trace(model)

@@ -50,7 +50,7 @@ class Wrapped(nn.Parameter):
 
 def replaced_forward() -> nn.Module:
     layer = nn.Linear(3, 3)
-    layer.forward = lambda x: F.linear(x, layer.weight)
+    layer.forward = lambda x: F.linear(x, layer.weight)  # type: ignore[assignment]
     return layer
 
 
@@ -71,7 +71,7 @@ def of_layout(convert: Callable[[Tensor], Tensor]) -> nn.Module:
 def managed() -> nn.Module:
     """Marked as FSDP marks what it wraps."""
     layer = nn.Linear(3, 3)
-    layer._is_fsdp_managed_module = True
+    layer._is_fsdp_managed_module = True  # type: ignore[assignment]
     return layer
 
 
@@ -89,7 +89,7 @@ def special() -> nn.Module:
 
 def taken() -> nn.Module:
     layer = nn.Linear(3, 3)
-    layer.weight_raw = 1
+    layer.weight_raw = 1  # type: ignore[assignment]
     return layer
 
 
@@ -310,12 +310,13 @@ def test_strip_refuses_a_class_that_was_changed_since() -> None:
     ids=lambda convert: convert.__name__,
 )
 def test_layouts_that_are_not_strided(convert: Callable[[Tensor], Tensor]) -> None:
-    for options in (
+    every: Any = (
         {},
         {"sampling": "gaussian"},
         {"sampling": "example"},
         {"toward": "pretrained"},
-    ):
+    )
+    for options in every:
         with pytest.raises(
             SurgeryError, match=r"^weight.*layout torch\..*to_dense|- weight .*layout"
         ):

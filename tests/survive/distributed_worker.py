@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from models import BY_NAME
+from models import BY_NAME  # type: ignore[import-not-found]
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -74,7 +74,7 @@ def ddp_same(rank: int) -> dict[str, Any]:
 def ddp_state_dict(rank: int) -> dict[str, Any]:
     """`get_model_state_dict` and `set_model_state_dict` around DDP, raw keys."""
     wrapped = DistributedDataParallel(SUBJECT.moved(toward="pretrained"))
-    state = get_model_state_dict(wrapped)
+    state: dict[str, Any] = get_model_state_dict(wrapped)
     changed = {name: value + 1 for name, value in state.items()}
     set_model_state_dict(wrapped, changed)
     found = {f"state.{name}": value.clone() for name, value in wrapped.module.state_dict().items()}
@@ -137,7 +137,7 @@ def fsdp_state_dict(rank: int) -> dict[str, Any]:
     """A full state dict out of one sharded model and into another."""
     options = StateDictOptions(full_state_dict=True)
     model = fsdp_model(toward="pretrained")
-    state = get_model_state_dict(model, options=options)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
     found: dict[str, Any] = {f"got.{name}": value.clone() for name, value in state.items()}
     changed = {name: value + 1 for name, value in state.items()}
     load = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -150,18 +150,19 @@ def plain_keys(rank: int) -> dict[str, Any]:
     """Plain keys into DDP and into shards, by every way that torch has."""
     plain = {name: value + 1 for name, value in SUBJECT.plain().state_dict().items()}
     found: dict[str, Any] = {}
-    for way, full in {
+    ways: dict[str, dict[str, Any]] = {
         "ddp": {},
         "sharded": {},
         "full": {"full_state_dict": True},
         "broadcast": {"full_state_dict": True, "broadcast_from_rank0": True},
         "offload": {"full_state_dict": True, "cpu_offload": True},
-    }.items():
+    }
+    for way, full in ways.items():
         moved = SUBJECT.moved(toward="pretrained")
         model = DistributedDataParallel(moved) if way == "ddp" else fsdp_model(toward="pretrained")
         given = dict(plain)
         if way == "sharded":
-            shards = plain_state_dict(model, get_model_state_dict(model))
+            shards: dict[str, Any] = plain_state_dict(model, get_model_state_dict(model))
             given = {
                 name: distribute_tensor(plain[name], shard.device_mesh, shard.placements)
                 for name, shard in shards.items()
@@ -201,7 +202,7 @@ def fsdp1(rank: int) -> dict[str, Any]:
     """FSDP of the first version around an operated model, and before surgery."""
     found: dict[str, Any] = {}
     for own in (True, False):
-        kept = {"use_orig_params": own, "device_id": torch.device("cpu")}
+        kept: dict[str, Any] = {"use_orig_params": own, "device_id": torch.device("cpu")}
         single = SUBJECT.moved(ranks="same")
         wrapped = FullyShardedDataParallel(SUBJECT.moved(ranks="same"), **kept)
         for name, model in (("single", single), ("wrapped", wrapped)):

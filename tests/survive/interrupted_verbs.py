@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import surgery
+import surgery.transforms
 from surgery import (
     apply_dropconnect,
     hold_masks,

@@ -218,7 +218,7 @@ class TestDistributedStateDict:
         trained = optimizer(plain)
         plain(SUBJECT.inputs()).square().sum().backward()
         trained.step()
-        given = get_state_dict(plain, trained, options=options)
+        given: Any = get_state_dict(plain, trained, options=options)
         resumed = optimizer(model)
         set_state_dict(
             model,
@@ -234,7 +234,7 @@ class TestDistributedStateDict:
 
     def test_single_process(self) -> None:
         model: nn.Module = SUBJECT.operated(toward="pretrained")
-        state = get_model_state_dict(model)
+        state: dict[str, Any] = get_model_state_dict(model)
         assert set(state) == set(model.state_dict())
         changed = {name: value + 1 for name, value in state.items()}
         set_model_state_dict(model, changed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -47,7 +49,7 @@ def test_each_kind(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_each_sampling(options: dict[str, str]) -> None:
+def test_each_sampling(options: dict[str, Any]) -> None:
     subject = BY_NAME["linear"]
     check(subject.operated(**options), subject.inputs(), subject.sites)
     graph = torch.fx.symbolic_trace(subject.plain())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ class TestRawStateDict:
     def test_names_with_and_without_wrappers(self) -> None:
         """`checkpoint_wrapper` hides its name from state dicts, `torch.compile` and DDP do not."""
         inner = apply_dropconnect(nn.Sequential(nn.Linear(2, 2)), "0", p=0.5)
-        shown = torch.compile(nn.DataParallel(inner), backend="eager")
+        shown: Any = torch.compile(nn.DataParallel(inner), backend="eager")
         hidden = nn.Sequential(checkpoint_wrapper(inner))
         for model in (shown, hidden):
             plain = plain_state_dict(model)

@@ -16,10 +16,14 @@ def _same(value: Any) -> Any:
     return value
 
 
+def _other(value: Any) -> Any:
+    return id(value)
+
+
 @canary(saved_hooks, "torch._C._autograd._top_saved_tensors_default_hooks")
 def test_the_top_of_the_stack_is_the_last_pair() -> None:
     assert saved_hooks.top_hooks(False) is None
-    outer, inner = saved_tensors_hooks(_same, _same), saved_tensors_hooks(id, _same)
+    outer, inner = saved_tensors_hooks(_same, _same), saved_tensors_hooks(_other, _same)
     with outer:
         with inner:
             assert saved_hooks.top_hooks(False) == (inner.pack_hook, inner.unpack_hook)
@@ -30,8 +34,8 @@ def test_the_top_of_the_stack_is_the_last_pair() -> None:
 @canary(saved_hooks, "torch._C._autograd._pop_saved_tensors_default_hooks")
 def test_popping_is_leaving() -> None:
     """And a pair that others left on top of ours goes with it."""
-    ours, left = saved_tensors_hooks(_same, _same), saved_tensors_hooks(id, _same)
-    with saved_tensors_hooks(_same, id) as _:
+    ours, left = saved_tensors_hooks(_same, _same), saved_tensors_hooks(_other, _same)
+    with saved_tensors_hooks(_same, _other) as _:
         below = saved_hooks.top_hooks(False)
         ours.__enter__()
         left.__enter__()
@@ -43,7 +47,7 @@ def test_popping_is_leaving() -> None:
 @canary(saved_hooks, "torch.autograd.graph.saved_tensors_hooks")
 def test_others_stay_if_ours_are_not_there() -> None:
     """They are put back by `saved_tensors_hooks.__enter__`, in their order."""
-    first, second = saved_tensors_hooks(_same, id), saved_tensors_hooks(id, _same)
+    first, second = saved_tensors_hooks(_same, _other), saved_tensors_hooks(_other, _same)
     with first, second:
         saved_hooks.take_out(saved_tensors_hooks(lambda tensor: tensor, _same))
         assert saved_hooks.top_hooks(False) == (second.pack_hook, second.unpack_hook)

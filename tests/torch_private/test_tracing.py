@@ -64,7 +64,7 @@ def test_torch_jit_trace_is_seen() -> None:
     """As by the public question."""
     assert not tracing.is_scripted()
     trace = _asked_by(tracing.is_scripted, lambda f: torch.jit.trace(f, ONES, check_trace=False))
-    public = _asked_by(torch.jit.is_tracing, lambda f: torch.jit.trace(f, ONES, check_trace=False))
+    public = _asked_by(torch.jit.is_tracing, lambda f: torch.jit.trace(f, ONES, check_trace=False))  # type: ignore[attr-defined]
     assert trace == public == [True]
     assert not tracing.is_scripted()
 

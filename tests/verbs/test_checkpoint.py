@@ -34,7 +34,7 @@ def model() -> nn.ModuleDict:
         "fc": nn.Linear(4, 4),
         "embed": nn.Embedding(4, 4),
         "rnn": nn.LSTM(4, 4),
-        "conv": nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last),
+        "conv": nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
         "head": nn.Linear(4, 4, bias=False),
     }
     parts["head"].weight = parts["embed"].weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -180,7 +181,7 @@ def test_what_changes_inside_is_seen(name: str) -> None:
 def test_a_loop_computes_the_masked_weight_once(monkeypatch) -> None:
     cell = apply_dropconnect(nn.GRUCell(6, 4), nn.GRUCell, p=P)
     made = []
-    drop = masking.drop_weight
+    drop = masking.drop_weight  # type: ignore[attr-defined]
     monkeypatch.setattr(masking, "drop_weight", lambda *args: made.append(1) or drop(*args))
     with hold_masks(cell):
         unroll(cell, torch.randn(5, 3, 6)).sum().backward()
@@ -294,7 +295,8 @@ def test_strip_after_holding() -> None:
 def test_replicas_hold_the_masks_of_their_own_weights() -> None:
     """Replicas in threads share what a module knows of a site, and hold one mask at a time."""
     model = apply_dropconnect(nn.Sequential(nn.Linear(8, 8, bias=False)), "*", p=P)
-    x, wrong = torch.randn(3, 8), []
+    x = torch.randn(3, 8)
+    wrong: list[Any] = []
 
     def replica(module: nn.Module, factor: float) -> nn.Module:
         twin = module._replicate_for_data_parallel()

@@ -268,7 +268,8 @@ def test_halves_when_memory_runs_out() -> None:
 
 def test_wrong_arguments() -> None:
     model, x = classifier(), torch.randn(5, 6)
-    for samples in (1, 0, True, 2.0):
+    wrong: Any = (1, 0, True, 2.0)
+    for samples in wrong:
         with pytest.raises(ValueError, match="samples must be at least 2; got"):
             mc_predict(model, x, samples)
     with pytest.raises(ValueError, match="batch_size must be positive; got 0"):

@@ -166,7 +166,7 @@ def test_wrong_arguments_change_nothing() -> None:
     model = mlp()
     before = Snapshot(model)
     with pytest.raises(ValueError, match="inference must be one of 'mean', 'moments', 'sample'"):
-        set_inference(model, "median")
+        set_inference(model, "median")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="samples=5 is the number of draws of inference='moments'"):
         set_inference(model, "sample", samples=5)
     with pytest.raises(ValueError, match="samples must be a positive number"):
@@ -182,9 +182,10 @@ def test_wrong_arguments_change_nothing() -> None:
 def test_modes_switch_under_compile(x: Tensor) -> None:
     torch._dynamo.reset()
     model = mlp()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        for mode in ("mean", "moments", "mean", "moments"):
+        modes: Any = ("mean", "moments", "mean", "moments")
+        for mode in modes:
             set_inference(compiled, mode)
             torch.testing.assert_close(compiled(x), model(x))
         set_inference(compiled, "sample")

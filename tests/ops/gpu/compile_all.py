@@ -114,6 +114,6 @@ def use_all(every: bool) -> None:
 
 
 launch.INTERPRETED = {"cpu"}
-launch.Kernel.launch = compile_instead  # type: ignore[method-assign, assignment]
+launch.Kernel.launch = compile_instead  # type: ignore[assignment]
 use_all(sys.argv[1] == "all")
 print(len(compiled), *sorted(names))

@@ -205,7 +205,7 @@ OTHERS: dict[str, Any] = {
         )
     ),
 }  # fmt: skip
-_SMALL = {
+_SMALL: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 20,
     "num_hidden_layers": 1,

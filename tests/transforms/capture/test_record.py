@@ -199,7 +199,7 @@ def test_compiled_models_are_not_compiled_for_it() -> None:
         calls.append(1)
         return graph.forward
 
-    model = torch.compile(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), backend=backend)
+    model: Any = torch.compile(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), backend=backend)
     graph = record(model, torch.randn(2, 4))
     assert calls == []
     assert [n.target for n in graph.graph.find_nodes(op="get_attr")] == [

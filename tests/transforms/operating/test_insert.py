@@ -316,14 +316,14 @@ def as_modules(model: fx.GraphModule) -> nn.Module:
 @pytest.mark.parametrize("toward", ["zero", "pretrained"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_modes_of_the_paper_are_those_of_modules(
-    dialect: str, mode: str, toward: str, bias: bool
+    dialect: str, mode: str, toward: Any, bias: bool
 ) -> None:
     """Outputs and gradients, bit for bit."""
     x = torch.randn(6, 4)
     model = traced(Functional(), dialect, x)
     modules = as_modules(model)
     plain = model(x)
-    option = {"inference": mode} if mode == "moments" else {"sampling": mode}
+    option: Any = {"inference": mode} if mode == "moments" else {"sampling": mode}
     for target in (model, modules):
         apply_dropconnect(target, "*", p=P, toward=toward, bias=bias, **option)
         with torch.no_grad():

@@ -91,7 +91,8 @@ def test_dead_code_elimination_leaves_the_nodes(dialect: str) -> None:
 def erase(model: fx.GraphModule) -> None:
     """Put the raw weight where the masked one was."""
     made = node(model, "dropconnect_both")
-    made.replace_all_uses_with(made.args[0])
+    raw: Any = made.args[0]
+    made.replace_all_uses_with(raw)
     model.graph.erase_node(made)
 
 
