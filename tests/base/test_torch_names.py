@@ -157,5 +157,5 @@ def test_what_is_of_torch() -> None:
 
     for function in (torch.relu, F.relu, Tensor.relu, nn.ReLU):
         assert is_of_torch(function)
-    for function in (relu, lambda x: x, nn.ReLU()):
-        assert not is_of_torch(function)
+    for other in (relu, lambda x: x, nn.ReLU()):
+        assert not is_of_torch(other)
