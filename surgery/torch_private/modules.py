@@ -54,7 +54,7 @@ def before_loading(owner: nn.Module, hook: Callable[..., Any]) -> None:
     The public `register_load_state_dict_pre_hook` gives the hook the module too, by a reference that is
     kept in the module: a GraphModule cannot be pickled with one to itself.
     """
-    owner._register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+    owner._register_load_state_dict_pre_hook(hook)
 
 
 def not_before_loading(owner: nn.Module, hook: Callable[..., Any]) -> None:

@@ -57,7 +57,7 @@ def put_where_cudnn_wants(
         return False
     from torch.backends.cudnn.rnn import get_cudnn_mode
 
-    code = get_cudnn_mode(mode)  # type: ignore[no-untyped-call]
+    code = get_cudnn_mode(mode)
     with torch.no_grad(), torch.cuda.device(weights[0].device):
         torch._cudnn_rnn_flatten_weight(weights, each, input_size, code, *sizes)
     return True

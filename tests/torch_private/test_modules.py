@@ -231,7 +231,7 @@ def test_wrappers_keep_the_module_under_these_names() -> None:
     from torch.distributed.fsdp import _common_utils
 
     net = Net()
-    compiled = torch.compile(net)
+    compiled: Any = torch.compile(net)
     checkpointed = checkpoint_wrapper.checkpoint_wrapper(net)
     found = {name for one in (compiled, checkpointed) for name, _ in one.named_children()}
     assert found | {_common_utils.FSDP_WRAPPED_MODULE} == modules.WRAPPED
