@@ -43,16 +43,16 @@ def _joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`torch.cat` and `torch.stack`: of Gaussians and plain tensors, one of their moments. Parts of one
     pre-activation are not independent in it, which is forgotten."""
     parts = kwargs.get("tensors", args[0] if args else ())
-    found = [part for part in parts if isinstance(part, Gaussian)]
-    if any(part.normal is None for part in found):
+    gaussians = [part for part in parts if isinstance(part, Gaussian)]
+    if any(part.normal is None for part in gaussians):
         return func(*settle(args), **settle(kwargs))
     rest = {k: v for k, v in kwargs.items() if k != "tensors"}
     means = func([settle(part) for part in parts], *args[1:], **rest)
     variances = func([_variance(part) for part in parts], *args[1:], **rest)
-    source = found[0].source
-    parents = tuple(part.source for part in found)
-    joined = Source(means, variances, source.site, source.draws, None, True, parents=parents)
-    return Gaussian.of(joined)
+    source = gaussians[0].source
+    parents = tuple(part.source for part in gaussians)
+    whole = Source(means, variances, source.site, source.draws, None, True, parents=parents)
+    return Gaussian.of(whole)
 
 
 def _variance(part: Any) -> Tensor:

@@ -131,13 +131,13 @@ class Gaussian(Deferred):
         if not like.is_floating_point():
             return like
         if source.points is not None:
-            found = sum(self.apply(value) * probability for value, probability in source.points)
-            assert isinstance(found, Tensor)
+            expected = sum(self.apply(value) * probability for value, probability in source.points)
+            assert isinstance(expected, Tensor)
         elif source.draws is not None:
-            found = self._by_draws(source.draws)
+            expected = self._by_draws(source.draws)
         else:
-            found = ops.expectation(self.apply, source.mean, source.variance)
-        return found.to(like.dtype)
+            expected = ops.expectation(self.apply, source.mean, source.variance)
+        return expected.to(like.dtype)
 
     def at_mean(self) -> Tensor:
         """The value at the mean of the source: a tensor of the same form."""
@@ -176,13 +176,15 @@ class Gaussian(Deferred):
         self.check()
         if self.normal is None or self.shown is not None:
             return function(self._show())
-        place = _hashable(key) if self.apply is _same else None
-        found = None if place is None else self.source.views.get(place)
-        if found is None:
-            found = self._views(function, key)
-            if place is not None:
-                self.source.views[place] = found
-        return self._view(found) if isinstance(found, Source) else tuple(map(self._view, found))
+        name = _hashable(key) if self.apply is _same else None
+        sources = None if name is None else self.source.views.get(name)
+        if sources is None:
+            sources = self._views(function, key)
+            if name is not None:
+                self.source.views[name] = sources
+        if isinstance(sources, Source):
+            return self._view(sources)
+        return tuple(map(self._view, sources))
 
     def _show(self) -> Tensor:
         """The expectation, as one tensor for all views: what is written into one is seen in others, and

@@ -73,8 +73,8 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
 
 def capture_of(graph: fx.GraphModule) -> Capture | None:
     """How `capture` came by a graph; None for a graph of other origin."""
-    found = graph.meta.get(_KEY)
-    return found if isinstance(found, Capture) else None
+    made = graph.meta.get(_KEY)
+    return made if isinstance(made, Capture) else None
 
 
 def inputs_for(model: nn.Module, example_inputs: Any) -> Inputs | None:

@@ -9,7 +9,7 @@ from html import escape
 
 from surgery.spec.plan import join
 
-from .boxes import Box, Diagram
+from .diagram import Box, Diagram
 from .outline import Part, Weight
 
 FONT = "ui-monospace,SFMono-Regular,Menlo,Consolas,DejaVu Sans Mono,monospace"

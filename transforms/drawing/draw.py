@@ -18,9 +18,10 @@ from surgery.spec.plan import Plan
 
 from ..capture.capture import capture
 from ..capture.untouched import plain
-from .boxes import Diagram, node_diagram
+from .diagram import Diagram
 from .dot import FONT, INK, MUTED, dot
-from .flow import module_diagram
+from .module_diagram import module_diagram
+from .node_diagram import node_diagram
 from .outline import describe, outline
 
 Detail = Literal["modules", "nodes"]

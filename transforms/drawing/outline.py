@@ -89,6 +89,19 @@ class Part:
         for child in self.children:
             yield from child.walk()
 
+    def by_path(self) -> dict[str, Part]:
+        """This part and all below it, by their dotted names."""
+        return {part.path: part for part in self.walk()}
+
+    def all_weights(self) -> tuple[Weight, ...]:
+        """The weights of this part and of all below it, with names that are relative to this part."""
+        below = (
+            replace(weight, name=join(child.label, weight.name))
+            for child in self.children
+            for weight in child.all_weights()
+        )
+        return (*self.weights, *below)
+
 
 def describe(config: DropConnectConfig) -> str:
     """p and the options that are not the default ones: `p=0.3 unit=input`."""

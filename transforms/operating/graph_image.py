@@ -25,9 +25,9 @@ _OF_CLASSES = ("forward", "_wrapped_call", "__call__")
 def image_with_graphs(modules: Iterable[nn.Module]) -> list[Step]:
     """Steps that make modules, and the graphs among them, what they are now: the same nodes with the
     same names, in the same order."""
-    found = list(modules)
-    steps = image(found)
-    for module in found:
+    modules = list(modules)
+    steps = image(modules)
+    for module in modules:
         if isinstance(module, fx.GraphModule):
             cls = type(module)
             steps += [

@@ -16,28 +16,28 @@ from surgery.spec.config import DropConnectConfig
 
 from ..reading.activation import Flow
 from ..reading.operations import function_of, in_place
-from ..reading.uses import GraphUse
+from ..reading.uses import UsingNode
 from . import remove as removal
 from .graph_image import image_with_graphs
 from .insert import combined_bias, insert, node_module
-from .survey import Survey
+from .model_graphs import ModelGraphs
 
 
-class GraphSurvey(Survey):
-    """A survey that can refuse and insert."""
+class GraphSurvey(ModelGraphs):
+    """The answer to `planning.graphs.Survey`: graphs of a model that can refuse, and take nodes."""
 
     def problem(self, module: nn.Module, name: str, config: DropConnectConfig) -> str | None:
         """Why the graphs do not allow this, naming the node, and what to do about it; or None."""
-        found = self.uses(module, name)
-        if self.owns(module) and not found:
+        uses = self.uses(module, name)
+        if self.owns(module) and not uses:
             return f"no node of the graph uses it{self._elsewhere(module, name)}; exclude it"
         if not self.of(module, name):
             return self._joint_after_call(module, config)
         return (
             _taken(module, name)
-            or next(filter(None, (_unusable(use) for use in found)), None)
+            or next(filter(None, (_unusable(use) for use in uses)), None)
             or self._apart_from_weight(module, name, config)
-            or self._no_product(module, name, config, found)
+            or self._no_product(module, name, config, uses)
         )
 
     def _elsewhere(self, module: nn.Module, name: str) -> str:
@@ -69,7 +69,7 @@ class GraphSurvey(Survey):
         )
 
     def _no_product(
-        self, module: nn.Module, name: str, config: DropConnectConfig, found: list[GraphUse]
+        self, module: nn.Module, name: str, config: DropConnectConfig, uses: list[UsingNode]
     ) -> str | None:
         demand = Demand.of(config)
         if demand.mode is None:
@@ -81,7 +81,7 @@ class GraphSurvey(Survey):
         weight = self._weight_of(module, name)
         bias = weight is not None and self._is_combined(module, name, weight)
         otherwise = "needs one matrix product that alone reads the weight, and here it is used by "
-        return demand.refused(None, otherwise + _named(found), bias=bias)
+        return demand.refused(None, otherwise + _named(uses), bias=bias)
 
     def _joint_after_call(self, module: nn.Module, config: DropConnectConfig) -> str | None:
         for graph_module in self.graphs:
@@ -110,7 +110,7 @@ def _taken(module: nn.Module, name: str) -> str | None:
     return None
 
 
-def _unusable(use: GraphUse) -> str | None:
+def _unusable(use: UsingNode) -> str | None:
     """Why a node cannot take a masked weight."""
     node, writer = use.node, _writer(use)
     if writer is not None:
@@ -133,7 +133,7 @@ def _unusable(use: GraphUse) -> str | None:
     return None
 
 
-def _writer(use: GraphUse) -> fx.Node | None:
+def _writer(use: UsingNode) -> fx.Node | None:
     """The node that writes into a parameter, or into a view of it, if there is one."""
     root = use.read.graph_module
     todo = [(use.node, use.value)]
@@ -161,12 +161,15 @@ _ATEN_EMBEDDING = ("weight", "input", "padding_idx", "scale_grad_by_freq", "spar
 
 
 def _joint(
-    survey: Survey, graph_module: fx.GraphModule, node: fx.Node, config: DropConnectConfig
+    model_graphs: ModelGraphs,
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    config: DropConnectConfig,
 ) -> str | None:
     """Moments have an expectation only through an elementwise activation."""
     if config.inference != "moments" or config.samples is not None:
         return None
-    parameters = {read.node for reads in survey.reads.values() for read in reads}
+    parameters = {read.node for reads in model_graphs.reads.values() for read in reads}
     flow = Flow(graph_module.graph, graph_module, parameters)
     joint = flow.joint(node)
     if joint is None:
@@ -177,8 +180,8 @@ def _joint(
     )
 
 
-def _named(found: list[GraphUse]) -> str:
-    nodes = dict.fromkeys((use.node.name, use.operation.name) for use in found)
+def _named(uses: list[UsingNode]) -> str:
+    nodes = dict.fromkeys((use.node.name, use.operation.name) for use in uses)
     listed = [f"node {name!r} ({operation})" for name, operation in nodes]
     return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
 

@@ -25,8 +25,8 @@ from surgery.modules.places import states_of
 from surgery.planning.graphs import Nodes
 from surgery.spec.plan import join
 
-from ..reading.uses import Read
-from .survey import Survey
+from ..reading.uses import ParameterNode
+from .model_graphs import ModelGraphs
 
 SETTLE = "dropconnect_settle"
 """Name of the module, at the root of a graph, that makes plain tensors of what the graph returns."""
@@ -39,14 +39,16 @@ States = dict[tuple[int, str], SiteState]
 
 
 def insert(
-    survey: Survey, sites: Sequence[tuple[nn.Module, Mapping[str, SiteState]]], nodes: Nodes
+    model_graphs: ModelGraphs,
+    sites: Sequence[tuple[nn.Module, Mapping[str, SiteState]]],
+    nodes: Nodes,
 ) -> list[PassResult]:
-    """Put in the nodes of every site; one result for each graph of the survey."""
+    """Put in the nodes of every site; one result for each graph."""
     states = {(id(owner), name): state for owner, named in sites for name, state in named.items()}
-    inserter = _Inserter(survey, states, nodes)
+    inserter = _Inserter(model_graphs, states, nodes)
     inserter.run()
     results = []
-    for graph_module in survey.graphs:
+    for graph_module in model_graphs.graphs:
         changed = graph_module in inserter.changed
         changed = _name_calls(graph_module) or changed
         changed = _settle(graph_module) or changed
@@ -55,34 +57,36 @@ def insert(
 
 
 class _Inserter:
-    def __init__(self, survey: Survey, states: States, nodes: Nodes) -> None:
-        self.survey, self.states, self.nodes = survey, states, nodes
+    def __init__(self, model_graphs: ModelGraphs, states: States, nodes: Nodes) -> None:
+        self.model_graphs, self.states, self.nodes = model_graphs, states, nodes
         self.changed: dict[fx.GraphModule, None] = {}
         self.done = set[tuple[int, str]]()
 
     def run(self) -> None:
-        for reads in self.survey.reads.values():
+        for reads in self.model_graphs.reads.values():
             mine = [read for read in reads if (id(read.owner), read.name) in self.states]
-            found = self.survey.replaced(mine[0].owner, mine[0].name) if len(mine) == 1 else None
-            if found is not None:
-                self._replace(found.read, found.node, found.call)
-        for reads in self.survey.reads.values():
+            replaced = (
+                self.model_graphs.replaced(mine[0].owner, mine[0].name) if len(mine) == 1 else None
+            )
+            if replaced is not None:
+                self._replace(replaced.read, replaced.node, replaced.call)
+        for reads in self.model_graphs.reads.values():
             mine = [read for read in reads if (id(read.owner), read.name) in self.states]
             mine = [read for read in mine if (id(read.owner), read.name) not in self.done]
             for graph_module in dict.fromkeys(read.graph_module for read in mine):
                 self._mask([read for read in mine if read.graph_module is graph_module])
-        for read in (read for reads in self.survey.reads.values() for read in reads):
+        for read in (read for reads in self.model_graphs.reads.values() for read in reads):
             if (id(read.owner), read.name) in self.states:
                 retarget(read.node, join(read.path, self._state(read).raw))
 
-    def _state(self, read: Read) -> SiteState:
+    def _state(self, read: ParameterNode) -> SiteState:
         return self.states[id(read.owner), read.name]
 
-    def _replace(self, read: Read, node: fx.Node, call: Call) -> None:
+    def _replace(self, read: ParameterNode, node: fx.Node, call: Call) -> None:
         """Let the node that computes become the DropConnect node, in its place."""
         states = {read.name: self._state(read)}
         kwargs = self._anchor_before(node, read, "anchor")
-        bias = combined_bias(self.survey, read.owner, read.name)
+        bias = combined_bias(self.model_graphs, read.owner, read.name)
         if bias is not None and (id(read.owner), bias.name) in self.states:
             states[bias.name] = self._state(bias)
             kwargs |= self._anchor_before(node, bias, "bias_anchor")
@@ -94,7 +98,7 @@ class _Inserter:
         rename(node, node_name(read))
         self.changed[read.graph_module] = None
 
-    def _mask(self, reads: list[Read]) -> None:
+    def _mask(self, reads: list[ParameterNode]) -> None:
         """Put the node between a weight and its readers; between its other names and theirs, nodes
         that hand on the same masked weight."""
         graph = reads[0].graph_module.graph
@@ -115,7 +119,7 @@ class _Inserter:
             primary = node if primary is None else primary
         self.changed[reads[0].graph_module] = None
 
-    def _anchor_before(self, node: fx.Node, read: Read, keyword: str) -> dict[str, Any]:
+    def _anchor_before(self, node: fx.Node, read: ParameterNode, keyword: str) -> dict[str, Any]:
         anchor = self._state(read).anchor
         if anchor is None:
             return {}
@@ -123,7 +127,9 @@ class _Inserter:
         with graph.inserting_before(node):
             return {keyword: graph.create_node("get_attr", join(read.path, anchor))}
 
-    def _register(self, read: Read, states: dict[str, SiteState], call: Call | None) -> str:
+    def _register(
+        self, read: ParameterNode, states: dict[str, SiteState], call: Call | None
+    ) -> str:
         """The module of a site, beside its parameter; its dotted name."""
         name = node_module(read.name)
         if name not in read.owner._modules:
@@ -182,13 +188,17 @@ def finish(graph_module: fx.GraphModule, changed: bool) -> PassResult:
     return PassResult(graph_module, changed)
 
 
-def combined_bias(survey: Survey, owner: nn.Module, name: str) -> Read | None:
+def combined_bias(model_graphs: ModelGraphs, owner: nn.Module, name: str) -> ParameterNode | None:
     """The bias that the node which replaces a weight's product can drop too: nothing else reads it."""
-    found, role = survey.replaced(owner, name), survey.roles.get(owner, {}).get(name)
-    if found is None or role is None or role.bias is None:
+    replaced, role = model_graphs.replaced(owner, name), model_graphs.roles.get(owner, {}).get(name)
+    if replaced is None or role is None or role.bias is None:
         return None
-    reads = survey.of(owner, role.bias)
-    if found.call.bias is None or len(reads) != 1 or list(reads[0].node.users) != [found.node]:
+    reads = model_graphs.of(owner, role.bias)
+    if (
+        replaced.call.bias is None
+        or len(reads) != 1
+        or list(reads[0].node.users) != [replaced.node]
+    ):
         return None
     return reads[0]
 
@@ -198,7 +208,7 @@ def node_module(name: str) -> str:
     return f"{name}_dropconnect"
 
 
-def node_name(read: Read) -> str:
+def node_name(read: ParameterNode) -> str:
     """`dropconnect_fc` for `fc.weight`, `dropconnect_lstm_weight_hh_l0` for other names."""
     path = read.path if read.name == "weight" and read.path else join(read.path, read.name)
     return "dropconnect_" + path.replace(".", "_")

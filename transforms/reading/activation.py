@@ -156,15 +156,14 @@ class Flow:
 
     def _region(self, start: fx.Node) -> list[fx.Node]:
         """The nodes whose values are elementwise functions of `start` alone, in order."""
-        inside, found, todo = {start}, set[fx.Node](), list(self._readers[start])
+        inside, todo = {start}, list(self._readers[start])
         while todo:
             node = min(todo, key=self._position.__getitem__)
             todo = [other for other in todo if other is not node]
             if self._keeps(node) or self._elementwise(node, inside):
                 inside.add(node)
-                found.add(node)
                 todo += self._readers[node]
-        return sorted(found, key=self._position.__getitem__)
+        return sorted(inside - {start}, key=self._position.__getitem__)
 
     def _keeps(self, node: fx.Node) -> bool:
         """Whether every entry of the first argument passes unchanged, but for a bias."""

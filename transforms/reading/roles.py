@@ -14,7 +14,7 @@ from surgery.modules import Axes, Kind
 from surgery.modules.places import states_of
 
 from .operations import function_of
-from .uses import GraphUse
+from .uses import UsingNode
 
 _KINDS = {
     **dict.fromkeys(("linear", "addmm", "matmul", "grouped_mm", "bilinear"), "linear"),
@@ -42,10 +42,10 @@ class Role:
     """Name of the parameter of the same owner that is added to the result."""
 
 
-def role_of(uses: Iterable[GraphUse]) -> Role:
+def role_of(uses: Iterable[UsingNode]) -> Role:
     """What the uses of a parameter agree on."""
-    found = [_role_of_use(use) for use in uses]
-    known = list(dict.fromkeys(role for role in found if role.kind != "other"))
+    roles = dict.fromkeys(map(_role_of_use, uses))
+    known = [role for role in roles if role.kind != "other"]
     if not known:
         return Role()
     first = next((role for role in known if role.default), known[0])
@@ -61,7 +61,7 @@ def role_of(uses: Iterable[GraphUse]) -> Role:
     )
 
 
-def _role_of_use(use: GraphUse) -> Role:
+def _role_of_use(use: UsingNode) -> Role:
     kind = _KINDS.get(use.operation.name, "other")
     if (
         kind == "other"
@@ -85,24 +85,24 @@ def _role_of_use(use: GraphUse) -> Role:
     return Role(kind, True, ("columns" if columns_first else "rows") if known else None, bias=bias)
 
 
-def _parameters_of(use: GraphUse) -> list[Any]:
+def _parameters_of(use: UsingNode) -> list[Any]:
     listed = use.operation.argument(use.node, use.operation.weight)
     return list(listed) if isinstance(listed, (list, tuple)) else [listed]
 
 
-def _stride(use: GraphUse) -> int:
+def _stride(use: UsingNode) -> int:
     """Parameters of one layer in one direction: 2, 4 with biases, one more with a projection."""
     flags: Any = use.node.args[len(use.operation.arguments) :]
     layers, directions = (int(flags[1]), 1 + bool(flags[4])) if len(flags) > 4 else (1, 1)
     return max(len(_parameters_of(use)) // (layers * directions), 1)
 
 
-def _is_recurrent(use: GraphUse) -> bool:
+def _is_recurrent(use: UsingNode) -> bool:
     """Whether a parameter of an RNN is a hidden-to-hidden weight: the second of its layer."""
     return _parameters_of(use).index(use.value) % _stride(use) == 1
 
 
-def _bias_name(use: GraphUse) -> str | None:
+def _bias_name(use: UsingNode) -> str | None:
     """Name of the bias that goes with the weight, if it is a parameter of the same owner."""
     if use.operation.name in ("lstm", "gru", "rnn"):
         listed, stride = _parameters_of(use), _stride(use)
@@ -119,7 +119,7 @@ def _bias_name(use: GraphUse) -> str | None:
     return raw.get(name, name) if path == use.read.path else None
 
 
-def _conv(use: GraphUse) -> tuple[int, bool]:
+def _conv(use: UsingNode) -> tuple[int, bool]:
     """Groups of a convolution, and whether it is transposed."""
     function, args = function_of(use.node, use.read.graph_module), use.node.args
     if function == "convolution":

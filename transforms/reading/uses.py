@@ -28,7 +28,7 @@ class AtNode:
 
 
 @dataclass(frozen=True)
-class Read(AtNode):
+class ParameterNode(AtNode):
     """One `get_attr` node that reads a parameter."""
 
     owner: nn.Module
@@ -37,10 +37,10 @@ class Read(AtNode):
 
 
 @dataclass(frozen=True)
-class GraphUse:
+class UsingNode:
     """One node that computes with a parameter."""
 
-    read: Read
+    read: ParameterNode
     node: fx.Node
     value: fx.Node
     """The parameter as the node takes it: the `get_attr` node, or one that transposes or casts it."""
@@ -54,12 +54,12 @@ class GraphUse:
         return _holds(self.operation.argument(self.node, self.operation.weight), self.value)
 
 
-def uses(read: Read) -> Iterator[GraphUse]:
+def uses(read: ParameterNode) -> Iterator[UsingNode]:
     """The nodes that compute with the parameter of one `get_attr` node."""
     yield from _uses(read, read.node, False)
 
 
-def _uses(read: Read, value: fx.Node, flipped: bool) -> Iterator[GraphUse]:
+def _uses(read: ParameterNode, value: fx.Node, flipped: bool) -> Iterator[UsingNode]:
     root = read.graph_module
     for user in value.users:
         function = "dropconnect" if _is_dropconnect(user, root) else function_of(user, root)
@@ -69,7 +69,7 @@ def _uses(read: Read, value: fx.Node, flipped: bool) -> Iterator[GraphUse]:
             yield from _uses(read, user, flipped)
         else:
             op = operation(user, root, lambda argument: _holds(argument, value))
-            yield GraphUse(read, user, value, op, flipped)
+            yield UsingNode(read, user, value, op, flipped)
 
 
 def _is_dropconnect(node: fx.Node, root: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from surgery import SurgeryError, apply_dropconnect, dropconnect_sites, set_p, strip_dropconnect
 from surgery.modules.node import DropConnectNode
 from surgery.transforms.operating.insert import insert
-from surgery.transforms.operating.survey import Survey
+from surgery.transforms.operating.model_graphs import ModelGraphs
 
 from ...helpers import keep, masked
 from ..graphs import (
@@ -213,11 +213,11 @@ class _Big(nn.Module):
 @both_dialects
 def test_a_second_insertion_changes_nothing(dialect: str) -> None:
     model = traced(Mixed(), dialect, tokens())
-    results = insert(Survey(model), [], {})
+    results = insert(ModelGraphs(model), [], {})
     assert [result.modified for result in results] == [False]
     apply_dropconnect(model, "*", p=P)
     before = GraphSnapshot(model)
-    assert [r.modified for r in insert(Survey(model), [], {})] == [False]
+    assert [r.modified for r in insert(ModelGraphs(model), [], {})] == [False]
     assert GraphSnapshot(model) == before
 
 

@@ -1,4 +1,4 @@
-"""The boxes of a picture that shows modules: who feeds whom, with equal layers drawn once."""
+"""The diagram of a model drawn module by module: who feeds whom, with equal layers drawn once."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx, nn
 
+from surgery.modules.keys import plain_keys
 from surgery.modules.node import DropConnectNode, Settle
 from surgery.moments.torch_functions import ACROSS, ACTIVATIONS, PASSING
 from surgery.spec.plan import join
 
 from ..reading.operations import INSPECTING, function_of
-from .boxes import Box, Diagram, all_weights, plain_names
+from .diagram import Box, Diagram
 from .outline import Part
 
 _NAMED = ACTIVATIONS | ACROSS
@@ -28,7 +29,7 @@ _HIDDEN = (
 
 def module_diagram(graph_module: fx.GraphModule, model: nn.Module, root: Part) -> Diagram:
     """One box for each module that holds weights or computes, each activation, and each operation that
-    joins two flows (a residual sum, attention). What only reshapes or makes masks is left out."""
+    joins two values (a residual sum, attention). What only reshapes or makes masks is left out."""
     folds = _Folds(root)
     return _folded(_Builder(graph_module, model, folds).build(), folds)
 
@@ -37,7 +38,7 @@ class _Folds:
     """Which part stands for a module."""
 
     def __init__(self, root: Part) -> None:
-        self.parts = {part.path: part for part in root.walk()}
+        self.parts = root.by_path()
         self.first = {path: part.path for part in root.walk() for path in part.paths()}
 
     def part(self, path: str) -> Part | None:
@@ -75,7 +76,7 @@ def _folded(diagram: Diagram, folds: _Folds) -> Diagram:
 
 
 @dataclass(frozen=True)
-class _Flow:
+class _Origin:
     """What a value comes from."""
 
     sources: tuple[str, ...] = ()
@@ -89,12 +90,12 @@ class _Builder:
 
     def __init__(self, graph_module: fx.GraphModule, model: nn.Module, folds: _Folds) -> None:
         self.graph_module, self.model, self.folds = graph_module, model, folds
-        self.raw = plain_names(graph_module)
+        self.plain = plain_keys(graph_module)
         self.parameters = {
             name for name, _ in graph_module.named_parameters(remove_duplicate=False)
         }
         self.diagram = Diagram()
-        self.flows: dict[fx.Node, _Flow] = {}
+        self.origins: dict[fx.Node, _Origin] = {}
         self.inputs: dict[str, Box] = {}
         self.integers: set[str] = set()
         """Inputs that only an embedding reads as data; elsewhere they are masks and positions."""
@@ -102,52 +103,58 @@ class _Builder:
 
     def build(self) -> Diagram:
         for node in self.graph_module.graph.nodes:
-            self.flows[node] = self._flow(node)
+            self.origins[node] = self._origin(node)
         return self.diagram
 
-    def _flow(self, node: fx.Node) -> _Flow:
+    def _origin(self, node: fx.Node) -> _Origin:
         if node.op == "placeholder":
             return self._input(node)
         if node.op == "get_attr":
             target = str(node.target)
-            return _Flow(reads=(self.raw.get(target, target),) if target in self.parameters else ())
-        flows = [self.flows[source] for source in node.all_input_nodes]
-        flow = _Flow(
-            tuple(dict.fromkeys(key for flow in flows for key in flow.sources)),
-            tuple(dict.fromkeys(name for flow in flows for name in flow.reads)),
+            return _Origin(
+                reads=(self.plain.get(target) or target,) if target in self.parameters else ()
+            )
+        origins = [self.origins[source] for source in node.all_input_nodes]
+        origin = _Origin(
+            tuple(dict.fromkeys(key for one in origins for key in one.sources)),
+            tuple(dict.fromkeys(name for one in origins for name in one.reads)),
         )
         if node.op == "output":
-            return self._box(Box("output", "output", role="output"), self._data(flow))
-        return self._computed(node, flow)
+            return self._box(Box("output", "output", role="output"), self._data(origin))
+        return self._computed(node, origin)
 
-    def _data(self, flow: _Flow) -> tuple[str, ...]:
-        return tuple(key for key in flow.sources if key not in self.integers)
+    def _data(self, origin: _Origin) -> tuple[str, ...]:
+        return tuple(key for key in origin.sources if key not in self.integers)
 
-    def _computed(self, node: fx.Node, flow: _Flow) -> _Flow:
-        path, data, name = module_path(node), self._data(flow), function_of(node, self.graph_module)
+    def _computed(self, node: fx.Node, origin: _Origin) -> _Origin:
+        path, data, name = (
+            module_path(node),
+            self._data(origin),
+            function_of(node, self.graph_module),
+        )
         if name in INSPECTING or not node.users:
-            return _Flow()
+            return _Origin()
         if (
             name in PASSING
         ):  # export books what others do with the same tensor on the one who passes it
-            return flow
+            return origin
         module = _submodule(self.model, path) or _submodule(self.graph_module, path)
         if isinstance(module, (*_HIDDEN, Settle)):
-            return flow
+            return origin
         opaque = node.op == "call_module" and not isinstance(module, DropConnectNode)
         if module is not None and (opaque or (path and not _parted(module))):
-            return self._leaf(path, module, flow, opaque)
+            return self._leaf(path, module, origin, opaque)
         if isinstance(module, DropConnectNode) and module.call is not None:
             name = module.call.function
-        if flow.reads and flow.sources:
-            return self._reading(name, flow)
+        if origin.reads and origin.sources:
+            return self._reading(name, origin)
         if len(data) > 1 or (data and name in _NAMED):
             return self._operation(path, name, data)
-        return _Flow(data or flow.sources, () if flow.sources else flow.reads)
+        return _Origin(data or origin.sources, () if origin.sources else origin.reads)
 
-    def _reading(self, name: str, flow: _Flow) -> _Flow:
+    def _reading(self, name: str, origin: _Origin) -> _Origin:
         """An operation on parameters, outside of the module that owns them or in one with parts."""
-        first = flow.reads[0]
+        first = origin.reads[0]
         path = first.rpartition(".")[0]
         part = self.folds.part(path)
         if path and part is not None and not part.children:
@@ -155,45 +162,45 @@ class _Builder:
             box = Box(path, path, kind, weights=part.weights, path=path)
         else:
             weights = (
-                tuple(w for w in part.weights if join(path, w.name) in flow.reads) if part else ()
+                tuple(w for w in part.weights if join(path, w.name) in origin.reads) if part else ()
             )
             box = Box(first, first, name, weights=weights, path=path)
-        return self._box(box, flow.sources)
+        return self._box(box, origin.sources)
 
-    def _leaf(self, path: str, module: nn.Module, flow: _Flow, opaque: bool) -> _Flow:
+    def _leaf(self, path: str, module: nn.Module, origin: _Origin, opaque: bool) -> _Origin:
         if any(True for _ in module.parameters()):
-            return self._module(path, flow.sources, opaque)
-        data = self._data(flow)
-        return self._module(path, data) if data else flow
+            return self._module(path, origin.sources, opaque)
+        data = self._data(origin)
+        return self._module(path, data) if data else origin
 
-    def _input(self, node: fx.Node) -> _Flow:
+    def _input(self, node: fx.Node) -> _Origin:
         key = f"input {node.name}"
         self.inputs[key] = Box(key, node.name, role="input")
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and not value.is_floating_point():
             self.integers.add(key)
-        return _Flow((key,))
+        return _Origin((key,))
 
-    def _module(self, path: str, sources: tuple[str, ...], opaque: bool = False) -> _Flow:
+    def _module(self, path: str, sources: tuple[str, ...], opaque: bool = False) -> _Origin:
         part = self.folds.part(path)
-        weights = all_weights(part) if opaque else part.weights if part else ()
+        weights = () if part is None else part.all_weights() if opaque else part.weights
         kind = part.kind if part else ""
         return self._box(Box(path, path or "(root)", kind, weights=weights, path=path), sources)
 
-    def _operation(self, path: str, name: str, sources: tuple[str, ...]) -> _Flow:
+    def _operation(self, path: str, name: str, sources: tuple[str, ...]) -> _Origin:
         number = self.numbers[path, name] = self.numbers.get((path, name), 0) + 1
         role = "symbol" if name in _SYMBOLS else "op"
         title = _SYMBOLS.get(name, _NAMES.get(name, name))
         return self._box(Box(f"{path} {name} {number}", title, role=role, path=path), sources)
 
-    def _box(self, box: Box, sources: tuple[str, ...]) -> _Flow:
+    def _box(self, box: Box, sources: tuple[str, ...]) -> _Origin:
         for source in sources:
             if source in self.inputs:
                 self.diagram.boxes.setdefault(source, self.inputs[source])
             if source != box.key:  # the operations of one module
                 self.diagram.arrows[source, box.key] = None
         self.diagram.boxes.setdefault(box.key, box)
-        return _Flow((box.key,))
+        return _Origin((box.key,))
 
 
 def module_path(node: fx.Node) -> str:

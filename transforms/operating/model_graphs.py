@@ -13,28 +13,28 @@ from surgery.modules.places import states_of
 
 from ..reading.operations import Operation, function_of, in_place
 from ..reading.roles import Role, kind_of_roles, role_of
-from ..reading.uses import GraphUse, Read, uses
+from ..reading.uses import ParameterNode, UsingNode, uses
 
 
 @dataclass(frozen=True)
 class Replaced:
     """A matrix product that a DropConnect node can replace."""
 
-    read: Read
+    read: ParameterNode
     node: fx.Node
     call: Call
     product: Product | None
     """How it computes a pre-activation; None if it has no such form."""
 
 
-class Survey:
+class ModelGraphs:
     """The graphs of a model, as they are when it is made."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         graphs = [(n, m) for n, m in model.named_modules() if isinstance(m, fx.GraphModule)]
         self.graphs = {graph_module: name for name, graph_module in graphs}
-        self.reads: dict[int, list[Read]] = {}
+        self.reads: dict[int, list[ParameterNode]] = {}
         """By the parameter's id."""
         self._ids: dict[tuple[int, str], int] = {}
         """Of parameters, by their owner's id and their plain name."""
@@ -68,7 +68,7 @@ class Survey:
         parameter = owner._parameters.get(name)
         if parameter is not None:
             raw = {state.raw: state.name for state in states_of(owner).values()}
-            read = Read(graph_module, node, owner, raw.get(name, name))
+            read = ParameterNode(graph_module, node, owner, raw.get(name, name))
             self.reads.setdefault(id(parameter), []).append(read)
             self._ids[id(owner), read.name] = id(parameter)
 
@@ -91,21 +91,21 @@ class Survey:
         """Whether a node reads the parameter under this name."""
         return (id(module), name) in self._ids
 
-    def of(self, module: nn.Module, name: str) -> list[Read]:
+    def of(self, module: nn.Module, name: str) -> list[ParameterNode]:
         """All nodes that read a parameter, under any of its names."""
         return self.reads.get(self._ids.get((id(module), name), 0), [])
 
     def readers(self, module: nn.Module) -> list[nn.Module]:
         """The other modules whose graphs read a parameter of this one."""
-        found = [r for reads in self.reads.values() for r in reads if r.owner is module]
-        graphs = dict.fromkeys(read.graph_module for read in found)
+        every = (read for reads in self.reads.values() for read in reads)
+        graphs = dict.fromkeys(read.graph_module for read in every if read.owner is module)
         return [graph_module for graph_module in graphs if graph_module is not module]
 
     def kind(self, module: nn.Module, name: str) -> str:
         """How the graph reads a parameter: name of a kind."""
         return self.roles.get(module, {}).get(name, Role()).kind
 
-    def uses(self, module: nn.Module, name: str) -> list[GraphUse]:
+    def uses(self, module: nn.Module, name: str) -> list[UsingNode]:
         """Every node that computes with a parameter."""
         return [use for read in self.of(module, name) for use in uses(read)]
 
@@ -115,24 +115,22 @@ class Survey:
 
     def _find_replaced(self) -> None:
         for reads in self.reads.values():
-            found = list(uses(reads[0])) if len(reads) == 1 and self.owns(reads[0].owner) else []
-            if (
-                len(found) == 1
-                and len(reads[0].node.users) == 1
-                and found[0].value is reads[0].node
-            ):
-                call = _call(found[0])
+            read = reads[0]
+            if len(reads) > 1 or not self.owns(read.owner) or len(read.node.users) > 1:
+                continue
+            for use in uses(read):
+                call = _call(use) if use.value is read.node else None
                 if call is not None:
-                    replaced = Replaced(reads[0], found[0].node, call, _product(found[0], call))
-                    self._replaced[id(reads[0].owner), reads[0].name] = replaced
+                    replaced = Replaced(read, use.node, call, _product(use, call))
+                    self._replaced[id(read.owner), read.name] = replaced
 
     def product(self, module: nn.Module, name: str) -> Product | None:
         """The product that one node makes of a weight, if that is all that is done with it."""
-        found = self.replaced(module, name)
-        return None if found is None else found.product
+        replaced = self.replaced(module, name)
+        return None if replaced is None else replaced.product
 
 
-def _call(use: GraphUse) -> Call | None:
+def _call(use: UsingNode) -> Call | None:
     """The call as a DropConnect node replaces it, if it is a matrix product that reads its weight."""
     node, op, root = use.node, use.operation, use.read.graph_module
     if node.op not in ("call_function", "call_method") or in_place(node, root):
@@ -162,7 +160,7 @@ def _dims(node: fx.Node, root: nn.Module) -> int:
     return value.ndim if isinstance(value, Tensor) else 0
 
 
-def _product(use: GraphUse, call: Call) -> Product | None:
+def _product(use: UsingNode, call: Call) -> Product | None:
     node, op = use.node, use.operation
     added = op.argument(node, op.bias) is not None
     if _dims(use.value, use.read.graph_module) != 2 or (added and call.bias is None):
