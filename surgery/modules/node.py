@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
 
 from ..moments.scope import in_scope, settle
 from ..spec.errors import SurgeryError
@@ -53,7 +52,7 @@ class Call:
 
     def __getstate__(self) -> dict[str, Any]:
         """Overloads such as `aten.linear.default` do not pickle; their names do."""
-        if isinstance(self.target, OpOverload):
+        if hasattr(self.target, "overloadpacket"):
             return {**self.__dict__, "target": None, "overload": str(self.target)}
         return self.__dict__
 

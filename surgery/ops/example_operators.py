@@ -182,7 +182,7 @@ def _gradients_backward(ctx: Any, of_x: Tensor, of_weight: Tensor) -> tuple[Tens
 
 
 def _differentiable(
-    operator: Any, backward: Callable[..., Any], tangent: Callable[..., Any]
+    name: str, operator: Any, backward: Callable[..., Any], tangent: Callable[..., Any]
 ) -> Callable[..., Any]:
     """The operator with its gradient and its tangent, also inside `torch.func`, which does not
     differentiate registered operators but functions."""
@@ -210,10 +210,12 @@ def _differentiable(
         "jvp": tangent,
         "vmap": vmap,
     }
-    methods: dict[str, Any] = {name: staticmethod(rule) for name, rule in rules.items()}
-    recorded = cast(Any, type(operator._name, (torch.autograd.Function,), methods))
+    methods: dict[str, Any] = {key: staticmethod(rule) for key, rule in rules.items()}
+    recorded = cast(Any, type(name, (torch.autograd.Function,), methods))
     return call
 
 
-_gradients = _differentiable(_gradients_op, _gradients_backward, _gradients_tangent)
-_product = _differentiable(_product_op, _product_backward, _product_tangent)
+_gradients = _differentiable(
+    "example_product_backward", _gradients_op, _gradients_backward, _gradients_tangent
+)
+_product = _differentiable("example_product", _product_op, _product_backward, _product_tangent)

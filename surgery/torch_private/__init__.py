@@ -8,6 +8,8 @@ costs more than a forward should pay; the file says which. Each name has a test 
     modules.py       calls, hooks and marks of `nn.Module`; the names that all files may use
     recurrent.py     the lists of weights of RNNs
     functional.py    functional calls
+    graphs.py        graphs of torch.fx
+    trees.py         nested containers
     tensors.py       what a tensor is below its values
     modes.py         gradients, autocast, modes that see each operation
     tracing.py       what follows the calling code

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from surgery.torch_private.trees import keystr, tree_leaves_with_path
 
 Shape = tuple[int, ...]
 
@@ -49,13 +50,13 @@ class Inputs:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with a name: `input_ids`, or `args[0]`, `args[1][0]`."""
-        for path, value in pytree.tree_leaves_with_path(list(self.args)):
+        for path, value in tree_leaves_with_path(list(self.args)):
             if isinstance(value, Tensor):
-                yield f"args{pytree.keystr(path)}", value
+                yield f"args{keystr(path)}", value
         for name, given in self.kwargs.items():
-            for path, value in pytree.tree_leaves_with_path(given):
+            for path, value in tree_leaves_with_path(given):
                 if isinstance(value, Tensor):
-                    yield f"{name}{pytree.keystr(path)}", value
+                    yield f"{name}{keystr(path)}", value
 
     def disagreement(self, *, every: bool) -> str | None:
         """The leading sizes of the inputs if they differ, as in `input_ids 4, attention_mask 3`; of

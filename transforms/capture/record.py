@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from surgery.torch_private.trees import tree_leaves
 
 from .inputs import Inputs, given_inputs
 from .untouched import untouched
@@ -114,7 +115,7 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in _WRITES or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+        if func in _WRITES or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             node = self._call(func, self._argument(args), self._argument(kwargs))
             node.meta["nn_module_stack"] = OrderedDict(
                 (name, (name, module_type)) for name, module_type, _ in self.stack
@@ -138,7 +139,7 @@ class _Recorder(TorchFunctionMode):
             self._nodes[result] = node
         elif isinstance(result, (tuple, list)):
             for index, item in enumerate(result):
-                if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(item)):
+                if any(isinstance(leaf, Tensor) for leaf in tree_leaves(item)):
                     part = self._graph.call_function(operator.getitem, (node, index))
                     part.meta["nn_module_stack"] = node.meta["nn_module_stack"]
                     self._made(part, item)
@@ -171,7 +172,7 @@ class _Recorder(TorchFunctionMode):
 
     def finish(self, output: Any) -> fx.GraphModule:
         """The graph, which returns the tensors in the model's output."""
-        tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         self._graph.output(tuple(self._argument(tensor) for tensor in tensors))
         recorded = fx.GraphModule(self._attributes, self._graph, self._type)
         recorded.train(False)

@@ -9,17 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from surgery.base.journal import Step, content, image
-
-_OF_NODES = (
-    "_args", "_erased", "_input_nodes", "_kwargs", "_next", "_prev", "_repr_fn", "_sort_key", "graph",
-    "meta", "name", "op", "target", "type", "users",
-)  # fmt: skip
-
-_FILLED = ("_input_nodes", "meta", "users")
-"""Those of them that are changed in place."""
-
-_OF_CLASSES = ("forward", "_wrapped_call", "__call__")
-"""What `GraphModule.recompile` writes to the class, of which every graph module has its own."""
+from surgery.torch_private.graphs import CLASS_FIELDS, FILLED, NODE_FIELDS, all_nodes, tables
 
 
 def image_with_graphs(modules: Iterable[nn.Module]) -> list[Step]:
@@ -32,7 +22,7 @@ def image_with_graphs(modules: Iterable[nn.Module]) -> list[Step]:
             cls = type(module)
             steps += [
                 partial(setattr, cls, name, vars(cls)[name])
-                for name in _OF_CLASSES
+                for name in CLASS_FIELDS
                 if name in vars(cls)
             ]
             steps += _of_graph(module.graph)
@@ -41,16 +31,16 @@ def image_with_graphs(modules: Iterable[nn.Module]) -> list[Step]:
 
 def _of_graph(graph: fx.Graph) -> list[Step]:
     steps = content(vars(graph))
-    for part in (graph._graph_namespace, graph._find_nodes_lookup_table):
+    for part in tables(graph):
         steps += content(vars(part))
         for table in vars(part).values():
             steps += _with_tables(table)
-    for node in (graph._root, *graph.nodes):
-        for name in _OF_NODES:
+    for node in all_nodes(graph):
+        for name in NODE_FIELDS:
             value = getattr(node, name)
             # Node's own __setattr__ is Python, and keeps the tables above, which are put back anyway.
             steps.append(partial(object.__setattr__, node, name, value))
-            if name in _FILLED:
+            if name in FILLED:
                 steps += content(value)
     return steps
 

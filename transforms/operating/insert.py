@@ -24,6 +24,7 @@ from surgery.modules.node import Call, DropConnectNode, Settle
 from surgery.modules.places import states_of
 from surgery.planning.graphs import Nodes
 from surgery.spec.plan import join
+from surgery.torch_private.graphs import set_name
 
 from ..reading.uses import ParameterNode
 from .model_graphs import ModelGraphs
@@ -217,7 +218,7 @@ def node_name(read: ParameterNode) -> str:
 def rename(node: fx.Node, name: str) -> None:
     """Give a node another name, and note the one it had."""
     node.meta[NAME] = node.meta.get(NAME, node.name)
-    node._rename(name)
+    set_name(node, name)
 
 
 def retarget(node: fx.Node, target: str) -> None:

@@ -18,6 +18,7 @@ from surgery.modules.places import states_of
 from surgery.modules.walk import named_modules
 from surgery.planning.graphs import Nodes, graph_owners
 from surgery.spec.plan import join
+from surgery.torch_private.graphs import free_name, set_name, usual_name
 
 from ..reading.uses import AtNode
 from .insert import NAME, finish, node_module
@@ -126,7 +127,7 @@ def _put_back(one: _Called, names: _Names) -> None:
     else:
         node.op, node.target = call.op, call.target
         node.kwargs = {key: value for key, value in node.kwargs.items() if key not in _ANCHORS}
-        names.restore(node, node.graph._target_to_str(call.target))
+        names.restore(node, usual_name(node.graph, call.target))
     for anchor in anchors:
         if isinstance(anchor, fx.Node) and not anchor.users:
             names.erase(anchor)
@@ -156,7 +157,7 @@ class _Names:
             return
         if name not in self.taken:
             self._release(name)  # it was kept free for this
-        node._rename(name)
+        set_name(node, name)
         self._release(old)
         self.taken.add(node.name)
         self.changed = True
@@ -168,7 +169,7 @@ class _Names:
 
     def _release(self, name: str) -> None:
         self.taken.discard(name)
-        self.graph._graph_namespace._used_names.discard(name)
+        free_name(self.graph, name)
 
 
 def _graphs(model: nn.Module) -> list[fx.GraphModule]:

@@ -17,6 +17,7 @@ from torch import fx, nn
 from surgery.base.torch_names import name_of, of_two, spelling, writes
 from surgery.modules.node import DropConnectNode
 from surgery.moments.torch_functions import ATTRIBUTES, QUERIES
+from surgery.torch_private.graphs import GUARDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,7 @@ def function_of(node: fx.Node, root: nn.Module) -> str:
 
 
 def _function_of_module(path: str, root: nn.Module) -> str:
-    if path == "_guards_fn":
+    if path == GUARDS:
         return "guards_fn"
     module = root.get_submodule(path)
     if isinstance(module, DropConnectNode) and module.call is not None:
