@@ -63,9 +63,9 @@ def expectation(f: Function, mean: Tensor, var: Tensor, name: str | None = None)
     form = _FORMS.get(name or _name_of(f) or "")
     if _is_in_place(f):
         f = _on_copies(f)
-    found = _on_gpu(_ON_GPU.get(form), mean, var)
-    if found is not None:
-        return found
+    by_kernel = _on_gpu(_ON_GPU.get(form), mean, var)
+    if by_kernel is not None:
+        return by_kernel
     wide = torch.promote_types(mean.dtype, torch.float32)
     args = f, mean.to(wide), var.to(wide)
     expected: Tensor = _quadrature(*args) if form is None else form(*args)
@@ -85,14 +85,14 @@ def expectation_by_draws(f: Function, mean: Tensor, var: Tensor, samples: int) -
         raise ValueError(f"samples must be at least 1, got {samples}")
     wide = torch.promote_types(mean.dtype, torch.float32)
     rows = mean.reshape(1) if mean.dim() == 0 else mean
-    spread = var.reshape(rows.shape)
+    variances = var.reshape(rows.shape)
     at_once = max(1, min(samples, CHUNK // max(1, mean.numel())))
     total = torch.zeros_like(rows, dtype=wide)
     for start in range(0, samples, at_once):
         count = min(at_once, samples - start)
         # along the first dimension, so that f still finds channels where it expects them
         repeats = (count, *(1,) * (rows.dim() - 1))
-        drawn = f(gaussian_sample(rows.repeat(repeats), spread.repeat(repeats)))
+        drawn = f(gaussian_sample(rows.repeat(repeats), variances.repeat(repeats)))
         total = total + drawn.view(count, *rows.shape).sum(0, dtype=wide)
     return (total / samples).to(mean.dtype).view(mean.shape)
 
@@ -119,8 +119,8 @@ def _gauss_hermite(count: int) -> tuple[tuple[float, float], ...]:
     off = torch.arange(1, count, dtype=torch.float64).sqrt()
     nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
     weights = vectors[0].square()
-    found = zip(nodes.tolist(), weights.tolist())
-    return tuple((node, weight) for node, weight in found if weight > 1e-17)
+    pairs = zip(nodes.tolist(), weights.tolist())
+    return tuple((node, weight) for node, weight in pairs if weight > 1e-17)
 
 
 _RULE = _gauss_hermite(NODES)
@@ -174,8 +174,9 @@ def _score(mean: Tensor, sd: Tensor) -> Tensor:
 def excess(mean: Tensor, var: Tensor) -> Tensor:
     """What a kink adds: E[relu(u)] - relu(mean) for u ~ N(mean, var), the same for relu(-u).
 
-    It is sd * g(|mean| / sd) with g(t) = phi(t) - t * Phi(-t), here by erfcx, whose tail does not
-    vanish. At mean = 0 its slope is that on the left, which completes torch's slope of relu, 0.
+    It is sd * g(|mean| / sd) with g(t) = phi(t) - t * Phi(-t), computed by erfcx, which does not vanish
+    in the tail. At mean = 0 it has the slope of its left side: torch gives relu the slope 0 there, and
+    the sum of both is right.
     """
     by_kernel = _on_gpu("excess", mean, var)
     if by_kernel is not None:
@@ -186,12 +187,13 @@ def excess(mean: Tensor, var: Tensor) -> Tensor:
     z = _score(mean, sd)
     t = torch.where(mean > 0, z, -z)
     mills = math.sqrt(math.pi / 2) * torch.special.erfcx(t / math.sqrt(2))
-    found: Tensor = sd * _density(t) * (1 - t * mills)
-    return found
+    added: Tensor = sd * _density(t) * (1 - t * mills)
+    return added
 
 
 def _has_kernel(mean: Tensor, var: Tensor) -> bool:
-    """Whether `excess` need not be differentiated, and can be had in one pass."""
+    """Whether a kernel of the CPU computes `excess`: nobody differentiates it, and it takes these
+    tensors."""
     if _is_recorded(mean, var) or is_traced() or mean.dtype != torch.float32:
         return False
     same = mean.shape == var.shape
@@ -203,7 +205,8 @@ def _is_recorded(mean: Tensor, var: Tensor) -> bool:
 
 
 def _on_gpu(name: str | None, mean: Tensor, var: Tensor) -> Tensor | None:
-    """What the kernel for the GPU finds in one pass, where nobody differentiates by it; or None."""
+    """What the kernel for the GPU computes in one pass; None where there is none for these tensors, and
+    where somebody differentiates by them."""
     if name is None or mean.dtype == torch.float64 or mean.shape != var.shape:
         return None
     if _is_recorded(mean, var) or not gpu.takes(mean, var):

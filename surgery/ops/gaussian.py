@@ -8,6 +8,7 @@ variance of a masked bias. Sampling: the local reparameterisation of Kingma, Sal
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -25,38 +26,15 @@ from .law import Law
 from .linear import has_autocast
 from .random import drawn
 
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""`product(x, weight, bias)`: any operation in which every output is the sum of the bias and of
-products of an input and a weight, each weight at most once: `F.linear`, or a convolution."""
+ProductFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""`product(x, weight, bias)`: `F.linear`, a convolution, or any other operation in which every output
+is the bias plus a sum of products of an input and a weight, with no weight twice in one sum."""
 
 Moments = tuple[Tensor, Tensor]
 
 
-def linear_moments(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    law: Law,
-    unit: Unit,
-    anchor: Tensor | None = None,
-    bias_anchor: Tensor | None = None,
-    bias_law: Law | None = None,
-) -> Moments:
-    """Mean and variance of every pre-activation of a linear layer; see `moments_of`.
-
-    Args:
-        x: (..., in).
-        weight, anchor: (out, in).
-        bias, bias_anchor: (out,) or None.
-
-    Returns:
-        two tensors (..., out).
-    """
-    return moments_of(F.linear, x, weight, bias, law, unit, anchor, bias_anchor, bias_law)
-
-
 def moments_of(
-    product: Product,
+    product: ProductFunction,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -93,26 +71,25 @@ def moments_of(
             "one mask entry multiplies several inputs of each output, whose products correlate. Use "
             'unit="element" or unit="output"'
         )
-    mean_bias, spread_bias, wide = bias, None, law.scale.dtype
+    mean_bias, moved_bias, wide = bias, None, law.scale.dtype
     if bias is not None and bias_law is not None:
         mean_bias = _average(bias, bias_anchor, bias_law)
-        spread_bias = difference(bias, bias_anchor, wide)
+        moved_bias = difference(bias, bias_anchor, wide)
     mean = product(x, _average(weight, anchor, law), mean_bias)
     ratio = _ratio(law)
     with _no_autocast(x.device.type):
-        if spread_bias is not None and bias_law is not None and bias_law is not law:
-            spread = difference(weight, anchor, wide)
-            factors = x.to(wide), spread, spread_bias
+        if moved_bias is not None and bias_law is not None and bias_law is not law:
+            factors = x.to(wide), difference(weight, anchor, wide), moved_bias
             var = _variance_of_two(product, *factors, ratio, _ratio(bias_law), unit)
             return mean, var.to(mean.dtype)
         if unit in ("output", "tensor"):
-            var = product(x.to(wide), difference(weight, anchor, wide), spread_bias).square()
+            var = product(x.to(wide), difference(weight, anchor, wide), moved_bias).square()
         else:
-            squared_bias = None if spread_bias is None else spread_bias.square()
+            squared_bias = None if moved_bias is None else moved_bias.square()
             given = x, weight, anchor, squared_bias
-            found = None if law.numbers is None else _squares_on_gpu(*given, law, mean.dtype)
-            if found is not None:
-                return mean, product(*found).to(mean.dtype)
+            scaled = None if law.numbers is None else _squares_on_gpu(*given, law, mean.dtype)
+            if scaled is not None:
+                return mean, product(*scaled).to(mean.dtype)
             block = _block_for_squares(weight, wide)
             squares = squared_difference(weight, anchor, wide, block)
             var = product(x.to(wide).square(), squares, squared_bias)
@@ -120,8 +97,12 @@ def moments_of(
         return mean, (ratio * var).to(mean.dtype)
 
 
+linear_moments = functools.partial(moments_of, F.linear)
+"""`moments_of` a linear layer: x is (..., in), the weight (out, in), and each moment (..., out)."""
+
+
 def _variance_of_two(
-    product: Product,
+    product: ProductFunction,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -129,8 +110,11 @@ def _variance_of_two(
     bias_ratio: Tensor,
     unit: Unit,
 ) -> Tensor:
-    """The variance where weight and bias differ in p. Where one number masks both, whichever has the
-    smaller p is kept when the other is; so their covariance has the smaller ratio."""
+    """The variance where weight and bias differ in p.
+
+    Where one random number masks both, the one of smaller p is kept whenever the other is. So their
+    covariance has the smaller of the two ratios.
+    """
     if unit not in ("output", "tensor"):
         return product(x.square(), ratio * weight.square(), bias_ratio * bias.square())
     of_weight = product(x, weight, None)
@@ -147,36 +131,39 @@ def _squares_on_gpu(
     law: Law,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """What the product of the variance takes, its weight and bias times the ratio, by one kernel: where
-    nobody differentiates by them, on a GPU; or None."""
+    """The arguments of the product that gives the variance, of which weight and bias are multiplied by
+    the ratio, by one kernel. None on other devices than a GPU, and where somebody differentiates by
+    them."""
     recorded = x, weight, squared_bias
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in recorded):
         return None
     if not gpu.takes(x, weight, anchor):
         return None
     squares = dtype_of_squares(dtype, law.scale.dtype)
-    found = gpu.factors(x, weight, anchor, squares, law.ratio, copies=False)
-    if found is None:
+    factors = gpu.factors(x, weight, anchor, squares, law.ratio, copies=False)
+    if factors is None:
         return None
     offset = None if squared_bias is None else (squared_bias * law.ratio).to(squares)
-    return found.square_x, found.square_weight, offset
+    return factors.square_x, factors.square_weight, offset
 
 
 def dtype_of_squares(dtype: torch.dtype, wide: torch.dtype) -> torch.dtype:
     """In which dtype a GPU multiplies squares, for a pre-activation of dtype `dtype`.
 
-    bfloat16 has the range of float32, and products of it run many times faster, with sums in float32.
-    A square is rounded by up to 2^-8 of itself. So the sum of n products of two, whose roundings are
-    unrelated, is off by about 2^-9 sqrt(k / n) of itself, where k = E[(x w)^4] / E[(x w)^2]^2 is 9 for
-    Gaussians, and the standard deviation by half of that. Rounding the sum to bfloat16 adds up to 2^-9.
-    Neither is above what rounding the pre-activation costs, 2^-8; and the mean has none of it.
+    bfloat16 has the range of float32, and its products run many times faster, with sums in float32.
+    Rounding a square changes it by up to 2^-8 of itself. The errors of different squares are unrelated,
+    so a sum of n products of two squares is off by about 2^-9 sqrt(k / n) of itself, where
+    k = E[(x w)^4] / E[(x w)^2]^2 is 9 for Gaussians, and its root, the standard deviation, by half of
+    that. Rounding the sum to bfloat16 adds up to 2^-9. Both are no more than the error of 2^-8 that the
+    pre-activation itself has in bfloat16, and the mean is not affected.
+
     Squares of float16 overflow above 256 and vanish below 2^-12: they are multiplied in float32.
     """
     return dtype if dtype == torch.bfloat16 else wide
 
 
 def _block_for_squares(weight: Tensor, wide: torch.dtype) -> Block | None:
-    """Memory for the squares of a weight, if nobody differentiates by it."""
+    """Memory for the squares of a weight; None where autograd would have to keep them."""
     recorded = torch.is_grad_enabled() and weight.requires_grad
     if recorded or is_traced() or not weight.is_contiguous() or weight.dtype != wide:
         return None
@@ -203,6 +190,7 @@ def _average(weight: Tensor, anchor: Tensor | None, law: Law) -> Tensor:
 
 
 def difference(weight: Tensor, anchor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """W - A in that dtype: what a mask multiplies."""
     wide = weight.to(dtype)
     return wide if anchor is None else wide - anchor.to(dtype)
 
@@ -210,16 +198,16 @@ def difference(weight: Tensor, anchor: Tensor | None, dtype: torch.dtype) -> Ten
 def safe_sqrt(var: Tensor) -> Tensor:
     """The square root, with gradient 0 at 0.
 
-    A variance of zero comes from weights or inputs that are zero themselves, whose own gradient from a
-    square is zero too.
+    A variance is zero where weights or inputs are zero, and the gradient of a square at zero is zero:
+    so nothing would come of an infinite slope but NaN.
     """
     positive = var > 0
     return torch.where(positive, torch.where(positive, var, 1).sqrt(), 0)
 
 
 class _Sample(torch.autograd.Function):
-    """mean + sqrt(var) * noise, keeping one tensor: the derivative by var. Of a traced graph, its
-    compiler decides what to keep."""
+    """mean + sqrt(var) * noise. Keeps one tensor for backward, the derivative by var. For eager code:
+    in a traced graph the compiler decides what to keep."""
 
     @staticmethod
     def forward(mean: Tensor, var: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,5 +252,6 @@ def gaussian_sample(mean: Tensor, var: Tensor) -> Tensor:
 def squared_difference(
     weight: Tensor, anchor: Tensor | None, dtype: torch.dtype, block: Block | None
 ) -> Tensor:
-    spread = difference(weight, anchor, dtype)
-    return spread.square() if block is None else torch.square(spread, out=block.view(weight))
+    """(W - A)^2 in that dtype, in a block of memory if there is one."""
+    moved = difference(weight, anchor, dtype)
+    return moved.square() if block is None else torch.square(moved, out=block.view(weight))

@@ -57,10 +57,9 @@ class _GaussianLinear(torch.autograd.Function):
         x, slope = (matrix(tensor) for tensor in ctx.saved_tensors)
         want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
         rows, want = matrix(grads[0]), (want_x, want_weight)
-        found = _gradients_on_gpu(rows, slope, x, ctx.weight, ctx.anchor, want)
-        if found is None:
-            found = _gradients(rows, slope, x, ctx.weight, ctx.anchor, want)
-        of_x, of_weight = found
+        kept = slope, x, ctx.weight, ctx.anchor
+        both = _gradients_on_gpu(rows, kept, want)
+        of_x, of_weight = _gradients(rows, kept, want) if both is None else both
         if of_x is not None:
             of_x = of_x.view(*grads[0].shape[:-1], of_x.shape[1])
         of_bias = rows.sum(0, dtype=ctx.bias_dtype) if want_bias else None
@@ -68,26 +67,21 @@ class _GaussianLinear(torch.autograd.Function):
 
 
 Gradients = tuple[Tensor | None, Tensor | None]
+Kept = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""For backward: the derivative of the sample by the variance (rows, out), x (rows, in), the weight and
+its anchor."""
 
 
-def _gradients(
-    rows: Tensor,
-    slope: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    anchor: Tensor | None,
-    want: tuple[bool, bool],
-) -> Gradients:
-    """Of x and of the weight, if they are wanted.
+def _gradients(rows: Tensor, kept: Kept, want: tuple[bool, bool]) -> Gradients:
+    """The gradients of x and of the weight, each None where it is not wanted.
 
     Args:
         rows: (rows, out), the gradient of the sample.
-        slope: of that shape, the derivative of the sample by the variance.
-        x: (rows, in).
     """
+    slope, x, weight, anchor = kept
     by_variance, dtype = rows * slope, rows.dtype
     of_x = of_weight = None
-    # Neither tangents nor batches of gradients can be written to memory that is there.
+    # Tangents, and batches of gradients, cannot be written to memory that exists already.
     in_place = is_ordinary(rows) and not is_traced()
     block = borrow(weight) if in_place else None
     factor, matrix_ = x.to(dtype), weight.to(dtype)
@@ -95,34 +89,28 @@ def _gradients(
         through = by_variance.mm(squared_difference(weight, anchor, dtype, block))
         of_x = _plus_twice(rows.mm(matrix_), factor, through, in_place).to(x.dtype)
     if want[1]:
-        spread = difference(weight, anchor, dtype)
-        place = None if block is None else block.view(weight)
-        through = torch.mm(by_variance.t(), factor.square(), out=place)
-        of_weight = _plus_twice(rows.t().mm(factor), spread, through, in_place).to(weight.dtype)
+        moved = difference(weight, anchor, dtype)
+        out = None if block is None else block.view(weight)
+        through = torch.mm(by_variance.t(), factor.square(), out=out)
+        of_weight = _plus_twice(rows.t().mm(factor), moved, through, in_place).to(weight.dtype)
     give_back(block)
     return of_x, of_weight
 
 
-def _gradients_on_gpu(
-    rows: Tensor,
-    slope: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    anchor: Tensor | None,
-    want: tuple[bool, bool],
-) -> Gradients | None:
+def _gradients_on_gpu(rows: Tensor, kept: Kept, want: tuple[bool, bool]) -> Gradients | None:
     """`_gradients` with one kernel before the products and one after them; None elsewhere."""
-    if not gpu.takes(slope, x, weight, anchor) or not gpu.takes(rows := rows.contiguous()):
+    slope, x, weight, anchor = kept
+    if not gpu.takes(*kept) or not gpu.takes(rows := rows.contiguous()):
         return None
-    found = gpu.factors(x, weight, anchor, rows.dtype, None, (rows, slope), want)
-    if found is None or found.by_variance is None:
+    factors = gpu.factors(x, weight, anchor, rows.dtype, None, (rows, slope), want)
+    if factors is None or factors.by_variance is None:
         return None
-    by_variance = found.by_variance
+    by_variance = factors.by_variance
     of_x = of_weight = None
     if want[0]:
-        of_x = rows.mm(found.weight), x, by_variance.mm(found.square_weight)
+        of_x = rows.mm(factors.weight), x, by_variance.mm(factors.square_weight)
     if want[1]:
-        of_weight = rows.t().mm(found.x), weight, by_variance.t().mm(found.square_x)
+        of_weight = rows.t().mm(factors.x), weight, by_variance.t().mm(factors.square_x)
     return gpu.add_twice(of_x, of_weight, anchor)
 
 
@@ -148,9 +136,9 @@ def _factors(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x and the weight, and the squares of x and of the weight less its anchor."""
     if gpu.takes(x, weight, anchor):
-        found = gpu.factors(x, weight, anchor, dtype)
-        if found is not None:
-            return found[:4]
+        factors = gpu.factors(x, weight, anchor, dtype)
+        if factors is not None:
+            return factors[:4]
     squares = squared_difference(weight, anchor, dtype, block)
     x = x.to(dtype)
     return x, weight.to(dtype), x.square(), squares

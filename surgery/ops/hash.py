@@ -42,8 +42,8 @@ SEGMENT = 1 << 30
 of a kernel's last block beyond them, fit int32."""
 
 Key = Tensor | tuple[int, int]
-"""Of a mask: int32, shape (2,); or both words on the host, where they were drawn in eager code on a
-GPU and are given to a kernel."""
+"""The key of a mask: int32, shape (2,). Or both words as numbers of the host, as eager code draws them
+for a GPU, whose kernels take numbers."""
 
 
 def _signed(word: int) -> int:
@@ -80,8 +80,8 @@ def hash_bits(index: Tensor, key: Tensor) -> Tensor:
 
 def spread(index: Tensor) -> Tensor:
     """The part of `hash_bits` before the key enters: the index times an odd constant, modulo 2**32."""
-    # 64 bits and a mask, because inductor folds a 32-bit product into its loop index, whose overflow
-    # C++ compilers assume away: whole lanes came out unhashed.
+    # In 64 bits, and cut to 32: inductor folds a 32-bit product into its loop index, and C++ compilers
+    # assume that such an index does not overflow. Whole vectors of weights came out unhashed.
     return ((index.to(torch.int64) * _STEP) & 0xFFFFFFFF).to(torch.int32)
 
 
@@ -149,7 +149,7 @@ def advance_key(key: Key, start: int) -> Key:
 def _derived(key: Tensor, number: int) -> Tensor:
     """Another key, for each number: a hash of the key. Positive numbers are ranks, negative ones parts
     of a huge weight."""
-    # Few operations, as each takes longer to call than to do, and nothing that the host waits for.
+    # Few operations, since each takes longer to call than to run, and none for which the host waits.
     factor, summand = _scramble(2 * number) | 1, _scramble(2 * number + 1)
     z = key.to(torch.int64) * factor + summand
     z = z ^ (z >> 32)
@@ -214,8 +214,8 @@ def draw_key(device: torch.device, rank: int = 0) -> Key:
     """
     seed = host_seed(device)
     if seed is not None:
-        found = _words_of(seed)
-        return found if rank == 0 else _derived_words(*found, rank)
+        drawn_words = _words_of(seed)
+        return drawn_words if rank == 0 else _derived_words(*drawn_words, rank)
     key = drawn(torch.randint, -(2**31), 2**31, (2,), dtype=torch.int32, device=device)
     if rank == 0:
         return key

@@ -66,7 +66,7 @@ class Law:
 
     @property
     def drops_all(self) -> bool:
-        """Whether p is 1: for eager code. A traced graph looks at the scale."""
+        """Whether p is 1, for eager code. A traced graph has to look at the scale."""
         return self.numbers is not None and self.numbers[1] == 0.0
 
     @classmethod

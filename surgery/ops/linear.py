@@ -81,9 +81,9 @@ class _MaskedLinear(torch.autograd.Function):
 
 
 def as_if_trained(used: Tensor) -> Tensor:
-    """A masked weight that requires a gradient, though none is recorded: `matmul` looks at that to
-    choose how to fold a batch, and so how to round. It is a view, since autocast keeps what it makes of
-    leaves until it ends."""
+    """A masked weight that requires a gradient, although none is recorded. `matmul` looks at that when
+    it chooses how to fold a batch, and so how to round. The result is a view, since autocast keeps the
+    copies that it makes of leaves until it ends."""
     with torch.enable_grad():
         return used.detach().requires_grad_().view_as(used)
 

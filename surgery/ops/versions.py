@@ -13,10 +13,10 @@ def check_unmodified(name: str, weight: Tensor, version: int) -> None:
     Raises:
         RuntimeError: `weight` was changed in place since it was at `version`.
     """
-    found = version_of(weight)
-    if found != version:
+    now = version_of(weight)
+    if now != version:
         raise RuntimeError(
             f"the weight {name!r} has been modified by an inplace operation since the forward pass: it "
-            f"is at version {found}, expected version {version}. Call backward() before the "
+            f"is at version {now}, expected version {version}. Call backward() before the "
             "optimizer step."
         )

@@ -83,7 +83,9 @@ def test_a_name_finds_the_closed_form_of_any_callable() -> None:
     assert errors(torch.tanh, "a name that nobody registered", 0.5) < 1e-11
 
 
-@pytest.mark.parametrize("f", [torch.relu_, nn.ReLU(inplace=True), torch.tanh_], ids=str)
+@pytest.mark.parametrize(
+    "f", [torch.relu_, nn.ReLU(inplace=True), torch.tanh_], ids=["relu_", "ReLU", "tanh_"]
+)
 def test_a_function_that_writes_gets_a_copy(f: Callable[[Tensor], Tensor]) -> None:
     mean, var = torch.tensor([-1.0, 0.5]), torch.tensor([1.0, 2.0])
     plain = torch.tanh if f is torch.tanh_ else torch.relu

@@ -65,20 +65,22 @@ def unsafe(folder: Path) -> str | None:
     return None
 
 
-def _others(path: Path, found: os.stat_result, is_parent: bool = False) -> str | None:
+def _others(path: Path, stat_of: os.stat_result, is_parent: bool = False) -> str | None:
     """Who besides the user and root can change a file, what is in a folder, or where a link leads."""
-    if found.st_uid not in (0, os.geteuid()):
-        return f"{path} belongs to user {found.st_uid}"
-    if stat.S_ISLNK(found.st_mode):  # has no permissions of its own
+    if stat_of.st_uid not in (0, os.geteuid()):
+        return f"{path} belongs to user {stat_of.st_uid}"
+    if stat.S_ISLNK(stat_of.st_mode):  # has no permissions of its own
         return None
-    by_group, by_all = found.st_mode & stat.S_IWGRP, found.st_mode & stat.S_IWOTH
+    by_group, by_all = stat_of.st_mode & stat.S_IWGRP, stat_of.st_mode & stat.S_IWOTH
     if is_parent:
-        if found.st_mode & stat.S_ISVTX:  # as /tmp: each may rename only what is his
+        if stat_of.st_mode & stat.S_ISVTX:  # as /tmp: each may rename only what is his
             return None
-        if found.st_gid == os.geteuid():  # a group of the user's own, by the custom of most systems
+        if (
+            stat_of.st_gid == os.geteuid()
+        ):  # a group of the user's own, by the custom of most systems
             by_group = 0
     if by_group or by_all:
-        return f"{path} can be written by {'everybody' if by_all else f'group {found.st_gid}'}"
+        return f"{path} can be written by {'everybody' if by_all else f'group {stat_of.st_gid}'}"
     return None
 
 
@@ -115,10 +117,10 @@ def _read_own(path: Path) -> bytes | None:
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         with open(os.open(path, flags | getattr(os, "O_BINARY", 0)), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
+            stat_of = os.fstat(file.fileno())
+            if not stat.S_ISREG(stat_of.st_mode):
                 return None
-            if hasattr(os, "geteuid") and _others(path, found) is not None:
+            if hasattr(os, "geteuid") and _others(path, stat_of) is not None:
                 return None
             return file.read()
     except OSError:

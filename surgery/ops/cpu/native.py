@@ -63,15 +63,15 @@ def library(name: str) -> Any:
     Raises:
         NoCompiler: there is no compiler, or it fails.
     """
-    found = _libraries.get(name)
-    return _lock.holding(partial(_loaded, name)) if found is None else found
+    loaded = _libraries.get(name)
+    return _lock.holding(partial(_loaded, name)) if loaded is None else loaded
 
 
 def _loaded(name: str) -> Any:
-    found = _libraries.get(name)
-    if found is None:
-        found = _libraries[name] = load(name, _SIGNATURES[name])
-    return found
+    loaded = _libraries.get(name)
+    if loaded is None:
+        loaded = _libraries[name] = load(name, _SIGNATURES[name])
+    return loaded
 
 
 def takes(first: Tensor, *others: Tensor) -> bool:
@@ -188,10 +188,10 @@ def excess(mean: Tensor, var: Tensor) -> Tensor:
     Args:
         mean, var: float32, dense and of one shape.
     """
-    found = torch.empty_like(mean)
-    addresses = map(_address, (mean, var, found))
+    out = torch.empty_like(mean)
+    addresses = map(_address, (mean, var, out))
     library("activations").excess(*addresses, mean.numel(), torch.get_num_threads())
-    return found
+    return out
 
 
 def sample(mean: Tensor, var: Tensor, noise: Tensor, ratio: Tensor) -> None:

@@ -25,10 +25,10 @@ class Block:
 
     def view(self, like: Tensor) -> Tensor:
         """A tensor of the shape, strides and dtype of a contiguous one."""
-        found = self.views.get(like.size())
-        if found is None:
-            found = self.views[like.size()] = self.base[: like.numel()].view(like.size())
-        return found
+        view = self.views.get(like.size())
+        if view is None:
+            view = self.views[like.size()] = self.base[: like.numel()].view(like.size())
+        return view
 
 
 _free: dict[torch.dtype, list[Block]] = {}

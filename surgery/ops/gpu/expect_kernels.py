@@ -62,13 +62,13 @@ def expect(
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     center = tl.load(mean + index, mask=inside, other=0.0).to(tl.float32)
-    spread = tl.load(var + index, mask=inside, other=0.0).to(tl.float32)
+    variance = tl.load(var + index, mask=inside, other=0.0).to(tl.float32)
     if FORM == "gelu":
-        sd = root(1 + spread, False)
+        sd = root(1 + variance, False)
         z = divided(center, sd)
-        found = center * probability(z) + divided(spread, sd) * density(z)
+        found = center * probability(z) + divided(variance, sd) * density(z)
     else:
-        sd = root(spread, False)
+        sd = root(variance, False)
         ratio = divided(tl.abs(center), tl.where(sd > 0, sd, 1.0))
         t = tl.where(ratio >= 50, 50.0, ratio)  # NaN stays
         found = sd * density(t) * divided(scaled_tail(t), 1 + t * t)

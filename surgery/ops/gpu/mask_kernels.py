@@ -111,10 +111,10 @@ def drop_shared(
         threshold_pointer, scale_pointer, threshold, scale, law_is_there, DOUBLE
     )
     rest = index // size3
-    place = (index % size3) * step3 + (rest % size2) * step2
+    entry = (index % size3) * step3 + (rest % size2) * step2
     rest = rest // size2
-    place += (rest % size1) * step1 + (rest // size1) * step0
-    keep = of_batch(before_last(place, k0, k1)) >= threshold
+    entry += (rest % size1) * step1 + (rest // size1) * step0
+    keep = of_batch(before_last(entry, k0, k1)) >= threshold
     anchors = values
     if HAS_ANCHOR:
         anchors = tl.load(anchor + index, mask=inside).to(WIDE)

@@ -90,8 +90,8 @@ def product(
             HAS_ANCHOR,
         )
     there = (row[:, None] < rows) & (out[None, :] < outputs)
-    place = found + row[:, None] * outputs + out[None, :]
-    tl.store(place, rounded(tl.sum(total, 2), found.dtype.element_ty), mask=there)
+    at = found + row[:, None] * outputs + out[None, :]
+    tl.store(at, rounded(tl.sum(total, 2), found.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=["k0", "k1", "key_is_there", "threshold", "law_is_there", "rows"])
@@ -148,8 +148,8 @@ def input_gradient(
             HAS_ANCHOR,
         )
     there = (row[:, None] < rows) & (into[None, :] < inputs)
-    place = found + row[:, None] * inputs + into[None, :]
-    tl.store(place, rounded(tl.sum(total, 1), found.dtype.element_ty), mask=there)
+    at = found + row[:, None] * inputs + into[None, :]
+    tl.store(at, rounded(tl.sum(total, 1), found.dtype.element_ty), mask=there)
 
 
 @triton.jit(
@@ -201,8 +201,8 @@ def weight_gradient(
             outer = left.to(WIDE)[:, None] * right.to(WIDE)[None, :]
             total = tl.where(keep, total + outer, total)
     inside = (out[:, None] < outputs) & (into[None, :] < inputs)
-    place = found + tl.program_id(1) * outputs * inputs + index
-    tl.store(place, rounded(total * scale, found.dtype.element_ty), mask=inside)
+    at = found + tl.program_id(1) * outputs * inputs + index
+    tl.store(at, rounded(total * scale, found.dtype.element_ty), mask=inside)
 
 
 @triton.jit(
@@ -240,12 +240,12 @@ def masked_weights(
     if not HAS_ANCHOR:
         dropped = tl.zeros((BLOCK,), WIDE)
     z, other = for_examples(before_last(index, k0, k1))
-    place = used + index
+    at = used + index
     for step in range(0, count):
         keep = of_example(z, other, multipliers(first + step, k0, k1)) >= threshold
         values = tl.where(keep, kept, dropped)
-        tl.store(place, rounded(values, used.dtype.element_ty), mask=inside)
-        place += size
+        tl.store(at, rounded(values, used.dtype.element_ty), mask=inside)
+        at += size
 
 
 @triton.jit(
@@ -282,12 +282,12 @@ def masked_sum(
     )
     z, other = for_examples(before_last(index, k0, k1))
     total = tl.zeros((BLOCK,), WIDE)
-    place = outer + index
+    at = outer + index
     for step in range(0, count):
-        values = tl.load(place, mask=inside, other=0.0).to(WIDE)
+        values = tl.load(at, mask=inside, other=0.0).to(WIDE)
         keep = of_example(z, other, multipliers(first + step, k0, k1)) >= threshold
         total = tl.where(keep, total + values, total)
-        place += size
+        at += size
     total *= scale
     if HAS_BEFORE:
         total += tl.load(before + index, mask=inside, other=0.0)

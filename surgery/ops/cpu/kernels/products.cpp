@@ -112,12 +112,12 @@ struct Product {
       const float *dropped = weight.dropped + output * weight.inputs;
       const float *from = packed_x;
       Floats sums[Rows] = {};
-      Words places = steps + weight.start(output);
-      auto shared = shared_by_examples(places, masks.key[1]);
+      Words indices = steps + weight.start(output);
+      auto shared = shared_by_examples(indices, masks.key[1]);
       auto add = [&](Floats w, Floats a) {
         // Started before it is needed: the hash is a chain of products, each of which waits for one.
-        places += LANES * STEP;
-        const auto next = shared_by_examples(places, masks.key[1]);
+        indices += LANES * STEP;
+        const auto next = shared_by_examples(indices, masks.key[1]);
         for (int row = 0; row < Rows; ++row, from += LANES) {
           const Ints keep = keeps(shared, multipliers[row], masks.threshold);
           sums[row] = fused(load(from), Anchor ? where(keep, w, a) : where(keep, w), sums[row]);
