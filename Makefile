@@ -55,7 +55,7 @@ test-all: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/pytest -n auto
 
 WITH_KERNELS := $(patsubst %,tests/modules/test_%.py,example family fused_linear gaussian_sites surroundings)
-WITH_KERNELS += $(patsubst %,tests/ops/test_%.py,engine example gaussian) tests/ops/cpu/test_native.py
+WITH_KERNELS += $(patsubst %,tests/ops/test_%.py,engine example example_traced gaussian) tests/ops/cpu/test_native.py
 
 test-no-compiler: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/pytest -n auto -m "not slow" $(WITH_KERNELS)
@@ -68,7 +68,8 @@ OLDEST_PYTHON := $(shell for python in \
 	python3.10 $(HOME)/.pyenv/versions/3.10.*/bin/python3 $(PYTHON) python3.11 python3.12; \
 	do $$python -c "import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))" \
 	2>/dev/null && echo $$python && break; done)
-SLICE := $(patsubst %,tests/%.py,operating/test_round_trip modules/test_family moments/test_moments_models)
+SLICE := $(patsubst %,tests/%.py,operating/test_round_trip modules/test_family)
+SLICE += $(patsubst %,tests/moments/test_moments_%.py,models views)
 SLICE += $(patsubst %,tests/survive/test_%.py,compile compile_cold export)
 SLICE += $(patsubst %,tests/%.py,ops/test_mask adapters/test_trainer adapters/test_trainer_saves)
 

@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 if not torch.cuda.is_available():  # before triton is imported: its interpreter runs the kernels
     os.environ["TRITON_INTERPRET"] = "1"
 
-from surgery.modules import state
-from surgery.ops.gpu import launch
 from surgery.ops.switch import set_compile_enabled
+
+from . import internals
+from .zoo.tiny import tiny as make_tiny
 
 
 def has_compiler() -> bool:
@@ -62,18 +64,40 @@ def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("Triton compiles here: see tests/gpu")
-    ran: list[str] = []
-    launched = launch.Kernel.launch
-
-    def note(self: launch.Kernel, *args: Any) -> bool:
-        ran.append(self.name)
-        return launched(self, *args)
-
-    monkeypatch.setattr(launch.Kernel, "launch", note)
-    monkeypatch.setattr(launch, "INTERPRETED", {"cpu"})
+    launched: list[str] = []
+    internals.note_launches(monkeypatch, lambda name, ran: launched.append(name))
+    internals.set_constant(monkeypatch, "interpreted devices", {"cpu"})
     numpy = pytest.importorskip("numpy")
     with numpy.errstate(all="ignore"):  # a GPU does not warn of what overflows
-        yield ran
+        yield launched
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The C++ kernels that are called; "drop both" makes a masked weight and masks its gradient."""
+    calls: list[str] = []
+
+    def note(name: str, *args: Any) -> None:
+        both = name == "drop" and args[3] is not None and args[4] is not None
+        calls.append("drop both" if both else name)
+
+    internals.note_kernels(monkeypatch, note)
+    return calls
+
+
+@pytest.fixture
+def switch_kernels() -> Iterator[Callable[[bool], bool]]:
+    """Switches kernels on or off, as `DROPCONNECT_COMPILE` does; afterwards they are as they were."""
+    before = set_compile_enabled(False)
+    set_compile_enabled(before)
+    yield set_compile_enabled
+    set_compile_enabled(before)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Any]:
+    """A fresh tiny transformers model by name, the same weights every time."""
+    return make_tiny
 
 
 @pytest.fixture(autouse=True)
@@ -127,14 +151,23 @@ def check_mean() -> Callable[..., Estimate]:
 
 
 @pytest.fixture
-def keys(monkeypatch) -> list[Tensor]:
+def keys(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Every key drawn by a forward call, in order: how many masks there were, and which."""
     drawn: list[Tensor] = []
-    draw: Any = state.draw_key  # type: ignore[attr-defined]
 
-    def spy(*args):
+    def spy(*args: Any) -> Any:
         drawn.append(draw(*args))
         return drawn[-1]
 
-    monkeypatch.setattr(state, "draw_key", spy)
+    draw = internals.replace_draw_key(monkeypatch, spy)
     return drawn
+
+
+@pytest.fixture
+def masked_weights(monkeypatch: pytest.MonkeyPatch) -> list[StorageWeakRef]:
+    """The memory of every masked weight that is made."""
+    made: list[StorageWeakRef] = []
+    internals.note_masked_weights(
+        monkeypatch, lambda used: made.append(StorageWeakRef(used.untyped_storage()))
+    )
+    return made

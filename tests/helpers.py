@@ -1,18 +1,16 @@
-"""What the tests of the core share: a full snapshot of a model, and masked weights written out."""
+"""A full snapshot of a model, and its sites and parameters by their plain names."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from surgery import DropConnectModule
-from surgery.ops import hash_bits
-from surgery.ops.hash import mix, multipliers, spread
 from surgery.spec.plan import join
+
+from .internals import states_of
 
 REBUILT = frozenset({"_flat_weights", "_flat_weight_refs"})
 """Lists that `nn.RNNBase` makes from its parameters again and again."""
@@ -28,7 +26,7 @@ def bits_of(tensor: Tensor | None) -> Any:
     if tensor.device.type == "meta" or not tensor.numel():
         return form
     value = tensor.detach().contiguous().view(-1)
-    return form, value.view(torch.uint8).tolist()
+    return form, value.view(torch.uint8).numpy().tobytes()
 
 
 class Snapshot:
@@ -70,38 +68,12 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def keep(key: Tensor, p: float, *shape: int) -> Tensor:
-    """The keep mask of a key, row-major, as 0 and 1 in float64."""
-    index = torch.arange(math.prod(shape), dtype=torch.int32)
-    threshold = min(round(p * 2**32), 2**32) - 2**31
-    return (hash_bits(index, key).long() >= threshold).double().view(shape)
-
-
-def keep_examples(key: Tensor, p: float, examples: int, *shape: int) -> Tensor:
-    """The keep masks of the elements of a weight, one for each example."""
-    places = spread(torch.arange(math.prod(shape), dtype=torch.int32))
-    bits = mix(places, key, multipliers(examples, key)[:, None]).long()
-    return (bits >= min(round(p * 2**32), 2**32) - 2**31).double().view(examples, *shape)
-
-
-def masked(weight: Tensor, mask: Tensor, p: float, anchor: Tensor | None = None) -> Tensor:
-    """`A + m (W - A) / (1 - p)` as the library rounds it; `mask` broadcasts to the weight."""
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    scale = torch.tensor(1 / (1 - round(p * 2**32) / 2**32) if p < 1 else 0.0, dtype=wide)
-    kept = weight.to(wide) * scale
-    if anchor is None:
-        return torch.where(mask.bool(), kept, torch.zeros((), dtype=wide)).to(weight.dtype)
-    towards = anchor.to(wide)
-    return torch.where(mask.bool(), kept + towards * (1 - scale), towards).to(weight.dtype)
-
-
 def site_names(model: nn.Module) -> list[str]:
     """Plain dotted names of the sites that draw a key of their own, in the order of the model."""
     return [
         join(name, state.name)
         for name, module in model.named_modules()
-        if isinstance(module, DropConnectModule)
-        for state in module._dropconnect.values()
+        for state in states_of(module)
         if state.follows is None
     ]
 

@@ -75,7 +75,7 @@ def test_entry_points_can_be_imported() -> None:
     pytest.importorskip("transformers")
     for name, target in project()["project"]["entry-points"]["surgery.plugins"].items():
         if importlib.util.find_spec(name.partition(".")[0]) is not None:
-            importlib.import_module(target)
+            assert importlib.import_module(target).__doc__, target
 
 
 def test_installed_entry_points_are_those_of_the_project() -> None:

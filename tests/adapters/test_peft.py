@@ -17,6 +17,8 @@ from surgery import apply_dropconnect, dropconnect_sites, plan_dropconnect, stri
 from surgery.adapters.transformers import DropConnectCallback
 from surgery.verbs.checkpoint import PLAN_FILE, anchors
 
+from ..internals import set_constant
+
 peft = pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -55,11 +57,11 @@ CASES: dict[str, tuple[Any, list[str]]] = {
 
 
 @pytest.fixture
-def adapt(make: Any) -> Any:
+def adapt(tiny: Any) -> Any:
     """A tiny BERT with an adapter whose trainable weights are random, by seed."""
 
     def build(config: Any, seed: int = 0) -> Any:
-        model = peft.get_peft_model(make("bert"), config)
+        model = peft.get_peft_model(tiny("bert"), config)
         return randomize(model, seed)
 
     return build
@@ -151,7 +153,7 @@ def test_while_the_classes_cannot_change(
     config, targets = CASES[case]
     plain, model = adapt(config(), 1), adapt(config(), 2)
     apply_dropconnect(model, targets, p=0.3, toward="pretrained")
-    monkeypatch.setattr("surgery.verbs.savers.can_undo", lambda _: False)
+    set_constant(monkeypatch, "can classes change", lambda _: False)
     given = peft.get_peft_model_state_dict(plain)
     assert list(peft.get_peft_model_state_dict(model)) == list(given)
     peft.set_peft_model_state_dict(model, given)
@@ -227,11 +229,11 @@ def test_merging_and_mixing_is_that_of_the_plain_model(lora: Any, logits: Any) -
     assert all(map(torch.equal, *seen))
 
 
-def test_adapter_on_an_operated_base(make: Any, lora: Any, tmp_path: Path, logits: Any) -> None:
+def test_adapter_on_an_operated_base(tiny: Any, lora: Any, tmp_path: Path, logits: Any) -> None:
     """`PeftModel.from_pretrained` wraps operated layers: they stay operated."""
     plain = lora(1, operated=False)
     plain.save_pretrained(tmp_path)
-    base = apply_dropconnect(make("bert"), "all-linear", p=0.3, toward="pretrained")
+    base = apply_dropconnect(tiny("bert"), "all-linear", p=0.3, toward="pretrained")
     count = len(dropconnect_sites(base))
     model = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
     assert len(dropconnect_sites(model)) == count
@@ -263,30 +265,30 @@ class TestHotswap:
         model(**inputs(model)).loss.backward()
 
 
-def test_base_weights_by_their_own_names(lora: Any, make: Any) -> None:
+def test_base_weights_by_their_own_names(lora: Any, tiny: Any) -> None:
     functions = peft.utils.save_and_load
     if not hasattr(functions, "set_base_model_state_dict"):
         pytest.skip("this version of PEFT lacks it")
     model = apply_dropconnect(lora(), "*.base_layer", p=0.3)
-    wanted = randomize(make("bert"), 5).state_dict()
+    wanted = randomize(tiny("bert"), 5).state_dict()
     functions.set_base_model_state_dict(model, wanted)
     assert_same(functions.get_base_model_state_dict(model), wanted)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 def test_transformers_own_integration(
-    make: Any, lora: Any, tmp_path: Path, logits: Any, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, lora: Any, tmp_path: Path, logits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`PreTrainedModel.load_adapter` would initialise again what it does not find."""
     integration = pytest.importorskip("transformers.integrations.peft")
     monkeypatch.setattr(integration, "check_peft_version", lambda **_: None)
     plain = lora(1, operated=False)
     plain.save_pretrained(tmp_path / "adapter")
-    untouched = make("bert")
+    untouched = tiny("bert")
     untouched.load_adapter(tmp_path / "adapter")
     if not torch.equal(logits(untouched), logits(plain)):
         pytest.skip("this transformers does not load the adapter into a plain model either")
-    model = apply_dropconnect(make("bert"), "all-linear", p=0.3, toward="pretrained")
+    model = apply_dropconnect(tiny("bert"), "all-linear", p=0.3, toward="pretrained")
     model.load_adapter(tmp_path / "adapter", is_trainable=True)
     apply_dropconnect(model, LORA, p=0.3)
     sites, before = dropconnect_sites(model), copy.deepcopy(model)
@@ -296,7 +298,7 @@ def test_transformers_own_integration(
     assert_same(state, dict(before.state_dict()))
     assert torch.equal(logits(before), logits(plain))
     before.save_pretrained(tmp_path / "saved")
-    again = make("bert")
+    again = tiny("bert")
     again.load_adapter(tmp_path / "saved")
     assert torch.equal(logits(again), logits(plain))
 

@@ -60,8 +60,8 @@ def own_copy(state: Any) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in state.items()}
 
 
-def test_arguments_by_name(make: Any, tmp_path: Path) -> None:
-    for model in (make("bert"), apply_dropconnect(make("bert"), "all-linear", p=0.3)):
+def test_arguments_by_name(tiny: Any, tmp_path: Path) -> None:
+    for model in (tiny("bert"), apply_dropconnect(tiny("bert"), "all-linear", p=0.3)):
         model.save_pretrained(save_directory=tmp_path)
         stored = load_file(tmp_path / "model.safetensors")
         assert_same(stored, plain_state_dict(model))

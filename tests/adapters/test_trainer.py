@@ -25,6 +25,8 @@ from surgery import (
 from surgery.adapters.transformers import DropConnectCallback
 from surgery.verbs.checkpoint import PLAN_FILE, anchors
 
+from ..internals import states_of
+
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in plain_state_dict(model).items()}
@@ -38,21 +40,21 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
 @pytest.mark.parametrize("toward", ["zero", "pretrained"])
-def test_resumes_bit_for_bit(make: Any, trainer: Any, name: str, toward: str) -> None:
+def test_resumes_bit_for_bit(tiny: Any, trainer: Any, name: str, toward: str) -> None:
     def callback() -> DropConnectCallback:
         return DropConnectCallback("all-linear", p=0.3, toward=toward, schedule="cosine")
 
-    whole = make(name)
+    whole = tiny(name)
     trainer(whole, [callback()], save_strategy="steps", save_steps=3).train()
     checkpoint = next(Path(whole_dir(trainer, whole)).glob("checkpoint-3"))
 
-    resumed = make(name)
+    resumed = tiny(name)
     second = trainer(resumed, [callback()])
     second.train(resume_from_checkpoint=str(checkpoint))
     assert_same(weights(resumed), weights(whole))
     if toward == "pretrained":
         assert_same(anchors(resumed), anchors(whole))
-        start = dict(make(name).named_parameters())
+        start = dict(tiny(name).named_parameters())
         assert_same(anchors(resumed), {k: start[k].detach() for k in anchors(resumed)})
 
 
@@ -60,17 +62,17 @@ def whole_dir(trainer: Any, model: nn.Module) -> str:
     return str(trainer(model).args.output_dir)
 
 
-def test_resumes_when_applied_before_the_trainer(make: Any, trainer: Any) -> None:
-    whole = apply_dropconnect(make("bert"), "all-linear", p=0.3, toward="pretrained")
+def test_resumes_when_applied_before_the_trainer(tiny: Any, trainer: Any) -> None:
+    whole = apply_dropconnect(tiny("bert"), "all-linear", p=0.3, toward="pretrained")
     trainer(whole, save_strategy="steps", save_steps=3).train()
-    resumed = apply_dropconnect(make("bert"), "all-linear", p=0.3, toward="pretrained")
+    resumed = apply_dropconnect(tiny("bert"), "all-linear", p=0.3, toward="pretrained")
     run = trainer(resumed)
     run.train(resume_from_checkpoint=str(Path(run.args.output_dir) / "checkpoint-3"))
     assert_same(weights(resumed), weights(whole))
 
 
-def test_dropconnect_changes_the_training(make: Any, trainer: Any) -> None:
-    with_it, without = make("bert"), make("bert")
+def test_dropconnect_changes_the_training(tiny: Any, trainer: Any) -> None:
+    with_it, without = tiny("bert"), tiny("bert")
     trainer(with_it, [DropConnectCallback("all-linear", p=0.3)]).train()
     trainer(without).train()
     name = "bert.encoder.layer.0.output.dense.weight"
@@ -78,14 +80,14 @@ def test_dropconnect_changes_the_training(make: Any, trainer: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "mixtral"])
-def test_every_checkpoint_is_plain(make: Any, trainer: Any, logits: Any, name: str) -> None:
-    model = make(name)
+def test_every_checkpoint_is_plain(tiny: Any, trainer: Any, logits: Any, name: str) -> None:
+    model = tiny(name)
     plain_names = set(model.state_dict())
     run = trainer(model, [DropConnectCallback(p=0.2)], save_strategy="steps", save_steps=2)
     run.train()
     for step in (2, 4, 6):
         folder = Path(run.args.output_dir) / f"checkpoint-{step}"
-        loaded, info = type(make(name)).from_pretrained(folder, output_loading_info=True)
+        loaded, info = type(tiny(name)).from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         assert not info["mismatched_keys"]
@@ -95,8 +97,8 @@ def test_every_checkpoint_is_plain(make: Any, trainer: Any, logits: Any, name: s
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_load_best_model_at_end(make: Any, trainer: Any) -> None:
-    model = make("bert")
+def test_load_best_model_at_end(tiny: Any, trainer: Any) -> None:
+    model = tiny("bert")
     run = trainer(
         model, [DropConnectCallback(p=0.2)], save_strategy="steps", save_steps=2,
         eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
@@ -108,8 +110,8 @@ def test_load_best_model_at_end(make: Any, trainer: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")  # transformers 5.0
-def test_save_total_limit_with_anchors(make: Any, trainer: Any) -> None:
-    model = make("bert")
+def test_save_total_limit_with_anchors(tiny: Any, trainer: Any) -> None:
+    model = tiny("bert")
     callback = DropConnectCallback(p=0.2, toward="pretrained")
     run = trainer(model, [callback], save_strategy="steps", save_steps=2, save_total_limit=1)
     run.train()
@@ -129,24 +131,23 @@ def test_save_total_limit_with_anchors(make: Any, trainer: Any) -> None:
     ids=["constant", "linear", "cosine", "warmup", "callable"],
 )
 def test_schedule_moves_and_logs_p(
-    make: Any, trainer: Any, schedule: Any, warmup: float, expected: list[float]
+    tiny: Any, trainer: Any, schedule: Any, warmup: float, expected: list[float]
 ) -> None:
     callback = DropConnectCallback(p=0.4, schedule=schedule, warmup=warmup)
-    run = trainer(make("bert"), [callback])
+    run = trainer(tiny("bert"), [callback])
     run.train()
     logged = [entry["dropconnect_p"] for entry in run.state.log_history if "loss" in entry]
     assert logged == pytest.approx(expected, abs=1e-12)
 
 
-def test_schedule_keeps_the_proportion_between_sites(make: Any, trainer: Any) -> None:
-    model, seen = make("bert"), set[tuple[float, float]]()
+def test_schedule_keeps_the_proportion_between_sites(tiny: Any, trainer: Any) -> None:
+    model, seen = tiny("bert"), set[tuple[float, float]]()
 
     class Look(transformers.TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             attention = model.bert.encoder.layer[0].attention.self
-            seen.add(
-                tuple(part._dropconnect["weight"].p for part in (attention.query, attention.key))
-            )
+            parts = attention.query, attention.key
+            seen.add(tuple(state.p for part in parts for state in states_of(part)))
 
     targets = {"*.query": 0.4, "*.key": 0.2}
     callback = DropConnectCallback(targets, schedule=lambda progress: 0.5)
@@ -155,15 +156,15 @@ def test_schedule_keeps_the_proportion_between_sites(make: Any, trainer: Any) ->
     assert {site.p for site in dropconnect_sites(model)} == {0.4, 0.2}
 
 
-def test_schedules_do_not_compound(make: Any, trainer: Any) -> None:
+def test_schedules_do_not_compound(tiny: Any, trainer: Any) -> None:
     """A second training starts from the full p, and so does what a checkpoint restores."""
-    model = make("bert")
+    model = tiny("bert")
     first = trainer(
         model, [DropConnectCallback(p=0.4, schedule="linear")], save_strategy="steps", save_steps=3
     )
     first.train()
     folder = Path(first.args.output_dir) / "checkpoint-3"
-    assert {site.p for site in dropconnect_sites(load_dropconnect(make("bert"), folder))} == {0.4}
+    assert {site.p for site in dropconnect_sites(load_dropconnect(tiny("bert"), folder))} == {0.4}
     second = trainer(model, [DropConnectCallback(schedule="linear")])
     second.train()
     logged = [row["dropconnect_p"] for row in second.state.log_history if "loss" in row]
@@ -176,34 +177,34 @@ def test_config_brings_its_own_p() -> None:
     assert DropConnectCallback(p=0.2, config=DropConnectConfig(p=0.3)).config.p == 0.2
 
 
-def test_bf16_then_strip(make: Any, trainer: Any) -> None:
+def test_bf16_then_strip(tiny: Any, trainer: Any) -> None:
     """accelerate keeps the bound forward from before strip_dropconnect."""
-    model = apply_dropconnect(make("bert"), "all-linear", p=0.2)
+    model = apply_dropconnect(tiny("bert"), "all-linear", p=0.2)
     run = trainer(model, bf16=True)
     run.train()
     strip_dropconnect(model)
     assert "eval_loss" in run.evaluate()
 
 
-def test_strip_at_end(make: Any, trainer: Any) -> None:
-    model = make("bert")
+def test_strip_at_end(tiny: Any, trainer: Any) -> None:
+    model = tiny("bert")
     names = list(model.state_dict())
     trainer(model, [DropConnectCallback(p=0.2, strip_at_end=True)]).train()
     assert list(model.state_dict()) == names
     assert len(dropconnect_sites(model)) == 0
 
 
-def test_resume_without_known_anchors_is_an_error(make: Any, trainer: Any, tmp_path: Path) -> None:
-    model = make("bert")
+def test_resume_without_known_anchors_is_an_error(tiny: Any, trainer: Any, tmp_path: Path) -> None:
+    model = tiny("bert")
     callback = DropConnectCallback(p=0.2, toward="pretrained")
     run = trainer(model, [callback], save_strategy="steps", save_steps=3)
     run.train()
     moved = tmp_path / "elsewhere"
     (Path(run.args.output_dir) / "checkpoint-3").rename(moved)
-    lost = trainer(make("bert"), [DropConnectCallback(p=0.2, toward="pretrained")])
+    lost = trainer(tiny("bert"), [DropConnectCallback(p=0.2, toward="pretrained")])
     with pytest.raises(SurgeryError, match=r"step 3 .*anchors_from"):
         lost.train(resume_from_checkpoint=str(moved))
-    told = make("bert")
+    told = tiny("bert")
     hint = DropConnectCallback(p=0.2, toward="pretrained", anchors_from=moved)
     trainer(told, [hint]).train(resume_from_checkpoint=str(moved))
     assert_same(weights(told), weights(model))
@@ -238,8 +239,8 @@ def test_plain_torch_model_under_trainer(trainer: Any) -> None:
     assert_same({k: stored[k] for k in weights(model)}, weights(model))
 
 
-def test_a_site_that_is_never_used_is_reported(make: Any, trainer: Any) -> None:
-    model = make("bert")
+def test_a_site_that_is_never_used_is_reported(tiny: Any, trainer: Any) -> None:
+    model = tiny("bert")
     model.spare = nn.Linear(4, 4)
     with pytest.warns(UserWarning, match=r"1 DropConnect sites.*'spare\.weight'"):
         trainer(model, [DropConnectCallback("*.spare", p=0.2)]).train()
@@ -261,17 +262,17 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
         DropConnectCallback(**options)
 
 
-def test_wrong_targets_leave_the_model_alone(make: Any, trainer: Any) -> None:
-    model = make("bert")
+def test_wrong_targets_leave_the_model_alone(tiny: Any, trainer: Any) -> None:
+    model = tiny("bert")
     names = list(model.state_dict())
     with pytest.raises(SurgeryError, match=r"'\*\.fc' matches no module"):
         trainer(model, [DropConnectCallback("*.fc")]).train()
     assert list(model.state_dict()) == names
 
 
-def test_two_callbacks_and_a_model_that_was_operated_on(make: Any, trainer: Any) -> None:
+def test_two_callbacks_and_a_model_that_was_operated_on(tiny: Any, trainer: Any) -> None:
     """Sites are added; what is in place with other options is an error; the same again is nothing."""
-    model = make("bert")
+    model = tiny("bert")
     callback = DropConnectCallback("*.attention.self.*", p=0.2)
     others = DropConnectCallback({"*.intermediate.dense": 0.3})
     run = trainer(model, [callback, others])

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgery.base import files
 from surgery.base.files import whole_file
 
 
@@ -70,14 +69,15 @@ with whole_file(Path(sys.argv[1]) / "file") as path:
 def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)])
     (left,) = names(tmp_path)
-    (tmp_path / left.replace(files._HOST, "0" * 8)).mkdir()  # of another host, perhaps at work
-    old = tmp_path / left.replace(files._HOST, "1" * 8)
+    _, host, _ = left.split("-")
+    (tmp_path / left.replace(host, "0" * 8)).mkdir()  # of another host, perhaps at work
+    old = tmp_path / left.replace(host, "1" * 8)
     old.mkdir()
     os.utime(old, (1, 1))
     (tmp_path / ".dropconnect-notes.unfinished").write_text("the user's")
     with whole_file(tmp_path / "file") as path:
         Path(path).write_text("whole")
-    kept = [".dropconnect-notes.unfinished", left.replace(files._HOST, "0" * 8), "file"]
+    kept = [".dropconnect-notes.unfinished", left.replace(host, "0" * 8), "file"]
     assert names(tmp_path) == sorted(kept)
 
 
@@ -113,7 +113,9 @@ def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
 def test_a_link_is_not_taken_for_what_was_left(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious").write_text("")
-    link = tmp_path / f".dropconnect-{files._HOST}-abc.unfinished"
+    with whole_file(tmp_path / "file") as path:
+        Path(path).write_text("")
+        link = Path(path).parent
     link.symlink_to(tmp_path / "elsewhere")
     with whole_file(tmp_path / "file") as path:
         Path(path).write_text("")

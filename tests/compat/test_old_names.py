@@ -14,6 +14,8 @@ from surgery import Plan, dropconnect_sites, strip_dropconnect
 from surgery.aliases import MOVED
 from surgery.modules import SiteState
 
+from ..internals import states_of
+
 FILE = Path(__file__).with_name("before_the_rooms.pt")
 """Written by release 0.1.0.dev of one room: models with DropConnect in modules and in graphs, a plan, a
 config, and what the models returned in `eval()` and, after `torch.manual_seed(1)`, in training."""
@@ -43,7 +45,7 @@ def test_what_it_holds_is_of_todays_classes() -> None:
     net = saved["models"]["net"]
     assert isinstance(saved["plan"], Plan)
     assert [site.name for site in dropconnect_sites(net)] == [site.name for site in saved["plan"]]
-    assert all(type(state) is SiteState for state in net[0]._dropconnect.values())
+    assert {type(state) for state in states_of(net[0])} == {SiteState}
     assert type(strip_dropconnect(net)[0]) is torch.nn.Linear
 
 

@@ -4,7 +4,6 @@ Triton's interpreter, whatever does not need CUDA itself: so they are tried wher
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from surgery.ops import key_from_seed
-from surgery.ops.gpu import launch
+
+from .. import internals
 
 HERE = Path(__file__).parent
 ON_CPU = not torch.cuda.is_available() and os.environ.get("DROPCONNECT_TEST_DEVICE") == "cpu"
@@ -57,7 +57,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield "cuda"
         return
     numpy = pytest.importorskip("numpy")
-    monkeypatch.setattr(launch, "INTERPRETED", {"cpu"})
+    internals.set_constant(monkeypatch, "interpreted devices", {"cpu"})
     with numpy.errstate(all="ignore"):  # a GPU does not warn of what overflows
         yield "cpu"
 
@@ -93,9 +93,7 @@ def same_draws(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def noise_like(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return noise(*like.shape, dtype=dtype or like.dtype, device=like.device)
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("surgery.") and hasattr(module, "draw_key"):
-            monkeypatch.setattr(module, "draw_key", draw)
+    internals.replace_draw_key(monkeypatch, draw)
     monkeypatch.setattr(torch, "randn", noise)
     monkeypatch.setattr(torch, "randn_like", noise_like)
     return restart

@@ -71,6 +71,7 @@ def test_a_step_waits_for_nothing(cuda: str, sampling: str) -> None:
             model(x).square().sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    assert all(weight.grad is not None for weight in model.parameters())
 
 
 class Captured:

@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from surgery import apply_dropconnect
 from surgery.ops import Law, Layout, draw_key, drop_weight, key_from_seed
-from surgery.ops.hash import _derived, key_tensor
+from surgery.ops.hash import key_tensor
+
+from ..internals import derived_key
 
 NARROW = [torch.bfloat16, torch.float16]
 
@@ -167,7 +169,7 @@ def test_ranks_have_masks_of_their_own(device: str, monkeypatch) -> None:
         torch.manual_seed(2)
         keys.append(key_tensor(draw_key(torch.device(device), rank), "cpu"))
     for rank in (1, 2):
-        assert torch.equal(keys[rank], _derived(keys[0], rank))
+        assert torch.equal(keys[rank], derived_key(keys[0], rank))
     layer = layer_on(device)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     masks = []

@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 from surgery import apply_dropconnect, dropconnect_sites, set_p, strip_dropconnect
 from surgery.spec.plan import join
 
-from ..cases import Case, every_case
-from ..helpers import keep, masked, plain_parameter, site_names
+from ..expected import keep, masked
+from ..helpers import plain_parameter, site_names
+from ..zoo.kinds import Case, every_case
 
 P = 0.4
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from surgery import apply_dropconnect, dropconnect_sites
 from surgery.kinds.reads import reads
 
-from ..helpers import keep, masked
+from ..expected import keep, masked
 
 
 class Base(nn.Module):
@@ -360,12 +360,8 @@ def test_traced_graph_that_reads_the_child(keys) -> None:
     assert torch.equal(output, F.linear(x, used, graph.proj.bias))
 
 
-def test_mamba_projection_is_drawn_by_the_mixer(keys) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.MambaConfig(
-        vocab_size=12, hidden_size=8, state_size=4, num_hidden_layers=1, intermediate_size=16
-    )
-    model = transformers.MambaForCausalLM(config).train()
+def test_mamba_projection_is_drawn_by_the_mixer(keys, tiny) -> None:
+    model = tiny("mamba", num_hidden_layers=1).train()
     plain = copy.deepcopy(model)
     apply_dropconnect(model, "*.dt_proj", p=0.5)
     (site,) = dropconnect_sites(model)

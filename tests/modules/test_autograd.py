@@ -24,7 +24,7 @@ from surgery.ops.law import Layout
 from surgery.ops.linear import masked_linear
 from surgery.ops.mask import drop_weight
 
-from ..cases import CASES, Case, every_case
+from ..zoo.kinds import CASES, Case, every_case
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # the first `make_dual`

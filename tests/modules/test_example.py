@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from surgery import apply_dropconnect, hold_masks, set_p, strip_dropconnect
 
-from ..helpers import Snapshot, keep, keep_examples, masked
+from ..expected import keep, keep_examples, mask_shape, masked
+from ..helpers import Snapshot
 
 P = 0.4
 UNITS = ("element", "input", "output", "tensor")
@@ -23,16 +24,8 @@ every_unit = pytest.mark.parametrize("unit", UNITS)
 channel_units = pytest.mark.parametrize("unit", UNITS[1:])
 
 
-def entries(key: Tensor, unit: str, examples: int, out: int, width: int) -> Tensor:
-    """The keep masks of a matrix, (examples, out or 1, in or 1)."""
-    if unit == "element":
-        return keep_examples(key, P, examples, out, width)
-    rows, columns = out if unit == "output" else 1, width if unit == "input" else 1
-    return keep(key, P, examples, rows, columns)
-
-
-def bias_entries(key: Tensor, unit: str, examples: int, out: int) -> Tensor:
-    return keep(key, P, examples, out if unit in ("element", "output") else 1)
+def bias_masks(key: Tensor, unit: str, examples: int, size: int) -> Tensor:
+    return keep(key, P, examples, *mask_shape((size,), unit))
 
 
 class Anchored:
@@ -58,13 +51,13 @@ def reference(made: Anchored, x: Tensor, unit: str, keys: list[Tensor], bias: bo
     if not isinstance(made.layer, nn.Linear):  # transformers' Conv1D
         matrix, towards = matrix.t(), None if towards is None else towards.t()
     out, width = matrix.shape
-    mask = entries(keys[0], unit, len(x), out, width).expand(-1, out, width)
+    mask = keep_examples(keys[0], P, len(x), out, width, unit=unit).expand(-1, out, width)
     outputs = []
     for example, rows in enumerate(x):
         used = masked(matrix, mask[example], P, towards)
         added = made.bias
         if bias:
-            of_bias = bias_entries(keys[-1], unit, len(x), out)[example]
+            of_bias = bias_masks(keys[-1], unit, len(x), out)[example]
             added = masked(made.bias, of_bias, P, made.anchor[1])
         outputs.append(F.linear(rows, used, added))
     return torch.stack(outputs)
@@ -161,7 +154,7 @@ def test_convolution(name: str, toward: str, unit: str, keys: list[Tensor]) -> N
 
     def expected(x: Tensor) -> Tensor:
         mask = conv_mask(layer, keys[0], unit, len(x))
-        of_bias = bias_entries(keys[-1], unit, len(x), layer.out_channels)
+        of_bias = bias_masks(keys[-1], unit, len(x), layer.out_channels)
         return torch.cat(
             [
                 layer._conv_forward(
@@ -214,7 +207,7 @@ def test_frozen_weight_passes_the_gradient_on(unit: str, keys: list[Tensor]) -> 
     apply_dropconnect(layer, nn.Linear, p=P, unit=unit, sampling="example")
     x = torch.randn(3, 1, 5, dtype=torch.float64, requires_grad=True)
     layer(x).sum().backward()
-    mask = entries(keys[0], unit, 3, 4, 5).expand(3, 4, 5)
+    mask = keep_examples(keys[0], P, 3, 4, 5, unit=unit).expand(3, 4, 5)
     wanted = torch.stack([masked(layer.weight, one, P).sum(0, keepdim=True) for one in mask])
     torch.testing.assert_close(x.grad, wanted)
 
@@ -270,7 +263,7 @@ def test_autocast(unit: str, keys: list[Tensor]) -> None:
         plain = layer.eval()(x)
     assert u.dtype == plain.dtype == torch.bfloat16
     layer.train()
-    mask = entries(keys[0], unit, 3, 8, 16)
+    mask = keep_examples(keys[0], P, 3, 8, 16, unit=unit)
     wanted = torch.stack(
         [F.linear(x[e], masked(layer.weight, mask[e], P), layer.bias) for e in range(3)]
     )
@@ -306,10 +299,11 @@ def test_gradients_accumulate(keys: list[Tensor]) -> None:
 
 
 def test_processes_draw_different_masks(monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     found = []
     for rank in (0, 1):
         layer = apply_dropconnect(nn.Linear(50, 1, bias=False), nn.Linear, sampling="example")
-        monkeypatch.setattr(type(next(iter(layer._dropconnect.values()))), "rank", rank)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         nn.init.ones_(layer.weight)
         torch.manual_seed(0)
         found.append(layer(torch.eye(50)[None]))

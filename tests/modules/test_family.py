@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surgery import apply_dropconnect
 
-from ..helpers import keep, keep_examples
+from ..expected import keep, keep_examples
 
 P = 0.3
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from surgery import apply_dropconnect, hold_masks, strip_dropconnect
-from surgery.modules import flat
+
+from ..internals import note_flat_weights, set_constant
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 
@@ -50,18 +52,12 @@ def flattened(rnn: nn.Module) -> nn.Module:
 def memories(monkeypatch) -> list[Tensor]:
     """Every piece of memory that was made for masked weights."""
     made: list[Tensor] = []
-    memory = flat.Flat._memory
-
-    def note(self: flat.Flat) -> Tensor:
-        made.append(memory(self))
-        return made[-1]
-
-    monkeypatch.setattr(flat.Flat, "_memory", note)
+    note_flat_weights(monkeypatch, made.append)
     return made
 
 
 def on(monkeypatch, *devices: str) -> None:
-    monkeypatch.setattr(flat, "DEVICES", set(devices))
+    set_constant(monkeypatch, "devices of flat weights", set(devices))
 
 
 def run(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
@@ -144,28 +140,20 @@ def test_a_forward_around_it_may_call_flatten_parameters(monkeypatch) -> None:
     assert model.rnn.weight_hh_l0_raw.grad is not None
 
 
-def test_memory_is_freed_after_the_forward_and_once_in_backward(memories, monkeypatch) -> None:
+def test_memory_is_freed_after_the_forward_and_once_in_backward(monkeypatch) -> None:
     """Autograd keeps the key, not the piece; backward has it once."""
     on(monkeypatch, "cpu")
     model = flattened(nn.LSTM(6, 16, num_layers=2, bidirectional=True))
     apply_dropconnect(model, "*", p=0.4)
-    alive = []
-    memory = flat.Flat._memory
-
-    def note(self: flat.Flat) -> Tensor:
-        made = memory(self)
-        alive.append(torch.multiprocessing.reductions.StorageWeakRef(made.untyped_storage()))
-        return made
-
-    monkeypatch.setattr(flat.Flat, "_memory", note)
+    alive: list[StorageWeakRef] = []
+    note_flat_weights(
+        monkeypatch, lambda made: alive.append(StorageWeakRef(made.untyped_storage()))
+    )
     loss = model(torch.randn(5, 3, 6))[0].sum()
-    memories.clear()
     assert [ref.expired() for ref in alive] == [True]
     loss.backward(retain_graph=True)
-    memories.clear()
     assert [ref.expired() for ref in alive] == [True, True]
     loss.backward()
-    memories.clear()
     assert [ref.expired() for ref in alive] == [True, True, True]
 
 

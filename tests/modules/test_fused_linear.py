@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery import apply_dropconnect, hold_masks, strip_dropconnect
-from surgery.modules import dropping
 from surgery.ops import release
-from surgery.ops.cpu import native, workspace
 
-from ..helpers import keep, masked
+from ..expected import keep, masked
+from ..internals import free_blocks, note_fused
 
 IN, OUT, P = 48, 40, 0.5
 
@@ -26,32 +25,11 @@ def linear(**options) -> nn.Linear:
 
 
 @pytest.fixture
-def kernel_calls(monkeypatch) -> list[tuple[bool, bool]]:
-    """Of each call: whether it makes a masked weight, and whether it masks a gradient."""
-    calls: list[tuple[bool, bool]] = []
-    drop = native.drop
-
-    def count(*args) -> None:
-        calls.append((args[3] is not None, args[4] is not None))
-        drop(*args)
-
-    monkeypatch.setattr(native, "drop", count)
-    return calls
-
-
-@pytest.fixture
-def fused_calls(monkeypatch) -> list[str]:
-    calls: list[str] = []
-    fused = dropping.fused_forward  # type: ignore[attr-defined]
-
-    def count(module, x):
-        found = fused(module, x)
-        if found is not None:
-            calls.append(next(iter(module._dropconnect.values())).site)
-        return found
-
-    monkeypatch.setattr(dropping, "fused_forward", count)
-    return calls
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The inputs of Linears that run as one function."""
+    inputs: list[Tensor] = []
+    note_fused(monkeypatch, inputs.append)
+    return inputs
 
 
 @pytest.mark.compiler
@@ -60,15 +38,14 @@ def fused_calls(monkeypatch) -> list[str]:
 def test_a_step_hashes_twice(shape, toward: str, kernel_calls) -> None:
     """Once in forward; once in backward, for the masked weight and the gradient."""
     linear(toward=toward)(torch.randn(shape, requires_grad=True)).sum().backward()
-    assert kernel_calls == [(True, False), (True, True)]
+    assert kernel_calls == ["drop", "drop both"]
 
 
 @pytest.mark.compiler
 def test_backward_makes_only_what_is_wanted(kernel_calls) -> None:
     linear()(torch.randn(3, IN)).sum().backward()
     linear().requires_grad_(False)(torch.randn(3, IN, requires_grad=True)).sum().backward()
-    first_of_inputs = [(True, False), (True, False)]
-    assert kernel_calls == [*first_of_inputs, *first_of_inputs]
+    assert kernel_calls == ["drop"] * 4
 
 
 class Sizes(TorchDispatchMode):
@@ -94,10 +71,10 @@ def test_masked_weights_of_all_layers_lie_in_one_block() -> None:
     model = apply_dropconnect(nn.Sequential(*layers), nn.Linear, p=P)
     for _ in range(2):
         model(torch.randn(3, 48, requires_grad=True)).sum().backward()
-    (block,) = workspace._free[torch.float32]
-    assert block.base.numel() == 64 * 80  # the largest weight
+    (block,) = free_blocks()
+    assert block.numel() == 64 * 80  # the largest weight
     strip_dropconnect(model)
-    assert not workspace._free
+    assert free_blocks() == []
 
 
 @pytest.mark.compiler
@@ -108,7 +85,7 @@ def test_a_mode_that_looks_on_sees_memory_of_its_own() -> None:
     with Sizes() as seen:
         layer(torch.randn(3, IN, requires_grad=True)).sum().backward()
     assert seen.sizes.count(IN * OUT) >= 2  # the masked weight of forward, and that of backward
-    assert not workspace._free
+    assert free_blocks() == []
 
 
 @pytest.mark.compiler
@@ -116,7 +93,7 @@ def test_memory_is_not_used_again_after_an_error() -> None:
     release()
     with pytest.raises(RuntimeError):
         linear()(torch.randn(3, IN + 1))
-    assert not workspace._free.get(torch.float32)
+    assert free_blocks() == []
 
 
 @pytest.mark.compiler

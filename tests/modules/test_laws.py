@@ -16,7 +16,7 @@ from surgery import apply_dropconnect, set_p
 from surgery.modules.laws import LawTable
 from surgery.modules.places import states_in
 
-from ..survive.models import assert_same, gradients, step_gradients
+from ..steps import assert_same, gradients, step_gradients
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from surgery import SurgeryError, apply_dropconnect
-from surgery.modules import masking
-from surgery.ops import linear as linear_op
 
-from ..helpers import keep, masked, plain_parameter
+from ..expected import keep, masked
+from ..helpers import plain_parameter
 
 IN, OUT, BATCH, P = 48, 40, 3, 0.5
 WEIGHT = IN * OUT
@@ -26,27 +24,6 @@ def linear(**options) -> nn.Linear:
 
 def batch() -> Tensor:
     return torch.randn(BATCH, IN, requires_grad=True)
-
-
-@pytest.fixture
-def masked_weights(monkeypatch) -> list[StorageWeakRef]:
-    """The storage of every masked weight that is made."""
-    made: list[StorageWeakRef] = []
-    drop, drop_both = masking.drop_weight, linear_op.drop_both  # type: ignore[attr-defined]
-
-    def spy(*args, **kwargs):
-        used = drop(*args, **kwargs)
-        made.append(StorageWeakRef(used.untyped_storage()))
-        return used
-
-    def spy_on_both(*args):
-        used, grad = drop_both(*args[:4])  # without the space that is used again and again
-        made.append(StorageWeakRef(used.untyped_storage()))
-        return used, grad
-
-    monkeypatch.setattr(masking, "drop_weight", spy)
-    monkeypatch.setattr(linear_op, "drop_both", spy_on_both)
-    return made
 
 
 def modules() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:

@@ -3,7 +3,7 @@ deterministic algorithms; and weights whose dtype is not that of their anchor.""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from surgery import apply_dropconnect
-from surgery.ops import engine, release
-from surgery.ops.switch import set_compile_enabled
+from surgery.ops import release
+
+from ..internals import forget_indices
 
 WIDTH = 600  # more than a chunk of weights
 
@@ -24,13 +25,11 @@ WIDTH = 600  # more than a chunk of weights
         pytest.param(False, id="plain"),
     ]
 )
-def fresh(request: pytest.FixtureRequest) -> Iterator[None]:
+def fresh(request: pytest.FixtureRequest, switch_kernels: Callable[[bool], bool]) -> None:
     """Nothing is kept from before."""
-    before = set_compile_enabled(request.param)
+    switch_kernels(request.param)
     release()
-    engine._indices_of_a_chunk.cache_clear()  # type: ignore[attr-defined]
-    yield
-    set_compile_enabled(before)
+    forget_indices()
 
 
 def linear(bias: bool = True, **options: Any) -> nn.Linear:

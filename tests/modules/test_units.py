@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from surgery import apply_dropconnect
 
-from ..cases import CASES, Case
-from ..helpers import keep, masked, plain_parameter
+from ..expected import keep, masked
+from ..helpers import plain_parameter
+from ..internals import states_of
+from ..zoo.kinds import CASES, Case
 
 P = 0.4
 SCALE = 1 / (1 - round(P * 2**32) / 2**32)
@@ -202,9 +204,9 @@ def test_bias_follows_where_its_weight_has_one_mask_entry_for_it(name, unit, key
     assert len(keys) == len(pairs) * (1 if unit in ("output", "tensor") else 2)
     for weight, bias in pairs.items():
         owner, _, parameter = bias.rpartition(".")
-        state = module.get_submodule(owner)._dropconnect[parameter]
+        states = {state.name: state for state in states_of(module.get_submodule(owner))}
         follows = weight.rpartition(".")[2] if unit in ("output", "tensor") else None
-        assert state.follows == follows
+        assert states[parameter].follows == follows
 
 
 @pytest.mark.parametrize("unit", ["element", "input"])

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from surgery import apply_dropconnect, hold_masks, plan_dropconnect
 from surgery.ops import release
-from surgery.ops.cpu import workspace
 
-from ..cases import Case, every_case
+from ..internals import free_blocks
+from ..zoo.kinds import Case, every_case
 from .test_autograd import operated_in_every_way, output, some_cases
 
 pytestmark = pytest.mark.filterwarnings(
@@ -199,5 +199,4 @@ def test_a_failing_forward_breaks_no_other(sampling: str) -> None:
         with contextlib.suppress(RuntimeError):
             layer(x).sum().backward()
         other(x).sum().backward()
-    for blocks in workspace._free.values():
-        assert all(block.base.layout is torch.strided for block in blocks)
+    assert all(block.layout is torch.strided for block in free_blocks())

@@ -110,8 +110,11 @@ def test_reading_is_no_write() -> None:
         (module.weight.data + 1).t().zero_()
 
     model = apply_dropconnect(Writer(read), "weight", p=0.5)
+    before = model.weight.detach().clone()
     model(torch.randn(3, 4)).sum().backward()
     model.eval()(torch.randn(3, 4))
+    assert model.weight_raw.grad is not None
+    assert torch.equal(model.weight, before)
 
 
 class Rescales(nn.Module):

@@ -14,18 +14,14 @@ from torch import Tensor, nn
 
 from surgery import apply_dropconnect, mc_predict, set_inference, strip_dropconnect
 
-transformers = pytest.importorskip("transformers")
+from ..zoo.tiny import tiny
+
+pytest.importorskip("transformers")
 P = 0.3
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 
 
 def tokens() -> dict[str, Tensor]:
-    return {"input_ids": torch.randint(0, 30, (3, 5))}
+    return {"input_ids": torch.randint(0, 99, (3, 5))}
 
 
 def moments(site: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +46,7 @@ def gated(mlp: Any, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    make: Callable[[], nn.Module]
+    model: str
     inputs: Callable[[], dict[str, Tensor]]
     targets: list[str]
     reads: str
@@ -60,54 +56,22 @@ class Case:
     by_hand: Callable[[Any, Tensor], Tensor]
 
 
-def bert() -> nn.Module:
-    config = transformers.BertConfig(vocab_size=30, **SIZES)
-    return transformers.BertForSequenceClassification(config)
-
-
-def llama() -> nn.Module:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=30, **SIZES))
-
-
-def vit() -> nn.Module:
-    config = transformers.ViTConfig(image_size=8, patch_size=4, **SIZES)
-    return transformers.ViTForImageClassification(config)
-
-
-def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(vocab_size=30, n_embd=16, n_layer=2, n_head=2, n_positions=16)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def t5() -> nn.Module:
-    config = transformers.T5Config(
-        vocab_size=30,
-        d_model=16,
-        d_kv=8,
-        d_ff=24,
-        num_layers=2,
-        num_heads=2,
-        decoder_start_token_id=0,
-    )
-    return transformers.T5ForConditionalGeneration(config)
-
-
 CASES = {
     "bert": Case(
-        bert, tokens, ["*intermediate.dense"], "bert.encoder.layer.1.output.dense",
+        "bert", tokens, ["*intermediate.dense"], "bert.encoder.layer.1.output.dense",
         "bert.encoder.layer.1.intermediate.dense",
         lambda site, x: integral(F.gelu, *moments(site, x)),
     ),
     "llama": Case(
-        llama, tokens, ["*gate_proj", "*up_proj"], "model.layers.1.mlp.down_proj", "model.layers.1.mlp",
-        gated,
+        "llama", tokens, ["*gate_proj", "*up_proj"], "model.layers.1.mlp.down_proj",
+        "model.layers.1.mlp", gated,
     ),
     "gpt2": Case(
-        gpt2, tokens, ["*c_fc"], "transformer.h.1.mlp.c_proj", "transformer.h.1.mlp.c_fc",
+        "gpt2", tokens, ["*c_fc"], "transformer.h.1.mlp.c_proj", "transformer.h.1.mlp.c_fc",
         lambda site, x: integral(gelu_new, *moments(site, x)),
     ),
     "t5": Case(
-        t5, lambda: {**tokens(), "labels": torch.randint(0, 30, (3, 4))}, ["*DenseReluDense.wi"],
+        "t5", lambda: {**tokens(), "labels": torch.randint(0, 99, (3, 4))}, ["*DenseReluDense.wi"],
         "decoder.block.1.layer.2.DenseReluDense.wo", "decoder.block.1.layer.2.DenseReluDense.wi",
         lambda site, x: integral(torch.relu, *moments(site, x)),
     ),
@@ -117,7 +81,7 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 def build(case: Case, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = case.make().double().eval()
+    model = tiny(case.model).double().eval()
     with torch.no_grad():
         for weight in model.parameters():  # initial weights of transformers hide every effect
             weight.mul_(4)
@@ -158,25 +122,25 @@ def test_deterministic_plain_outputs(case: Case) -> None:
     assert torch.equal(logits(model, inputs), plain)
 
 
-@pytest.mark.parametrize("make", [bert, llama, vit, gpt2, t5])
-def test_every_linear_layer_at_once(make: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("name", ["bert", "llama", "vit", "gpt2", "t5"])
+def test_every_linear_layer_at_once(name: str) -> None:
     """Attention sees means; hidden states and attentions are tensors too."""
-    model = apply_dropconnect(make().eval(), "all-linear", p=P, inference="moments")
-    inputs = {"pixel_values": torch.randn(2, 3, 8, 8)} if make is vit else tokens()
-    if make is t5:
-        inputs["labels"] = torch.randint(0, 30, (3, 4))
+    model = apply_dropconnect(tiny(name).eval(), "all-linear", p=P, inference="moments")
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16)} if name == "vit" else tokens()
+    if name == "t5":
+        inputs["labels"] = torch.randint(0, 99, (3, 4))
     with torch.no_grad():
         outputs = model(**inputs, output_hidden_states=True, return_dict=True)
         as_tuple = model(**inputs, return_dict=False)
     states = outputs.get("hidden_states") or outputs["decoder_hidden_states"]
     assert {type(state) for state in states} == {Tensor}
-    assert torch.equal(as_tuple[1 if make is t5 else 0], outputs.logits)
+    assert torch.equal(as_tuple[1 if name == "t5" else 0], outputs.logits)
     assert outputs.logits.isfinite().all()
 
 
 def test_generation_and_uncertainty() -> None:
     model = build(CASES["llama"])
-    prompt = torch.randint(0, 30, (2, 4))
+    prompt = torch.randint(0, 99, (2, 4))
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     first, second = (model.generate(prompt, **options) for _ in range(2))
     assert first.shape == (2, 7)

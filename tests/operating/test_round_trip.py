@@ -21,8 +21,8 @@ from surgery import (
     strip_dropconnect,
 )
 
-from ..cases import CASES, Case, every_case
 from ..helpers import Snapshot
+from ..zoo.kinds import CASES, Case, every_case
 
 
 @every_case

@@ -18,6 +18,7 @@ from surgery import (
     DropConnectModule,
     SurgeryError,
     apply_dropconnect,
+    dropconnect_sites,
     hold_masks,
     load_dropconnect,
     plan_dropconnect,
@@ -296,7 +297,7 @@ def test_copy_copy_can_be_stripped_alone() -> None:
         shallow = copy.copy(layer)
         assert all(a is b for a, b in zip(shallow.parameters(), layer.parameters()))
         set_p(shallow, 0.25)
-        assert {state.p for state in layer._dropconnect.values()} == {0.5}
+        assert {site.p for site in dropconnect_sites(layer)} == {0.5}
         for one, other in ((layer, shallow), (copy.copy(shallow), shallow)):
             strip_dropconnect(one)
             torch.testing.assert_close(one(x), plain)

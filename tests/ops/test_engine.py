@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,16 +15,16 @@ from surgery.ops import (
     Law,
     Layout,
     drop_weight,
-    engine,
     key_from_seed,
     masked_formula,
     switch,
 )
-from surgery.ops.cpu import native
 from surgery.ops.cpu.workspace import Block
-from surgery.ops.gpu import launch
 from surgery.ops.law import Mask
 from surgery.ops.mask import drop_both
+from surgery.ops.switch import set_compile_enabled
+
+from ..internals import constant, forget_failures, set_constant
 
 KEY = key_from_seed(21)
 ROWS, COLUMNS = 101, 257
@@ -36,45 +35,22 @@ LAYOUTS = {
     "column": Layout.shared(SHAPE, (1,)),
     "tensor": Layout.shared(SHAPE, ()),
 }
+CHUNK = constant("chunk")
 towards = pytest.mark.parametrize("anchored", [False, True], ids=["zero", "pretrained"])
 
 
 @pytest.fixture(autouse=True)
-def fresh_engine(monkeypatch):
+def fresh_engine(monkeypatch: pytest.MonkeyPatch, switch_kernels: Callable[[bool], bool]) -> None:
     """An engine that has not found out yet whether compiling works."""
-    monkeypatch.setattr(switch, "_broken", set())
-    monkeypatch.setattr(switch, "_enabled", True)
+    forget_failures(monkeypatch)
+    switch_kernels(True)
 
 
-@pytest.fixture
-def plain(monkeypatch):
-    """Switch compiling off, as `DROPCONNECT_COMPILE=0` does; `plain(False)` switches it on again."""
-
-    def turn(off: bool = True) -> None:
-        monkeypatch.setattr(switch, "_enabled", not off)
-
-    return turn
-
-
-@pytest.fixture
-def kernel_calls(monkeypatch) -> list[int]:
-    """Counts the calls of kernels, by what they mask: 1 for a weight, 2 for a weight and a gradient."""
-    calls: list[int] = []
-    drop = native.drop
-
-    def count(*args):
-        calls.append(1 if args[2] is None else 2)
-        drop(*args)
-
-    monkeypatch.setattr(native, "drop", count)
-    return calls
-
-
-def both(layout: Layout, weight: Tensor, anchor: Tensor | None, p: float, switch_off):
+def both(layout: Layout, weight: Tensor, anchor: Tensor | None, p: float):
     """The masked weight and the gradient, compiled and plain."""
     results = []
-    for prepare in (lambda: None, switch_off):
-        prepare()
+    for enabled in (True, False):
+        set_compile_enabled(enabled)
         leaf = weight.clone().requires_grad_()
         law = Law.of(p, weight.device, weight.dtype)
         used = drop_weight(leaf, KEY, law, layout, anchor)
@@ -83,10 +59,10 @@ def both(layout: Layout, weight: Tensor, anchor: Tensor | None, p: float, switch
     return results
 
 
-def compare(layout, dtype, anchored, plain) -> None:
+def compare(layout, dtype, anchored) -> None:
     weight = torch.randn(SHAPE).to(dtype)
     anchor = torch.randn(SHAPE).to(dtype) if anchored else None
-    fast, slow = both(layout, weight, anchor, 0.3, plain)
+    fast, slow = both(layout, weight, anchor, 0.3)
     assert torch.equal(fast[0], slow[0])
     assert torch.equal(fast[1], slow[1])
 
@@ -97,22 +73,22 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 @pytest.mark.compiler
 @towards
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernels_and_the_formula_agree_bit_by_bit(dtype, anchored, plain, kernel_calls) -> None:
-    compare(LAYOUTS["element"], dtype, anchored, plain)
-    assert kernel_calls == [1, 1]  # forward and backward of the first run
+def test_kernels_and_the_formula_agree_bit_by_bit(dtype, anchored, kernel_calls) -> None:
+    compare(LAYOUTS["element"], dtype, anchored)
+    assert kernel_calls == ["drop", "drop"]  # forward and backward of the first run
 
 
 @towards
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_kernels_for_the_gpu_agree_bit_by_bit(layout, dtype, anchored, plain, gpu_kernels) -> None:
-    compare(layout, dtype, anchored, plain)
+def test_kernels_for_the_gpu_agree_bit_by_bit(layout, dtype, anchored, gpu_kernels) -> None:
+    compare(layout, dtype, anchored)
     assert gpu_kernels == ["drop" if layout.is_elementwise else "drop_shared"] * 2
 
 
 @towards
-def test_a_dtype_without_a_kernel_has_the_formula(anchored: bool, plain, kernel_calls) -> None:
-    compare(LAYOUTS["element"], torch.float16, anchored, plain)
+def test_a_dtype_without_a_kernel_has_the_formula(anchored: bool, kernel_calls) -> None:
+    compare(LAYOUTS["element"], torch.float16, anchored)
     assert kernel_calls == []
 
 
@@ -129,7 +105,7 @@ def test_both_at_once_are_what_two_masks_give(size: int, dtype, anchored, kernel
     block = Block(weight)
     with torch.no_grad():
         used, masked = drop_both(weight, anchor, grad.clone(), Mask(KEY, law, layout), block)
-    assert kernel_calls == [2]
+    assert kernel_calls == ["drop both"]
     assert used.data_ptr() == block.base.data_ptr()
     assert torch.equal(used, expected[0])
     assert torch.equal(masked, expected[1])
@@ -159,7 +135,7 @@ def test_nothing_is_left_to_chance(kernel_calls) -> None:
         assert torch.equal(drop_weight(weight, KEY, law, layout), expected)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert kernel_calls == [1, 1]
+    assert kernel_calls == ["drop", "drop"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -167,16 +143,16 @@ def test_nothing_is_left_to_chance(kernel_calls) -> None:
 @pytest.mark.parametrize("chunk", [1 << 16, 1000, 997, 1])
 @towards
 def test_chunks_give_the_bits_of_the_formula(
-    chunk: int, p: float, dtype: torch.dtype, anchored: bool, plain, monkeypatch
+    chunk: int, p: float, dtype: torch.dtype, anchored: bool, monkeypatch
 ) -> None:
-    plain()
+    set_compile_enabled(False)
     size = 2 * chunk + 5 if chunk > 1 else 20
     weight, anchor = torch.randn(2, size).to(dtype)
     weight[3] = torch.inf
     anchor = anchor if anchored else None
     law = Law.of(p, weight.device, weight.dtype)
     whole = masked_formula(weight, anchor, KEY, law.threshold, law.scale, None)
-    monkeypatch.setattr(engine, "CHUNK", chunk)
+    set_constant(monkeypatch, "chunk", chunk)
     found = drop_weight(weight, KEY, law, Layout.elements(size), anchor)
     assert torch.equal(_bits(found), _bits(whole))
 
@@ -186,14 +162,14 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
     return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
 
 
-def test_chunks_of_a_layout_whose_mask_has_several_dimensions(plain, monkeypatch) -> None:
+def test_chunks_of_a_layout_whose_mask_has_several_dimensions(monkeypatch) -> None:
     """A depthwise convolution by output: the mask has the view's own shape, row-major."""
-    plain()
+    set_compile_enabled(False)
     shape = (50, 3, 1, 1)
     weight, layout = torch.randn(shape), Layout.shared(shape, (0, 1))
     law = Law.of(0.3, weight.device, weight.dtype)
     whole = drop_weight(weight, KEY, law, layout)
-    monkeypatch.setattr(engine, "CHUNK", 16)
+    set_constant(monkeypatch, "chunk", 16)
     assert torch.equal(drop_weight(weight, KEY, law, layout), whole)
 
 
@@ -206,7 +182,7 @@ class _Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.untyped_storage().nbytes() > 8 * engine.CHUNK:
+        if isinstance(result, Tensor) and result.untyped_storage().nbytes() > 8 * CHUNK:
             self.large.add(result.untyped_storage().data_ptr())
         return result
 
@@ -214,11 +190,11 @@ class _Storages(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @towards
 def test_plain_run_needs_little_memory_beside_the_result(
-    anchored: bool, dtype: torch.dtype, plain
+    anchored: bool, dtype: torch.dtype
 ) -> None:
     """Temporaries have the size of a chunk, not of the weight."""
-    plain()
-    weight, anchor = torch.randn(2, 9 * engine.CHUNK + 1, dtype=dtype)
+    set_compile_enabled(False)
+    weight, anchor = torch.randn(2, 9 * CHUNK + 1, dtype=dtype)
     law = Law.of(0.5, weight.device, weight.dtype)
     with _Storages() as storages:
         used = drop_weight(
@@ -228,8 +204,8 @@ def test_plain_run_needs_little_memory_beside_the_result(
     assert storages.large <= given
 
 
-def test_switching_off_means_not_compiling(plain, kernel_calls, gpu_kernels) -> None:
-    plain()
+def test_switching_off_means_not_compiling(kernel_calls, gpu_kernels) -> None:
+    set_compile_enabled(False)
     law = Law.of(0.5, torch.device("cpu"), torch.float32)
     drop_weight(torch.randn(20_000), KEY, law, Layout.elements(20_000))
     assert kernel_calls == gpu_kernels == []
@@ -239,20 +215,19 @@ def test_switching_off_means_not_compiling(plain, kernel_calls, gpu_kernels) -> 
 
 @pytest.mark.parametrize("layout", [LAYOUTS["element"], LAYOUTS["row"]], ids=["element", "row"])
 def test_where_triton_fails_the_formula_gives_the_same_bits(
-    layout, plain, gpu_kernels, monkeypatch
+    layout, gpu_kernels, monkeypatch
 ) -> None:
     """It compiles its launchers with a C compiler, which a machine may lack. One warning tells."""
-    plain()
+    set_compile_enabled(False)
     weight, law = torch.randn(SHAPE), Law.of(0.4, torch.device("cpu"), torch.float32)
     expected = drop_weight(weight, KEY, law, layout)
-    plain(False)
+    set_compile_enabled(True)
 
     def broken(name: str) -> Any:
+        assert name.startswith("surgery.ops.gpu.")
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
-    monkeypatch.setattr(
-        launch, "importlib", SimpleNamespace(import_module=broken, util=importlib.util)
-    )
+    monkeypatch.setattr("importlib.import_module", broken)
     with pytest.warns(RuntimeWarning, match=r"No kernels can be.*Reason: Failed to find C") as seen:
         first = drop_weight(weight, KEY, law, layout)
     with warnings.catch_warnings():

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,23 +12,30 @@ from surgery.ops import (
     Layout,
     drop_weight,
     example_linear,
-    example_product,
     example_vector,
-    keep_mask,
     key_from_seed,
-    switch,
 )
 from surgery.spec.config import Unit
-from tests.ops.reference import example_weights
+
+from ..expected import example_weights, keep, mask_shape, masked
+from ..internals import set_constant
 
 CPU = torch.device("cpu")
+
 KEY = key_from_seed(41)
+
 UNITS = ["element", "input", "output", "tensor"]
+
 units = pytest.mark.parametrize("unit", UNITS)
+
 towards = pytest.mark.parametrize("anchored", [False, True], ids=["zero", "pretrained"])
+
 SHAPES = {"1x1x1x1": (1, 1, 1, 1), "3x1x5x4": (3, 1, 5, 4), "4x7x6x3": (4, 7, 6, 3)}
+
 """Examples x rows x in x out."""
+
 COMPILED = {"rows drawn inside": (12, 1, 48, 40), "blocks": (5, 6, 48, 40)}
+
 """Large enough to compile."""
 
 
@@ -47,15 +50,14 @@ def tensors(sizes: tuple[int, ...], anchored: bool, dtype: torch.dtype = torch.f
     return x, weight, torch.randn(outputs, inputs).to(dtype) if anchored else None
 
 
-def naive(x: Tensor, weight: Tensor, rule: Law, unit: Unit, anchor: Tensor | None) -> Tensor:
-    return x @ example_weights(weight, len(x), KEY, rule, unit, anchor).mT
+def naive(x: Tensor, weight: Tensor, p: float, unit: Unit, anchor: Tensor | None) -> Tensor:
+    return x @ example_weights(weight, len(x), KEY, p, unit, anchor).mT
 
 
 def check(sizes, unit: Unit, anchored: bool, p: float, dtype=torch.float64) -> None:
     x, weight, anchor = tensors(sizes, anchored, dtype)
-    rule = law(p, dtype)
-    found = example_linear(x, weight, KEY, rule, unit, anchor)
-    expected = naive(x, weight, rule, unit, anchor)
+    found = example_linear(x, weight, KEY, law(p, dtype), unit, anchor)
+    expected = naive(x, weight, p, unit, anchor)
     direction = torch.randn_like(found)
     step = 200 * torch.finfo(dtype).eps
     torch.testing.assert_close(found, expected, rtol=step, atol=step)
@@ -108,11 +110,13 @@ def test_threads_do_not_change_products(threads: int) -> None:
 
 @pytest.mark.parametrize("sizes", COMPILED.values(), ids=COMPILED)
 @towards
-def test_plain_against_all_weights_at_once(sizes, anchored: bool, monkeypatch) -> None:
+def test_plain_against_all_weights_at_once(
+    sizes, anchored: bool, monkeypatch, switch_kernels
+) -> None:
     """Without a compiler, and with blocks of some rows of one example, or of several examples."""
-    monkeypatch.setattr(switch, "_enabled", False)
+    switch_kernels(False)
     for chunk in (100, 1 << 13, 1 << 16):
-        monkeypatch.setattr(example_product, "CHUNK", chunk)
+        set_constant(monkeypatch, "chunk of examples", chunk)
         check(sizes, "element", anchored, 0.3)
 
 
@@ -121,7 +125,7 @@ def test_plain_against_all_weights_at_once(sizes, anchored: bool, monkeypatch) -
 @pytest.mark.parametrize("block", [100, 2000, 5000])
 def test_blocks_do_not_change_what_kernels_give(block: int, anchored: bool, monkeypatch) -> None:
     """Some rows of one example, or several examples."""
-    monkeypatch.setattr(example_product, "BLOCK", block)
+    set_constant(monkeypatch, "block of examples", block)
     for dtype in (torch.float32, torch.float64):
         check(COMPILED["blocks"], "element", anchored, 0.3, dtype)
 
@@ -196,8 +200,7 @@ def test_narrow_dtypes(dtype: torch.dtype, sizes) -> None:
     x, weight, anchor = tensors(sizes, True, dtype)
     found = example_linear(x, weight, KEY, law(0.3, dtype), "element", anchor)
     wide = [t.detach().float().requires_grad_() for t in (x, weight)]
-    rule = law(0.3, torch.float32)
-    expected = naive(wide[0], wide[1], rule, "element", anchor.float())
+    expected = naive(wide[0], wide[1], 0.3, "element", anchor.float())
     assert found.dtype == dtype
     step = torch.finfo(dtype).eps
     torch.testing.assert_close(found.float(), expected, rtol=4 * step, atol=16 * step)
@@ -269,11 +272,8 @@ def test_vector(unit: Unit, anchored: bool) -> None:
     bias = torch.randn(5).double().requires_grad_()
     anchor = torch.randn(5).double() if anchored else None
     found = example_vector(bias, KEY, law(0.5), unit, 6, anchor)
-    entries = 5 if unit in ("element", "output") else 1
-    mask = keep_mask((6, entries), KEY, law(0.5).threshold).expand(6, 5)
-    towards = torch.zeros(5).double() if anchor is None else anchor
-    expected = towards + mask * (bias - towards) * 2
-    torch.testing.assert_close(found, expected)
+    mask = keep(KEY, 0.5, 6, *mask_shape((5,), unit))
+    torch.testing.assert_close(found, masked(bias, mask, 0.5, anchor))
     assert torch.autograd.gradcheck(
         lambda b: example_vector(b, KEY, law(0.5), unit, 6, anchor), bias
     )
@@ -286,183 +286,20 @@ def test_vector_shares_the_mask_of_its_weight(unit: Unit) -> None:
     bias = torch.randn(5).double()
     found = example_linear(x, weight, KEY, law(0.5), unit)
     found = found + example_vector(bias, KEY, law(0.5), unit, 6)[:, None]
-    keep = keep_mask((6, 1, 5 if unit == "output" else 1), KEY, law(0.5).threshold)
-    torch.testing.assert_close(found, keep * F.linear(x, weight, bias) * 2)
-
-
-# equalities with other methods
+    mask = keep(KEY, 0.5, 6, 1, 5 if unit == "output" else 1)
+    torch.testing.assert_close(found, mask * F.linear(x, weight, bias) * 2)
 
 
 def test_input_unit_is_dropout() -> None:
     x, weight, _ = tensors((50, 1, 20, 5), False)
-    keep = keep_mask((50, 1, 20), KEY, law(0.5).threshold)
+    mask = keep(KEY, 0.5, 50, 1, 20)
     assert torch.equal(
-        example_linear(x, weight, KEY, law(0.5), "input"), F.linear(x * keep * 2, weight)
+        example_linear(x, weight, KEY, law(0.5), "input"), F.linear(x * mask * 2, weight)
     )
 
 
 def test_tensor_unit_is_stochastic_depth() -> None:
     x, weight, _ = tensors((50, 3, 20, 5), False)
-    keep = keep_mask((50, 1, 1), KEY, law(0.5).threshold)
+    mask = keep(KEY, 0.5, 50, 1, 1)
     branch = F.linear(x, weight)
-    assert torch.equal(example_linear(x, weight, KEY, law(0.5), "tensor"), branch * (keep * 2.0))
-
-
-# what is kept, and how it is traced
-
-
-@pytest.mark.parametrize("rows", [1, 6])
-def test_backward_keeps_the_input_the_weight_and_the_key(rows: int) -> None:
-    x, weight, _ = tensors((8, rows, 12, 10), False)
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        example_linear(x, weight, KEY, law(0.5), "element")
-    assert sorted(tensor.numel() for tensor in kept) == sorted([x.numel(), weight.numel(), 2, 1, 1])
-
-
-def test_a_weight_changed_before_backward_is_noticed() -> None:
-    x, weight, _ = tensors((2, 1, 4, 3), False)
-    product = example_linear(x, weight, KEY, law(0.5), "element")
-    with torch.no_grad():
-        weight.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        product.sum().backward()
-
-
-MEMORY = """
-import sys, torch
-import torch.nn.functional as F
-from surgery.ops import Law, example_linear, key_from_seed
-
-def status(name):
-    for line in open("/proc/self/status"):
-        if line.startswith(name):
-            return int(line.split()[1]) / 1024
-
-def step():
-    x.grad = weight.grad = None
-    for f in layers[sys.argv[1]]:
-        f().sum().backward()
-
-x = torch.randn(128, 1, 1024, requires_grad=True)
-weight = torch.randn(1024, 1024, requires_grad=True)
-law, key = Law.of(0.5, x.device, x.dtype), key_from_seed(1)
-layers = {"plain": [lambda: F.linear(x, weight)],
-          "example": [lambda: example_linear(x, weight, key, law, "element")]}
-step()
-open("/proc/self/clear_refs", "w").write("5")
-before = status("VmRSS")
-step()
-print(status("VmHWM") - before, 4.0 + 4.0 + 2.0)
-"""
-"""Peak of a step beside what is there, in MB; and what a plain layer has: weight, gradient, x, y."""
-
-
-@pytest.mark.compiler
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_stays_under_twice_that_of_a_plain_layer() -> None:
-    """128 examples of 1024 x 1024: all their weights would be 512 MB, their masks 128 MB."""
-    result = subprocess.run(
-        [sys.executable, "-c", MEMORY, "example"], capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    extra, plain = map(float, result.stdout.split())
-    assert extra < plain
-
-
-@units
-def test_compiles_into_one_graph(unit: Unit) -> None:
-    x, weight, anchor = tensors((4, 6, 8, 5), True)
-
-    def layer(x, weight):
-        return example_linear(x.tanh(), weight, KEY, rule, unit, anchor).sin()
-
-    rule = law(0.5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of what it traces
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        results = [
-            (y, *torch.autograd.grad(y.sum(), (x, weight)))
-            for y in (compiled(x, weight), layer(x, weight))
-        ]
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b)
-
-
-def test_a_compiled_graph_holds_no_weight_of_an_example() -> None:
-    """No tensor of the graphs of forward and backward has examples x out x in entries."""
-    from functorch.compile import make_boxed_func
-    from torch._dynamo.backends.common import aot_autograd
-
-    x, weight, _ = tensors((7, 3, 11, 13), False)
-    rule, sizes = law(0.5), []
-
-    def inspect(graph, inputs):
-        for node in graph.graph.nodes:
-            for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
-                if isinstance(value, Tensor):
-                    sizes.append(value.numel())
-        return make_boxed_func(graph)
-
-    backend = aot_autograd(fw_compiler=inspect, bw_compiler=inspect)
-    compiled = torch.compile(
-        lambda: example_linear(x, weight, KEY, rule, "element"), fullgraph=True, backend=backend
-    )
-    compiled().sum().backward()
-    assert max(sizes) == max(x.numel(), weight.numel(), 7 * 3 * 13)
-
-
-def test_exports_as_one_node() -> None:
-    class Layer(torch.nn.Module):
-        def forward(self, x, weight, key, threshold, scale):
-            return example_linear(x, weight, key, Law(threshold, scale), "element")
-
-    x, weight, _ = tensors((4, 6, 8, 5), False)
-    args = (x.detach(), weight.detach(), KEY, law(0.5).threshold, law(0.5).scale)
-    graph = torch.export.export(Layer(), args, strict=False).graph
-    called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
-    assert called == ["surgery.example_product.default"]
-
-
-@towards
-def test_operators_are_registered_correctly(anchored: bool) -> None:
-    x, weight, anchor = tensors((3, 2, 4, 5), anchored)
-    args = (x, weight, anchor, KEY, law(0.5).threshold, law(0.5).scale)
-    torch.library.opcheck(torch.ops.surgery.example_product.default, args)
-    grad = torch.randn(3, 2, 5).double().requires_grad_()
-    for wanted in [(True, True), (False, True), (True, False)]:
-        backward = torch.ops.surgery.example_product_backward.default
-        torch.library.opcheck(backward, (grad, *args, *wanted))
-
-
-@units
-@towards
-def test_functional_transforms(unit: Unit, anchored: bool) -> None:
-    x, weight, anchor = tensors((3, 2, 4, 5), anchored)
-    x = x.detach()
-
-    def loss(weight):
-        return example_linear(x, weight, KEY, law(0.5), unit, anchor).square().sum()
-
-    (expected,) = torch.autograd.grad(loss(weight), weight)
-    weight = weight.detach()
-    torch.testing.assert_close(torch.func.grad(loss)(weight), expected)
-    both = torch.stack([weight, 2 * weight])
-    gradients = torch.func.vmap(torch.func.grad(loss))(both)
-    torch.testing.assert_close(gradients[0], expected)
-    torch.testing.assert_close(gradients[1], torch.func.grad(loss)(2 * weight))
-
-
-def test_meta_tensors() -> None:
-    x = torch.empty(2, 3, 4, device="meta", requires_grad=True)
-    weight = torch.empty(5, 4, device="meta", requires_grad=True)
-    rule = Law.of(0.5, weight.device, weight.dtype)
-    product = example_linear(x, weight, KEY.to("meta"), rule, "element")
-    assert product.shape == (2, 3, 5)
-    product.sum().backward()
-    assert weight.grad.shape == (5, 4)
+    assert torch.equal(example_linear(x, weight, KEY, law(0.5), "tensor"), branch * (mask * 2))

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from scipy.special import erfcx
 from torch import Tensor, nn
 
-from surgery.ops import engine, expectation, expectation_by_draws, register_closed_form
-from surgery.ops.cpu import native
-from surgery.ops.expect import _FORMS, _NAMES, excess
-from tests.ops.reference import normal_expectation
+from surgery.ops import expectation, expectation_by_draws, register_closed_form
+from surgery.ops.expect import excess
+
+from ..expected import normal_expectation
+from ..internals import constant, own_table_of_closed_forms, set_constant
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 MEANS = [-6.0, -1.0, 0.0, 0.3, 3.0, 6.5]
@@ -100,13 +101,11 @@ def test_a_method_has_the_closed_form_of_its_function() -> None:
 
 def test_registered_forms_are_used() -> None:
     square = torch.square
-    register_closed_form("square", lambda f, mean, var: mean.square() + var, square)
-    try:
-        mean, var = torch.randn(5), torch.rand(5)
+    mean, var = torch.randn(5), torch.rand(5)
+    with own_table_of_closed_forms():
+        register_closed_form("square", lambda f, mean, var: mean.square() + var, square)
         assert torch.equal(expectation(square, mean, var), mean.square() + var)
         assert torch.equal(expectation(lambda u: u * u, mean, var, "square"), mean.square() + var)
-    finally:
-        del _FORMS["square"], _NAMES[square]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -126,11 +125,8 @@ def test_relu_far_in_the_tail(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.compiler
-def test_the_kernel_and_the_formula_of_a_kink_agree(monkeypatch) -> None:
+def test_the_kernel_and_the_formula_of_a_kink_agree(kernel_calls) -> None:
     """Also where nothing is left of it, and where it is not a number."""
-    calls: list[int] = []
-    kernel = native.excess
-    monkeypatch.setattr(native, "excess", lambda *args: calls.append(1) or kernel(*args))
     t = torch.cat([torch.linspace(-15, 15, 3001), torch.tensor([0.0, 1e30, -1e30, math.nan])])
     bound = 4 * torch.finfo(torch.float32).eps * (1 + t.square())[:3002]
     normal = torch.finfo(torch.float32).tiny
@@ -140,14 +136,15 @@ def test_the_kernel_and_the_formula_of_a_kink_agree(monkeypatch) -> None:
         assert bool(((found - expected).abs()[:3002] <= bound * expected[:3002] + normal).all())
         assert found[3002:3004].tolist() == [0.0, 0.0]
         assert bool(found[-1].isnan()) or sd == 0.0
-    assert len(calls) == 5
+    assert kernel_calls == ["excess"] * 5
 
 
-def test_a_kink_that_is_differentiated_has_the_formula(monkeypatch) -> None:
-    monkeypatch.setattr(native, "excess", lambda *args: pytest.fail("the kernel has no gradient"))
+def test_a_kink_that_is_differentiated_has_the_formula(kernel_calls) -> None:
+    """The kernel has no gradient."""
     mean, var = torch.randn(5, requires_grad=True), torch.rand(5)
     assert excess(mean, var).requires_grad
     assert excess(mean.detach(), var.requires_grad_()).requires_grad
+    assert kernel_calls == []
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -259,7 +256,7 @@ def test_chunks_of_draws(samples: int, monkeypatch) -> None:
         sizes.append(u.numel())
         return torch.ones_like(u)
 
-    monkeypatch.setattr("surgery.ops.expect.CHUNK", 50)
+    set_constant(monkeypatch, "chunk of draws", 50)
     mean = torch.zeros(4, 5)
     assert torch.equal(expectation_by_draws(f, mean, mean + 1, samples), torch.ones(4, 5))
     assert sum(sizes) == 20 * samples
@@ -281,7 +278,7 @@ def test_no_draws_are_refused() -> None:
 
 
 def test_large_tensors_are_drawn_one_by_one() -> None:
-    mean = torch.zeros(engine.CHUNK + 1)
+    mean = torch.zeros(constant("chunk") + 1)
     sizes: list[int] = []
 
     def f(u: Tensor) -> Tensor:
@@ -289,4 +286,4 @@ def test_large_tensors_are_drawn_one_by_one() -> None:
         return u
 
     expectation_by_draws(f, mean, mean, 3)
-    assert sizes == [engine.CHUNK + 1] * 3
+    assert sizes == [constant("chunk") + 1] * 3

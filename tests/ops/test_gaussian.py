@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surgery.ops import Law, gaussian_linear, gaussian_sample, linear_moments, moments_of
-from surgery.ops.cpu import native
-from surgery.ops.switch import set_compile_enabled
 from surgery.spec.config import Unit
-from tests.ops.reference import every_mask, mask_shape
+
+from ..expected import every_mask, mask_shape
 
 CPU = torch.device("cpu")
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -214,22 +213,19 @@ def test_linear_is_the_sample_of_its_moments(
 
 
 @pytest.mark.compiler
-def test_a_draw_by_the_kernel_is_that_of_the_formula(monkeypatch) -> None:
+def test_a_draw_by_the_kernel_is_that_of_the_formula(kernel_calls, switch_kernels) -> None:
     """Also where the variance is zero or not a number."""
     x, weight = torch.randn(33, 70), torch.randn(130, 70)
     x[3], x[5, 2], weight[7] = 0, torch.nan, 0
-    rule, calls = Law.of(0.3, weight.device, weight.dtype), []
-    kernel = native.sample
-    monkeypatch.setattr(native, "sample", lambda *args: calls.append(1) or kernel(*args))
+    rule = Law.of(0.3, weight.device, weight.dtype)
     found = []
     for enabled in (True, False):
-        before = set_compile_enabled(enabled)
+        switch_kernels(enabled)
         torch.manual_seed(1)
         leaf = weight.clone().requires_grad_()
         sample = gaussian_linear(x, leaf, None, rule, "element")
         found.append([sample, *torch.autograd.grad(sample.nan_to_num().sum(), leaf)])
-        set_compile_enabled(before)
-    assert calls == [1]
+    assert kernel_calls == ["sample"]
     for one, other in zip(*found):
         rounding = (
             4 * torch.finfo(torch.float32).eps * float(other.detach().nan_to_num().abs().max())

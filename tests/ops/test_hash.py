@@ -13,13 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery.ops import random
 from surgery.ops.hash import (
-    _STEP,
     ROUND3,
-    _derived,
-    _derived_words,
-    _signed,
     advance_key,
     draw_key,
     hash_bits,
@@ -31,6 +26,7 @@ from surgery.ops.hash import (
     words,
 )
 
+from ..internals import STEP, derived_key, derived_words, forget_generators, signed
 from .statistics import INDEX, LAGS, SIZE, Hash, centred, correlation, faults, lag_scores
 from .weak_hashes import index_xor, two_xors
 
@@ -231,8 +227,8 @@ def key_pairs(count: int) -> list[tuple[Tensor, Tensor]]:
 
 def shifted(a: Tensor, b: Tensor) -> Tensor:
     """The indices at which `b` enters the first round as `a` does at 0, 1, 2, ..."""
-    inverse = pow(_STEP, -1, 1 << 32)
-    return INDEX + _signed((int(a[0]) - int(b[0])) * inverse)
+    inverse = pow(STEP, -1, 1 << 32)
+    return INDEX + signed((int(a[0]) - int(b[0])) * inverse)
 
 
 def xored(a: Tensor, b: Tensor) -> Tensor:
@@ -263,7 +259,7 @@ def test_permutation_test_rejects_one_key_word() -> None:
 @pytest.mark.parametrize("start", [0, 1, 1000, 2**31 - 5, 2**31, 2**32 - 3000])
 def test_advanced_key_continues_the_bits(start: int) -> None:
     key = key_from_seed(3)
-    index = torch.tensor([_signed(start + i) for i in range(1000)], dtype=torch.int32)
+    index = torch.tensor([signed(start + i) for i in range(1000)], dtype=torch.int32)
     moved = advance_key(key, start)
     assert torch.equal(
         hash_bits(torch.arange(1000, dtype=torch.int32), moved), hash_bits(index, key)
@@ -310,7 +306,7 @@ def test_draw_key_is_reproduced_by_the_seed() -> None:
 @given(word=st.integers(0, 2**64 - 1), number=st.integers(-(2**33), 2**33))
 def test_keys_derived_on_the_host_are_those_of_the_device(word: int, number: int) -> None:
     key = key_from_seed(word)
-    assert _derived_words(*words(key), number) == tuple(_derived(key, number).tolist())
+    assert derived_words(*words(key), number) == tuple(derived_key(key, number).tolist())
 
 
 class PhiloxGenerator:
@@ -334,7 +330,7 @@ def test_keys_of_a_gpu_are_made_of_its_seed_and_offset(monkeypatch) -> None:
     generators = [PhiloxGenerator(7, 0), PhiloxGenerator(8, 0)]
     module = SimpleNamespace(default_generators=generators, current_device=lambda: 1)
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
-    monkeypatch.setattr(random, "_generators", {})
+    forget_generators(monkeypatch)
     first, other, current = (torch.device(name) for name in ("cuda:0", "cuda:1", "cuda"))
 
     def drawn(device: torch.device, rank: int = 0) -> tuple[int, ...]:

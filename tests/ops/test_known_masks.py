@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from surgery.ops import Law, Layout, drop_weight, switch
+from surgery.ops import Law, Layout, drop_weight
 from surgery.ops.cpu import native
 from surgery.ops.hash import (
-    _derived,
-    _signed,
     advance_key,
     draw_key,
     hash_bits,
@@ -23,6 +21,7 @@ from surgery.ops.hash import (
 )
 from surgery.ops.law import Mask
 
+from ..internals import derived_key, give_bits, signed
 from .known_masks import RATES, RUN, Line, computed, stored
 from .statistics import window
 
@@ -30,13 +29,13 @@ LINES = stored()
 
 
 def tensor_of(words: tuple[int, ...]) -> Tensor:
-    return torch.tensor([_signed(word) for word in words], dtype=torch.int32)
+    return torch.tensor([signed(word) for word in words], dtype=torch.int32)
 
 
 def key_of(line: Line) -> Tensor:
     """Of the part of the mask in which the line lies."""
     key = tensor_of(line.key)
-    key = key if line.rank == 0 else _derived(key, line.rank)
+    key = key if line.rank == 0 else derived_key(key, line.rank)
     return advance_key(key, line.start >> 32 << 32)
 
 
@@ -55,7 +54,7 @@ def test_formula() -> None:
         assert torch.equal(mix(places, key_of(line), multiplier_of(line)), bits), line
         if line.example == 0:
             key = tensor_of(line.key)
-            key = key if line.rank == 0 else _derived(key, line.rank)
+            key = key if line.rank == 0 else derived_key(key, line.rank)
             moved = advance_key(key, line.start)
             assert torch.equal(hash_bits(window(0, RUN), moved), bits), line
 
@@ -71,23 +70,20 @@ def masks(
 
 def test_drawn_key_of_a_rank(monkeypatch) -> None:
     for line in LINES:
-        monkeypatch.setattr("surgery.ops.hash.drawn", lambda *a, key=line.key, **k: tensor_of(key))
+        give_bits(monkeypatch, tensor_of(line.key))
         key: Any = draw_key(torch.device("cpu"), line.rank)
         assert torch.equal(advance_key(key, line.start >> 32 << 32), key_of(line))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_without_a_compiler(dtype: torch.dtype) -> None:
+def test_without_a_compiler(dtype: torch.dtype, switch_kernels) -> None:
     ones = torch.ones(RUN, dtype=dtype)
-    enabled = switch.set_compile_enabled(False)
-    try:
-        of_batches = [line for line in LINES if line.example == 0]
-        for line, law, expected in masks(of_batches, dtype):
-            key = advance_key(key_of(line), line.start & 0xFFFFFFFF)
-            used = drop_weight(ones, key, law, Layout.elements(RUN))
-            assert torch.equal(used != 0, expected), line
-    finally:
-        switch.set_compile_enabled(enabled)
+    switch_kernels(False)
+    of_batches = [line for line in LINES if line.example == 0]
+    for line, law, expected in masks(of_batches, dtype):
+        key = advance_key(key_of(line), line.start & 0xFFFFFFFF)
+        used = drop_weight(ones, key, law, Layout.elements(RUN))
+        assert torch.equal(used != 0, expected), line
 
 
 @pytest.mark.compiler
@@ -127,7 +123,7 @@ def test_compiled() -> None:
 
     def together(index: Tensor, keys: Tensor, own: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         places = spread(index)
-        moved = advance_key(_derived(key, 7), (3 << 32) + 12)
+        moved = advance_key(derived_key(key, 7), (3 << 32) + 12)
         return mix(places, keys), mix(places, keys, own), moved, multipliers(164, key)
 
     index = torch.stack([window(line.start, RUN) for line in LINES])

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from surgery.ops import Law, Layout, drop_weight, hash_bits, keep_mask, key_from_seed
 
+from ..internals import set_constant
+
 KEY = key_from_seed(11)
 CPU = torch.device("cpu")
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -206,7 +208,7 @@ def test_more_than_2_to_31_weights_on_meta(shape: tuple[int, ...], dtype: torch.
 def test_segments_do_not_change_the_mask(monkeypatch) -> None:
     weight = torch.randn(1000)
     whole = drop_weight(weight, KEY, law(0.3), Layout.elements(1000))
-    monkeypatch.setattr("surgery.ops.mask.SEGMENT", 64)
+    set_constant(monkeypatch, "segment", 64)
     assert torch.equal(drop_weight(weight, KEY, law(0.3), Layout.elements(1000)), whole)
 
 

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from surgery.ops.hash import (
-    _derived,
-    _signed,
     advance_key,
     draw_key,
     hash_bits,
@@ -26,6 +24,7 @@ from surgery.ops.hash import (
     spread,
 )
 
+from ..internals import derived_key, signed
 from .statistics import (
     Hash,
     block_score,
@@ -51,7 +50,7 @@ def one_thread() -> Iterator[None]:
 
 
 def hash_of_example(multiplier: int) -> Hash:
-    factor = torch.tensor(_signed(multiplier), dtype=torch.int32)
+    factor = torch.tensor(signed(multiplier), dtype=torch.int32)
     return lambda index, key: mix(spread(index), key, factor)
 
 
@@ -190,7 +189,7 @@ class TestExamples:
         index, scores = window(0, 1 << 19), []
         for key in KEYS[:4]:
             own = int(multipliers(6, key)[5])
-            pair = [_signed(own), _signed(own * factor)]
+            pair = [signed(own), signed(own * factor)]
             mine = [centred(hash_of_example(multiplier), key, 0.5, index) for multiplier in pair]
             scores.append(correlation(*mine))
             weak = [centred(only_multiplied(multiplier), key, 0.5, index) for multiplier in pair]
@@ -252,17 +251,17 @@ class TestKeys:
                 for key in KEYS[:4]
             ]
 
-        assert verdict("rank 7 against rank 0 at 919235", scores(hash_bits, _derived)) == []
+        assert verdict("rank 7 against rank 0 at 919235", scores(hash_bits, derived_key)) == []
         assert verdict("added ranks: the same", scores(two_rounds, added_rank)) != []
 
     def test_keys_of_ranks_and_parts_differ_by_no_constant(self) -> None:
         for number in (1, 7, 255, -1, -5):
-            differences = {tuple((_derived(key, number) - key).tolist()) for key in KEYS}
+            differences = {tuple((derived_key(key, number) - key).tolist()) for key in KEYS}
             assert len(differences) == len(KEYS)
 
     def test_ranks_and_parts(self) -> None:
         key = KEYS[9]
-        keys = [key, *(_derived(key, rank) for rank in (1, 2, 3, 7, 64, 255))]
+        keys = [key, *(derived_key(key, rank) for rank in (1, 2, 3, 7, 64, 255))]
         keys += [advance_key(own, part << 32) for own in keys[:3] for part in (1, 2, 5)]
         assert verdict("ranks and parts of a huge weight", between(keys, 0.5, 1 << 18)) == []
 
@@ -270,14 +269,16 @@ class TestKeys:
     @pytest.mark.parametrize("p", [0.5, 0.1])
     def test_ranks(self, p: float) -> None:
         for seed in range(2):
-            keys = [KEYS[seed], *(_derived(KEYS[seed], rank) for rank in range(1, 256))]
+            keys = [KEYS[seed], *(derived_key(KEYS[seed], rank) for rank in range(1, 256))]
             assert verdict(f"pairs of 256 ranks, p = {p}", between(keys, p, 1 << 18)) == []
 
     @pytest.mark.slow
     def test_lags_of_ranks(self) -> None:
-        scores = [lags_between(KEYS[4], _derived(KEYS[4], rank), 1 << 17) for rank in range(1, 256)]
+        scores = [
+            lags_between(KEYS[4], derived_key(KEYS[4], rank), 1 << 17) for rank in range(1, 256)
+        ]
         assert verdict("lags of 255 ranks against rank 0", torch.cat(scores)) == []
-        scores = [lags_between(KEYS[5], _derived(KEYS[5], rank), 1 << 22) for rank in (1, 7)]
+        scores = [lags_between(KEYS[5], derived_key(KEYS[5], rank), 1 << 22) for rank in (1, 7)]
         assert verdict("lags below 2^22 of ranks 1 and 7", torch.cat(scores)) == []
 
     @pytest.mark.slow

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from surgery import apply_dropconnect, dropconnect_sites, plan_dropconnect, strip_dropconnect
 from surgery.operating.surgeon import unused_sites
 
-from ..helpers import keep, masked
+from ..expected import keep, masked
 
 
 class Given(nn.Module):

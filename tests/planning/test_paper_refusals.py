@@ -143,9 +143,10 @@ def test_an_input_whose_leading_size_is_not_the_batch(turn: Any, shape: tuple[in
 
 
 def test_where_examples_may_lie() -> None:
-    inner(lambda x: x.transpose(0, 1), example_dim=1)(torch.randn(3, 5, 6))
-    inner(lambda x: x, example_dim=1)(torch.randn(5, 3, 6))
-    inner(lambda x: x.flatten(0, 1), example_dim="all")(torch.randn(3, 5, 6))
+    x = torch.randn(3, 5, 6)
+    assert inner(lambda x: x.transpose(0, 1), example_dim=1)(x).shape == (5, 3, 4)
+    assert inner(lambda x: x, example_dim=1)(x).shape == (3, 5, 4)
+    assert inner(lambda x: x.flatten(0, 1), example_dim="all")(x).shape == (15, 4)
 
 
 @pytest.mark.parametrize(("dim", "shape"), [(0, (6,)), (1, (3, 6)), (-1, (3, 6)), (-3, (3, 6))])

@@ -20,8 +20,9 @@ from surgery import (
 )
 from surgery.spec.forms import FORMAT_VERSION
 
-from ..cases import ReadsChild
 from ..helpers import Snapshot
+from ..internals import states_of
+from ..zoo.kinds import ReadsChild
 
 
 class Model(nn.Module):
@@ -140,7 +141,7 @@ def test_a_plan_with_biases_is_a_target() -> None:
     assert [site.parameter for site in wanted] == ["weight", "bias"]
     model = apply_dropconnect(Model(), wanted)
     assert dropconnect_sites(model) == wanted
-    assert model.reader.proj._dropconnect["bias"].follows == "weight"
+    assert [state.follows for state in states_of(model.reader.proj)] == [None, "weight"]
 
 
 def test_a_plan_for_another_model_is_refused() -> None:
@@ -151,7 +152,7 @@ def test_a_plan_for_another_model_is_refused() -> None:
 def test_a_partial_plan_of_a_tied_weight_ties_all_its_users() -> None:
     model = apply_dropconnect(Model(), plan()[1:2])
     assert model.head.weight is model.embed.weight
-    assert "weight_raw" in model.head._parameters
+    assert model.head.weight_raw is model.embed.weight_raw
 
 
 def test_sites_in_place_show_the_present_p() -> None:

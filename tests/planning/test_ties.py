@@ -21,7 +21,8 @@ from surgery import (
 )
 from surgery.operating.suspend import reapplied
 
-from ..helpers import Snapshot, keep, masked
+from ..expected import keep, masked
+from ..helpers import Snapshot
 
 P = 0.5
 

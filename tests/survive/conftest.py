@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from .models import SUBJECTS, Subject
+from ..zoo.subjects import SUBJECTS, Subject
 
 
 @pytest.fixture(params=SUBJECTS, ids=lambda subject: subject.name)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from models import BY_NAME  # type: ignore[import-not-found]
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -34,6 +34,9 @@ from surgery import (
     set_p,
     strip_dropconnect,
 )
+
+sys.path.append(str(Path(__file__).parents[1] / "zoo"))  # after the installed packages
+from subjects import BY_NAME  # type: ignore[import-not-found]
 
 SUBJECT = BY_NAME["transformer"]
 

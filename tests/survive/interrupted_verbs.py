@@ -23,8 +23,11 @@ from surgery import (
     strip_dropconnect,
 )
 from surgery.modules import DropConnectModule
+from surgery.modules.operated import plain_class
 from surgery.modules.places import places
 from surgery.verbs.savers import resizes_plain, teach, writes_plain
+
+from ..internals import live_masks, own_notes
 
 
 class Net(nn.Module):
@@ -108,7 +111,7 @@ def form(model: nn.Module, own: list[nn.Parameter]) -> Any:
     modules = []
     for name, module in model.named_modules(remove_duplicate=False):
         operated = isinstance(module, DropConnectModule)
-        cls: Any = type(module)._dropconnect_class if operated else type(module).__qualname__
+        cls: Any = plain_class(module) if operated else type(module).__qualname__
         modules.append(
             (
                 name,
@@ -117,10 +120,8 @@ def form(model: nn.Module, own: list[nn.Parameter]) -> Any:
                 [(key, number.get(id(p))) for key, p in module._parameters.items()],
                 [(key, b.tolist()) for key, b in module._buffers.items() if b is not None],
                 module.training,
-                [vars(module)[s.live] is None for s in module._dropconnect.values()]
-                if operated
-                else [],
-                (module._dropconnect_draws, module._dropconnect_scope) if operated else (),
+                len(list(live_masks(module))),
+                own_notes(module),
                 len(module._load_state_dict_pre_hooks),
             )
         )

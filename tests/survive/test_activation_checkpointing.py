@@ -14,15 +14,8 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from surgery import apply_dropconnect, hold_masks, set_p
 
-from .models import (
-    BY_NAME,
-    Subject,
-    assert_same,
-    gradients,
-    rounding_without_grad,
-    step,
-    step_gradients,
-)
+from ..steps import assert_same, gradients, rounding_without_grad, step, step_gradients
+from ..zoo.subjects import BY_NAME, Subject
 
 
 class Between(nn.Module):

@@ -13,10 +13,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from surgery import DropConnectModule, apply_dropconnect, set_p, strip_dropconnect
+from surgery import apply_dropconnect, set_p, strip_dropconnect
 from surgery.ops import keep_mask, key_from_seed
 
-from .models import BY_NAME, SUBJECTS, Subject, assert_same, gradients, step, step_gradients
+from ..internals import live_masks, states_of
+from ..steps import assert_same, gradients, step, step_gradients
+from ..zoo.subjects import BY_NAME, SUBJECTS, Subject
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 """Of inductor's own modules, when they are imported."""
@@ -57,9 +59,7 @@ class Compiled:
 
 
 def assert_no_mask_is_left(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, DropConnectModule):
-            assert all(vars(module)[s.live] is None for s in module._dropconnect.values())
+    assert list(live_masks(model)) == []
 
 
 @pytest.mark.parametrize("toward", ["zero", "pretrained"])
@@ -304,6 +304,6 @@ def test_a_compiled_graph_keeps_16_bytes_a_site(toward: str) -> None:
     anchors = sum(buffer.nbytes for buffer in model.buffers())
     kept = kept_for_backward(model, x) - plain - anchors
     if torch.__version__ < "2.10":  # instead of what is read there, the table that all sites share
-        table = next(iter(model[0]._dropconnect.values())).row.table
+        table = states_of(model[0])[0].row.table
         kept -= table.thresholds.nbytes + table.scales.nbytes
     assert kept <= 2 * 16

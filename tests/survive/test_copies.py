@@ -17,25 +17,15 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from surgery import (
-    DropConnectModule,
     apply_dropconnect,
     dropconnect_sites,
     set_p,
     strip_dropconnect,
 )
 
-from .models import (
-    BY_NAME,
-    Subject,
-    anchor,
-    assert_drops,
-    assert_same,
-    gradients,
-    raw,
-    step,
-    step_gradients,
-    tensors,
-)
+from ..internals import live_masks
+from ..steps import anchor, assert_drops, assert_same, gradients, raw, step, step_gradients, tensors
+from ..zoo.subjects import BY_NAME, Subject
 
 
 def through_pickle(model: nn.Module) -> nn.Module:
@@ -207,18 +197,18 @@ def test_threads_on_replicas_do_not_mix() -> None:
     for worker in workers:
         worker.join()
     assert not failures
-    for module in model.modules():
-        if isinstance(module, DropConnectModule):
-            assert all(vars(module)[state.live] is None for state in module._dropconnect.values())
+    assert list(live_masks(model)) == []
 
 
 def test_frames_of_other_threads_are_left_alone(monkeypatch) -> None:
     """To ask for them can block every thread: replicas that ran at once stood still now and then."""
-    monkeypatch.setattr(sys, "_current_frames", None)
+    asked: list[int] = []
+    monkeypatch.setattr(sys, "_current_frames", lambda: asked.append(1) or {})
     model = BY_NAME["transformer"].operated()
     step(model, BY_NAME["transformer"].inputs())
     model.eval()
     strip_dropconnect(model)
+    assert asked == []
 
 
 def test_deepcopy_inside_a_forward_takes_no_mask_along() -> None:

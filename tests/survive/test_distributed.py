@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from surgery import plain_state_dict, set_p, strip_dropconnect
 
-from .models import BY_NAME, anchor, assert_same, raw, tensors
+from ..steps import anchor, assert_same, raw, tensors
+from ..zoo.subjects import BY_NAME
 
 SUBJECT = BY_NAME["transformer"]
 WORKER = Path(__file__).with_name("distributed_worker.py")

@@ -7,7 +7,8 @@ import torch
 
 from surgery import set_p
 
-from .models import Subject, assert_drops
+from ..steps import assert_drops
+from ..zoo.subjects import Subject
 
 
 def test_eval_is_the_plain_model(subject: Subject) -> None:

@@ -11,7 +11,8 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 
 from surgery import SurgeryError, apply_dropconnect, strip_dropconnect
 
-from .models import BY_NAME, SUBJECTS, Subject, assert_same, raw, step_gradients, tensors
+from ..steps import assert_same, raw, step_gradients, tensors
+from ..zoo.subjects import BY_NAME, SUBJECTS, Subject
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 """Of vmap, where it has no rule of its own for a kernel (attention, the GRU cell)."""

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 from surgery import apply_dropconnect, hold_masks, set_p, strip_dropconnect
 
-from .models import (
-    BY_NAME,
-    Subject,
+from ..steps import (
     anchor,
     assert_drops,
     assert_same,
@@ -19,6 +17,7 @@ from .models import (
     step_gradients,
     tensors,
 )
+from ..zoo.subjects import BY_NAME, Subject
 
 NARROW = [torch.bfloat16, torch.float16]
 

@@ -11,7 +11,8 @@ from torch import nn
 import surgery.transforms.operating.graph_surgeon  # noqa: F401  (what the entry point of torch.fx imports)
 from surgery import SurgeryError, apply_dropconnect, set_p, strip_dropconnect
 
-from .models import BY_NAME, Subject, assert_same, tensors
+from ..steps import assert_same, tensors
+from ..zoo.subjects import BY_NAME, Subject
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, about jit
 

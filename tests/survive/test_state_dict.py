@@ -12,16 +12,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from surgery import apply_dropconnect, plain_state_dict, raw_state_dict, strip_dropconnect
 
-from .models import (
-    BY_NAME,
-    Subject,
-    anchor,
-    assert_drops,
-    assert_same,
-    raw,
-    step_gradients,
-    tensors,
-)
+from ..steps import anchor, assert_drops, assert_same, raw, step_gradients, tensors
+from ..zoo.subjects import BY_NAME, Subject
 
 
 def other_values(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from surgery import DropConnectModule, apply_dropconnect, hold_masks, set_p, strip_dropconnect
+from surgery import apply_dropconnect, hold_masks, set_p, strip_dropconnect
 
-from .models import (
-    BY_NAME,
-    Subject,
+from ..internals import live_masks
+from ..steps import (
     assert_drops,
     assert_same,
     gradients,
@@ -22,14 +21,7 @@ from .models import (
     step_gradients,
     tensors,
 )
-
-
-def live_masks(model: nn.Module) -> Iterator[Tensor]:
-    for module in model.modules():
-        if isinstance(module, DropConnectModule):
-            for state in module._dropconnect.values():
-                if vars(module)[state.live] is not None:
-                    yield vars(module)[state.live]
+from ..zoo.subjects import BY_NAME, Subject
 
 
 def trajectory(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> list[Tensor]:

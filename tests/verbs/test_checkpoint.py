@@ -24,8 +24,8 @@ from surgery import (
 )
 from surgery.verbs.checkpoint import PLAN_FILE, anchors
 
-from ..cases import Case, every_case
 from ..helpers import Snapshot, bits_of
+from ..zoo.kinds import Case, every_case
 
 
 def model() -> nn.ModuleDict:

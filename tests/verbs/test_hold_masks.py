@@ -11,12 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery import NotOperatedError, apply_dropconnect, hold_masks, set_p, strip_dropconnect
-from surgery.modules import masking
+from surgery import (
+    NotOperatedError,
+    apply_dropconnect,
+    dropconnect_sites,
+    hold_masks,
+    set_p,
+    strip_dropconnect,
+)
 
-from ..cases import Case, every_case
-from ..helpers import Snapshot, keep, masked, plain_parameter
+from ..expected import keep, masked
+from ..helpers import Snapshot, plain_parameter
 from ..kinds.test_kinds import equal
+from ..zoo.kinds import Case, every_case
 
 P = 0.5
 CELLS = {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
@@ -28,10 +35,6 @@ def unroll(cell: nn.Module, xs: Tensor) -> Tensor:
     for x in xs:
         state = cell(x, state)
     return state[0] if isinstance(state, tuple) else state
-
-
-def held_key(module: nn.Module, name: str = "weight_hh") -> Tensor:
-    return module._dropconnect[name].held_key
 
 
 @every_cell
@@ -46,11 +49,10 @@ def test_one_mask_for_a_sequence(cls, toward: str, keys) -> None:
     with torch.no_grad():
         raw.add_(0.1)
     with hold_masks(cell):
-        keys.clear()
-        mask = keep(held_key(cell), P, *raw.shape)
         output = unroll(cell, xs)
         output.sin().sum().backward()
-    assert keys == []  # nothing was drawn by a forward call
+    (key,) = keys
+    mask = keep(key, P, *raw.shape)
     anchor = plain.weight_hh.detach().clone() if toward == "pretrained" else None
     plain.weight_hh.data = masked(raw.data, mask, P, anchor)
     expected = unroll(plain, xs)
@@ -85,18 +87,18 @@ def layer(**options) -> nn.Linear:
     return apply_dropconnect(nn.Linear(8, 8), nn.Linear, **{"p": P, **options})
 
 
-def test_gradients_accumulate_over_several_backwards() -> None:
+def test_gradients_accumulate_over_several_backwards(keys) -> None:
     module = layer()
     x = torch.randn(2, 8)
     with hold_masks(module):
         for _ in range(3):
             module(x).sum().backward()
-        mask = keep(held_key(module, "weight"), P, 8, 8)
+        mask = keep(keys[0], P, 8, 8)
     once = masked(torch.ones(2, 8).t() @ x, mask, P)
     torch.testing.assert_close(module.weight.grad, 3 * once)
 
 
-def test_optimizer_step_inside_is_seen() -> None:
+def test_optimizer_step_inside_is_seen(keys) -> None:
     """The mask stays, the weight moves: the next forward uses the new value."""
     module = layer()
     x = torch.randn(2, 8)
@@ -104,7 +106,7 @@ def test_optimizer_step_inside_is_seen() -> None:
         module(x)
         with torch.no_grad():
             module.weight.mul_(2)
-        mask = keep(held_key(module, "weight"), P, 8, 8)
+        mask = keep(keys[0], P, 8, 8)
         expected = nn.functional.linear(x, masked(module.weight, mask, P), module.bias)
         assert torch.equal(module(x), expected)
 
@@ -158,7 +160,7 @@ class Change:
 
 
 @pytest.mark.parametrize("name", [name for name in vars(Change) if name[0] != "_"])
-def test_what_changes_inside_is_seen(name: str) -> None:
+def test_what_changes_inside_is_seen(name: str, keys) -> None:
     """So often that ids and addresses are used again."""
     module = layer(toward="pretrained")
     x = torch.eye(8)
@@ -170,22 +172,18 @@ def test_what_changes_inside_is_seen(name: str) -> None:
             module(x)
             for _ in range(3):
                 getattr(change, name)()
-                mask = keep(held_key(module, "weight"), module._dropconnect["weight"].p, 8, 8)
-                used = masked(
-                    module.weight, mask, module._dropconnect["weight"].p, module.weight_anchor
-                )
+                (site,) = dropconnect_sites(module)
+                mask = keep(keys[-1], site.p, 8, 8)
+                used = masked(module.weight, mask, site.p, module.weight_anchor)
                 expected = nn.functional.linear(x, used, module.bias)
                 torch.testing.assert_close(module(x), expected)
 
 
-def test_a_loop_computes_the_masked_weight_once(monkeypatch) -> None:
+def test_a_loop_computes_the_masked_weight_once(masked_weights) -> None:
     cell = apply_dropconnect(nn.GRUCell(6, 4), nn.GRUCell, p=P)
-    made = []
-    drop = masking.drop_weight  # type: ignore[attr-defined]
-    monkeypatch.setattr(masking, "drop_weight", lambda *args: made.append(1) or drop(*args))
     with hold_masks(cell):
         unroll(cell, torch.randn(5, 3, 6)).sum().backward()
-    assert len(made) == 1
+    assert len(masked_weights) == 1
 
 
 def test_no_grad_then_grad_inside() -> None:
@@ -213,12 +211,11 @@ def test_new_p_inside_acts_with_the_same_bits() -> None:
     assert int(many.sum()) > int(few.sum())
 
 
-def test_bias_follows_its_weight_inside() -> None:
+def test_bias_follows_its_weight_inside(keys) -> None:
     module = layer(unit="output", bias=True)
     with hold_masks(module):
-        assert held_key(module, "bias") is held_key(module, "weight")
         output = module(torch.randn(2, 8))
-        mask = keep(held_key(module, "weight"), P, 8)
+        mask = keep(keys[0], P, 8)
     assert torch.equal(output != 0, mask.bool().expand(2, 8))
 
 
@@ -266,10 +263,10 @@ def test_part_of_a_model_can_be_held() -> None:
 
 
 def test_exit_after_an_error() -> None:
-    module = layer()
+    module, x = layer(), torch.eye(8)
     with pytest.raises(ZeroDivisionError), hold_masks(module):
         raise ZeroDivisionError
-    assert held_key(module, "weight") is None
+    assert not torch.equal(module(x), module(x))
     with hold_masks(module):
         pass
 

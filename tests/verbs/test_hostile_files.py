@@ -28,10 +28,10 @@ from surgery import (
     save_dropconnect,
     strip_dropconnect,
 )
-from surgery.spec import forms
 from surgery.verbs.checkpoint import PLAN_FILE
 
 from ..helpers import Snapshot
+from ..internals import set_constant
 from .hostile import MUTATIONS, TEXTS, VALUES
 
 CASES = 420
@@ -184,8 +184,8 @@ def test_forms_of_an_older_version_are_migrated_step_by_step(tmp_path: Path, mon
         2: {"config": rename("goal", "toward")},
         3: {"file": rename("start", "anchors")},
     }
-    monkeypatch.setattr(forms, "FORMAT_VERSION", 4)
-    monkeypatch.setattr(forms, "MIGRATIONS", steps)
+    set_constant(monkeypatch, "format version", 4)
+    set_constant(monkeypatch, "migrations", steps)
     assert dropconnect_sites(load_dropconnect(model(), tmp_path)) == expected
     with pytest.raises(SurgeryError, match="format 5; this release reads format 4 and older ones"):
         Plan.from_json({"version": 5, "sites": []})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 import os
 import shutil
 import sys
@@ -37,10 +37,10 @@ def what_lies_in(folder: Path) -> Any:
 
 
 def damage(folder: Path, models: list[nn.Module]) -> dict[str, int]:
-    """Kill saves of these models over each other, at everything they do to a file; count what does not
-    hold afterwards."""
+    """Kill saves of each model over the one before, at everything they do to a file; count what does
+    not hold afterwards."""
     found = {"kills": 0, "neither save": 0, "left over after the next": 0}
-    for one, other in itertools.permutations(models, 2):
+    for one, other in zip(models, [*models[1:], models[0]]):
         allowed = [content(one), content(other)]
         write = partial(save_dropconnect, other, folder)
         for _ in kills(write, before=partial(save_dropconnect, one, folder)):
@@ -55,11 +55,12 @@ def damage(folder: Path, models: list[nn.Module]) -> dict[str, int]:
 
 
 def test_a_save_that_is_killed_is_the_last_one_or_this_one(tmp_path: Path) -> None:
-    """Other anchors, or none: of the first release, killed between two files, these did not match."""
+    """Other anchors, then none, then some again: killed between two files, those of the first release
+    did not match."""
     models = [saved(1.0, 0.2), saved(2.0, 0.4), saved(0.0, 0.4, "zero")]
     found = damage(tmp_path, models)
     print(f"killed saves: {found}")
-    assert found.pop("kills") > 100
+    assert found.pop("kills") > 50
     assert found == {"neither save": 0, "left over after the next": 0}
 
 
@@ -81,18 +82,15 @@ def test_anchors_that_are_replaced_while_they_are_read(tmp_path: Path, monkeypat
     """A reader that has the old plan looks again."""
     one, other = saved(1.0, 0.2), saved(2.0, 0.4)
     save_dropconnect(one, tmp_path)
-    import surgery.verbs.checkpoint as checkpoint
+    loads, rounds = json.loads, []
 
-    read, rounds = checkpoint._read_form, []
-
-    def meanwhile(path: Path) -> Any:
-        form = read(path)
+    def meanwhile(*args: Any, **options: Any) -> Any:
         if not rounds:
             rounds.append(1)
             save_dropconnect(other, tmp_path)
-        return form
+        return loads(*args, **options)
 
-    monkeypatch.setattr(checkpoint, "_read_form", meanwhile)
+    monkeypatch.setattr("json.loads", meanwhile)
     assert what_lies_in(tmp_path) == content(other)
 
 

@@ -21,6 +21,7 @@ from surgery import (
 from surgery.modules.places import states_in
 
 from ..helpers import Snapshot
+from ..internals import states_of
 
 P = 0.4
 
@@ -97,54 +98,6 @@ def test_a_sample_has_one_mask_for_the_whole_batch(unit: str, batch_size: int) -
     assert len({tuple(row.tolist()) for row in outputs[:, 0]}) > (2 if unit != "tensor" else 1)
 
 
-def test_together_and_one_by_one_agree() -> None:
-    """The same distribution: means and covariances of the outputs, within standard errors."""
-    model, x, count = classifier(bias=True), torch.randn(3, 6), 2000
-    one, many = (mc_predict(model, x, count, batch_size=size) for size in (1, 3 * 500))
-    error = ((one.variance + many.variance) / count).sqrt()
-    assert ((one.mean - many.mean) / error).abs().max() < 5
-    assert (one.variance / many.variance).log().abs().max() < 0.25
-    torch.testing.assert_close(one.entropy, many.entropy, rtol=0.05, atol=0)
-
-
-def test_convolutions_with_channel_masks_run_together() -> None:
-    model = nn.Sequential(nn.Conv1d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(30, 2))
-    apply_dropconnect(model, [nn.Conv1d, nn.Linear], p=P, unit="output", bias=True)
-    stack = Stack(model)
-    mc_predict(stack, torch.randn(1, 4, 7).expand(3, 4, 7), samples=8)
-    assert len(stack.seen) == 1
-    outputs = stack.samples(3)
-    torch.testing.assert_close(outputs, outputs[:, :1].expand_as(outputs))
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x)[0][:, -1])
-
-
-class Flat(nn.Module):
-    """A site whose input has tokens, not the batch, first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x.flatten(0, 1)).view(len(x), -1)
-
-
-@pytest.mark.parametrize(("make", "targets"), [(Recurrent, ["rnn", "head"]), (Flat, "fc")])
-def test_falls_back_to_one_by_one(make: Any, targets: Any) -> None:
-    model = Stack(apply_dropconnect(make(), targets, p=P))
-    found = mc_predict(model, torch.randn(3, 5, 6), samples=6)
-    assert [len(out) for out in model.seen] == [3] * 6
-    assert found.variance.min() > 0
-
-
 def test_reproducible_and_generators_untouched() -> None:
     model, x = classifier(), torch.randn(5, 6)
     state = torch.get_rng_state()
@@ -180,7 +133,7 @@ def test_leaves_the_model_as_it_was(inference: str, fails: bool) -> None:
         assert torch.equal(torch.get_rng_state(), state)
         assert not found.mean.requires_grad
     assert Snapshot(model) == before
-    kept = model[0]._dropconnect["weight"]
+    (kept,) = states_of(model[0])
     assert (kept.inference, kept.group) == (inference, None)
 
 
@@ -285,17 +238,17 @@ def test_wrong_arguments() -> None:
 
 def test_wrong_outputs() -> None:
     x = torch.randn(5, 6)
-    words = nn.Sequential(classifier(), _Returns(lambda u: {"y": u}))
+    words = nn.Sequential(classifier(), Returns(lambda u: {"y": u}))
     with pytest.raises(SurgeryError, match="returned a dict; mc_predict needs a tensor"):
         mc_predict(words, x)
-    summed = nn.Sequential(classifier(), _Returns(lambda u: u.sum(0)))
+    summed = nn.Sequential(classifier(), Returns(lambda u: u.sum(0)))
     with pytest.raises(
         SurgeryError, match=r"the output has shape \(4,\), but the batch has 5 rows"
     ):
         mc_predict(summed, x, batch_size=1)
 
 
-class _Returns(nn.Module):
+class Returns(nn.Module):
     def __init__(self, make: Any) -> None:
         super().__init__()
         self.make = make
@@ -309,151 +262,6 @@ def test_does_not_depend_on_the_mode_of_the_model() -> None:
     with set_inference(model, "moments"):
         first = mc_predict(model, x, 4, seed=3)
     assert torch.equal(first.mean, mc_predict(model.train(), x, 4, seed=3).mean)
-
-
-class TimeFirst(nn.Module):
-    """Its site sees time first; as much time as several batches have rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        u = torch.tanh(self.fc(x.transpose(0, 1))).transpose(0, 1)
-        return self.head(u).mean(1)
-
-
-def test_a_dimension_that_has_the_size_of_the_batch_by_chance() -> None:
-    model, x = apply_dropconnect(TimeFirst(), "fc", p=0.5), torch.randn(2, 16, 6)
-    alone = mc_predict(model, x, 400, seed=0, batch_size=1)
-    together = mc_predict(model, x, 400, seed=0, batch_size=16)
-    ratio = together.variance / alone.variance
-    assert (ratio - 1).abs().max() < 5 * math.sqrt(2 * 2 / 400)
-
-
-def test_falls_back_to_one_by_one_where_sizes_are_fixed() -> None:
-    inner = apply_dropconnect(nn.Sequential(nn.Linear(6, 2)), "0", p=P)
-    seen = []
-
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: Tensor, extra: list[Tensor]) -> Tensor:
-            seen.append(len(x))
-            return self.inner(x) + extra[0]
-
-    found = mc_predict(Outer(), (torch.randn(3, 6), [torch.ones(3, 1)]), 8)
-    assert found.mean.shape == (3, 2)
-    assert seen == [3, 9, *[3] * 8]
-
-
-class TimeFirstLSTM(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.rnn, self.head = nn.Linear(6, 6), nn.LSTM(6, 8), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(self.fc(x))[0])
-
-
-def _then(function: Any) -> Any:
-    """A linear layer, a norm over its features, and something that mixes the first dimension."""
-    return lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), _Returns(function))
-
-
-MIXING = {
-    "time-first LSTM": TimeFirstLSTM,
-    "cumsum": _then(lambda u: u.cumsum(0)),
-    "cumsum from the end": _then(lambda u: u.flip(0).cumsum(0).flip(0)),
-    "mean of the batch": _then(lambda u: u - u.mean(0)),
-    "maximum of the batch": _then(lambda u: u / u.amax(0)),
-    "softmax over the batch": _then(lambda u: u.softmax(0)),
-    "first row": _then(lambda u: u - u[:1]),
-    "last row": _then(lambda u: u - u[-1:]),
-    "size of the batch": _then(lambda u: u / len(u)),
-    "neighbours": _then(lambda u: u + 0.3 * u.roll(1, 0)),
-    "interleaved": _then(lambda u: u.view(2, -1, *u.shape[1:]).transpose(0, 1).reshape(u.shape)),
-    "some are masked": _then(lambda u: u.cumsum(0).index_fill(-1, torch.tensor([0, 3]), -1e30)),
-    "infinite": _then(lambda u: u.cumsum(0).index_fill(-1, torch.tensor([1]), -math.inf)),
-}
-
-
-def _one_by_one_and_together(model: nn.Module, x: Tensor, samples: int = 9) -> None:
-    """Without a difference, to the bit."""
-    one, many = (
-        mc_predict(model, x, samples, seed=3, batch_size=size, class_dim=None) for size in (1, 256)
-    )
-    for name in ("mean", "variance"):
-        pair = getattr(many, name), getattr(one, name)
-        torch.testing.assert_close(*pair, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("name", MIXING)
-def test_a_model_that_mixes_samples_runs_them_one_by_one(name: str) -> None:
-    for sampling in ("batch", "example", "gaussian"):
-        for dtype in (torch.float32, torch.bfloat16):
-            model = apply_dropconnect(MIXING[name]().to(dtype), nn.Linear, p=P, sampling=sampling)
-            _one_by_one_and_together(model, torch.randn(4, 3, 6).to(dtype))
-
-
-def test_a_convolution_and_a_graph_that_mix_samples_run_them_one_by_one() -> None:
-    conv = nn.Sequential(nn.Conv1d(4, 6, 3), _Returns(lambda u: u.cumsum(0)))
-    apply_dropconnect(conv, nn.Conv1d, p=P, unit="output")
-    _one_by_one_and_together(conv, torch.randn(5, 4, 7))
-
-    class Functional(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(5, 6))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.nn.functional.linear(x, self.w).cumsum(0)
-
-    graph = apply_dropconnect(torch.fx.symbolic_trace(Functional()), "w", p=P)
-    _one_by_one_and_together(graph, torch.randn(5, 6))
-
-
-@pytest.mark.parametrize("example_dim", [1, -2, "all", 0, -3])
-def test_examples_along_another_dimension(example_dim: Any) -> None:
-    """Where examples lie along the second dimension, repetitions of the first would share masks."""
-    model = Stack(nn.Sequential(nn.Linear(6, 5)))
-    apply_dropconnect(model, nn.Linear, p=P, sampling="example", example_dim=example_dim)
-    x = torch.randn(2, 1, 6).expand(2, 3, 6)
-    mc_predict(model, x, 9, class_dim=None)
-    samples = model.samples(2)
-    assert len(model.seen) == (9 if example_dim in (1, -2) else 1)
-    assert len(samples[:, 0, 0].unique(dim=0)) == 9  # masks of their own
-    shared = bool((samples[:, :, :1] == samples).all())
-    assert shared == (example_dim in (0, -3))
-
-
-def test_a_bias_that_drops_without_its_weight() -> None:
-    layer = apply_dropconnect(nn.Sequential(nn.Linear(6, 5)), "0.bias", p=P, bias=True)
-    _one_by_one_and_together(layer, torch.randn(5, 6))
-    assert mc_predict(layer, torch.randn(5, 6), 99, class_dim=None).variance.min() > 0
-
-
-def test_an_input_whose_samples_can_run_together_does() -> None:
-    """Huge, infinite and missing entries do not hinder; nor do sequences, autocast, bfloat16."""
-    outputs = {
-        "sequence": lambda u: u.softmax(-1),
-        "masked": lambda u: u.index_fill(-1, torch.tensor([0, 3]), -1e30),
-        "infinite": lambda u: u.index_fill(-1, torch.tensor([1]), -math.inf),
-        "missing": lambda u: u.index_fill(-1, torch.tensor([1]), math.nan),
-        "dead": lambda u: (u - 100).relu(),
-    }
-    for name, function in outputs.items():
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            model = Stack(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), _Returns(function)))
-            apply_dropconnect(model.to(dtype), nn.Linear, p=P)
-            mc_predict(model, torch.randn(4, 3, 6).to(dtype), 9, class_dim=None)
-            assert len(model.seen) == 1, (name, dtype)
-    model = Stack(classifier())
-    with torch.autocast("cpu", torch.bfloat16):
-        mc_predict(model, torch.randn(4, 3, 6), 9)
-    assert len(model.seen) == 1
 
 
 def test_held_masks_are_refused() -> None:

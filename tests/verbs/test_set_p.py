@@ -15,7 +15,8 @@ from surgery import (
     set_p,
 )
 
-from ..helpers import keep, masked
+from ..expected import keep, masked
+from ..internals import states_of
 
 
 def model() -> nn.Module:
@@ -109,7 +110,7 @@ def test_tied_users_move_together() -> None:
     apply_dropconnect(module, "a", p=0.5)
     set_p(module, 0.1, "a")
     for part in module.values():
-        assert part._dropconnect["weight"].config.p == 0.1
+        assert [state.config.p for state in states_of(part)] == [0.1]
 
 
 def test_other_options_stay() -> None:

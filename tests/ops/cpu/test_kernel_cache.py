@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from surgery.ops.cpu import build, cache, native
+from surgery.ops.cpu import native
+
+from ...internals import as_in_a_new_process, expect_functions, forget_kernels, set_constant
 
 NAME = "activations"
 """The kernels that compile fastest."""
@@ -20,39 +22,20 @@ NAME = "activations"
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="other users are a Unix affair")
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: Any) -> Path:
-    """What the compiler makes, once for all tests here."""
-    return build._compile(["c++"], NAME, tmp_path_factory.mktemp("compiled"))
-
-
 @pytest.fixture
-def folder(tmp_path: Path, compiled: Path, monkeypatch) -> Path:
+def folder(
+    tmp_path: Path, compiled: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """An empty cache, for a process that has loaded nothing."""
-    monkeypatch.setattr(build, "_compile", lambda *args: shutil.copy(compiled, args[2] / "new.so"))
-    monkeypatch.setattr(native, "_libraries", {})
-    monkeypatch.setattr(cache, "_warn", cache._warn.__wrapped__)  # type: ignore[attr-defined]  # each time
+    as_in_a_new_process(monkeypatch)
     made = tmp_path / "above" / "kernels"
     made.mkdir(parents=True)
     monkeypatch.setenv("DROPCONNECT_CACHE_DIR", str(made))
     return made
 
 
-@pytest.fixture
-def builds(folder: Path, monkeypatch) -> list[str]:
-    built: list[str] = []
-    compile_ = build._compile
-
-    def spy(compiler: list[str], name: str, into: Path) -> Path:
-        built.append(name)
-        return Path(compile_(compiler, name, into))
-
-    monkeypatch.setattr(build, "_compile", spy)
-    return built
-
-
 def load_anew() -> Any:
-    native._libraries.clear()
+    forget_kernels()
     return native.library(NAME)
 
 
@@ -70,14 +53,9 @@ def belongs_to_another(path: Path, monkeypatch) -> None:
 
 
 DAMAGED = """
-import os, pathlib, shutil, sys, torch
-from surgery.ops.cpu import build, native
+import importlib, pathlib, sys, torch
+from surgery.ops.cpu import native
 cache, other = map(pathlib.Path, sys.argv[1:])
-compile_, built = build._compile, []
-def spy(*args):
-    built.append(args[1])
-    return compile_(*args)
-build._compile = spy
 mean, var = torch.linspace(-2, 2, 40), torch.full((40,), 0.3)
 expected = native.excess(mean, var)
 (path,) = cache.iterdir()
@@ -90,14 +68,14 @@ for name, content in damages.items():
     path.unlink()  # the one that is loaded stays as it is
     path.write_bytes(content)
     for _ in range(2):  # built again once, and then kept
-        native._libraries.clear()
+        importlib.reload(native)  # has loaded nothing
         assert torch.equal(native.excess(mean, var), expected), name
-print(built, [path.read_bytes() == good for path in cache.iterdir()])
+assert [path.read_bytes() == good for path in cache.iterdir()] == [True]
 """
 
 
 @pytest.mark.compiler
-def test_damaged_kernels_are_built_again_once(tmp_path: Path) -> None:
+def test_damaged_kernels_are_built_again_once(tmp_path: Path, compiled) -> None:
     """In a process of its own, since a truncated library kills the one that calls it."""
     source = tmp_path / "other.cpp"
     source.write_text('extern "C" int other() { return 1; }')
@@ -110,18 +88,18 @@ def test_damaged_kernels_are_built_again_once(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"{['activations'] * 6} [True]"
+    assert compiled() == ["activations"] * 6
 
 
 @pytest.mark.compiler
-def test_kernels_without_the_functions_are_built_again(folder: Path, builds, monkeypatch) -> None:
+def test_kernels_without_the_functions_are_built_again(folder: Path, compiled, monkeypatch) -> None:
     """Also where their hash is right."""
     load_anew()
     older = only_file(folder)
-    monkeypatch.setitem(native._SIGNATURES, NAME, {"no_such_function": [ctypes.c_int]})
+    expect_functions(monkeypatch, NAME, {"no_such_function": [ctypes.c_int]})
     with pytest.raises(native.NoCompiler, match="no_such_function"):
         load_anew()
-    assert builds == [NAME] * 3  # the second time also without the cache
+    assert compiled() == [NAME] * 3  # the second time also without the cache
     assert not older.exists()
 
 
@@ -129,7 +107,7 @@ def test_kernels_without_the_functions_are_built_again(folder: Path, builds, mon
 @pytest.mark.parametrize("where", ["folder", "above", "link"])
 @pytest.mark.parametrize("how", ["everybody", "group", "owner"])
 def test_a_folder_that_others_may_change_is_not_used(
-    where: str, how: str, folder: Path, builds, monkeypatch, tmp_path: Path
+    where: str, how: str, folder: Path, compiled, monkeypatch, tmp_path: Path
 ) -> None:
     load_anew()
     if where == "link":
@@ -148,22 +126,22 @@ def test_a_folder_that_others_may_change_is_not_used(
         pytest.skip("a group of the user's own may write above")
     with pytest.warns(RuntimeWarning, match=rf"kernels are compiled for this process.* {words}"):
         assert load_anew()
-    assert builds == [NAME] * 2
+    assert compiled() == [NAME] * 2
     assert os.listdir(folder) == before
 
 
 @pytest.mark.compiler
-def test_a_folder_as_tmp_may_be_above(folder: Path, builds) -> None:
+def test_a_folder_as_tmp_may_be_above(folder: Path, compiled) -> None:
     folder.parent.chmod(0o1777)
     load_anew()
     load_anew()
-    assert builds == [NAME]
+    assert compiled() == [NAME]
 
 
 @pytest.mark.compiler
 @pytest.mark.parametrize("how", ["everybody", "group", "owner", "link", "fifo", "folder"])
 def test_a_file_that_others_may_write_is_not_loaded(
-    how: str, folder: Path, builds, monkeypatch, tmp_path: Path
+    how: str, folder: Path, compiled, monkeypatch, tmp_path: Path
 ) -> None:
     load_anew()
     path = only_file(folder)
@@ -180,27 +158,27 @@ def test_a_file_that_others_may_write_is_not_loaded(
         path.unlink()
         path.mkdir() if how == "folder" else os.mkfifo(path)
     assert load_anew()
-    assert builds == [NAME] * 2
+    assert compiled() == [NAME] * 2
     if how != "folder":  # the new one has taken its place
         found = path.lstat()
         assert (found.st_uid, found.st_mode & 0o777022) == (os.geteuid(), 0o100000)
         load_anew()
-        assert builds == [NAME] * 2
+        assert compiled() == [NAME] * 2
 
 
 @pytest.mark.compiler
-def test_what_a_wide_umask_gives_is_loaded_again(folder: Path, builds) -> None:
+def test_what_a_wide_umask_gives_is_loaded_again(folder: Path, compiled) -> None:
     before = os.umask(0)
     try:
         load_anew()
     finally:
         os.umask(before)
     load_anew()
-    assert builds == [NAME]
+    assert compiled() == [NAME]
 
 
 @pytest.mark.compiler
-def test_nothing_is_made_in_the_home_of_another(folder: Path, builds, monkeypatch) -> None:
+def test_nothing_is_made_in_the_home_of_another(folder: Path, compiled, monkeypatch) -> None:
     """As under sudo, which keeps HOME."""
     monkeypatch.delenv("DROPCONNECT_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -213,13 +191,15 @@ def test_nothing_is_made_in_the_home_of_another(folder: Path, builds, monkeypatc
 
 @pytest.mark.compiler
 @pytest.mark.parametrize("step", ["os.replace", "os.fsync"])
-def test_a_cache_that_is_full_is_done_without(step: str, folder: Path, builds, monkeypatch) -> None:
+def test_a_cache_that_is_full_is_done_without(
+    step: str, folder: Path, compiled, monkeypatch
+) -> None:
     def fail(*args: Any) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(step, fail)
     assert load_anew()
-    assert builds == [NAME]
+    assert compiled() == [NAME]
     assert os.listdir(folder) == []
 
 
@@ -250,7 +230,7 @@ def test_a_compiler_that_is_none(command: str, reason: str, tmp_path: Path, monk
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setenv("CXX", command)
-    monkeypatch.setattr(build, "PATIENCE", 0.5)
+    set_constant(monkeypatch, "patience with a compiler", 0.5)
     with pytest.raises(native.NoCompiler, match=reason):
         load_anew()
     assert set(os.listdir(tmp_path)) <= {"kept", "compiler"}

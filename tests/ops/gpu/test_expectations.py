@@ -13,7 +13,8 @@ from torch import nn
 from surgery import apply_dropconnect
 from surgery.ops import expectation
 from surgery.ops.gpu import expect
-from tests.ops.reference import normal_expectation
+
+from ...expected import normal_expectation
 
 SCALES = [1e-3, 0.37, 1.0, 30.0]
 

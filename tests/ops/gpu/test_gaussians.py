@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surgery.ops import Law, gaussian_linear, gaussian_sample, gpu, moments_of
-from surgery.ops.gpu import launch
+
+from ...internals import set_constant
 
 CPU = torch.device("cpu")
 
@@ -19,7 +20,7 @@ def with_and_without(monkeypatch, run) -> tuple[list[Tensor], list[Tensor]]:
     """The results of `run` by kernels, and by the formulas, of the same random numbers."""
     found = []
     for devices in ({"cpu"}, set()):
-        monkeypatch.setattr(launch, "INTERPRETED", devices)
+        set_constant(monkeypatch, "interpreted devices", devices)
         torch.manual_seed(3)
         found.append([tensor.detach() for tensor in run()])
     return found[0], found[1]
@@ -50,10 +51,10 @@ def test_sample_and_gradients(dtype, anchored: bool, gpu_kernels, monkeypatch) -
         leaves = [torch.randn(*shape, 45), torch.randn(67, 45)]
         leaves = [leaf.to(dtype) for leaf in (*leaves, torch.randn(67))[: 2 + bias]]
         grad = torch.randn(*shape, 67).to(dtype)
-        monkeypatch.setattr(launch, "INTERPRETED", {"cpu"})
+        set_constant(monkeypatch, "interpreted devices", {"cpu"})
         torch.manual_seed(3)
         found = step(leaves, bias, anchor, grad)
-        monkeypatch.setattr(launch, "INTERPRETED", set())
+        set_constant(monkeypatch, "interpreted devices", set())
         torch.manual_seed(3)
         towards = None if anchor is None else anchor.to(wide)
         expected = step([leaf.to(wide) for leaf in leaves], bias, towards, grad.to(wide))

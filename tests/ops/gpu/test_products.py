@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from surgery import apply_dropconnect
 from surgery.ops import Law, Layout, example_linear, key_from_seed
-from surgery.ops.gpu import launch, products
+from surgery.ops.gpu import products
 from surgery.ops.law import Mask
-from tests.ops.reference import example_weights
+
+from ...expected import example_weights
+from ...internals import constant, set_constant
 
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch) -> None:
     """Small tests have many rows."""
-    monkeypatch.setattr(products, "FEW_ROWS", 4)
+    set_constant(monkeypatch, "few rows", 4)
 
 
 CPU = torch.device("cpu")
@@ -48,7 +50,7 @@ def check(sizes, anchored: bool, p: float, dtype: torch.dtype, in_memory: bool =
     direction = torch.randn_like(found)
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     towards = None if anchor is None else anchor.double()
-    used = example_weights(exact[1], len(x), KEY, law(p, torch.float64), "element", towards)
+    used = example_weights(exact[1], len(x), KEY, p, "element", towards)
     expected = exact[0] @ used.mT
     results = (
         (y, *torch.autograd.grad(y, leaves, grad))
@@ -81,7 +83,7 @@ def test_nothing_or_all_dropped(p: float, gpu_kernels) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 17])
 def test_rows_of_an_example_share_its_mask(rows: int, gpu_kernels) -> None:
     check((3, rows, 7, 5), True, 0.3, torch.float32, in_memory=True)
-    assert gpu_kernels == (FEW if rows <= products.FEW_ROWS else MANY)
+    assert gpu_kernels == (FEW if rows <= constant("few rows") else MANY)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_bits_of_the_masks(dtype: torch.dtype, anchored: bool, gpu_kernels) -> N
     _, weight, anchor = tensors((1, 1, 11, 9), anchored, dtype)
     rule = law(0.3, dtype)
     wide = [None if t is None else t.detach().to(rule.scale.dtype) for t in (weight, anchor)]
-    used = example_weights(wide[0], 11, KEY, rule, "element", wide[1]).to(dtype)
+    used = example_weights(wide[0], 11, KEY, 0.3, "element", wide[1]).to(dtype)
     x, number = torch.eye(11, dtype=dtype), torch.arange(11)
     for inputs in (x[:, None], x.expand(11, 11, 11).contiguous()):
         inputs.requires_grad_()
@@ -124,14 +126,14 @@ def test_bits_of_the_masks(dtype: torch.dtype, anchored: bool, gpu_kernels) -> N
         assert torch.equal(of_inputs, used[:, None, 4].expand_as(of_inputs))
     product = example_linear(x[:, None], weight, KEY, rule, "element", anchor)
     (of_weight,) = torch.autograd.grad(product.sum(), weight)
-    ones = example_weights(torch.ones_like(wide[0]), 11, KEY, rule, "element").to(dtype)
+    ones = example_weights(torch.ones_like(wide[0]), 11, KEY, 0.3, "element").to(dtype)
     assert torch.equal(of_weight, ones[number, :, number].t())
 
 
 def test_blocks_of_examples(monkeypatch, gpu_kernels) -> None:
     """Memory for two masked weights: three blocks of five examples, whose gradients are added."""
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(products, "SCRATCH", 2 * 7 * 6 * dtype.itemsize)
+        set_constant(monkeypatch, "scratch", 2 * 7 * 6 * dtype.itemsize)
         gpu_kernels.clear()
         check((5, 5, 7, 6), True, 0.3, dtype)
         assert gpu_kernels == 3 * ["masked_weights"] + 3 * ["masked_weights", "masked_sum"]
@@ -246,7 +248,7 @@ def test_an_operated_linear(tokens, monkeypatch, gpu_kernels) -> None:
     x = torch.randn(4, *tokens, 7, requires_grad=True)
     results = []
     for devices in ({"cpu"}, set()):
-        monkeypatch.setattr(launch, "INTERPRETED", devices)
+        set_constant(monkeypatch, "interpreted devices", devices)
         torch.manual_seed(5)
         layer.zero_grad()
         found = layer(x)

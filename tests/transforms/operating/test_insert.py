@@ -16,7 +16,7 @@ from surgery.modules.node import DropConnectNode
 from surgery.transforms.operating.insert import insert
 from surgery.transforms.operating.model_graphs import ModelGraphs
 
-from ...helpers import keep, masked
+from ...expected import keep, masked
 from ..graphs import (
     Functional,
     GraphSnapshot,

@@ -13,10 +13,8 @@ from surgery.spec.plan import Use
 from surgery.transforms.capture.capture import capture, capture_of
 from surgery.transforms.reading.find import Findings, find
 
-from ..models import TRANSFORMERS
-
 TABLES: dict[str, dict[str, str]] = {
-    "bert": {
+    "minilm": {
         "embeddings.*_embeddings.weight": "embedding",
         "*.LayerNorm.*": "norm",
         "*.self.query.*": "linear",
@@ -149,7 +147,7 @@ def check(findings: Findings, model: Any, name: str) -> None:
     assert findings.unused == ()
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", TABLES)
 def test_recorded(name: str, tiny) -> None:
     model = tiny(name)
     findings = find(model)
@@ -158,7 +156,7 @@ def test_recorded(name: str, tiny) -> None:
     check(findings, model, name)
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", TABLES)
 def test_exported(name: str, tiny, traced_experts: str) -> None:
     model = tiny(name)
     model.config._experts_implementation = traced_experts

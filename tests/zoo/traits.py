@@ -1,86 +1,12 @@
-"""Tiny transformers models, made from configs, and small networks with one trait each."""
+"""Small networks with one trait each, which captures of graphs must cope with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-T5_SIZES = {
-    "vocab_size": 99,
-    "d_model": 32,
-    "d_kv": 16,
-    "d_ff": 64,
-    "num_layers": 2,
-    "num_heads": 2,
-}
-
-
-def bert(t: Any) -> Any:
-    """The shape of all-MiniLM-L6-v2, smaller."""
-    return t.BertModel(t.BertConfig(**SIZES, intermediate_size=64, max_position_embeddings=32))
-
-
-def albert(t: Any) -> Any:
-    """All layers are the same one."""
-    config = t.AlbertConfig(**SIZES, embedding_size=16, intermediate_size=64)
-    return t.AlbertModel(config)
-
-
-def gpt2(t: Any) -> Any:
-    config = t.GPT2Config(
-        vocab_size=99,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        n_positions=32,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return t.GPT2LMHeadModel(config)
-
-
-def llama(t: Any) -> Any:
-    return t.LlamaForCausalLM(t.LlamaConfig(**SIZES, intermediate_size=64))
-
-
-def t5(t: Any) -> Any:
-    return t.T5ForConditionalGeneration(t.T5Config(**T5_SIZES, decoder_start_token_id=0))
-
-
-def t5_gated(t: Any) -> Any:
-    config = t.T5Config(**T5_SIZES, decoder_start_token_id=0, feed_forward_proj="gated-gelu")
-    return t.T5ForConditionalGeneration(config)
-
-
-def mixtral(t: Any) -> Any:
-    config = t.MixtralConfig(
-        **SIZES, num_key_value_heads=2, intermediate_size=64, num_local_experts=4,
-        num_experts_per_tok=2,
-    )  # fmt: skip
-    return t.MixtralForCausalLM(config)
-
-
-def vit(t: Any) -> Any:
-    sizes = {name: value for name, value in SIZES.items() if name != "vocab_size"}
-    config = t.ViTConfig(**sizes, intermediate_size=64, image_size=16, patch_size=8)
-    return t.ViTForImageClassification(config)
-
-
-TRANSFORMERS: dict[str, Callable[[Any], Any]] = {
-    "bert": bert,
-    "albert": albert,
-    "gpt2": gpt2,
-    "llama": llama,
-    "t5": t5,
-    "t5_gated": t5_gated,
-    "mixtral": mixtral,
-    "vit": vit,
-}
 
 
 class Branches(nn.Module):
