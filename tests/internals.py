@@ -4,6 +4,8 @@ Everything else in the tests goes through public names, environment variables an
 `conftest.py`, which use this file.
 """
 
+# mypy: disable-error-code=attr-defined
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -199,7 +201,7 @@ def own_table_of_kinds() -> Iterator[None]:
 
 @contextmanager
 def own_table_of_closed_forms() -> Iterator[None]:
-    tables = expect._FORMS, expect._NAMES
+    tables: tuple[dict[Any, Any], ...] = expect._FORMS, expect._NAMES
     before = [dict(table) for table in tables]
     yield
     for table, entries in zip(tables, before):

@@ -141,7 +141,7 @@ def test_schedule_moves_and_logs_p(
 
 
 def test_schedule_keeps_the_proportion_between_sites(tiny: Any, trainer: Any) -> None:
-    model, seen = tiny("bert"), set[tuple[float, float]]()
+    model, seen = tiny("bert"), set[tuple[float, ...]]()
 
     class Look(transformers.TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
