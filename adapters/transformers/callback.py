@@ -18,8 +18,9 @@ from surgery.adapters.transformers.schedules import Schedule, make_schedule
 from surgery.modules.keys import plain_state_dict
 from surgery.modules.places import states_in
 from surgery.modules.state import change_p
-from surgery.operating.surgeon import can_undo, unused_sites
+from surgery.operating.surgeon import can_undo
 from surgery.operating.suspend import suspended
+from surgery.planning.in_place import unused_sites
 from surgery.spec.config import DropConnectConfig
 from surgery.spec.errors import SurgeryError
 from surgery.spec.forms import file_name, read_json

@@ -13,7 +13,7 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -253,15 +253,6 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     del forward.__wrapped__  # accelerate would unwrap to a forward that does not drop
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     return forward
-
-
-def operated_among(
-    modules: Iterable[tuple[str, nn.Module]],
-) -> Iterator[tuple[str, DropConnectModule]]:
-    """Of named modules, those whose class has been swapped."""
-    for name, module in modules:
-        if isinstance(module, DropConnectModule):
-            yield name, module
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

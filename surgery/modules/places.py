@@ -1,15 +1,15 @@
-"""Where DropConnect is in place: the one walk over the sites of a model."""
+"""Where DropConnect is in place in a model: the modules that hold it, and the sites in these."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .state import SiteState
-from .walk import named_modules
+from .walk import Modules, modules_of, named_modules
 
 
 class SitesNode(nn.Module):
@@ -41,6 +41,28 @@ class Place:
         return None if self.state.anchor is None else self.owner._buffers[self.state.anchor]
 
 
+class Holder(NamedTuple):
+    """A module that holds DropConnect: by its class, or by nodes beside its parameters, or both."""
+
+    name: str
+    """Dotted name of the module."""
+    module: nn.Module
+    own: dict[str, SiteState] | None
+    """If its class is an operated one: the states of its parameters, by plain name. They are empty if
+    it only draws for its children, or only follows its forward."""
+    nodes: list[SitesNode]
+    """Beside parameters that nodes of a graph read."""
+
+
+def holders(modules: Modules) -> Iterator[Holder]:
+    """Of the modules of a model, those that hold DropConnect."""
+    for name, module in modules:
+        own = own_states(module)
+        nodes = list(_nodes_beside(module)) if module._modules else []
+        if nodes or own is not None:
+            yield Holder(name, module, own, nodes)
+
+
 def own_states(module: nn.Module) -> dict[str, SiteState] | None:
     """The states of an operated module; None for any other."""
     if not hasattr(type(module), "_dropconnect_class"):
@@ -58,11 +80,9 @@ def states_of(module: nn.Module) -> dict[str, SiteState]:
     own = own_states(module)
     if own is not None:
         return own
-    states: dict[str, SiteState] = {}
     if not module._modules:
-        return states
-    for node in _nodes_beside(module):
-        states.update(node.states)
+        return {}
+    states = {name: one for node in _nodes_beside(module) for name, one in node.states.items()}
     if not states:
         return states
     order = {name: index for index, name in enumerate(module._parameters)}
@@ -97,27 +117,18 @@ def set_state(module: nn.Module, state: SiteState) -> None:
 
 def places(model: nn.Module, remove_duplicate: bool = True) -> Iterator[Place]:
     """Every operated parameter, in model order."""
-    for name, module in named_modules(model, remove_duplicate):
-        for state in states_of(module).values():
+    for name, module, own, _ in holders(named_modules(model, remove_duplicate)):
+        for state in (states_of(module) if own is None else own).values():
             yield Place(name, module, state)
 
 
 def states_in(model: nn.Module) -> list[SiteState]:
-    """The states of all places, in any order. Without names this takes half the time, and a schedule
-    asks at every step."""
+    """The states of all places, in any order: a schedule asks at every step."""
     states: list[SiteState] = []
-    seen: set[nn.Module] = set()
-    todo: list[nn.Module | None] = [model]
-    while todo:
-        module = todo.pop()
-        if module is None or module in seen:
-            continue
-        seen.add(module)
+    for module in modules_of(model):
         own = module.states if isinstance(module, SitesNode) else own_states(module)
         if own is not None:
             states += own.values()
-        if module._modules:
-            todo += module._modules.values()
     return states
 
 

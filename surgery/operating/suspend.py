@@ -13,16 +13,17 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ..base.journal import Step, at_once, content, data_of, image, restoring, surely
-from ..modules.operated import DropConnectModule, operated_among
-from ..modules.places import set_state, states_of
+from ..modules.operated import DropConnectModule
+from ..modules.places import holders, set_state, states_of
 from ..modules.state import SiteState
 from ..modules.walk import named_modules
 from ..planning.catalogue import Catalogue
 from ..planning.graphs import graph_surgeon
+from ..planning.in_place import current_plan
 from ..planning.prepare import Change, prepare
 from ..planning.runs import Look
 from ..spec.config import DropConnectConfig
-from .surgeon import carry_out, current_plan, operate, owners_in_graphs, undo
+from .surgeon import carry_out, operate, undo
 
 Result = TypeVar("Result")
 
@@ -34,12 +35,9 @@ def suspended(model: nn.Module, call: Callable[[], Result]) -> Result:
         NotOperatedError, SurgeryError: see `undo`.
     """
     modules = named_modules(model)
-    changes = [_as_change(module) for _, module in operated_among(modules)]
-    changes += [
-        Change(owner, states_of(owner), in_graph=True) for owner in owners_in_graphs(modules)
-    ]
+    changes = [_as_change(holder.module) for holder in holders(modules)]
     kept = [(change, _buffers(change.module)) for change in changes]
-    surgeon = graph_surgeon([module for _, module in modules])
+    surgeon = graph_surgeon(module for _, module in modules)
     nodes = {} if surgeon is None else surgeon.nodes(model)
 
     def put_back() -> None:
@@ -60,9 +58,8 @@ def reapplied(model: nn.Module, call: Callable[[], Result]) -> Result:
     """
     plan = current_plan(model)
     kept = [
-        (name, dict(states_of(module)), _buffers(module))
-        for name, module in named_modules(model)
-        if states_of(module)
+        (holder.name, dict(states_of(holder.module)), _buffers(holder.module))
+        for holder in holders(named_modules(model))
     ]
     put_back = at_once(_all_of(model))
     try:
@@ -111,7 +108,10 @@ def _held_by(things: list[Any], depth: int = 2) -> Iterator[dict[str, Any]]:
                     yield from _held_by([value], depth - 1)
 
 
-def _as_change(module: DropConnectModule) -> Change:
+def _as_change(module: nn.Module) -> Change:
+    """What would put in place again what is in place in a module."""
+    if not isinstance(module, DropConnectModule):
+        return Change(module, states_of(module), in_graph=True)
     states, draws = dict(module._dropconnect), list(module._dropconnect_draws)
     return Change(module, states, draws=draws, scope=module._dropconnect_scope)
 

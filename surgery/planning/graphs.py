@@ -6,7 +6,7 @@ The plugin of `torch.fx` registers a `GraphSurgeon` here when a plan is made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -101,15 +101,3 @@ def graph_surgeon(modules: Iterable[nn.Module]) -> GraphSurgeon | None:
     if not _surgeons:
         raise SurgeryError("the model has traced graphs, and surgery.transforms is not installed")
     return _surgeons[0]
-
-
-def graph_owners(
-    modules: Iterable[tuple[str, nn.Module]],
-) -> Iterator[tuple[str, nn.Module, list[DropConnectNode]]]:
-    """Of named modules, those beside whose parameters DropConnect nodes lie, and these."""
-    for name, module in modules:
-        if not module._modules:
-            continue
-        nodes = [child for child in module._modules.values() if isinstance(child, DropConnectNode)]
-        if nodes:
-            yield name, module, nodes

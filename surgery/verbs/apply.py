@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 from ..base.journal import Changes, Reversible, Step
 from ..base.plugins import load_plugins
-from ..modules.places import Place, places, states_in
-from ..modules.state import SiteState, change_p
+from ..modules.places import Place, places
+from ..modules.state import change_p
 from ..modules.walk import named_modules
-from ..operating.surgeon import current_plan, operate, undo, unused_sites, was_trained
+from ..operating.surgeon import operate, undo
 from ..ops import release
 from ..ops.hash import key_tensor
-from ..planning.catalogue import Catalogue
+from ..planning.in_place import current_plan, states_named, unused_sites, was_trained
 from ..planning.prepare import Prepared, prepare
 from ..planning.runs import Look
-from ..planning.select import Choice, select
 from ..spec.config import DropConnectConfig, check_p
 from ..spec.errors import NotOperatedError, SurgeryError
 from ..spec.plan import Plan
@@ -236,30 +235,3 @@ def _prepare(
     if p is not None:
         options = {"p": check_p(p), **options}
     return prepare(model, targets, exclude, base.replace(**options) if options else base, look)
-
-
-def states_named(model: nn.Module, targets: Any) -> list[SiteState]:
-    """The states of the sites that `targets` names: of a tied weight, those of all its users."""
-    every = states_in(model)
-    if not every:
-        raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place")
-    if targets is None:
-        return every
-    choices, _ = select(Catalogue(model), targets, None, DropConnectConfig())
-    named = {key for choice in choices for key in _parameters(choice)}
-    found = [place.state for place in places(model) if id(place.raw) in named]
-    if not found:
-        raise NotOperatedError(f"targets={targets!r} names weights, but none has DropConnect")
-    return found
-
-
-def _parameters(choice: Choice) -> Iterator[int]:
-    """Ids of the operated parameter that was chosen and of the bias that drops with it."""
-    states = choice.owner.states
-    state = states.get(choice.name)
-    if state is None:
-        return
-    yield id(getattr(choice.module, state.raw))
-    bias = states.get(choice.bias or "") if state.config.bias else None
-    if bias is not None:
-        yield id(getattr(choice.module, bias.raw))

@@ -24,8 +24,9 @@ from ..base.files import sync_folder, whole_file
 from ..base.plugins import load_plugins
 from ..modules.keys import plain_keys
 from ..modules.places import places
-from ..operating.surgeon import current_plan, operate
+from ..operating.surgeon import operate
 from ..planning.catalogue import Catalogue
+from ..planning.in_place import current_plan
 from ..planning.prepare import prepare
 from ..planning.runs import Look
 from ..planning.select import select

@@ -11,12 +11,12 @@ from ..base.journal import Changes, Reversible, Step, at_once
 from ..modules.places import Place, places, product_site
 from ..modules.state import SiteState
 from ..modules.walk import unwrapped
-from ..operating.surgeon import rescope
+from ..operating.scopes import rescope
 from ..planning.catalogue import Catalogue
+from ..planning.in_place import states_named
 from ..planning.refusals import not_followed
 from ..spec.config import Inference
 from ..spec.errors import SurgeryError
-from .apply import states_named
 
 
 class set_inference(Reversible):

@@ -12,7 +12,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from surgery import apply_dropconnect, dropconnect_sites, plan_dropconnect, strip_dropconnect
-from surgery.operating.surgeon import unused_sites
+from surgery.planning.in_place import unused_sites
 
 from ..expected import keep, masked
 

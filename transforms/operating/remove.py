@@ -14,9 +14,9 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from surgery.modules.node import DropConnectNode, Settle, forget
-from surgery.modules.places import states_of
+from surgery.modules.places import holders, states_of
 from surgery.modules.walk import named_modules
-from surgery.planning.graphs import Nodes, graph_owners
+from surgery.planning.graphs import Nodes
 from surgery.spec.plan import join
 from surgery.torch_private.graphs import free_name, set_name, usual_name
 
@@ -54,22 +54,31 @@ def stuck(model: nn.Module) -> list[str]:
     """Why the nodes cannot be taken out: somebody edited them since."""
     called = [one for graph_module in _graphs(model) for one in _called(graph_module)]
     problems = []
-    for path, _, modules in graph_owners(named_modules(model)):
-        for module in modules:
-            mine = [one for one in called if one.module is module]
-            name = join(path, module.name)
-            if not mine:
-                problems.append(
-                    f"{name}: no node calls {join(path, node_module(module.name))!r} any more: it was "
-                    f"erased, or got another target; {_FIX}"
-                )
-            problems += [
-                f"{name}: node {one.node.name!r} does not take the raw weight any more, but "
-                f"{one.raw}: it was re-wired; {_FIX}"
-                for one in mine
-                if not _is_wired(one)
-            ]
+    for path, _, module in _modules(model):
+        mine = [one for one in called if one.module is module]
+        name = join(path, module.name)
+        if not mine:
+            problems.append(
+                f"{name}: no node calls {join(path, node_module(module.name))!r} any more: it was "
+                f"erased, or got another target; {_FIX}"
+            )
+        problems += [
+            f"{name}: node {one.node.name!r} does not take the raw weight any more, but "
+            f"{one.raw}: it was re-wired; {_FIX}"
+            for one in mine
+            if not _is_wired(one)
+        ]
     return problems
+
+
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module, DropConnectNode]]:
+    """The modules that nodes call, each with its owner and the owner's name."""
+    return [
+        (holder.name, holder.module, node)
+        for holder in holders(named_modules(model))
+        for node in holder.nodes
+        if isinstance(node, DropConnectNode)
+    ]
 
 
 def _is_wired(one: _Called) -> bool:
@@ -80,11 +89,7 @@ def _is_wired(one: _Called) -> bool:
 
 def nodes(model: nn.Module) -> Nodes:
     """The modules that the nodes call."""
-    return {
-        (id(owner), module.name): module
-        for _, owner, modules in graph_owners(named_modules(model))
-        for module in modules
-    }
+    return {(id(owner), module.name): module for _, owner, module in _modules(model)}
 
 
 def remove(model: nn.Module) -> list[PassResult]:
@@ -94,10 +99,9 @@ def remove(model: nn.Module) -> list[PassResult]:
         one result for each graph.
     """
     results = [_remove_nodes(graph_module) for graph_module in _graphs(model)]
-    for _, owner, modules in list(graph_owners(named_modules(model))):
-        for module in modules:
-            forget(owner, module)
-            del owner._modules[node_module(module.name)]
+    for _, owner, module in _modules(model):
+        forget(owner, module)
+        del owner._modules[node_module(module.name)]
     return results
 
 
