@@ -41,8 +41,8 @@ class Place:
         return None if self.state.anchor is None else self.owner._buffers[self.state.anchor]
 
 
-class Holder(NamedTuple):
-    """A module that holds DropConnect: by its class, or by nodes beside its parameters, or both."""
+class Carrier(NamedTuple):
+    """A module that carries DropConnect: by its class, or by nodes beside its parameters, or both."""
 
     name: str
     """Dotted name of the module."""
@@ -54,13 +54,13 @@ class Holder(NamedTuple):
     """Beside parameters that nodes of a graph read."""
 
 
-def holders(modules: Modules) -> Iterator[Holder]:
-    """Of the modules of a model, those that hold DropConnect."""
+def carriers(modules: Modules) -> Iterator[Carrier]:
+    """Of the modules of a model, those that carry DropConnect."""
     for name, module in modules:
         own = own_states(module)
         nodes = list(_nodes_beside(module)) if module._modules else []
         if nodes or own is not None:
-            yield Holder(name, module, own, nodes)
+            yield Carrier(name, module, own, nodes)
 
 
 def own_states(module: nn.Module) -> dict[str, SiteState] | None:
@@ -117,7 +117,7 @@ def set_state(module: nn.Module, state: SiteState) -> None:
 
 def places(model: nn.Module, remove_duplicate: bool = True) -> Iterator[Place]:
     """Every operated parameter, in model order."""
-    for name, module, own, _ in holders(named_modules(model, remove_duplicate)):
+    for name, module, own, _ in carriers(named_modules(model, remove_duplicate)):
         for state in (states_of(module) if own is None else own).values():
             yield Place(name, module, state)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..base.journal import Changes
 from ..modules.operated import DropConnectModule
-from ..modules.places import holders, places
+from ..modules.places import carriers, places
 from ..modules.walk import named_modules
 from ..moments.scope import needs_scope
 from ..planning.catalogue import Catalogue
@@ -43,7 +43,7 @@ def rescope(
     for module in wanted.values():
         if not _has_scope(module):
             swap(changes, Change(module, scope=True), {})
-    for _, module, _, _ in holders(named_modules(model)):
+    for _, module, _, _ in carriers(named_modules(model)):
         if _has_scope(module) and id(module) not in wanted:
             if module._dropconnect or module._dropconnect_draws:
                 changes.put(module.__dict__, {"_dropconnect_scope": False})

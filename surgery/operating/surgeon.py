@@ -14,7 +14,7 @@ from ..base.journal import Changes, at_once, surely
 from ..modules.dropping import runs_now
 from ..modules.masking import is_managed
 from ..modules.operated import DropConnectModule
-from ..modules.places import Holder, holders, plain_parameters, states_of
+from ..modules.places import Carrier, carriers, plain_parameters, states_of
 from ..modules.takers import taken
 from ..modules.walk import Modules, named_modules
 from ..planning.graphs import GraphSurgeon, Nodes, Survey, graph_surgeon
@@ -113,18 +113,18 @@ def undo(model: nn.Module, walked: Modules | None = None) -> None:
     """
     walked = named_modules(model) if walked is None else walked
     surgeon = graph_surgeon(module for _, module in walked)
-    holding = list(holders(walked))
-    if not holding:
+    carrying = list(carriers(walked))
+    if not carrying:
         raise NotOperatedError(
             f"{type(model).__name__} has no DropConnect in place; there is nothing to strip"
         )
-    raise_all(_all_stuck(model, holding, surgeon), "take DropConnect out")
+    raise_all(_all_stuck(model, carrying, surgeon), "take DropConnect out")
     changes, names = Changes(), Changes()
-    for alike in _by_class(holding):
+    for alike in _by_class(carrying):
         unswap(changes, alike)
-    for holder in holding:
-        if holder.own is None:
-            plain_names(names, holder.module, states_of(holder.module))
+    for carrier in carrying:
+        if carrier.own is None:
+            plain_names(names, carrier.module, states_of(carrier.module))
     if surgeon is None:
         changes.make()
     else:
@@ -136,25 +136,25 @@ def undo(model: nn.Module, walked: Modules | None = None) -> None:
         except BaseException:
             surely(put_back)
             raise
-    for holder in holding:
-        if isinstance(holder.module, nn.RNNBase):
-            holder.module.flatten_parameters()
+    for carrier in carrying:
+        if isinstance(carrier.module, nn.RNNBase):
+            carrier.module.flatten_parameters()
 
 
-def _by_class(holding: Iterable[Holder]) -> Iterable[list[DropConnectModule]]:
+def _by_class(carrying: Iterable[Carrier]) -> Iterable[list[DropConnectModule]]:
     """Modules that have one operated class together."""
     alike: dict[type, list[DropConnectModule]] = {}
-    for holder in holding:
-        if isinstance(holder.module, DropConnectModule):
-            alike.setdefault(type(holder.module), []).append(holder.module)
+    for carrier in carrying:
+        if isinstance(carrier.module, DropConnectModule):
+            alike.setdefault(type(carrier.module), []).append(carrier.module)
     return alike.values()
 
 
 def _all_stuck(
-    model: nn.Module, holding: Iterable[Holder], surgeon: GraphSurgeon | None
+    model: nn.Module, carrying: Iterable[Carrier], surgeon: GraphSurgeon | None
 ) -> Iterator[str]:
     """Why DropConnect cannot be taken out of these modules and of the graphs now."""
-    for name, module, _, _ in holding:
+    for name, module, _, _ in carrying:
         problem = _stuck(name, module) if isinstance(module, DropConnectModule) else None
         if problem is not None:
             yield problem
@@ -187,6 +187,6 @@ def can_undo(model: nn.Module) -> bool:
     """Whether DropConnect is in place and `undo` would succeed."""
     walked = named_modules(model)
     surgeon = graph_surgeon(module for _, module in walked)
-    holding = list(holders(walked))
-    has_sites = any(states_of(holder.module) for holder in holding)
-    return has_sites and next(_all_stuck(model, holding, surgeon), None) is None
+    carrying = list(carriers(walked))
+    has_sites = any(states_of(carrier.module) for carrier in carrying)
+    return has_sites and next(_all_stuck(model, carrying, surgeon), None) is None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..base.journal import Step, at_once, content, data_of, image, restoring, surely
 from ..modules.operated import DropConnectModule
-from ..modules.places import holders, set_state, states_of
+from ..modules.places import carriers, set_state, states_of
 from ..modules.state import SiteState
 from ..modules.walk import named_modules
 from ..planning.catalogue import Catalogue
@@ -35,7 +35,7 @@ def suspended(model: nn.Module, call: Callable[[], Result]) -> Result:
         NotOperatedError, SurgeryError: see `undo`.
     """
     modules = named_modules(model)
-    changes = [_as_change(holder.module) for holder in holders(modules)]
+    changes = [_as_change(carrier.module) for carrier in carriers(modules)]
     kept = [(change, _buffers(change.module)) for change in changes]
     surgeon = graph_surgeon(module for _, module in modules)
     nodes = {} if surgeon is None else surgeon.nodes(model)
@@ -58,8 +58,8 @@ def reapplied(model: nn.Module, call: Callable[[], Result]) -> Result:
     """
     plan = current_plan(model)
     kept = [
-        (holder.name, dict(states_of(holder.module)), _buffers(holder.module))
-        for holder in holders(named_modules(model))
+        (carrier.name, dict(states_of(carrier.module)), _buffers(carrier.module))
+        for carrier in carriers(named_modules(model))
     ]
     put_back = at_once(_all_of(model))
     try:

@@ -18,7 +18,7 @@ from ..torch_private.recurrent import FLAT_WEIGHTS, flat_lists, names_of
 
 
 def swap(changes: Changes, change: Change, anchors: dict[str, Tensor]) -> None:
-    """Let a module hold DropConnect.
+    """Let a module carry DropConnect.
 
     Args:
         changes: gets the steps.
