@@ -11,7 +11,8 @@ from .capture.record import record
 from .drawing.draw import draw
 from .drawing.tree import tree
 from .operating.graph_surgeon import Surgeon
-from .reading.find import Findings, find, look
+from .reading.find import find, look
+from .reading.findings import Findings
 
 register_finder(look)
 register_graph_surgeon(Surgeon())

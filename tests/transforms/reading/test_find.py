@@ -14,7 +14,8 @@ from surgery import SurgeryError, apply_dropconnect
 from surgery.spec.plan import Use
 from surgery.transforms.capture.capture import CaptureError
 from surgery.transforms.capture.record import record
-from surgery.transforms.reading.find import Findings, find
+from surgery.transforms.reading.find import find
+from surgery.transforms.reading.findings import Findings
 
 from ...zoo.traits import Branches, Functional
 

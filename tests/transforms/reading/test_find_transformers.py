@@ -11,7 +11,8 @@ import torch
 from surgery import apply_dropconnect
 from surgery.spec.plan import Use
 from surgery.transforms.capture.capture import capture, capture_of
-from surgery.transforms.reading.find import Findings, find
+from surgery.transforms.reading.find import find
+from surgery.transforms.reading.findings import Findings
 
 TABLES: dict[str, dict[str, str]] = {
     "minilm": {
