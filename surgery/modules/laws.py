@@ -1,9 +1,11 @@
-"""Laws shared by the sites of equal p, and tables of laws for compiled graphs.
+"""The law of each site: one shared by sites of equal p, and a row in a table for compiled graphs.
 
-Making tensors is what a change of p costs, so sites share their law wherever Python runs. A compiled
-graph takes tensors as inputs, and is guarded by which of them are one: with shared laws it would be
-compiled again when sites come to differ in p. So it reads a table instead, which all sites share
-whatever their p is, at a row of each site's own. A change of p makes a new table: two tensors.
+What a change of p costs is the tensors that it makes. In eager code sites of equal p share one law. A
+compiled graph must not: dynamo guards which of its inputs are the same tensor, and would compile it
+again when two sites come to differ in p. So a graph reads its laws from a table that all sites of a
+device share, each at a row of its own, and a change of p makes two tensors for each table. (Tensors of
+its own for each site would need no table, but a schedule, which changes p at every step, would then
+take several times as long.)
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,6 +24,7 @@ from ..base.journal import Lock, surely
 from ..ops import Law
 from ..ops.law import law_dtype, law_numbers
 from ..torch_private.modes import lasting
+from ..torch_private.tracing import is_capturing
 
 _shared: WeakValueDictionary[tuple[float, torch.device, torch.dtype], Law] = WeakValueDictionary()
 
@@ -61,9 +64,10 @@ class LawTable:
         self._indices = _indices(device)
         self._taken = 0
         self._captured: list[Tensor] = []
-        """Thresholds and scales that are written to, and never replaced: for CUDA graphs."""
+        """Thresholds and scales for CUDA graphs, which read from fixed addresses: they are written to,
+        and never replaced."""
         self.publish()
-        if device.type != "cpu":  # now, because nothing can be made while a graph is captured
+        if device.type != "cpu":  # now, because no tensor can be made while a graph is captured
             with lasting():
                 self._captured = [self.thresholds.clone(), self.scales.clone()]
 
@@ -76,7 +80,8 @@ class LawTable:
         return self.device == weight.device and self._dtype == law_dtype(weight.dtype)
 
     def add(self, threshold: int, scale: float) -> Row:
-        """A row for a new site. Nobody reads there yet, so tensors may change; call `added` then."""
+        """A row for a new site. Call `added` after the last one: no graph reads a new row yet, so that
+        tensors which graphs read may change."""
         number = self._taken
         self._taken = number + 1
         self._thresholds[number] = threshold
@@ -84,26 +89,26 @@ class LawTable:
         return Row(self, number, self._indices[number])
 
     def added(self) -> None:
-        """Give the graphs the rows that were added. On the CPU the tensors are the arrays."""
+        """Let graphs read the rows that were added. On the CPU the tensors see the arrays anyway."""
         if self.device.type != "cpu":
             self.publish()
             self.show()
 
     def copies(self) -> tuple[array[int], array[float]]:
-        """Thresholds and scales to write to: what a backward under way reads is left alone."""
+        """Thresholds and scales to write to. A backward under way still reads the old ones."""
         return self._thresholds[:], self._scales[:]
 
     def publish(self) -> None:
-        """Give the graphs what was put."""
+        """Let graphs read what the arrays say."""
         self.__dict__.update(self.published(self._thresholds, self._scales))
 
     def show(self) -> None:
-        """Let CUDA graphs that were captured see what is published."""
+        """Let captured CUDA graphs read what is published."""
         for seen, values in zip(self._captured, (self.thresholds, self.scales)):
             seen.copy_(values)
 
     def captured(self, number: int) -> Law:
-        """The law of a row as replays of a CUDA graph shall see it: as it is then."""
+        """The law of a row for a CUDA graph: each replay reads the p of that time."""
         thresholds, scales = self._captured
         return Law(thresholds[number], scales[number])
 
@@ -119,7 +124,7 @@ class LawTable:
 
 
 class Row:
-    """Where a graph finds the law of one site."""
+    """Where a graph reads the law of one site."""
 
     def __init__(self, table: LawTable, number: int, index: Tensor) -> None:
         self.table = table
@@ -129,7 +134,7 @@ class Row:
         layers that are compiled one by one share."""
 
     def law(self) -> Law:
-        """The law as part of a graph."""
+        """The law, read in the graph that is being traced: its tensors are 0-d."""
         threshold, scale = (
             values.index_select(0, self.index).squeeze(0)
             for values in (self.table.thresholds, self.table.scales)
@@ -137,17 +142,63 @@ class Row:
         return Law(threshold, scale)
 
 
-class HasLaw(Protocol):
-    """What a site has to do with laws; `surgery.modules.state.SiteState` is one."""
+class HasLaw:
+    """What a site has to do with laws: what `SiteState` has from here."""
 
+    site: str
     rate: float
     """p without the factor of a schedule."""
     factor: float
     law: Law | None
+    """The law of `p`, which sites of equal p share; None until there is a device for it."""
     row: Row | None
+    """Where compiled graphs read the law."""
 
     @property
-    def p(self) -> float: ...
+    def p(self) -> float:
+        """The drop probability now."""
+        return self.rate * self.factor
+
+    def law_for(self, raw: Tensor, keep: bool = True) -> Law:
+        """The law for a weight as it is now: made again when the weight has another device or dtype.
+
+        Args:
+            raw: the stored parameter.
+            keep: whether a law that is made may be kept. False in a replica, whose state is that of the
+                original.
+
+        Raises:
+            RuntimeError: it has to be made, and a CUDA graph is being captured.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return self._law_in_trace(raw, keep)
+        law = self.law
+        if raw.is_cuda and is_capturing():
+            return self._law_in_capture(raw)
+        if law is None or not law.fits(raw):
+            law = shared_law(self.p, raw.device, raw.dtype)
+            if keep:
+                give_laws([(self, raw)])
+        return law
+
+    def _law_in_capture(self, raw: Tensor) -> Law:
+        """The law in memory that `set_p` writes to."""
+        if self.row is None or not self.row.table.fits(raw):
+            raise RuntimeError(
+                f"{self.site}: nothing can be made while a CUDA graph is captured. Run the model once "
+                "before, on the device and in the mode of the capture"
+            )
+        return self.row.table.captured(self.row.number)
+
+    def _law_in_trace(self, raw: Tensor, keep: bool) -> Law:
+        row, law = self.row, self.law
+        if row is not None and row.table.fits(raw):
+            return row.law()
+        if law is None or not law.fits(raw):  # the weight was moved by hand
+            law = Law.of(self.p, raw.device, raw.dtype)
+            if keep:
+                self.law = law
+        return law
 
 
 _lock = Lock()
@@ -159,8 +210,8 @@ _open: dict[tuple[torch.device, torch.dtype], LawTable] = {}
 def give_laws(sites: Iterable[tuple[HasLaw, Tensor]]) -> None:
     """Give sites the law of their p on the device of their weight, and a row of their own in a table.
 
-    One pass for all sites of a model, of which neighbours mostly have the same law. In a trace nothing
-    is given: what is made there does not last.
+    One pass for all sites of a model; neighbours mostly have the same law. In a trace nothing is given,
+    because tensors that are made there do not outlive it.
     """
     _lock.holding(partial(_give_laws, sites))
 
@@ -174,15 +225,14 @@ def _give_laws(sites: Iterable[tuple[HasLaw, Tensor]]) -> None:
         wanted = state.p, weight.device, weight.dtype
         if wanted != last:
             last, law = wanted, shared_law(*wanted)
-            threshold, scale = law_numbers(state.p)
-            key = weight.device, law_dtype(weight.dtype)
+            numbers = law_numbers(state.p)
             table = None
         if type(law.threshold) is not Tensor:
             continue
         if table is None or table.is_full:
-            table = _open_table(*key)
+            table = _open_table(weight.device, law.scale.dtype)
             touched.add(table)
-        given.append((state, table.add(threshold, scale), law))
+        given.append((state, table.add(*numbers), law))
     for used in touched:
         used.added()
     # The row first: if an interrupt comes between, there is no law, and this is done again.
@@ -192,7 +242,7 @@ def _give_laws(sites: Iterable[tuple[HasLaw, Tensor]]) -> None:
 
 
 def _open_table(device: torch.device, dtype: torch.dtype) -> LawTable:
-    """One that has room."""
+    """The table of a device with room for another row; a new one if that is full."""
     table = _open.get((device, dtype))
     if table is None or table.is_full:
         table = _open[device, dtype] = LawTable(device, dtype)
@@ -202,9 +252,9 @@ def _open_table(device: torch.device, dtype: torch.dtype) -> LawTable:
 def change_laws(states: Iterable[HasLaw], p: float | None, factor: float) -> None:
     """Give sites the law of `p * factor`, or None: of their own p times `factor`.
 
-    All of them, or none if an interrupt comes: new laws are made first, and putting them in place is
-    not left before it is done. One pass with little in it, since a schedule does this at every step.
-    Neighbours mostly have the same law, and then get the same new one.
+    All sites, or none if an interrupt comes: new laws are made first, and once the first site has its
+    new law, the others get theirs before the interrupt goes on. A schedule does this at every step, so
+    sites are grouped in runs of neighbours with the same law: each run gets one new law.
     """
     _lock.holding(partial(_change_laws, states, p, factor))
 

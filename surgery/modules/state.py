@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..kinds.product import Demand, Product
-from ..ops import Law, Layout, draw_key
+from ..ops import Layout, draw_key
 from ..ops.hash import Key
 from ..spec.config import DropConnectConfig, Inference, Sampling, check_p
 from ..spec.errors import SurgeryError
 from ..torch_private.tracing import is_capturing, is_scripted
-from .laws import Row, change_laws, give_laws, shared_law
+from .laws import HasLaw, change_laws, give_laws
 
 
 def raw_name(name: str) -> str:
@@ -56,7 +56,7 @@ class NotGrouped(RuntimeError):
     """A site got an input along whose first dimension the repetitions do not lie."""
 
 
-class SiteState:
+class SiteState(HasLaw):
     """What one module knows of one of its operated parameters. Holds no parameter itself."""
 
     # What is seldom set, and never read in a trace, whose guards would tell that an object has no such
@@ -98,10 +98,8 @@ class SiteState:
         self.anchor = anchor_name(name) if config.toward == "pretrained" else None
         self.factor = 1.0
         """What a schedule multiplies the p of the config by, for now."""
-        self.law: Law | None = None
-        """The law of `p`, which sites of equal p share."""
-        self.row: Row | None = None
-        """Where compiled graphs find the law; see `surgery.modules.laws`."""
+        self.law = None
+        self.row = None
         # Copies, because a compiled graph is guarded by what its trace reads, and `set_p` must pass.
         self.unit = config.unit
         self.sampling = config.sampling
@@ -124,11 +122,6 @@ class SiteState:
         """While masks are held."""
 
     @property
-    def p(self) -> float:
-        """The drop probability now."""
-        return self.rate * self.factor
-
-    @property
     def config(self) -> DropConnectConfig:
         """The options now, with the p that a schedule multiplies."""
         if self._config.p != self.rate:
@@ -148,38 +141,6 @@ class SiteState:
         if self.law is not None:
             give_laws([(self, self.law.scale)])
 
-    def law_for(self, raw: Tensor, keep: bool = True) -> Law:
-        """The law on the weight's device; computed again when the weight has moved."""
-        if torch.compiler.is_dynamo_compiling():
-            return self._law_in_trace(raw, keep)
-        law = self.law
-        if raw.is_cuda and is_capturing():
-            return self._law_in_capture(raw)
-        if law is None or not law.fits(raw):
-            law = shared_law(self.p, raw.device, raw.dtype)
-            if keep:
-                give_laws([(self, raw)])
-        return law
-
-    def _law_in_capture(self, raw: Tensor) -> Law:
-        """The law in memory that `set_p` writes to."""
-        if self.row is None or not self.row.table.fits(raw):
-            raise RuntimeError(
-                f"{self.site}: nothing can be made while a CUDA graph is captured. Run the model once "
-                "before, on the device and in the mode of the capture"
-            )
-        return self.row.table.captured(self.row.number)
-
-    def _law_in_trace(self, raw: Tensor, keep: bool) -> Law:
-        row, law = self.row, self.law
-        if row is not None and row.table.fits(raw):
-            return row.law()
-        if law is None or not law.fits(raw):  # the weight was moved by hand
-            law = Law.of(self.p, raw.device, raw.dtype)
-            if keep:
-                self.law = law
-        return law
-
     def new_key(self, device: torch.device) -> Key:
         """The key of one forward call, from the generator of the weight's device."""
         return draw_key(device, self.rank)
@@ -191,10 +152,6 @@ class SiteState:
         if not self.independent or not dist.is_available() or not dist.is_initialized():
             return 0
         return dist.get_rank()
-
-    def _is_captured(self) -> bool:
-        """Whether a CUDA graph is captured, whose replays may have another p."""
-        return is_capturing()
 
     def with_inference(self, inference: Inference, samples: int | None) -> dict[str, Any]:
         """The attributes that change with what `eval()` does."""
@@ -212,7 +169,8 @@ class SiteState:
         looked at in eager mode only: in a compiled graph it is data, so that it can change without
         recompiling."""
         eager = not torch.compiler.is_compiling()
-        if eager and self.rate * self.factor == 0.0 and not self._is_captured():
+        # Replays of a CUDA graph that is captured now may have another p.
+        if eager and self.rate * self.factor == 0.0 and not is_capturing():
             return None
         if training or self.inference == "sample":
             if eager and is_scripted():
