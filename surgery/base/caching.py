@@ -17,13 +17,6 @@ def cached(function: Function) -> Function:
     return cast(Function, functools.cache(function))
 
 
-def constant_in_traces(function: Function) -> Function:
-    """What `torch.compiler.assume_constant_result` does: dynamo calls the function while it traces, and
-    takes what it returns for a constant. That one imports dynamo, which takes seconds."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 

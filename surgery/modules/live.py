@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable
 from threading import get_ident
 from typing import Any, NamedTuple, NoReturn
 
@@ -18,6 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.errors import SurgeryError
+from ..torch_private.compiler import (
+    break_graph,
+    fake_of,
+    look_in_trace,
+    node_of,
+    nodes_from_the_end,
+    object_of,
+    result_of,
+)
 from ..torch_private.tensors import counter, identity, no_torch_function, version_of
 from .recompute import Recipe, address_of
 from .state import SiteState
@@ -91,7 +99,7 @@ def watched(owner: Any, state: SiteState, used: Tensor, recipe: Recipe | None) -
     """The masked weight `used` of a site, as it is handed out."""
     address = None if recipe is None else address_of(used)
     if torch.compiler.is_dynamo_compiling():
-        _in_trace(_mark, None, state, used, 0)
+        look_in_trace(_mark, _check_now, None, state, used, 0)
         return Open(owner, state, used, 0, recipe, address)
     live = used
     if type(used) is Tensor and not torch.compiler.is_compiling():
@@ -128,7 +136,7 @@ def check_unwritten(reader: nn.Module, opened: list[Open]) -> None:
     """
     for one in opened:
         if torch.compiler.is_dynamo_compiling():
-            _in_trace(_look, reader, one.state, one.used, one.version)
+            look_in_trace(_look, _check_now, reader, one.state, one.used, one.version)
         else:
             _check_now(reader, one.state, one.used, one.version)
 
@@ -151,54 +159,34 @@ def _sentence(writer: nn.Module, state: SiteState) -> str:
     )
 
 
-def _in_trace(
-    look: Callable[[Any], None], reader: Any, state: Any, used: Any, version: int
-) -> None:
-    """Let `look` see what dynamo knows of these at this point of a trace; nothing is left in the graph.
-    The import is slow, and in a trace it has been done."""
-    from torch._dynamo.comptime import comptime
-
-    # The second is called where `look` breaks the graph: there the code goes on in eager mode.
-    comptime(look, lambda: _check_now(reader, state, used, version))
-
-
 def _mark(context: Any) -> None:
-    fake = context.get_local("used").as_fake()
+    fake = fake_of(context, "used")
     fake._dropconnect_version = counter(fake)
 
 
 def _look(context: Any) -> None:
     """Fake tensors have versions as real ones, and so has what shares their memory."""
-    node = context.get_local("used").as_proxy().node
-    used = node.meta["example_value"]
+    node = node_of(context, "used")
+    used = result_of(node)
     made = getattr(used, "_dropconnect_version", None)
     if made is None:  # after a break: the masked weight was made in another graph
-        context.graph_break("a masked weight")
-    nodes = itertools.takewhile(lambda other: other is not node, reversed(context.graph().nodes))
+        break_graph(context, "a masked weight")
+    nodes = itertools.takewhile(lambda other: other is not node, nodes_from_the_end(context))
     since = list(nodes)
-    aliases = [value for value in map(_value, since) if _is_alias(value, used)]
+    aliases = [value for value in map(result_of, since) if _is_alias(value, used)]
     written = counter(used) != made or any(counter(alias) not in (0, made) for alias in aliases)
     if written or any(_is_item_of(used, other) for other in since):
-        reader, state = (_known(context.get_local(name)) for name in ("reader", "state"))
+        reader, state = object_of(context, "reader"), object_of(context, "state")
         state.written = True
-        context.graph_break(_sentence(reader, state))
-
-
-def _value(node: Any) -> Any:
-    return node.meta.get("example_value")
+        break_graph(context, _sentence(reader, state))
 
 
 def _is_item_of(used: Tensor, node: Any) -> bool:
     """Whether a node is `used[...] = value`: torch 2.9 does not carry that out on fake tensors."""
-    return node.target is operator.setitem and _is_alias(_value(node.args[0]), used)
+    return node.target is operator.setitem and _is_alias(result_of(node.args[0]), used)
 
 
 def _is_alias(value: Any, used: Tensor) -> bool:
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return False
     return bool(identity(value.untyped_storage()) == identity(used.untyped_storage()))
-
-
-def _known(variable: Any) -> Any:
-    """The object that a variable of dynamo stands for."""
-    return variable._i_will_not_complain_if_bc_breaks_VariableTracker().value

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base.caching import constant_in_traces
+from ..torch_private.compiler import constant_in_traces
 from ..torch_private.modes import any_autocast
 from ..torch_private.tensors import unviewed, version_of
 from . import gpu

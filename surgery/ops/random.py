@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.caching import constant_in_traces
+from ..torch_private.compiler import constant_in_traces, memory_budget
 from ..torch_private.tracing import is_capturing, is_traced
 
 
@@ -28,10 +28,8 @@ def drawn(sampler: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
 
 @constant_in_traces
 def _may_draw_again() -> bool:
-    import torch._functorch.config as config
-
     global _outside_of_the_graph
-    if config.activation_memory_budget >= 1:
+    if memory_budget() >= 1:
         return False
     # Now, and not at import: this imports dynamo.
     _outside_of_the_graph = torch.compiler.disable(_outside, reason=_WHY)

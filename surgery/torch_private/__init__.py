@@ -10,6 +10,8 @@ costs more than a forward should pay; the file says which. Each name has a test 
     functional.py    functional calls
     graphs.py        graphs of torch.fx
     trees.py         nested containers
+    compiler.py      dynamo, inductor
+    gpu.py           launches of Triton kernels
     tensors.py       what a tensor is below its values
     modes.py         gradients, autocast, modes that see each operation
     tracing.py       what follows the calling code

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import operator
 import re
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from surgery.torch_private.compiler import has_dynamo
 from surgery.torch_private.trees import tree_leaves
 
 from .inputs import Inputs, given_inputs
@@ -62,7 +62,7 @@ def record_run(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
 @contextlib.contextmanager
 def _never_compiled() -> Iterator[None]:
     """Run the code of compiled modules as it is written."""
-    if "torch._dynamo" not in sys.modules:
+    if not has_dynamo():
         yield
         return
     with torch.compiler.set_stance("force_eager"):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ...torch_private.gpu import current_device, is_compiled, runner
 from ...torch_private.tensors import is_batch, is_unwritten_zero
 from ...torch_private.tracing import is_traced
 from ..switch import compile_enabled, give_up
@@ -109,8 +109,8 @@ class Kernel:
                     raise
                 give_up("gpu", error)
                 return False
-        if device.type == "cuda" and hasattr(compiled, "packed_metadata"):
-            self._compiled[known] = _runner(compiled, device.index)
+        if device.type == "cuda" and is_compiled(compiled):
+            self._compiled[known] = runner(compiled, device.index)
         return True
 
 
@@ -119,24 +119,6 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext()
     there: AbstractContextManager[Any] = torch.get_device_module(device).device(device.index)
     return there
-
-
-current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
-"""Where CUDA launches kernels by now."""
-
-
-def _runner(compiled: Any, index: int) -> Callable[[tuple[int, int, int], tuple[Any, ...]], None]:
-    """How a compiled kernel is launched: by the call with which Triton's own way ends, and inductor's.
-
-    Without Triton's hooks for profilers, which it would look up each time.
-    """
-    stream_of = torch._C._cuda_getCurrentRawStream
-    launch, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-
-    def run(grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
-        launch(*grid, stream_of(index), function, metadata, None, None, None, *args)
-
-    return run
 
 
 def form(*tensors: Tensor | None) -> tuple[Any, ...]:
