@@ -27,6 +27,7 @@ def main() -> int:
     for path in scripts:
         shutil.copy(path, stage)
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]
+    command += ["--cache-dir", str(ROOT / ".mypy_cache")]  # the stage is new each time
     for package in dict.fromkeys(name.split("/")[0] for name in PACKAGES.values()):
         command += ["--package", package]
     for path in scripts:

@@ -92,7 +92,8 @@ def spelling(function: Any) -> str:
         name = function
     else:
         function = getattr(function, "overloadpacket", function)
-        name = str(getattr(function, "__name__", type(function).__name__))
+        # Formatted: dynamo of torch 2.14 knows a method's name as a constant in no other way.
+        name = f"{getattr(function, '__name__', type(function).__name__)}"
         if getattr(operator, name, None) is function:
             return name.strip("_")  # `operator.and_` is `and`, which is a word of Python
     return name[2:-2] if name.startswith("__") else name

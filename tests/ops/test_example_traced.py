@@ -139,6 +139,7 @@ def test_exports_as_one_node() -> None:
 
 
 @towards
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_operators_are_registered_correctly(anchored: bool) -> None:
     x, weight, anchor = tensors((3, 2, 4, 5), anchored)
     args = (x, weight, anchor, KEY, law(0.5).threshold, law(0.5).scale)

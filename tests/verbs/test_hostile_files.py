@@ -157,7 +157,8 @@ def test_deep_nesting_is_refused_also_in_a_deep_stack(text: str, tmp_path: Path)
     def deep(levels: int) -> None:
         if levels:
             return deep(levels - 1)
-        with pytest.raises(SurgeryError, match="nested too deeply"):
+        # Python 3.13 reads on to the end, where something is missing
+        with pytest.raises(SurgeryError, match=r"nested too deeply|Expecting value"):
             load_dropconnect(model(), tmp_path)
 
     deep(200)
