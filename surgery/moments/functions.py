@@ -1,4 +1,9 @@
-"""What torch functions make of a `Gaussian`."""
+"""What torch functions make of a `Gaussian`.
+
+Every handler has the arguments `(func, name, value, args, kwargs)`: the torch function, its canonical
+name, the Gaussian that is its first argument, and all the arguments of the call, that one included. It
+returns a Gaussian where it can, and otherwise what the function makes of the expectation.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,16 @@ from .scope import settle
 
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What `func` does to arguments among which are Gaussians."""
+    """What `func` does to arguments among which are Gaussians.
+
+    Returns:
+        a Gaussian, or what the function returns for tensors.
+
+    Raises:
+        RuntimeError: the function mixes entries (softmax) and reads a pre-activation itself, so that
+            there is no expectation without draws; or a value that is read was written to through a
+            view.
+    """
     if not args and "input" in kwargs:
         args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
     spelled = spelling(func)
@@ -40,8 +54,11 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`torch.cat` and `torch.stack`: of Gaussians and plain tensors, one of their moments. Parts of one
-    pre-activation are not independent in it, which is forgotten."""
+    """`torch.cat` and `torch.stack`: means and variances are joined, and a plain tensor has variance 0.
+
+    Entries of the result may depend on each other, if they are parts of one pre-activation. This is
+    forgotten here: `parents` only tells from which pre-activations the result is not independent.
+    """
     parts = kwargs.get("tensors", args[0] if args else ())
     gaussians = [part for part in parts if isinstance(part, Gaussian)]
     if any(part.normal is None for part in gaussians):
@@ -66,7 +83,7 @@ _Handler = Callable[[Any, str, Gaussian, tuple[Any, ...], dict[str, Any]], Any]
 
 
 def _handler(name: str) -> _Handler | None:
-    """What is special about some functions of a Gaussian, their first argument."""
+    """How a function is handled that does something special to its first argument; None for others."""
     if name in table.QUERIES:
         return _query
     if name in table.PASSING:
@@ -81,7 +98,11 @@ def _handler(name: str) -> _Handler | None:
 
 
 def _in_place(func: Any, spelled: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A function that writes into its first argument; the argument, after that."""
+    """What a function does that writes into its first argument; returns that argument.
+
+    A Gaussian takes the value that the function's twin, which does not write, returns. A plain tensor
+    to which a Gaussian is added becomes a Gaussian.
+    """
     target = args[0]
     pure = {k: v for k, v in kwargs.items() if k != "inplace"}
     twin = func if kwargs.get("inplace") is True else _twin(spelled)
@@ -120,7 +141,7 @@ def _query(
 def _dropout(
     func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Nothing in eval; `training` is the third argument, whose default is True."""
+    """In evaluation mode, the value as it is; `training` is the third argument, by default True."""
     training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
     return func(*settle(args), **settle(kwargs)) if training else value
 
@@ -136,7 +157,7 @@ def _cast(
 
     if not torch.compiler.is_compiling():
         like = value.at_mean()
-        if cast(like) is like:  # as `contiguous` of what is contiguous: the same tensor
+        if cast(like) is like:  # a function may return its argument: `contiguous`, `to`
             return value
     return _mapped(value, cast, lambda mean, variance: (cast(mean), cast(variance)))
 
@@ -144,7 +165,12 @@ def _cast(
 def _mapped(
     value: Gaussian, function: Apply, normal: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> Gaussian:
-    """The value after an affine function of it; `normal` says what becomes of mean and variance."""
+    """The value after a function that is affine in each entry.
+
+    Args:
+        function: of a tensor of the form of the value.
+        normal: what becomes of mean and variance.
+    """
     before, closed = value.apply, value.closed
     return Gaussian(
         value.source,
@@ -178,8 +204,9 @@ _BATCH_NORM = (
 def _batch_norm(
     func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """In eval, batch norm is affine in each channel; what it does to the variance is the square of
-    what it does to a difference."""
+    """In evaluation mode, batch norm is affine in each channel. The factor of a channel is what it
+    makes of 1 with a running mean of 0 and without bias; the variance is multiplied by its
+    square."""
     functional = torch.nn.functional.batch_norm
     names = _BATCH_NORM
     if func is not functional:  # torch.batch_norm and its aten overload
@@ -206,8 +233,8 @@ def _batch_norm(
 def _layer_norm(
     func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """The norm of the mean, divided by the root of the *expected* square, which the variance is part
-    of; right up to one part in the number of features that are normalised."""
+    """The mean, less its own mean over the features, divided by the root of the *expected* square, of
+    which the variance is a part. The error is of the order of 1 / (number of features)."""
     if value.source.draws is not None or value.normal is None:
         return _whole(func, value, args, kwargs)
     names = ["input", "normalized_shape", "weight", "bias", "eps"]
@@ -217,13 +244,13 @@ def _layer_norm(
     dtype, wide = value.normal[0].dtype, torch.promote_types(value.normal[0].dtype, torch.float32)
     mean, variance = (one.to(wide) for one in value.normal)
     dims = tuple(range(-len(given["normalized_shape"]), 0))
-    spread = variance.mean(dims, keepdim=True)
+    added = variance.mean(dims, keepdim=True)
     if name == "layer_norm":
         mean = mean - mean.mean(dims, keepdim=True)
-        spread = spread * (1 - 1 / math.prod(given["normalized_shape"]))
+        added = added * (1 - 1 / math.prod(given["normalized_shape"]))
     eps = given.get("eps", 1e-5 if name == "layer_norm" else None)
     eps = torch.finfo(dtype).eps if eps is None else eps
-    result = (mean * (mean.square().mean(dims, keepdim=True) + spread + eps).rsqrt()).to(dtype)
+    result = (mean * (mean.square().mean(dims, keepdim=True) + added + eps).rsqrt()).to(dtype)
     weight, bias = given.get("weight"), given.get("bias")
     result = result if weight is None else result * weight
     return result if bias is None else result + bias
@@ -240,7 +267,8 @@ def _glu(
 def _prelu(
     func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Its weight, one for each channel, made to broadcast from the right, whatever stands before."""
+    """The weight has one entry for each channel, which is dimension 1 of the value; it is reshaped so
+    that it broadcasts."""
     weight = args[1] if len(args) > 1 else kwargs["weight"]
     slope = weight.reshape(-1, *(1,) * (value.dim() - 2)) if weight.numel() > 1 else weight
 
@@ -263,12 +291,14 @@ def _joint(
 
 
 def _whole(func: Any, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A function of all elements together: of each draw, or else of the expectation."""
+    """A function that needs all entries together. With `samples=Z` it is applied to each draw; else to
+    the expectation."""
     if value.source.draws is None:
         return func(*settle(args), **settle(kwargs))
     before, rest, named = value.apply, settle(args[1:]), settle(kwargs)
-    source = dataclasses.replace(value.source, points=None)  # these are of each element alone
-    # Draws one at a time, since the function may look along the first dimension.
+    source = dataclasses.replace(value.source, points=None)  # points are values of one entry alone
+    # `captures` makes draws come one at a time: stacked along the first dimension, as they are
+    # otherwise, they would be mixed by a function that looks along it.
     return Gaussian(source, lambda u: func(before(u), *rest, **named), captures=True)
 
 

@@ -1,4 +1,8 @@
-"""A value that is a function of a Gaussian, which torch functions take for a tensor."""
+"""A value that is a function of a Gaussian, which torch functions take for a tensor.
+
+A `Source` is the Gaussian that a site made; a `Gaussian` is a value `apply(u)` of it, where u has
+the shape of the source's mean.
+"""
 
 from __future__ import annotations
 
@@ -19,36 +23,38 @@ from .torch_functions import ELEMENTWISE, VIEWS
 
 Apply = Callable[[Tensor], Tensor]
 Points = tuple[tuple[Tensor, Tensor], ...]
+"""Pairs of a value, of the shape of the mean, and its probability, which broadcasts to that shape."""
 
 
 @dataclasses.dataclass(eq=False)
 class Source:
-    """The Gaussian that a site made: independent elements, and independent of every other source."""
+    """The Gaussian that a site made. Its entries are taken as independent, as are those of different
+    sites. `mean` and `variance` have one shape."""
 
     mean: Tensor
     variance: Tensor
     site: str
     draws: int | None
-    """Z, if expectations are estimated by that many draws."""
+    """`samples=Z`: how many draws estimate an expectation; None if no draws are made."""
 
     points: Points | None = None
-    """The values that an element can have, each with its probability, if they are few: where one mask
-    entry multiplies the whole pre-activation."""
+    """The few values that an entry can have, where one mask entry multiplies the whole pre-activation
+    (`unit="output"` and `"tensor"`); None if the entries are sums of many terms."""
 
     shared: bool = False
-    """Whether elements share mask entries: then parts of it are not independent."""
+    """Whether entries share mask entries; then two parts of this source are not independent."""
 
     root: Source | None = None
-    """What this is a view of."""
+    """The source that this one is a view of."""
 
     piece: Piece = ()
     """Which part of the root it is."""
 
     parents: tuple[Source, ...] = ()
-    """What it was added up or joined of."""
+    """The sources of which it is a sum, or which were joined."""
 
     views: dict[Any, Any] = dataclasses.field(default_factory=dict)
-    """Views of this one, so that the same view twice is the same source."""
+    """Views that were taken of this one, by their names: the same view again is the same source."""
 
     def is_independent_of(self, other: Source) -> bool:
         """Whether no mask entry is behind both."""
@@ -58,7 +64,7 @@ class Source:
         return same and not self.shared and disjoint(self.piece, other.piece)
 
     def roots(self) -> frozenset[int]:
-        """The pre-activations of sites behind it."""
+        """The ids of the sources of sites that it was made of."""
         whole = self.root or self
         if not whole.parents:
             return frozenset({id(whole)})
@@ -70,7 +76,8 @@ def _same(u: Tensor) -> Tensor:
 
 
 def _hashable(key: Any) -> Any:
-    """The same key for the same view, as slices are no keys of a dict; None if it cannot be one."""
+    """A key of a dict for the arguments of a view, with slices as tuples; None if an argument (a
+    tensor) cannot be part of a key."""
     if isinstance(key, slice):
         return ("slice", key.start, key.stop, key.step)
     if isinstance(key, (tuple, list)):
@@ -100,19 +107,21 @@ class Gaussian(Deferred):
         self.normal = normal
         """Mean and variance, while the value is Gaussian itself."""
         self.closed = closed
-        """The expectation, if there is a better way to it than through `apply`."""
+        """Computes the expectation where there is a better way than quadrature of `apply`."""
         self.captures = captures
-        """Whether `apply` holds tensors of the shape of its argument, or looks at dimensions."""
+        """Whether `apply` works for the shape of the source only: it holds tensors of that shape,
+        or looks at dimensions. Then draws cannot be stacked."""
         self.base: Gaussian | None = None
-        """What this is a view of."""
+        """The value that this one is a view of."""
         self.overwritten = False
         """Whether something was written into a view of it."""
         self.writes: list[Piece] = []
-        """Which parts were written to, of this value and of all that share its memory."""
+        """Which parts were written to. One list for all values that would share memory as tensors."""
         self.seen = 0
         """How many of these writes it has seen."""
         self.shown: tuple[Tensor, int] | None = None
-        """The expectation that views were handed out of, and its version then."""
+        """The tensor of which views were handed out, and its version at that time; a later version
+        tells that somebody wrote into a view."""
 
     @classmethod
     def of(cls, source: Source) -> Gaussian:
@@ -120,7 +129,12 @@ class Gaussian(Deferred):
         return cls(source, normal=(source.mean, source.variance))
 
     def expectation(self) -> Tensor:
-        """The mean of the value; of what is no floating-point number, the value at the mean."""
+        """The mean of the value, in its dtype and shape. A value that is no floating-point number, as a
+        comparison, has none: it is taken at the mean of the source.
+
+        Raises:
+            RuntimeError: it was written to in a way that cannot be followed; see `check`.
+        """
         source = self.source
         self.check()
         if self.normal is not None:
@@ -144,8 +158,11 @@ class Gaussian(Deferred):
         return self.apply(self.source.mean) if self.normal is None else self.normal[0]
 
     def check(self) -> None:
-        """Take what was written into a view of the expectation; raise if the value is not known any
-        more."""
+        """Take over what was written into views of the expectation.
+
+        Raises:
+            RuntimeError: a part was written to through another view, so that the value is not known.
+        """
         if self.shown is not None and version_of(self.shown[0]) != self.shown[1]:
             value = self.shown[0]
             self.shown = value, version_of(value)
@@ -169,9 +186,13 @@ class Gaussian(Deferred):
         return total / count
 
     def rearranged(self, function: Callable[[Tensor], Any], key: Any = None) -> Any:
-        """A view: of a Gaussian, new ones; of a function of one, that of its expectation.
+        """A view, or several of them in a tuple (`chunk`). Views of a Gaussian are Gaussians; those
+        of a function of one are tensors, views of its expectation.
 
-        `key` names the view, if it can be named: the same one again is then the same source.
+        Args:
+            function: makes the view of a tensor.
+            key: the name and arguments of the view: the same view again is then the same source. None
+                if it has no name.
         """
         self.check()
         if self.normal is None or self.shown is not None:
@@ -187,8 +208,9 @@ class Gaussian(Deferred):
         return tuple(map(self._view, sources))
 
     def _show(self) -> Tensor:
-        """The expectation, as one tensor for all views: what is written into one is seen in others, and
-        in this value. In a compiled graph, where versions are not followed, it is not."""
+        """The expectation as one tensor for all views, so that what is written into one view is seen in
+        the others and in this value. Compiled graphs do not follow versions: there, writes are not
+        seen."""
         if torch.compiler.is_compiling():
             return self.expectation()
         if self.shown is None:
@@ -226,7 +248,7 @@ class Gaussian(Deferred):
         ]
 
     def become(self, value: Any) -> Gaussian:
-        """Take another value, as functions that write into their argument do."""
+        """Take another value, a Gaussian or a tensor, as an argument does that is written to."""
         base = self.base
         while base is not None:
             base.overwritten, base = True, base.base

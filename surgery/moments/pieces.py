@@ -24,7 +24,8 @@ def disjoint(one: Piece, other: Piece) -> bool:
 
 
 def _apart(one: Any, other: Any, shape: tuple[int, ...]) -> bool:
-    """Whether two indexings, as in `u[..., :n]` and `u[..., n:]`, choose apart along a dimension."""
+    """Whether two indexings, as `u[..., :n]` and `u[..., n:]`, surely choose no entry in common:
+    along one dimension their ranges are disjoint. `shape` is that of the indexed tensor."""
     if one is None or other is None or one[0] != "getitem" or other[0] != "getitem":
         return False
     first, second = _index(one), _index(other)

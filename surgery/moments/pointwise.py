@@ -16,8 +16,8 @@ from .scope import settle
 
 
 def leaves_domain(name: str, args: tuple[Any, ...]) -> bool:
-    """Whether a function that is not defined on the whole line, or has a pole, is applied to a
-    Gaussian itself: then there is no expectation."""
+    """Whether a Gaussian gets into a place of a function that is not defined on the whole line or has a
+    pole (`log(u)`, `1 / u`). Then there is no expectation."""
     if name in table.PARTIAL:
         reached = args[:1]
     elif "div" in name:
@@ -33,11 +33,22 @@ def leaves_domain(name: str, args: tuple[Any, ...]) -> bool:
 def pointwise(
     func: Any, name: str, values: list[Gaussian], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
+    """An elementwise function of Gaussians and tensors.
+
+    Args:
+        func, name: the torch function, and its canonical name.
+        values: the Gaussians among the arguments, at least one.
+        args, kwargs: all arguments.
+
+    Returns:
+        a Gaussian if all values have one source or the result is a sum of two, and otherwise the
+        expectation of the result.
+    """
     if any(value.source is not values[0].source for value in values):
         return _independent(func, name, values, args, kwargs)
     value = values[0]
     value.check()
-    # What they are now: a value may become another one, in place, before the function is applied.
+    # Arguments as they are now: a value can be written to before the function is applied.
     given = [_bound(arg) for arg in args]
     named = {k: _bound(arg) for k, arg in kwargs.items()}
 
@@ -57,7 +68,7 @@ def pointwise(
 
 
 def _bound(arg: Any) -> tuple[bool, Any]:
-    """Whether an argument depends on the source, and how; or what it is."""
+    """Whether an argument is a Gaussian; and its function of the source, or else the argument."""
     return (True, arg.apply) if isinstance(arg, Gaussian) else (False, arg)
 
 
@@ -86,8 +97,9 @@ def _is_linear(name: str, args: tuple[Any, ...]) -> bool:
 def _closed(
     func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[], Tensor] | None:
-    """The expectation of a function of one value, without composing it: of an activation right after
-    a Gaussian, some of which have a closed form, and of what is linear in that."""
+    """Computes the expectation of a function of one value without its composition with what came
+    before: for an activation that reads a Gaussian itself (some have closed forms), and for what is
+    affine in the result of such a one. None for others."""
     value = next((arg for arg in args if isinstance(arg, Gaussian)), None)
     if value is None or name in table.COMPARISONS or value.source.points is not None:
         return None
@@ -110,9 +122,12 @@ def _closed(
 def _independent(
     func: Any, name: str, values: list[Gaussian], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """A function of values of several sources. Sums of Gaussians are Gaussian; the expectation of
-    another sum or of a product is that of the expectations. Different views of one pre-activation are
-    not independent: of them, the values at the mean."""
+    """A function of values of several sources.
+
+    The sum of two independent Gaussians is a Gaussian. For any other function of independent values it
+    is applied to their expectations, which is right for sums and products. If values are not
+    independent (overlapping views of one pre-activation), it is applied to their values at the mean.
+    """
     if not all(one.source.is_independent_of(two.source) for one, two in combinations(values, 2)):
         return func(*_at_means(args), **dict(zip(kwargs, _at_means(kwargs.values()))))
     normals = [value.normal for value in values if value.normal is not None]

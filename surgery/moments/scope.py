@@ -50,8 +50,8 @@ def settle(value: Any) -> Any:
 
 
 def _settled_fields(value: Any) -> Any:
-    held = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
-    changed = {name: new for name, old in held.items() if (new := settle(old)) is not old}
+    fields = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    changed = {name: new for name, old in fields.items() if (new := settle(old)) is not old}
     if changed:
         value = copy.copy(value)
         for name, new in changed.items():
@@ -73,8 +73,9 @@ def _settled_sequence(value: Any) -> Any:
 class _Scope(threading.local):
     """Whether a forward that settles its outputs is running in this thread.
 
-    The attributes are the instance's from the start, in every thread: a compiled graph is guarded by
-    which attributes there are, and one that came with the first forward would fail the guards.
+    Both attributes are set in `__init__`, which runs in every thread: compiled graphs have guards
+    on the attributes that exist, and an attribute that is added by the first forward would make
+    them fail.
     """
 
     def __init__(self) -> None:
