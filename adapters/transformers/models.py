@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import load_sharded_checkpoint
 
 import surgery.adapters.conventions  # noqa: F401  it says what "all-linear" leaves out
-from surgery.kinds.kind import register_kind
+from surgery.kinds.kind import reads_of, register_kind
 from surgery.kinds.product import COLUMN_PRODUCT, product_of
 from surgery.kinds.torch_kinds import LINEAR, columns
 from surgery.verbs.savers import (
@@ -29,4 +29,6 @@ def register() -> None:
     teach(PeftAdapterMixin, "load_adapter", works_plain)
     teach_function(load_sharded_checkpoint, reads_file)
     product = product_of(Conv1D, product=COLUMN_PRODUCT)
-    register_kind(LINEAR.but(name="conv1d", classes=(Conv1D,), axes=columns, product=product))
+    reads = reads_of(Conv1D, names=("weight", "bias"))
+    conv1d = {"classes": (Conv1D,), "axes": columns, "product": product, "reads": reads}
+    register_kind(LINEAR.but(name="conv1d", **conv1d))

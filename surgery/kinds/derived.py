@@ -15,8 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..torch_private.modules import PRUNED, pre_hooks
-from ..torch_private.recurrent import flat_names
-from .reads import reads
+from .reads import forward_of
 
 _FIXES: tuple[tuple[type[Any], str, str], ...] = (
     (BasePruningMethod, PRUNED, "torch.nn.utils.prune.remove(module, {!r})"),
@@ -37,10 +36,13 @@ def computed(cls: type[nn.Module], module: nn.Module, name: str) -> str | None:
     if isinstance(module, parametrize.ParametrizationList):
         return "the parametrized weight"
     weight = name.rpartition("_")[0]
-    if not weight or weight in module._parameters or _reads(cls, module, name):
+    if not weight or weight in module._parameters:
+        return None
+    forward = forward_of(cls, module)
+    if forward.reads((name,)):
         return None
     held = isinstance(module.__dict__.get(weight), Tensor) or weight in module._buffers
-    return weight if held or _reads(cls, module, weight) else None
+    return weight if held or forward.reads((weight,)) else None
 
 
 def fix(module: nn.Module, weight: str) -> str:
@@ -54,9 +56,3 @@ def fix(module: nn.Module, weight: str) -> str:
             if isinstance(hook, cls) and getattr(hook, attribute, None) == weight:
                 return f"call {call.format(weight)} first"
     return "take out what computes it (WeightDrop?) first"
-
-
-def _reads(cls: type[nn.Module], module: nn.Module, name: str) -> bool:
-    """Whether the module's forward reads an attribute; an RNN says so in a list."""
-    listed = flat_names(module)
-    return reads(cls).reads((name,)) if listed is None else name in listed

@@ -57,6 +57,11 @@ class Kind:
     it is no product of input and weight, or its forward is not known. Per-example masks, Gaussian
     noise and moments need it."""
 
+    reads: Callable[[type[nn.Module], nn.Module], Sequence[str] | None] = lambda cls, module: None
+    """Names, relative to a module of the plain class `cls`, of the parameters that its forward reads,
+    those of its children among them; None if that is not known: then the source of the forward tells.
+    A child that is called reads its own."""
+
     linear: bool = False
     """Whether the target `"all-linear"` takes it."""
 
@@ -138,3 +143,23 @@ def needs_axes(unit: Unit) -> bool:
 def follows_weight(unit: Unit) -> bool:
     """Whether a bias takes the mask of its weight: a dropped row drops its bias too."""
     return unit in ("output", "tensor")
+
+
+def reads_of(
+    *known: type[nn.Module], names: Sequence[str]
+) -> Callable[[type[nn.Module], nn.Module], Sequence[str] | None]:
+    """For `Kind.reads`: `names` for the classes in `known`, and for subclasses that add nothing which
+    the forward could use: no methods or properties but `__init__`."""
+
+    def of(cls: type[nn.Module], module: nn.Module) -> Sequence[str] | None:
+        same = any(issubclass(cls, one) and not _adds_to(cls, one) for one in known)
+        return names if same else None
+
+    return of
+
+
+def _adds_to(cls: type, known: type) -> bool:
+    """Whether a class, or one between it and `known`, has methods or properties of its own."""
+    between = cls.__mro__[: cls.__mro__.index(known)]
+    own = (item for one in between for item in vars(one).items())
+    return any(name != "__init__" and hasattr(type(value), "__get__") for name, value in own)

@@ -1,10 +1,10 @@
-"""Which parameters a module's forward reads, found in its source.
+"""Which parameters the forward of a module reads.
 
 Some modules read the weights of their children instead of calling them: `nn.MultiheadAttention` uses
 `self.out_proj.weight`, Mamba's mixer `self.dt_proj.weight`. A mask that is drawn in the child's
-forward would then silently never act. The source of the class tells: `reads(cls)` lists the attribute
-chains that start at `self` in `forward`, in every method it mentions, and in the functions that these
-hand `self` or a child to.
+forward would then never act. The kind of a module may declare what its forward reads; for any other
+class the source tells: `forward_in_source(cls)` lists the attribute chains that start at `self` in
+`forward`, in every method that it mentions, and in the functions that these give `self` or a child to.
 """
 
 from __future__ import annotations
@@ -14,58 +14,45 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..base.caching import cached_weakly
-from .source import ANY, Bindings, Call, Chain, bound, first_parameter, source_of
-
-METADATA = frozenset(
-    {
-        "data_ptr",
-        "device",
-        "dim",
-        "dtype",
-        "grad",
-        "is_meta",
-        "ndim",
-        "numel",
-        "requires_grad",
-        "shape",
-        "size",
-    }
-)
-"""Attributes of a tensor that do not depend on its values: reading them is not reading the weight."""
-
-_ONLY_INSPECTS: tuple[type[nn.Module], ...] = (nn.TransformerEncoder,)
-"""Classes that look at their children's weights (to choose a path) but always call the children."""
+from .expressions import ANY_ITEM, AttributeChain, Bindings, Call, Given, uses_value
+from .kind import kind_of
+from .source import bound, first_argument, source_of
 
 _ONLY_SETTINGS = frozenset({"attention_interface"})
 """What transformers calls the function that computes attention: it is given the module for settings and
 for its own parameters, and reads nothing of the children."""
 
-GIVEN = ("<given>",)
-"""Chain of an argument of the forward, in `reads(cls, given)`."""
+ARGUMENT = ("<argument>",)
+"""The chain of the argument that `forward_in_source(cls, argument)` follows."""
 
 _DEEPEST = 8
 """Length of the chains that are followed into functions, so that recursion ends."""
 
 
 @dataclass(frozen=True)
-class Reads:
-    """What the forward of a class reads of `self`."""
+class Forward:
+    """What a forward does with what it finds at `self`."""
 
-    chains: frozenset[Chain]
-    complete: bool
-    """False if the source is missing, or reads attributes whose names are computed, or hands `self` to
-    a function that it does not show."""
-    handed: frozenset[Chain] = frozenset()
-    """What is given to a call that the source does not show; `self` is the empty chain."""
-    passed: frozenset[tuple[Chain, int | str, Chain]] = frozenset()
-    """What is given to a call of a child: (the child, position or name of the argument, what)."""
+    chains: frozenset[AttributeChain]
+    """What it reads."""
+    complete: bool = True
+    """False if it may read more: the source is missing, or has attributes whose names are computed, or
+    gives `self` to a function that it does not show."""
+    handed: frozenset[AttributeChain] = frozenset()
+    """What it gives to calls that the source does not show."""
+    passed: frozenset[tuple[AttributeChain, int | str, AttributeChain]] = frozenset()
+    """What it gives to calls of children: (the child, position or name of the argument, what)."""
 
-    def reads(self, path: Chain) -> bool:
-        """Whether a chain reads the value found at `path`."""
-        return any(_reads(chain, path) for chain in self.chains if len(chain) >= len(path))
+    def reads(self, path: AttributeChain) -> bool:
+        """Whether it uses the value of the parameter at `path`, as `("proj", "weight")`."""
+        return any(
+            is_at(chain, path) and uses_value(chain[len(path) :])
+            for chain in self.chains
+            if len(chain) >= len(path)
+        )
 
     def concerns(self, depth: int) -> bool:
         """Whether anything that it reads, hands out or passes on may be found at a path so long."""
@@ -73,49 +60,46 @@ class Reads:
             return True
         return any(len(chain) >= depth for chain in self.chains)
 
-    def hands_out(self, path: Chain) -> bool:
-        """Whether the module at `path`, or one that contains it, is given to a call that the source
+    def hands_out(self, path: AttributeChain) -> bool:
+        """Whether it gives the module at `path`, or one that contains it, to a call that the source
         does not show, and that may read its weights."""
         return any(is_at(chain, path) for chain in self.handed if len(chain) <= len(path))
 
 
-def _reads(chain: Chain, path: Chain) -> bool:
-    if _is_no_value(chain[len(path) :]):
-        return False
-    return is_at(chain, path)
+def is_at(chain: AttributeChain, path: AttributeChain) -> bool:
+    """Whether a chain may lead to `path`, or into what is there, or to what contains it."""
+    return all(have in (want, ANY_ITEM) for have, want in zip(chain, path))
 
 
-def is_at(chain: Chain, path: Chain) -> bool:
-    """Whether a chain may lead to `path`, or into it, or to what contains it."""
-    return all(have in (want, ANY) for have, want in zip(chain, path))
+def forward_of(cls: type[nn.Module], module: nn.Module) -> Forward:
+    """What the forward of a module does: as its kind declares, else as the source tells.
 
-
-def _is_no_value(rest: Chain) -> bool:
-    """Whether what is read of a parameter is no value of it: its shape, or something that others hung
-    on it."""
-    if rest[:1] == ("data",):
-        rest = rest[1:]
-    if not rest or not rest[0].isidentifier():
-        return False
-    return rest[0] in METADATA or not hasattr(Tensor, rest[0])
+    Args:
+        cls: the plain class of the module.
+        module: itself, which may be operated.
+    """
+    declared = kind_of(module).reads(cls, module)
+    if declared is None:
+        return forward_in_source(cls)
+    return Forward(frozenset(tuple(name.split(".")) for name in declared))
 
 
 @cached_weakly
-def reads(cls: type[nn.Module], given: int | str | None = None, method: str = "forward") -> Reads:
-    """The chains that `cls.forward`, the methods it mentions, and the functions that these give a part
-    of `self` to read from `self`.
+def forward_in_source(
+    cls: type[nn.Module], argument: int | str | None = None, method: str = "forward"
+) -> Forward:
+    """What `cls.forward`, the methods that it mentions, and the functions that these give a part of
+    `self` to do with what they find there.
 
     Args:
         cls: a plain class of module.
-        given: an argument, by position or name: what is read from it are the chains that start with
-            `GIVEN`.
+        argument: one of the forward, by position or name: what is found there has chains that start
+            with `ARGUMENT`.
         method: look at this one instead of the forward.
     """
-    if issubclass(cls, _ONLY_INSPECTS):
-        return Reads(frozenset(), complete=True)
     walk = _Walk(cls)
-    walk.run(method, () if given is None else ((given, GIVEN),))
-    return Reads(
+    walk.run(method, () if argument is None else ((argument, ARGUMENT),))
+    return Forward(
         frozenset(walk.chains), walk.complete, frozenset(walk.handed), frozenset(walk.passed)
     )
 
@@ -128,12 +112,12 @@ class _Walk:
         self._todo: list[tuple[Callable[..., Any], Bindings]] = []
         self._done: set[tuple[Callable[..., Any], Bindings]] = set()
         self._mentioned: set[str] = set()
-        self.chains: set[Chain] = set()
-        self.handed: set[Chain] = set()
-        self.passed: set[tuple[Chain, int | str, Chain]] = set()
+        self.chains: set[AttributeChain] = set()
+        self.handed: set[AttributeChain] = set()
+        self.passed: set[tuple[AttributeChain, int | str, AttributeChain]] = set()
         self.complete = True
 
-    def run(self, method: str, given: tuple[tuple[int | str, Chain], ...]) -> None:
+    def run(self, method: str, given: Given) -> None:
         """Start at a method, whose arguments may stand for something."""
         if given:
             self._follow(Call((method,), None, method, given))
@@ -160,7 +144,7 @@ class _Walk:
             return
         self._mentioned.add(name)
         for function in _methods(self._cls, name):
-            own = first_parameter(function)
+            own = first_argument(function)
             if own is None:
                 self.complete = False
             else:
@@ -171,7 +155,7 @@ class _Walk:
         given = tuple((key, chain) for key, chain in call.given if len(chain) <= _DEEPEST)
         for function, shift in _called(self._cls, call):
             keyed = [(key + shift if isinstance(key, int) else key, chain) for key, chain in given]
-            own = first_parameter(function) if shift else None
+            own = first_argument(function) if shift else None
             bindings = bound(function, tuple(keyed)) | ({(own, ())} if own is not None else set())
             self._todo.append((function, bindings))
         if not _is_hidden(self._cls, call):

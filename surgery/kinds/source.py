@@ -1,47 +1,23 @@
-"""What a function does with `self` and with the things it finds there, as its source tells."""
+"""What one function does with `self`, and with what it finds there, as its source tells."""
 
 from __future__ import annotations
 
 import ast
-import builtins
+import functools
 import inspect
 import textwrap
-import types
 from collections.abc import Callable
+from types import CodeType
 from typing import Any, NamedTuple
 
 from ..base.caching import cached_weakly
-
-Chain = tuple[str, ...]
-"""Names from `self` on: `("experts", "*", "weight")`; `self` itself is the empty one."""
-
-ANY = "*"
-"""Component of a chain that stands for any index: `self.experts[i].weight`."""
-
-_OF_QUANTISED = frozenset({"SCB", "quant_state"})
-"""What bitsandbytes hangs on a weight."""
-
-Bindings = frozenset[tuple[str, Chain]]
-"""What the parameters of a function stand for: (name, chain) pairs."""
-
-
-class Call(NamedTuple):
-    """A call that is given something of `self`, or `self` itself."""
-
-    method: Chain | None
-    """Chain of what is called, if that starts at `self`."""
-    function: Any
-    """Else the object that is called; None if the source does not tell."""
-    name: str
-    """How the source calls it, for one that is a plain name."""
-    given: tuple[tuple[int | str, Chain], ...]
-    """By position or name."""
+from .expressions import AttributeChain, Bindings, Call, Given, Visitor, uses_value
 
 
 class Source(NamedTuple):
     """What a function reads and passes on."""
 
-    chains: frozenset[Chain]
+    chains: frozenset[AttributeChain]
     calls: tuple[Call, ...]
     computed: bool
     """Whether it reads attributes whose names are computed."""
@@ -49,17 +25,17 @@ class Source(NamedTuple):
 
 @cached_weakly
 def source_of(function: Callable[..., Any], bindings: Bindings) -> Source | None:
-    """What a function does with what its parameters stand for; None if it has no source."""
+    """What a function does with what its arguments stand for; None if it has no source."""
     definition = _definition(function)
     if definition is None:
         return None
-    visitor = _Visitor(function, bindings)
-    visitor.visit(definition)
+    visitor = Visitor(function, bindings)
+    visitor.look_at(definition)
     return Source(frozenset(visitor.chains), tuple(visitor.calls), visitor.computed)
 
 
-def bound(function: Callable[..., Any], given: tuple[tuple[int | str, Chain], ...]) -> Bindings:
-    """What the parameters of a function stand for in a call."""
+def bound(function: Callable[..., Any], given: Given) -> Bindings:
+    """What the arguments of a function stand for in a call that is given these."""
     definition = _definition(function)
     if definition is None:
         return frozenset()
@@ -73,260 +49,63 @@ def bound(function: Callable[..., Any], given: tuple[tuple[int | str, Chain], ..
     return frozenset(found)
 
 
-def first_parameter(function: Callable[..., Any]) -> str | None:
-    """What a method calls `self`; None if there is no source or no parameter."""
+def first_argument(function: Callable[..., Any]) -> str | None:
+    """What a method calls `self`; None if there is no source or no argument."""
     definition = _definition(function)
     if definition is None or not definition.args.args:
         return None
     return definition.args.args[0].arg
 
 
+@functools.lru_cache(maxsize=1024)
+def line_uses_value(code: CodeType, line: int, name: str) -> bool:
+    """Whether a line that reads a parameter uses its value, and not only its form; True if there is no
+    source.
+
+    Args:
+        code: the function that the line is part of.
+        line: its number in the file.
+        name: of the parameter. The line has `<anything>.name` or `getattr(<anything>, "name")`. Where
+            it only gives that to a local name, the uses of the local name count.
+    """
+    parsed = _parsed(code)
+    if parsed is None:
+        return True
+    tree, first = parsed
+    here = line - max(first, 1) + 1
+    starts = {node for node in ast.walk(tree) if _is_at_line(node, here) and _names(node, name)}
+    visitor = Visitor(None, frozenset(), {node: (name,) for node in starts})
+    visitor.look_at(tree)
+    return not starts or any(uses_value(chain[1:]) for chain in visitor.chains)
+
+
+def _is_at_line(node: ast.AST, line: int) -> bool:
+    first, last = getattr(node, "lineno", None), getattr(node, "end_lineno", None)
+    return first is not None and last is not None and bool(first <= line <= last)
+
+
+def _names(node: ast.AST, name: str) -> bool:
+    """Whether an expression reads an attribute with this name."""
+    match node:
+        case ast.Attribute(attr=found, ctx=ast.Load()):
+            return found == name
+        case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=found), *_]):
+            return bool(found == name)
+        case _:
+            return False
+
+
 @cached_weakly
 def _definition(function: Callable[..., Any]) -> ast.FunctionDef | None:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    definition = tree.body[0]
+    parsed = _parsed(function)
+    definition = None if parsed is None else parsed[0].body[0]
     return definition if isinstance(definition, ast.FunctionDef) else None
 
 
-_Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
-
-
-def _loops(target: ast.expr, call: ast.Call) -> list[tuple[ast.expr, ast.expr]]:
-    """(loop variable, what it runs over) pairs of `for target in call(...)`."""
-    names = target.elts if isinstance(target, ast.Tuple) else [target]
-    match call.func:
-        case ast.Name(id="reversed" | "list" | "tuple" | "iter") if call.args:
-            return [(target, call.args[0])]
-        case ast.Name(id="enumerate") if call.args:
-            return [(names[-1], call.args[0])]
-        case ast.Name(id="zip"):
-            return list(zip(names, call.args))
-        case ast.Attribute(value=owner, attr="values" | "items"):
-            return [(names[-1], owner)]
-        case _:
-            return []
-
-
-class _Visitor(ast.NodeVisitor):
-    def __init__(self, function: Callable[..., Any], bindings: Bindings) -> None:
-        self._function = function
-        self.chains: set[Chain] = set()
-        self.calls: list[Call] = []
-        self.aliases: dict[str, set[Chain]] = {}
-        """What a local name may stand for; order of execution is not looked at."""
-        for name, chain in bindings:
-            self.aliases.setdefault(name, set()).add(chain)
-        self.computed = False
-
-    def chains_of(self, node: ast.expr) -> set[Chain]:
-        """The chains that an expression such as `self.a[i].b` may be; empty if none starts at self."""
-        match node:
-            case ast.Name(id=name):
-                return self.aliases.get(name, set())
-            case ast.Attribute(value=owner, attr=name):
-                return {(*chain, name) for chain in self.chains_of(owner)}
-            case ast.Subscript(value=owner, slice=index):
-                return {_item(chain, index) for chain in self.chains_of(owner) if chain}
-            case ast.IfExp(body=one, orelse=other):
-                return self.chains_of(one) | self.chains_of(other)
-            case ast.NamedExpr(value=value):
-                return self.chains_of(value)
-            case ast.Call(
-                func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=str(name)), *_]
-            ):
-                return {(*chain, name) for chain in self.chains_of(owner)}
-            case ast.Call(
-                func=ast.Attribute(value=owner, attr="get_submodule" | "get_parameter"),
-                args=[ast.Constant(value=str(path))],
-            ):
-                return {(*chain, *path.split(".")) for chain in self.chains_of(owner)}
-            case _:
-                return set()
-
-    def visit(self, node: ast.AST) -> None:
-        """Record the longest chains; what is inside one is not looked at again, but for indices."""
-        found: set[Chain] = set()
-        if self._is_written(node):
-            if isinstance(node, ast.Subscript):
-                self.visit(node.slice)
-            return
-        if isinstance(node, ast.expr) and not isinstance(getattr(node, "ctx", None), ast.Store):
-            found = {chain for chain in self.chains_of(node) if chain}
-        self.chains |= found
-        if found and isinstance(node, (ast.Attribute, ast.Name)):
-            if isinstance(node, ast.Attribute) and not isinstance(
-                node.value, (ast.Attribute, ast.Name)
-            ):
-                self.visit(node.value)
-            return
-        super().visit(node)
-
-    def _is_written(self, node: ast.AST) -> bool:
-        """`self.weight[i] = x`, `self.weight.data = x`: values are written, none is read."""
-        match node:
-            case ast.Subscript(value=owner, ctx=ast.Store()):
-                return bool(self.chains_of(owner))
-            case ast.Attribute(value=owner, attr="data", ctx=ast.Store()):
-                return bool(self.chains_of(owner))
-            case _:
-                return False
-
-    def visit_Expr(self, node: ast.Expr) -> None:
-        """`self.weight.mul_(x)` as a statement writes, and so does `nn.init.zeros_(self.weight)`."""
-        match node.value:
-            case ast.Call(func=ast.Attribute(value=owner, attr=name) as function, args=given) if (
-                name.endswith("_") and not name.startswith("_")
-            ):
-                if any(self.chains_of(owner)):
-                    for argument in (*given, *node.value.keywords):
-                        self.visit(argument)
-                    return
-                found = _resolved(function, self._function)
-                if getattr(found, "__module__", "") == "torch.nn.init":
-                    return  # the other arguments are numbers
-        self.generic_visit(node)
-
-    def visit_If(self, node: ast.If) -> None:
-        """What is done with a quantised weight is done with no site."""
-        match node.test:
-            case ast.Call(func=ast.Name(id="hasattr"), args=[_, ast.Constant(value=name)]) if (
-                name in _OF_QUANTISED
-            ):
-                for statement in node.orelse:
-                    self.visit(statement)
-            case _:
-                self.generic_visit(node)
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        for target in node.targets:
-            self._assign(target, node.value)
-        self.generic_visit(node)
-
-    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
-        self._assign(node.target, node.value)
-        self.generic_visit(node)
-
-    def visit_For(self, node: ast.For) -> None:
-        self._bind(node.target, node.iter)
-        self.generic_visit(node)
-
-    def visit_comprehension(self, node: ast.comprehension) -> None:
-        self._bind(node.target, node.iter)
-        self.generic_visit(node)
-
-    def _comprehension(self, node: _Comprehension) -> None:
-        """The loops first: they bind the names that the element reads."""
-        for loop in node.generators:
-            self.visit(loop)
-        self.generic_visit(node)
-
-    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _comprehension
-
-    def visit_Compare(self, node: ast.Compare) -> None:
-        """`self.bias is None` asks for no value."""
-        if all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
-            self._ask(node.left, *node.comparators)
-        else:
-            self.generic_visit(node)
-
-    def _ask(self, *parts: ast.expr) -> None:
-        """What looks at objects and not at their values."""
-        for part in parts:
-            if not isinstance(part, (ast.Attribute, ast.Name)):
-                self.visit(part)
-
-    def visit_Call(self, node: ast.Call) -> None:
-        match node.func:
-            case ast.Name(id="isinstance" | "hasattr" | "type"):
-                self._ask(*node.args)
-                return
-            case ast.Name(id="getattr") if not self.chains_of(node):
-                self.computed = True
-            case ast.Name(id="vars"):
-                self.computed = True
-            case ast.Attribute(value=owner, attr="parameters" | "named_parameters"):
-                self.computed = self.computed or bool(self.chains_of(owner))
-        self._note_call(node)
-        self.generic_visit(node)
-
-    def _note_call(self, node: ast.Call) -> None:
-        keyed: list[tuple[int | str, ast.expr]] = []
-        for index, argument in enumerate(node.args):
-            if isinstance(argument, ast.Starred):
-                break
-            keyed.append((index, argument))
-        keyed += [(word.arg, word.value) for word in node.keywords if word.arg is not None]
-        given = tuple((key, chain) for key, value in keyed for chain in self.chains_of(value))
-        if given:
-            chains = [chain for chain in self._called(node.func) if chain]
-            methods: list[Chain | None] = [*chains] or [None]
-            function = _resolved(node.func, self._function)
-            name = node.func.id if isinstance(node.func, ast.Name) else ""
-            self.calls += [Call(method, function, name, given) for method in methods]
-
-    def _called(self, function: ast.expr) -> set[Chain]:
-        """Chains of what is called; `super().forward` is a method of self."""
-        match function:
-            case ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr=name):
-                return {(name,)}
-            case _:
-                return self.chains_of(function)
-
-    def _assign(self, target: ast.expr, value: ast.expr) -> None:
-        """Alias `a` in `a = self.b`, and each name in `a, b = self.c, self.d`."""
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-            for part, source in zip(target.elts, value.elts):
-                self._assign(part, source)
-        elif isinstance(target, ast.Name):
-            self._alias(target.id, self.chains_of(value))
-
-    def _bind(self, target: ast.expr, iterable: ast.expr) -> None:
-        """Alias the names of a loop over something of self, also inside zip, enumerate, ..."""
-        if isinstance(iterable, ast.Call):
-            for part, source in _loops(target, iterable):
-                self._bind(part, source)
-        elif isinstance(iterable, (ast.Tuple, ast.List)):
-            for source in iterable.elts:
-                self._assign(target, source)
-        elif isinstance(target, ast.Name):
-            items = {(*chain, ANY) for chain in self.chains_of(iterable) if chain}
-            self._alias(target.id, items)
-
-    def _alias(self, name: str, chains: set[Chain]) -> None:
-        found = {chain for chain in chains if chain}
-        if found:
-            self.aliases.setdefault(name, set()).update(found)
-
-
-def _item(chain: Chain, index: ast.expr) -> Chain:
-    """The chain of `<chain>[index]`; `self._modules["fc"]` is `self.fc`."""
-    fixed = index.value if isinstance(index, ast.Constant) else None
-    if isinstance(fixed, str):
-        return (*chain[:-1], fixed) if chain[-1] in _TABLES else (*chain, fixed)
-    return (*chain, str(fixed) if isinstance(fixed, int) and fixed >= 0 else ANY)
-
-
-_TABLES = ("_modules", "_parameters")
-
-
-def _resolved(node: ast.expr, function: Callable[..., Any]) -> Any:
-    """The object that an expression names in a function, if it is a global or from outside; or None."""
-    if isinstance(node, ast.Attribute):
-        owner = _resolved(node.value, function)
-        return getattr(owner, node.attr, None) if isinstance(owner, types.ModuleType) else None
-    code = getattr(function, "__code__", None)
-    if not isinstance(node, ast.Name) or code is None:
+def _parsed(function: Callable[..., Any] | CodeType) -> tuple[ast.Module, int] | None:
+    """The source of a function and the number of its first line; None if there is none."""
+    try:
+        lines, first = inspect.getsourcelines(function)
+        return ast.parse(textwrap.dedent("".join(lines))), first
+    except (OSError, TypeError, SyntaxError):
         return None
-    if node.id in code.co_varnames or node.id in code.co_cellvars:
-        return None
-    if node.id in code.co_freevars:
-        cells = dict(zip(code.co_freevars, function.__closure__ or ()))
-        try:
-            return cells[node.id].cell_contents
-        except ValueError:
-            return None
-    found = function.__globals__.get(node.id)
-    return getattr(builtins, node.id, None) if found is None else found

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..torch_private.recurrent import flat_names
-from .kind import Axes, Kind, register_kind
+from .kind import OTHER, Axes, Kind, reads_of, register_kind
 from .product import LINEAR_PRODUCT, Product, conv_product, product_of
 
 
@@ -90,8 +90,7 @@ def _attention_bias(name: str) -> str | None:
 def _recurrent_weights(module: nn.Module) -> Sequence[str]:
     """The AWD-LSTM convention: hidden to hidden, every layer and direction; also those that are no
     parameters any more (pruned, normed), which are refused by name."""
-    listed = flat_names(module)
-    names = list(module._parameters) if listed is None else listed
+    names = flat_names(module) or module._parameters
     return tuple(name for name in names if name.startswith("weight_hh"))
 
 
@@ -112,6 +111,23 @@ _CONVOLUTIONS = (
     nn.ConvTranspose3d,
 )
 
+_ATTENTION_READS = (
+    *("in_proj_weight", "in_proj_bias", *SEPARATE_PROJECTIONS, "bias_k", "bias_v"),
+    *("out_proj.weight", "out_proj.bias"),
+)
+"""The forward does not call `out_proj`."""
+
+_ENCODER_LAYER_READS = (
+    *("self_attn.in_proj_weight", "self_attn.in_proj_bias"),
+    *("self_attn.out_proj.weight", "self_attn.out_proj.bias"),
+    *(f"{child}.{name}" for child in ("linear1", "linear2") for name in ("weight", "bias")),
+    *(f"{child}.{name}" for child in ("norm1", "norm2") for name in ("weight", "bias")),
+)
+"""In `eval()` one kernel computes the whole layer from the weights of the children."""
+
+_ONLY_CALL = (nn.Sequential, nn.Transformer, nn.TransformerDecoder, nn.TransformerDecoderLayer)
+"""Classes whose forward reads no weight: it calls the children."""
+
 LINEAR = Kind(
     name="linear",
     classes=(nn.Linear,),
@@ -119,6 +135,7 @@ LINEAR = Kind(
     axes=_matrix,
     bias=_bias,
     product=product_of(nn.Linear, product=LINEAR_PRODUCT),
+    reads=reads_of(nn.Linear, names=("weight", "bias")),
     linear=True,
 )
 
@@ -131,6 +148,7 @@ for _kind in (
         axes=_conv,
         bias=_bias,
         product=_conv_product_of,
+        reads=reads_of(*_CONVOLUTIONS, names=("weight", "bias")),
     ),
     Kind(
         name="embedding",
@@ -139,14 +157,29 @@ for _kind in (
         axes=columns,
         bias=lambda name: None,
         refuse=_refuse_embedding,
+        reads=reads_of(nn.Embedding, nn.EmbeddingBag, names=("weight",)),
     ),
-    Kind(name="rnn", classes=(nn.RNNBase,), weights=_recurrent_weights, axes=_matrix, bias=_bias),
+    Kind(
+        name="rnn",
+        classes=(nn.RNNBase,),
+        weights=_recurrent_weights,
+        axes=_matrix,
+        bias=_bias,
+        # Names by which an RNN looks up its list of weights.
+        reads=lambda cls, module: flat_names(module),
+    ),
     Kind(
         name="rnn-cell",
         classes=(nn.RNNCellBase,),
         weights=lambda module: ("weight_hh",),
         axes=_matrix,
         bias=_bias,
+        reads=reads_of(
+            nn.RNNCell,
+            nn.LSTMCell,
+            nn.GRUCell,
+            names=("weight_ih", "weight_hh", "bias_ih", "bias_hh"),
+        ),
     ),
     Kind(
         name="attention",
@@ -154,6 +187,20 @@ for _kind in (
         weights=_attention_weights,
         axes=_attention,
         bias=_attention_bias,
+        reads=reads_of(nn.MultiheadAttention, names=_ATTENTION_READS),
+    ),
+    OTHER.but(
+        classes=(nn.TransformerEncoderLayer,),
+        reads=reads_of(nn.TransformerEncoderLayer, names=_ENCODER_LAYER_READS),
+    ),
+    OTHER.but(
+        classes=_ONLY_CALL,
+        reads=reads_of(*_ONLY_CALL, names=()),
+    ),
+    OTHER.but(
+        # It looks at weights of its layers to choose a path, and calls the layers on each.
+        classes=(nn.TransformerEncoder,),
+        reads=lambda cls, module: (),
     ),
 ):
     register_kind(_kind)

@@ -7,11 +7,9 @@ tell.
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 import sys
-import textwrap
 import warnings
 from collections.abc import Iterator
 from types import CodeType, FrameType
@@ -19,16 +17,13 @@ from typing import Any
 
 from torch.utils import checkpoint
 
-from ..kinds.reads import METADATA
+from ..kinds.source import line_uses_value
 from ..torch_private.modules import CALL, forward_hooks
 from ..torch_private.tracing import backward_number
 from .state import SiteState
 
 _INNER = {CALL, *(code for code in CALL.co_consts if isinstance(code, CodeType))}
 """What runs hooks and the forward when a module is called."""
-
-_ASKS = ("isinstance", "hasattr", "type", "id", "len")
-"""Functions that look at an object and not at its values."""
 
 
 def notice(state: SiteState) -> None:
@@ -41,7 +36,7 @@ def notice(state: SiteState) -> None:
         return
     frame = sys._getframe(2)
     reader = _reader(frame)
-    if reader is None or not _reads_value(frame.f_code, frame.f_lineno, state.name):
+    if reader is None or not line_uses_value(frame.f_code, frame.f_lineno, state.name):
         return
     refuse_recomputation(state)
     state.undropped_by = reader
@@ -93,67 +88,3 @@ def _codes(hook: Any) -> Iterator[Any]:
         hook = hook.func
     call = hook if inspect.isfunction(hook) or inspect.ismethod(hook) else type(hook).__call__
     yield getattr(call, "__code__", None)
-
-
-@functools.lru_cache(maxsize=1024)
-def _reads_value(code: CodeType, line: int, name: str) -> bool:
-    """Whether what a line reads as `<something>.name` is more than the form of a tensor; True if the
-    source does not tell."""
-    try:
-        lines, start = inspect.getsourcelines(code)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, TypeError, SyntaxError):
-        return True
-    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    here = line - max(start, 1) + 1
-    found = [node for node in ast.walk(tree) if _is_read(node, name) and _is_on(node, here)]
-    return not found or any(_is_value(node, parents) for node in found)
-
-
-def _is_on(node: ast.AST, line: int) -> bool:
-    first, last = getattr(node, "lineno", line), getattr(node, "end_lineno", None)
-    return bool(first <= line <= (first if last is None else last))
-
-
-def _is_read(node: ast.AST, name: str) -> bool:
-    match node:
-        case ast.Attribute(attr=found, ctx=ast.Load()):
-            return found == name
-        case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=found), *_]):
-            return bool(found == name)
-        case _:
-            return False
-
-
-def _is_value(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether the value of a tensor is used at a node of a tree."""
-    match parents.get(node):
-        case ast.Attribute(attr="data") as data if isinstance(
-            parents.get(data), (ast.Attribute, ast.Subscript)
-        ):
-            return _is_value(data, parents)
-        case ast.Attribute(attr="data", ctx=ast.Store()) | ast.Subscript(ctx=ast.Store()):
-            return False  # it is written
-        case ast.Attribute(attr=name) as method:
-            call = parents.get(method, method)
-            writes = name.endswith("_") and isinstance(parents.get(call), ast.Expr)
-            return not writes and name not in METADATA
-        case ast.Call(func=ast.Name(id=function)) if node is not None:
-            return function not in _ASKS
-        case ast.Compare(ops=ops):
-            return not all(isinstance(op, (ast.Is, ast.IsNot)) for op in ops)
-        case ast.Assign(targets=[ast.Name(id=name)]) as assigned:
-            return any(_is_value(use, parents) for use in _uses(name, assigned, parents))
-        case ast.Expr():
-            return False
-        case _:
-            return True
-
-
-def _uses(name: str, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[ast.AST]:
-    """Where the function around a node reads a local name."""
-    while node in parents and not isinstance(node, ast.FunctionDef):
-        node = parents[node]
-    for part in ast.walk(node):
-        if isinstance(part, ast.Name) and part.id == name and isinstance(part.ctx, ast.Load):
-            yield part

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence, Set
 
 from torch import Tensor, nn
 
+from ..kinds.expressions import ANY_ITEM, AttributeChain
 from ..kinds.product import Product, needs_product
-from ..kinds.reads import GIVEN, Reads, is_at, reads
-from ..kinds.source import ANY, Chain
+from ..kinds.reads import ARGUMENT, Forward, forward_in_source, forward_of, is_at
 from ..modules.operated import plain_class
 from ..spec.plan import Plan, Site
 from .catalogue import Catalogue, Owner
@@ -21,7 +21,7 @@ from .ties import Ties
 _PRODUCTS = ("linear", "conv1d", "attention", "other")
 """Kinds of module whose weights graphs may read as those of a linear operation."""
 
-_Around = tuple[str, nn.Module, tuple[str, ...], Reads]
+_Around = tuple[str, nn.Module, tuple[str, ...], Forward]
 """A module that contains another: name, module, path to the other, what its forward reads."""
 
 
@@ -74,7 +74,7 @@ class Known:
 
     def reads_itself(self, user: Choice) -> bool:
         """Whether the owner's own forward reads a parameter, as far as its source or a run tells."""
-        own = reads(user.owner.cls)
+        own = forward_of(user.owner.cls, user.module)
         if own.reads((user.name,)) or not own.complete:
             return True
         if user.full in self._used_by_owner:
@@ -127,7 +127,7 @@ class Known:
     def _lineage(self, full: str) -> tuple[list[_Around], list[_Around]]:
         """A module and its ancestors, and those of them that may concern a parameter of a child."""
         every = [
-            (name, owner.module, path, reads(owner.cls))
+            (name, owner.module, path, forward_of(owner.cls, owner.module))
             for name, owner, path in self._catalogue.lineage(full)
             if not owner.in_graph
         ]
@@ -165,7 +165,7 @@ def _is_unsure(around: list[_Around]) -> bool:
     return False
 
 
-def _passed_on(ancestor: nn.Module, its: Reads, path: Chain) -> bool:
+def _passed_on(ancestor: nn.Module, its: Forward, path: AttributeChain) -> bool:
     """Whether a child that a forward passes a module to reads what is at `path`."""
     return any(
         theirs is not None and theirs.reads(rest)
@@ -173,7 +173,7 @@ def _passed_on(ancestor: nn.Module, its: Reads, path: Chain) -> bool:
     )
 
 
-def _passed_out(ancestor: nn.Module, its: Reads, path: Chain) -> bool:
+def _passed_out(ancestor: nn.Module, its: Forward, path: AttributeChain) -> bool:
     """Whether a forward passes a module to something that cannot be looked into."""
     return any(
         theirs is None or theirs.hands_out(rest) for theirs, rest in _receivers(ancestor, its, path)
@@ -181,14 +181,14 @@ def _passed_out(ancestor: nn.Module, its: Reads, path: Chain) -> bool:
 
 
 def _receivers(
-    ancestor: nn.Module, its: Reads, path: Chain
-) -> Iterator[tuple[Reads | None, Chain]]:
+    ancestor: nn.Module, its: Forward, path: AttributeChain
+) -> Iterator[tuple[Forward | None, AttributeChain]]:
     """What is called with the module at `path`, or one that contains it: what it reads, and how it
     reaches `path`; None for a call that cannot be looked into."""
     for callee, key, chain in its.passed:
         if len(chain) > len(path) or not is_at(chain, path):
             continue
-        rest = (*GIVEN, *path[len(chain) :])
+        rest = (*ARGUMENT, *path[len(chain) :])
         called = [(child, "forward") for child in _at(ancestor, callee)]
         called = called or [(child, callee[-1]) for child in _at(ancestor, callee[:-1])]
         known = [(plain_class(child), method) for child, method in called]
@@ -198,10 +198,10 @@ def _receivers(
         if not known:
             yield None, rest
         for cls, method in known:
-            yield reads(cls, key, method), rest
+            yield forward_in_source(cls, key, method), rest
 
 
-def _at(module: nn.Module, chain: Chain) -> list[nn.Module]:
+def _at(module: nn.Module, chain: AttributeChain) -> list[nn.Module]:
     """The modules at a chain below one; several where an index is not known."""
     found = [module]
     for part in chain:
@@ -210,6 +210,6 @@ def _at(module: nn.Module, chain: Chain) -> list[nn.Module]:
             child
             for table in tables
             for name, child in table.items()
-            if child is not None and part in (name, ANY)
+            if child is not None and part in (name, ANY_ITEM)
         ]
     return found

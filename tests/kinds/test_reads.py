@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery import apply_dropconnect, dropconnect_sites
-from surgery.kinds.reads import reads
+from surgery.kinds import kind_of
+from surgery.kinds.reads import forward_in_source, forward_of
 
 from ..expected import keep, masked
 
@@ -197,30 +199,105 @@ READERS = {
 
 @pytest.mark.parametrize(("cls", "path"), READERS.values(), ids=READERS.keys())
 def test_reads_of_a_child(cls: type[nn.Module], path: tuple[str, ...]) -> None:
-    assert reads(cls).reads(path)
-    assert reads(cls).complete
+    assert forward_in_source(cls).reads(path)
+    assert forward_in_source(cls).complete
 
 
 @pytest.mark.parametrize("cls", [Calls, Metadata, Asks])
 def test_calling_a_child_or_asking_for_its_shape_is_not_reading(cls) -> None:
-    assert not reads(cls).reads(PROJ)
-    assert not reads(cls).reads(("items", "0", "weight"))
+    assert not forward_in_source(cls).reads(PROJ)
+    assert not forward_in_source(cls).reads(("items", "0", "weight"))
 
 
 def test_another_index_is_not_read() -> None:
-    assert not reads(Indexed).reads(("items", "0", "weight"))
+    assert not forward_in_source(Indexed).reads(("items", "0", "weight"))
 
 
 def test_computed_names_make_the_answer_incomplete() -> None:
-    assert not reads(Computed).complete
+    assert not forward_in_source(Computed).complete
 
 
-def test_torch_modules() -> None:
-    assert reads(nn.MultiheadAttention).reads(("out_proj", "weight"))
-    assert reads(nn.MultiheadAttention).reads(("in_proj_weight",))
-    assert reads(nn.Linear).reads(("weight",))
-    assert reads(nn.TransformerEncoderLayer).reads(("linear1", "weight"))
-    assert not reads(nn.TransformerEncoder).reads(("layers", "0", "linear1", "weight"))
+DECLARED: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(4, 4),
+    "conv": lambda: nn.Conv2d(4, 4, 1),
+    "circular-conv": lambda: nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"),
+    "transposed-conv": lambda: nn.ConvTranspose3d(4, 4, 1),
+    "embedding": lambda: nn.Embedding(4, 4),
+    "bag": lambda: nn.EmbeddingBag(4, 4),
+    "lstm-cell": lambda: nn.LSTMCell(4, 4),
+    "gru-cell": lambda: nn.GRUCell(4, 4),
+    "rnn-cell": lambda: nn.RNNCell(4, 4),
+    "attention": lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True),
+    "attention-of-widths": lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=5),
+    "sequential": lambda: nn.Sequential(nn.Linear(4, 4)),
+    "encoder-layer": lambda: nn.TransformerEncoderLayer(4, 2, 4),
+    "decoder-layer": lambda: nn.TransformerDecoderLayer(4, 2, 4),
+    "decoder": lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(4, 2, 4), 1),
+    "transformer": lambda: nn.Transformer(4, 2, 1, 1, 4, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("make", DECLARED.values(), ids=DECLARED)
+def test_kinds_declare_what_the_source_of_torch_shows(make: Callable[[], nn.Module]) -> None:
+    """Of every parameter inside; the source is that of the torch which is installed."""
+    module = make()
+    cls = type(module)
+    assert kind_of(module).reads(cls, module) is not None
+    source, declared = forward_in_source(cls), forward_of(cls, module)
+    paths = [tuple(name.split(".")) for name, _ in module.named_parameters()]
+    assert [source.reads(path) for path in paths] == [declared.reads(path) for path in paths]
+    for path in paths:
+        assert not source.hands_out(path[:-1])
+
+
+def test_a_declaration_holds_for_what_has_the_same_forward() -> None:
+    class Renamed(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+
+    class Computed(Renamed):
+        @property
+        def weight(self) -> Tensor:  # type: ignore[override]
+            return self.weight_v
+
+    class Overrides(nn.Conv1d):
+        def _conv_forward(self, *args):
+            return super()._conv_forward(*args) * self.scale
+
+    assert kind_of(Renamed()).reads(Renamed, Renamed()) == ("weight", "bias")
+    linear, conv = nn.Linear(4, 4), nn.Conv1d(4, 4, 1)
+    assert kind_of(linear).reads(Computed, linear) is None
+    assert forward_of(Computed, linear).reads(("weight_v",))
+    assert forward_of(Overrides, conv).reads(("scale",))
+
+
+def test_encoders_call_their_layers() -> None:
+    """They look at the weights of the layers, to choose a path."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 4, batch_first=True), 1)
+    assert not forward_of(type(encoder), encoder).reads(("layers", "0", "linear1", "weight"))
+
+
+class FromBefore(Base):
+    """Uses in a round what the round before it has named."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = None
+        for item in self.items:
+            if last is not None:
+                x = F.linear(x, last)
+            last = item.weight
+        return x
+
+
+class OnlyNamed(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.proj.weight
+        return self.proj(x.to(weight.dtype)).view(len(weight), -1)
+
+
+def test_the_uses_of_a_local_name_count() -> None:
+    assert forward_in_source(FromBefore).reads(("items", "0", "weight"))
+    assert not forward_in_source(OnlyNamed).reads(PROJ)
 
 
 READ_SITES = {
