@@ -1,4 +1,4 @@
-"""Run a model and leave no trace: the plain model in evaluation mode, put back exactly."""
+"""Run a model and leave it as it was: it runs plain, in evaluation mode, and is put back."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ def module_diagram(graph_module: fx.GraphModule, model: nn.Module, root: Part) -
 
 
 class _Folds:
-    """Which part stands for a module."""
+    """Which part of the outline stands for a module: the first of a run of equal layers for all of
+    it."""
 
     def __init__(self, root: Part) -> None:
         self.parts = root.by_path()
@@ -46,7 +47,8 @@ class _Folds:
         return self.parts.get(self.drawn(path)[0])
 
     def drawn(self, path: str) -> tuple[str, dict[str, str]]:
-        """The path that is drawn for `path`, and which layer of each run it was in."""
+        """The path that is drawn for `path`; and for each run of layers around it, by the path of
+        the run, the path of the layer that it was in."""
         at, runs = "", {}
         for name in path.split(".") if path else ():
             before = join(at, name)
@@ -86,7 +88,8 @@ class _Origin:
 
 
 class _Builder:
-    """Follows every value of a graph from box to box."""
+    """Walks a graph once, in order, and notes of every value which boxes and parameters it is made
+    of."""
 
     def __init__(self, graph_module: fx.GraphModule, model: nn.Module, folds: _Folds) -> None:
         self.graph_module, self.model, self.folds = graph_module, model, folds

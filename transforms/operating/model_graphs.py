@@ -28,7 +28,7 @@ class Replaced:
 
 
 class ModelGraphs:
-    """The graphs of a model, as they are when it is made."""
+    """What the graphs in a model read and call, at the time when this object is made."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -42,20 +42,21 @@ class ModelGraphs:
         self._mark(model)
         for graph_module in self.graphs:
             for node in graph_module.graph.nodes:
-                self._look(graph_module, node)
+                self._note(graph_module, node)
         self._set_kinds()
         self._replaced: dict[tuple[int, str], Replaced] = {}
         self._find_replaced()
 
     def _mark(self, module: nn.Module) -> None:
-        """Note the modules whose own forward runs."""
+        """Note that the forward of a module and of its children runs. That of a `GraphModule` runs its
+        nodes, which are looked at one by one."""
         if id(module) in self._running or isinstance(module, fx.GraphModule):
             return
         self._running.add(id(module))
         for child in module.children():
             self._mark(child)
 
-    def _look(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
+    def _note(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
         if node.op == "call_module":
             self._mark(graph_module.get_submodule(str(node.target)))
         if node.op != "get_attr":

@@ -1,10 +1,10 @@
 """Which activation follows a node, in any dialect.
 
-What follows a pre-activation is found by data flow, not by spelling: from the node on, functions that
-keep every entry (views, casts, dropout in evaluation mode, a bias) are passed through, and elementwise
-functions of the node alone are collected until everything flows through one node again. The value of
-that node, computed on a grid of points, tells the activation, so `0.5 * x * (1 + tanh(...))` is
-recognised however it is written.
+What follows a pre-activation is told by its values, not by the names of functions. From the node on,
+functions that keep every entry (views, casts, dropout in evaluation mode, a bias) are passed through,
+and elementwise functions of the node alone are collected, up to a node through which all of them flow.
+The value of that node is computed on a grid of points and compared with those of known activations.
+So `0.5 * x * (1 + tanh(...))` is recognised however it is written.
 """
 
 from __future__ import annotations
@@ -72,7 +72,12 @@ class Flow:
     """Who reads the value of each node, in order, when in-place writes are taken into account."""
 
     def __init__(self, graph: fx.Graph, root: nn.Module, parameters: Collection[fx.Node]) -> None:
-        """`parameters` are the nodes whose values are parameters (or parts and views of one)."""
+        """
+        Args:
+            graph: of `root`; not changed.
+            root: the module whose submodules the nodes call.
+            parameters: the nodes whose values are parameters, or parts and views of one.
+        """
         self._root = root
         self._parameters = parameters
         self._function = {node: function_of(node, root) for node in graph.nodes}
@@ -100,8 +105,12 @@ class Flow:
         return None if followed is None else followed[0]
 
     def joint(self, start: fx.Node) -> str | None:
-        """The function of several entries together that would get a Gaussian, if `start` were one; see
-        `surgery.moments`, which says what stays one. What other sites make is taken for a tensor."""
+        """The canonical name of the first function that mixes entries (softmax) and would read a
+        Gaussian if the value of `start` were one; None if none would.
+
+        `surgery.moments` decides which functions of a Gaussian are Gaussian; `_stays` says the same of
+        nodes. What other sites return is taken for a tensor.
+        """
         gaussian, made_of, todo = {start}, {start}, set(self._readers[start])
         while todo:
             node = min(todo, key=self._position.__getitem__)
@@ -119,7 +128,7 @@ class Flow:
         return None
 
     def _first(self, node: fx.Node) -> fx.Node | None:
-        """Whose value the first argument has now."""
+        """The node whose value the first argument has, after the writes so far."""
         given: Any = node.args[0] if node.args else node.kwargs.get("input")
         return self._sources[node].get(given) if isinstance(given, fx.Node) else None
 
@@ -131,7 +140,13 @@ class Flow:
         sources: Collection[fx.Node],
         gaussian: Collection[fx.Node],
     ) -> bool:
-        """Whether a function of Gaussians, and of values made of them, is one."""
+        """Whether the value of a node is Gaussian.
+
+        Args:
+            node: calls `function`, whose first argument has the value of `first`.
+            sources: the nodes among its arguments that depend on the start.
+            gaussian: the nodes before it whose values are Gaussian.
+        """
         if function in JOINING:
             return all(source in gaussian for source in sources)
         if function in _STAYING:
@@ -155,7 +170,7 @@ class Flow:
         return self._where_it_branches(start)
 
     def _region(self, start: fx.Node) -> list[fx.Node]:
-        """The nodes whose values are elementwise functions of `start` alone, in order."""
+        """The nodes whose values are elementwise functions of that of `start` alone, in graph order."""
         inside, todo = {start}, list(self._readers[start])
         while todo:
             node = min(todo, key=self._position.__getitem__)
@@ -176,7 +191,7 @@ class Flow:
         return self._function[node] in ELEMENTWISE and all(s in inside for s in sources)
 
     def _cuts(self, start: fx.Node, region: list[fx.Node]) -> Iterator[fx.Node]:
-        """The nodes of the region through which everything must pass that `start` flows into."""
+        """The nodes of the region that everything made of `start` flows through: no path around them."""
         seen, open_ends = set[fx.Node](), set(self._readers[start])
         for node in region:
             seen.add(node)
@@ -232,7 +247,8 @@ class Flow:
         return function(*args, **kwargs)
 
     def _where_it_branches(self, start: fx.Node) -> tuple[str, fx.Node] | None:
-        """What follows if all readers agree, or if one part gates another."""
+        """What follows where no one node collects everything: the activation that all readers apply, or
+        the gated unit in which one part, activated, multiplies the other."""
         parts = list(self._parts(start))
         branches = [self._branch(part) for part in parts]
         followed = [branch for branch in branches if branch is not None]

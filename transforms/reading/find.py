@@ -45,7 +45,8 @@ def find(
 
 
 def look(model: nn.Module, example_inputs: Any = None) -> Seen | None:
-    """What `find` finds, as the core asks for it; None if there is nothing to run the model with.
+    """What `find` tells, in the form in which the core asks for it; None if there is nothing to run the
+    model with.
 
     Raises:
         CaptureError: the model does not run with `example_inputs`.

@@ -43,7 +43,8 @@ class Role:
 
 
 def role_of(uses: Iterable[UsingNode]) -> Role:
-    """What the uses of a parameter agree on."""
+    """What the uses of a parameter agree on. Where they differ in what its dimensions mean, `axes` is
+    None; if none is known, the role is `Role()`."""
     roles = dict.fromkeys(map(_role_of_use, uses))
     known = [role for role in roles if role.kind != "other"]
     if not known:

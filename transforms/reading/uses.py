@@ -16,7 +16,7 @@ from .operations import Operation, function_of, leaves, operation
 
 @dataclass(frozen=True)
 class AtNode:
-    """A node of one graph, whose target lies in the owner of a parameter."""
+    """A node whose target is an attribute of the owner of a parameter."""
 
     graph_module: fx.GraphModule
     node: fx.Node
@@ -55,7 +55,8 @@ class UsingNode:
 
 
 def uses(read: ParameterNode) -> Iterator[UsingNode]:
-    """The nodes that compute with the parameter of one `get_attr` node."""
+    """The nodes that compute with the parameter of one `get_attr` node. Transpositions, casts and
+    copies are followed, and so are the nodes of DropConnect that hand on a masked weight."""
     yield from _uses(read, read.node, False)
 
 
