@@ -191,7 +191,7 @@ class Flow:
         return self._function[node] in ELEMENTWISE and all(s in inside for s in sources)
 
     def _cuts(self, start: fx.Node, region: list[fx.Node]) -> Iterator[fx.Node]:
-        """The nodes of the region that everything made of `start` flows through: no path around them."""
+        """The nodes of the region through which everything flows that is made of `start`."""
         seen, open_ends = set[fx.Node](), set(self._readers[start])
         for node in region:
             seen.add(node)
