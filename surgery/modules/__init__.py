@@ -1,4 +1,4 @@
-"""Modules: their kinds, what they read, and how an operated one behaves."""
+"""One operated module: how it draws masks, runs its forward with them, and lets them go."""
 
 from ..kinds.kind import Axes, Kind, kind_of, register_kind
 from .operated import DropConnectModule

@@ -1,5 +1,5 @@
-"""One forward of an operated module: masks are drawn, the forward of the original class runs with
-them, and they are let go."""
+"""One forward of an operated module: draw the masks, run the forward of the original class with them,
+and let them go."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ from .watch import refuse_recomputation
 
 
 def dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> Any:
-    """One forward of the original class, with its masks."""
+    """One forward of an operated module. `base`: its original class.
+
+    Raises:
+        SurgeryError: the forward has written to a masked weight.
+    """
     if len(args) == 1 and not kwargs:
         fused = fused_forward(module, args[0])
         if fused is not None:
@@ -38,11 +42,11 @@ def dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> A
             result = call_recomputing(recipes_of(opened), _inner(base, module), args, kwargs)
             close(opened)
     except BaseException as error:
-        close(opened)  # not in `finally`, which an interrupt can end before it did anything
-        for one in opened:  # nobody knows what would have been read
+        close(opened)  # not in `finally`: an interrupt can end that before it has done anything
+        for one in opened:  # the forward ended early: it might have read all of them
             one.state.drawn = True
         if isinstance(error, Exception):
-            check_unwritten(module, opened)  # which autograd may have complained of
+            check_unwritten(module, opened)  # a write may be what the error complains of
         raise
     if not opened:
         return _inner(base, module)(*args, **kwargs)
@@ -76,8 +80,8 @@ def _factor(module: Any, state: SiteState) -> Factor:
 
 
 def _open(module: Any, opened: list[Open]) -> None:
-    """Draw the masks of this forward call: of the module's own sites, and of those it reads for its
-    children. A mask that a caller's scope has drawn stays."""
+    """Draw the masks of this forward call: of the module's own sites, and of those descendants whose
+    weights its forward reads. A mask that a forward around this one has drawn stays."""
     _open_own(module, opened)
     for child in drawn_children(module):
         if not _any_sharded(child):
@@ -85,8 +89,8 @@ def _open(module: Any, opened: list[Open]) -> None:
 
 
 def drawn_children(module: Any) -> Iterator[Any]:
-    """The descendants whose weights this module's forward reads itself; not those that were replaced,
-    removed or stripped since."""
+    """The descendants for which a module's forward draws masks; not those that were replaced, removed
+    or stripped since surgery was done."""
     for path in module._dropconnect_draws:
         child: Any = module
         for part in path.split("."):
@@ -96,7 +100,8 @@ def drawn_children(module: Any) -> Iterator[Any]:
 
 
 def _any_sharded(child: Any) -> bool:
-    """Whether a child is sharded now: then it is gathered, and draws, in its own forward."""
+    """Whether a weight of a child is sharded now. FSDP gathers it in the child's own forward, which
+    then draws."""
     return any(is_sharded(getattr(child, state.raw)) for state in child._dropconnect.values())
 
 
@@ -140,18 +145,23 @@ def _to_mask(module: Any, outside: bool) -> list[SiteState]:
 
 
 def _hand_out(module: Any, one: Open, opened: list[Open]) -> None:
-    """Let the forward read a masked weight."""
-    opened.append(one)  # first, so that it is let go in any case
+    """Set a masked weight, so that the forward reads it."""
+    opened.append(one)  # first: after an interrupt between the two, `close` lets it go
     object.__setattr__(module, one.state.live, one.used)
-    if torch.compiler.is_compiling():  # else whoever reads it says so
+    if torch.compiler.is_compiling():  # in eager mode the property notes it, when it is read
         one.state.drawn = True
 
 
 def runs_now(module: Any) -> bool:
-    """Whether a forward that drew a mask for this module is running. A mask that is there while none
-    is was left by a forward that was killed, which happens in the main thread alone: a mask of another
-    thread is taken for one that is used. (To look at the frames of other threads can block all of them:
-    CPython holds a lock for that, under which it may collect garbage.)"""
+    """Whether a forward that drew a mask for this module is running.
+
+    If none is and there is a mask, then a forward that was killed has left it. Only forwards in the
+    main thread are killed, so a mask of another thread is always in use. (Nor could one ask: looking at
+    the frames of other threads takes a lock under which CPython may collect garbage, and block for
+    ever.)
+
+    This thread is searched for frames of `dropping` by name, and for their local `opened`.
+    """
     if torch.compiler.is_compiling():
         return True
     for state in module._dropconnect.values():

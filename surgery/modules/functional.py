@@ -1,8 +1,8 @@
 """`torch.func.functional_call` of an operated model takes plain names too.
 
-It sets attributes by name, and knows by name which are tied. With `weight`, which is no parameter while
-DropConnect is in place, it would leave tied twins as they are, or fail and leave in the model what it
-had set until then.
+That function sets attributes by name, and knows by name which parameters are tied. While DropConnect is
+in place `weight` is no name of a parameter: given that, it would not replace the weights that are tied
+to it, or fail in the middle and leave in the model what it had set until then.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .keys import plain_keys, raw_state_dict
 
 @cached
 def teach_functional_call() -> None:
-    """From now on it gets raw names."""
+    """From now on plain names are replaced by raw ones before `functional_call` sees them."""
     wrap_functional_call(_with_raw_names)
 
 
@@ -35,14 +35,14 @@ def _with_raw_names(call: Callable[..., Any]) -> Callable[..., Any]:
         raw = raw_state_dict(module, tensors)
         try:
             return call(module, raw, *args, **kwargs)
-        finally:  # what the forward put in their place is handed back in the dict
+        finally:  # the call puts into the dict what the forward has assigned
             tensors.update({name: raw[raw_of.get(name, name)] for name in tensors})
 
     return taught
 
 
 def _plain_names_in(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """The raw names of those tensors that are called by the plain name of a site.
+    """The raw name by plain name, for those of `tensors` that have the plain name of a site.
 
     Raises:
         SurgeryError: one is given under both names.

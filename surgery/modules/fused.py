@@ -1,5 +1,8 @@
-"""The forward of a Linear whose weight is masked by element, in eager training: the common case, and
-the one in which the host's time counts most. One function does the product, its gradients and masks."""
+"""The forward of a Linear whose weight is masked by element, in eager training.
+
+This is the most common case, and the one in which the time of Python counts most. One autograd Function
+(`surgery.ops.masked_linear`) draws the mask, multiplies, and computes the gradients.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,14 @@ from .state import SiteState
 
 
 def fused_forward(module: Any, x: Any) -> Tensor | None:
-    """What the forward returns; None, with nothing done, if anything but a mask by element is asked of
-    this module, its input or the caller."""
+    """What the forward of a module returns, shape (..., out), for the input `x`, shape (..., in).
+
+    None, and nothing is changed, if the module is no such Linear, or anything else is asked of it (a
+    mode, held masks, a bias that is dropped), or the input or the caller needs the general way.
+
+    Raises:
+        RuntimeError: the shape of the weight is no longer that of its anchor.
+    """
     own = module.__dict__
     states = own["_dropconnect"]
     if len(states) != 1 or not torch.is_grad_enabled() or is_traced():
@@ -38,14 +47,15 @@ def fused_forward(module: Any, x: Any) -> Tensor | None:
         anchor = getattr(module, state.anchor)
         check_anchor(state, raw, anchor)
     bias = parameters.get("bias")
-    if bias is None:  # there is none, or it is pruned or parametrized
+    if bias is None:  # there is none, or it is an attribute: pruned or parametrized
         bias = module.bias
     law, key = state.law_for(raw), state.new_key(raw.device)
     return masked_linear(x, raw, bias, key, law, state.layout, anchor, state.name)
 
 
 def _asks_for_a_mask(state: SiteState, own: dict[str, Any]) -> bool:
-    """Whether the weight gets a mask of its own in this call, by element, and nothing else is drawn."""
+    """Whether this call draws one mask, by element, for the weight of a Linear, and nothing else.
+    `own`: the `__dict__` of the module, which is faster to read than its attributes."""
     if state.product is not LINEAR_PRODUCT or state.sampling != "batch":
         return False
     if state.held_key is not None or state.group is not None or own[state.live] is not None:

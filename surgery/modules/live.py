@@ -1,9 +1,10 @@
 """A masked weight while a forward reads it as `module.weight`, and whether somebody wrote to it.
 
-What is written into a masked weight would be gone when the forward ends, and cannot be carried over to
-the stored one: of a dropped entry it says nothing. So the forward ends with an error that names the
-weight. What a parent's forward writes to its child's weight is no matter: where it only writes, the
-masks are not its own (see `reads.py`), and `module.weight` is the stored one.
+What a forward writes into a masked weight would be lost when it ends. It cannot be carried over to the
+stored weight, because a dropped entry does not tell what the stored one should become. So such a
+forward ends with an error that names the weight. A parent's forward that only writes to the weight of
+its child draws no mask for it (see `surgery.kinds.reads`): it writes to the stored weight, and nothing
+is lost.
 """
 
 from __future__ import annotations
@@ -32,27 +33,27 @@ from .state import SiteState
 
 
 class LiveWeight(Tensor):
-    """A masked weight that tells of writes which its version does not: those through `.data`.
+    """A masked weight that notices writes through `.data`, which do not change the version of a tensor.
 
-    As `torch.nn.Parameter` it takes no part in `__torch_function__`: operations give plain tensors.
+    Like `torch.nn.Parameter` it takes no part in `__torch_function__`: operations return plain tensors.
     """
 
     __torch_function__ = no_torch_function
 
     aliases: list[LiveWeight]
-    """What `.data` of this weight, and of these, has handed out. Each has a version of its own."""
+    """What `.data` of this weight, and of these aliases, has returned. Each has its own version."""
     assigned: bool
     """Whether `.data` was assigned."""
     thread: int
-    """In which thread it was made."""
+    """The id of the thread that made it."""
     beside: dict[str, Tensor]
     """Of an RNN whose weights share memory: those that are not masked, by name; see `flat.py`."""
 
     @classmethod
     def of(cls, tensor: Tensor, aliases: list[LiveWeight]) -> LiveWeight:
-        """A view of `tensor`, with its version."""
+        """A view of `tensor`: the two share one version."""
         if tensor.requires_grad and not torch.is_grad_enabled():
-            with torch.enable_grad():  # what requires a gradient is no leaf
+            with torch.enable_grad():  # so that the view requires a gradient, too
                 live = tensor.as_subclass(cls)
         else:
             live = tensor.as_subclass(cls)
@@ -81,7 +82,7 @@ _DATA: Any = Tensor.data
 
 
 class Open(NamedTuple):
-    """A masked weight that was made for a forward."""
+    """A masked weight that was made for one forward."""
 
     owner: Any
     """The module that has the site."""
@@ -92,7 +93,7 @@ class Open(NamedTuple):
     """Its version when it was made."""
     recipe: Recipe | None
     address: int | None
-    """What autograd knows it by; None if that keeps it."""
+    """The address of its memory, by which saved tensors are recognised; None if autograd keeps it."""
 
 
 def watched(owner: Any, state: SiteState, used: Tensor, recipe: Recipe | None) -> Open:
@@ -108,18 +109,18 @@ def watched(owner: Any, state: SiteState, used: Tensor, recipe: Recipe | None) -
 
 
 def is_of_another_thread(live: Any) -> bool:
-    """Whether a masked weight that is handed out was made in another thread."""
+    """Whether a masked weight was made in another thread."""
     return type(live) is LiveWeight and live.thread != get_ident()
 
 
 def close(opened: list[Open]) -> None:
-    """Let masked weights go."""
+    """Let masked weights go: `module.weight` is the stored one again."""
     for one in opened:
         object.__setattr__(one.owner, one.state.live, None)
 
 
 def recipes_of(opened: list[Open]) -> dict[int, Recipe]:
-    """How autograd can have them again, by address."""
+    """The recipes of masked weights by the address of their memory."""
     return {
         one.address: one.recipe
         for one in opened
@@ -165,7 +166,8 @@ def _mark(context: Any) -> None:
 
 
 def _look(context: Any) -> None:
-    """Fake tensors have versions as real ones, and so has what shares their memory."""
+    """Break the graph if a masked weight was written to. The fake tensors of a trace have versions as
+    real ones have, and so have those that share their memory."""
     node = node_of(context, "used")
     used = result_of(node)
     made = getattr(used, "_dropconnect_version", None)
@@ -182,7 +184,8 @@ def _look(context: Any) -> None:
 
 
 def _is_item_of(used: Tensor, node: Any) -> bool:
-    """Whether a node is `used[...] = value`: torch 2.9 does not carry that out on fake tensors."""
+    """Whether a node is `used[...] = value`, which torch 2.9 does not do on fake tensors: no version
+    tells of it."""
     return node.target is operator.setitem and _is_alias(result_of(node.args[0]), used)
 
 

@@ -101,9 +101,9 @@ def is_sharded(weight: Any) -> bool:
 
 
 def _as_if_trained(used: Tensor, raw: Tensor) -> Tensor:
-    """Under `no_grad` a parameter still requires grad, and kernels are chosen by that (`matmul` folds
-    a batch or not): a masked weight that differed would round differently when a reentrant checkpoint
-    recomputes with gradients."""
+    """A masked weight that requires a gradient if its parameter does, also under `no_grad`. Torch
+    chooses kernels by that (`matmul` folds a batch or not), and they round differently. A reentrant
+    checkpoint runs a forward without gradients, and again with them: both must round alike."""
     if torch.is_grad_enabled() or not raw.requires_grad:
         return used
     if is_traced():
@@ -112,15 +112,15 @@ def _as_if_trained(used: Tensor, raw: Tensor) -> Tensor:
 
 
 class _Source(NamedTuple):
-    """What a held masked weight was computed from: objects that are kept, since the ids and addresses
-    of those that are gone are used again."""
+    """What a held masked weight was computed from. The objects themselves are kept, because Python uses
+    ids and addresses of dead objects again."""
 
     raw: Tensor
     anchor: Tensor | None
     law: Law
     grad: bool
     contents: tuple[tuple[Tensor, Any], ...]
-    """An alias of each tensor, which keeps its memory, and how it was."""
+    """Of each tensor an alias, which keeps the memory alive, and its form at that time."""
 
     @classmethod
     def of(cls, raw: Tensor, anchor: Tensor | None, law: Law) -> _Source:
@@ -145,9 +145,9 @@ def _form(tensor: Any) -> Any:
 
 
 def _held(state: SiteState, raw: Tensor, key: Key, law: Law, anchor: Tensor | None) -> Tensor:
-    """While masks are held, the masked weight is kept too, for as long as what it depends on stays:
-    a loop over a cell computes it once, and autograd adds up its gradient once. A backward ends that:
-    the optimiser that follows may write where no version tells (`p.data.add_`)."""
+    """The masked weight while masks are held. It is kept until what it was computed from changes: a
+    loop over a cell computes it once, and autograd masks the sum of its gradients once. A backward ends
+    that too, because the optimiser that follows may write without a new version (`p.data.add_`)."""
     if is_traced():
         return drop_weight(raw, key, law, state.layout, anchor)
     held = state.held  # once: replicas in other threads share the state

@@ -35,19 +35,20 @@ from .watch import notice
 
 
 class DropConnectModule(nn.Module):
-    """Marker and shared behaviour of every operated module: `isinstance(m, DropConnectModule)`.
+    """What every operated module has: test `isinstance(m, DropConnectModule)`.
 
-    Instances are never constructed; `surgery.operating` swaps the class of a module.
+    Nobody constructs one: `surgery.operating` swaps the class of a module that exists.
     """
 
     _dropconnect: dict[str, SiteState]
     """State by plain parameter name; empty for a module that only draws for its children."""
 
     _dropconnect_draws: tuple[str, ...]
-    """Relative names of descendants whose weights this module's forward reads itself."""
+    """Relative names of the descendants for which this module's forward draws masks, because it reads
+    their weights itself."""
 
     _dropconnect_scope: bool
-    """Whether a site inside needs to know the outermost forward; see `surgery.moments`."""
+    """Whether a site inside asks which forward is the outermost one; see `surgery.moments.scope`."""
 
     _dropconnect_class: tuple[type[nn.Module], tuple[str, ...]]
     """Arguments of `operated_class` that made this class."""
@@ -59,16 +60,20 @@ class DropConnectModule(nn.Module):
     parametrizations = Parametrizations()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """`type(module)(...)` is a new module like the original: a plain one."""
+        """`type(module)(...)` makes a new module of the original class, without DropConnect."""
         if args or kwargs:
             return cls._dropconnect_class[0](*args, **kwargs)
         return object.__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Not passed on: a registry of classes must not see this one."""
+        """Nothing: a base class that registers its subclasses must not see this one."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Assigning a `Parameter` to a plain name (tying, resizing) replaces the raw one."""
+        """Assigning a `Parameter` to a plain name (tying, resizing) replaces the raw parameter.
+
+        Raises:
+            SurgeryError: it is quantised, or a forward is running that reads the masked weight.
+        """
         state = self._dropconnect.get(name)
         if state is not None:
             refuse_quantised(state, param)
@@ -88,7 +93,8 @@ class DropConnectModule(nn.Module):
         self._fit_laws()
 
     def train(self, mode: bool = True) -> Any:
-        """Here, too, a mask goes that a killed forward left: in `eval()` it would stay for ever."""
+        """As for every module. A mask that a killed forward has left is removed here too: in `eval()`
+        no forward would replace it."""
         for state in self._dropconnect.values():
             if self.__dict__[state.live] is not None and not runs_now(self):
                 self.__dict__[state.live] = None
@@ -100,23 +106,27 @@ class DropConnectModule(nn.Module):
         return self
 
     def _fit_laws(self) -> None:
-        """Laws follow their weight to its device now: made inside a trace, they would be outputs of
-        the compiled graph, and the next call would recompile."""
+        """Create the laws now, on the device of their weight. If they were created during tracing, they
+        would be outputs of the compiled graph, and the next call would recompile."""
         for state in self._dropconnect.values():
             weight = getattr(self, state.raw)
             if weight is not None:
                 state.law_for(weight)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle by the original class, since this one exists only at run time."""
+        """Copies and pickles refer to the original class, since this one exists only at run time.
+
+        Raises:
+            TypeError: the class says in a way of its own how it is copied.
+        """
         reduced = super().__reduce_ex__(protocol)
         if not isinstance(reduced, tuple) or len(reduced) < 3:
             raise TypeError(f"cannot copy or pickle an operated {type(self).__name__}")
         return (_new_operated, self._dropconnect_class, *reduced[2:])
 
     def __copy__(self) -> Any:
-        """A shallow copy shares parameters, buffers and children, as that of a plain module; what
-        surgery renames and keeps is its own, so that either can be stripped alone."""
+        """A shallow copy shares parameters, buffers and children with the original, as that of a plain
+        module does. Names and states are its own, so that either of the two can be stripped alone."""
         new = object.__new__(type(self))
         states = {name: copy.copy(state) for name, state in self._dropconnect.items()}
         own = {name: dict(self.__dict__[name]) for name in ("_parameters", "_buffers")}
@@ -125,7 +135,11 @@ class DropConnectModule(nn.Module):
         return new
 
     def __prepare_scriptable__(self) -> Any:
-        """Called by `torch.jit.script`, of this module and then of those inside."""
+        """`torch.jit.script` calls this, of the module and then of those inside.
+
+        Raises:
+            SurgeryError: the module has a site.
+        """
         for state in self._dropconnect.values():
             raise SurgeryError(refusal_to_script(state.site, "torch.jit.script"))
         return self
@@ -137,7 +151,7 @@ class DropConnectModule(nn.Module):
 
 
 def _new_operated(base: type[nn.Module], names: tuple[str, ...]) -> Any:
-    load_plugins()  # a model that was unpickled must save as one that was operated on here
+    load_plugins()  # adapters make an unpickled model save plain keys, too
     return object.__new__(operated_class(base, names))
 
 
@@ -145,11 +159,11 @@ def _new_operated(base: type[nn.Module], names: tuple[str, ...]) -> Any:
 def operated_class(base: type[nn.Module], names: tuple[str, ...]) -> type[DropConnectModule]:
     """The subclass of `base` whose parameters `names` are operated.
 
-    It has the name of `base`, which other libraries look at (`config.architectures`, accelerate's
-    `no_split_module_classes`). Called with arguments, it makes a plain `base`.
+    It has the name of `base`, because other libraries look at that (`config.architectures`,
+    accelerate's `no_split_module_classes`).
 
     Raises:
-        TypeError: `base` has no subclasses (its metaclass says so).
+        TypeError: `base` forbids subclasses.
     """
     teach_functional_call()
     body: dict[str, Any] = {
@@ -174,8 +188,9 @@ def operated_class(base: type[nn.Module], names: tuple[str, ...]) -> type[DropCo
 
 
 def _is_laid_out_as_modules_are(base: type) -> bool:
-    """Whether an object of this class can become one of a class whose first base is a module. Python
-    looks along the first bases, and `class Net(abc.ABC, nn.Module)` leaves `nn.Module` out there."""
+    """Whether `__class__` of an object of this class may be set to a class whose first base is a
+    module. Python compares both along their first bases: it refuses for `class Net(abc.ABC,
+    nn.Module)`, whose first base is no module."""
     cls: type | None = base
     while cls is not None and cls is not nn.Module:
         cls = cls.__base__
@@ -183,8 +198,8 @@ def _is_laid_out_as_modules_are(base: type) -> bool:
 
 
 def _marked_later(metaclass: type) -> Any:
-    """A metaclass whose classes have the layout of their first base, `base`, and still look for
-    attributes in the second one, `DropConnectModule`, first."""
+    """A metaclass for classes with the bases `(base, DropConnectModule)`. Python takes their memory
+    layout from `base`, and yet looks for attributes in `DropConnectModule` first."""
 
     def mro(cls: type) -> list[type]:
         first, *others = type.mro(cls)
@@ -223,12 +238,12 @@ def _weight_property(name: str) -> property:
 
 
 def _ignore_flat_weights(self: Any, value: Any) -> None:
-    """RNNBase rebuilds its list after moves and loads; here it is never stored."""
+    """Nothing: `nn.RNNBase` assigns this list after moves and loads; here a property makes it."""
 
 
 def _of_stored_weights(method: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A method that looks whether the weights are others now, or moves them into one block of memory:
-    not while masked ones are read in their place."""
+    """A method of `nn.RNNBase` that looks for new weights, or moves the weights into one block of
+    memory. While masked weights are read instead of the stored ones, it does nothing."""
 
     @functools.wraps(method)
     def of_stored(self: Any) -> None:
