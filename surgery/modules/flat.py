@@ -1,10 +1,10 @@
 """The weights of an RNN on cuDNN, masked, in one block of memory.
 
 cuDNN reads all weights of an RNN from one block of memory, in an order of its own. `flatten_parameters`
-puts the stored ones there. Masked ones that lay elsewhere would make torch copy all of them into such a
-block at every call, and warn of it. So here one forward has a block of its own, in which the masked
-weights and copies of the others lie, and hands out tensors that see it. Gradients go back
-to each stored weight: through its mask, or as they are.
+puts the stored ones there. If masked weights lay elsewhere, torch would copy all weights into such a
+block at every call, and warn of it. So each forward makes a block of its own, writes the masked weights
+and copies of the other weights into it, and reads tensors that see this block. The gradient of each
+goes to the stored weight: masked, or as it is.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Block(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """How a weight is masked."""
+    """How one weight is masked."""
 
     state: SiteState
     key: Key
@@ -81,12 +81,13 @@ class Flat:
         self.masks[self.names.index(state.name)] = Mask(state, key, state.law_for(raw), anchor)
 
     def tensors(self) -> list[Tensor]:
-        """All weights, in memory that they share. None is a view: what an autograd Function returns
-        must not be one."""
+        """All weights, in one new block of memory. None of them is a view, because an autograd Function
+        must not return views of one tensor."""
         memory = self._memory()
         storage, seen = memory.untyped_storage(), []
         for raw, offset in zip(self.raws, self.block.offsets):
-            # Each is at version 1, as is what cuDNN's code makes of the memory: see `recipe`.
+            # Each is at version 1, and so is the tensor that cuDNN's code makes of the block: `recipe`
+            # says 1.
             seen.append(memory.new_empty(0).set_(storage, offset, raw.size(), raw.stride()))
         return seen
 
@@ -107,8 +108,8 @@ class Flat:
         return memory[offset : offset + raw.numel()].view(raw.shape)
 
     def recipe(self) -> Recipe:
-        """How autograd can have the memory again. It is kept from the first view that a backward asks
-        for to the last, since each would cost as much as all."""
+        """How autograd can have the block again. Each saved view would cost a whole block, so a
+        backward makes it for the first view that it asks for, and keeps it until the last."""
         i = min(self.masks)
         args = self.raws[i], self.versions[i], self._rebuilt, self.names[i], 1, self._count
         return Recipe(*args)
@@ -126,7 +127,7 @@ class Flat:
 
 
 class _InBlock(torch.autograd.Function):
-    """The stored weights -> those of one forward."""
+    """The stored weights -> the weights that one forward reads. Backward masks the gradients."""
 
     @staticmethod
     def forward(ctx: Any, flat: Flat, *raws: Tensor) -> tuple[Tensor, ...]:
@@ -147,8 +148,8 @@ class _InBlock(torch.autograd.Function):
 
 
 def flat_of(module: Any) -> Flat | None:
-    """What a forward of a module does with its weights, if they are to lie in one block; none of them
-    is masked yet. None: each masked weight has memory of its own."""
+    """The weights of one forward of a module, if they shall lie in one block; none is masked yet. None
+    if each masked weight gets memory of its own: the module is no RNN on cuDNN, or it cannot be."""
     if not isinstance(module, nn.RNNBase) or is_traced():
         return None
     raws: list[Tensor] = []
@@ -163,7 +164,7 @@ def flat_of(module: Any) -> Flat | None:
         if state is not None and (
             state.held_key is not None or module.__dict__[state.live] is not None
         ):
-            return None  # masks that are held are kept as they were made
+            return None  # the masked weight exists already, or is kept for the next call
         raws.append(raw)
     if not all(_are_alike(raws[0], raw) for raw in raws):
         return None
@@ -179,7 +180,7 @@ def _are_alike(first: Tensor, other: Tensor) -> bool:
 
 
 def _shared(raws: list[Tensor]) -> Tensor | None:
-    """The memory that all of them see, if they see one."""
+    """The whole storage of some weights as a vector; None if they do not share one storage."""
     storage = raws[0].untyped_storage()
     if any(identity(raw.untyped_storage()) != identity(storage) for raw in raws[1:]):
         return None
@@ -189,7 +190,8 @@ def _shared(raws: list[Tensor]) -> Tensor | None:
 
 
 def _block(raws: list[Tensor], whole: Tensor) -> Block | None:
-    """Where they are in their memory, if that holds little else and no two of them overlap."""
+    """Where weights lie in their storage `whole`; None if two of them overlap, or over half of it is
+    something else."""
     parts = sorted((int(raw.storage_offset()), raw.numel()) for raw in raws)
     apart = all(one + size <= other for (one, size), (other, _) in itertools.pairwise(parts))
     if not apart or whole.numel() > 2 * sum(size for _, size in parts):
@@ -198,8 +200,8 @@ def _block(raws: list[Tensor], whole: Tensor) -> Block | None:
 
 
 def _block_of_cudnn(module: nn.RNNBase, raws: list[Tensor]) -> Block | None:
-    """Where cuDNN wants them, for stored weights that are not there: copies of a model have each in
-    memory of its own, and so have those in bfloat16, which `flatten_parameters` leaves alone."""
+    """Where cuDNN reads weights, for stored ones that do not lie in one block: in a copy of a model
+    each has its own memory, and `flatten_parameters` does nothing for bfloat16."""
     raw = raws[0]
     if raw.device.type != "cuda" or raw.dtype not in _DTYPES or not torch.backends.cudnn.enabled:
         return None
@@ -223,7 +225,7 @@ def _asked_of_cudnn(
     batch_first: bool,
     bidirectional: bool,
 ) -> Block | None:
-    """What `flatten_parameters` does, with tensors that nobody needs."""
+    """What `flatten_parameters` would do: torch lays out empty weights, which are then thrown away."""
     weights = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
     each = (4 if bias else 2) + (proj_size > 0)
     sizes = hidden_size, proj_size, num_layers, batch_first, bidirectional
@@ -239,8 +241,8 @@ def _asked_of_cudnn(
 
 
 def open_flat(module: Any, flat: Flat) -> list[Open]:
-    """The masked weights of a forward, as they are handed out. Those that are not masked go beside
-    them; `_flat_weights` finds both."""
+    """The masked weights of a forward. Each has the weights that are not masked in `beside`, where
+    `flat_weights` looks for them."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():  # with a version, see `live.py`
             return open_flat(module, flat)

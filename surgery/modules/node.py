@@ -27,7 +27,7 @@ Slot = int | str
 
 @dataclass(frozen=True)
 class Call:
-    """An operation that a DropConnect node replaces: the node has its arguments as they were."""
+    """An operation that a DropConnect node replaces. The node has the arguments of the operation."""
 
     op: str
     """`"call_function"` or `"call_method"`, as in `torch.fx.Node.op`."""
@@ -66,12 +66,12 @@ class Call:
 class DropConnectNode(SitesNode):
     """Called by a node that graph surgery put in; `surgery.transforms` makes it.
 
-    It lies beside its parameter: for `fc.weight_raw` it is `fc.weight_dropconnect`. It holds what is
-    known of the site, and takes the raw parameter as an argument. It either
+    It lies beside its parameter: for `fc.weight_raw` it is `fc.weight_dropconnect`. It has the state of
+    the site, and takes the raw parameter as an argument. It either
 
     * replaces the one operation that reads the weight, and takes the arguments of that operation; or
     * returns the masked weight, for operations of any kind and number. Then autograd keeps the masked
-      weight that those operations save.
+      weight itself, not its key.
 
     It drops while its own `training` is True. `graph_module.train()` and `.eval()` set it; the module
     of a `torch.export`ed program refuses these, and `torch.nn.Module.train(graph_module, mode)` does
@@ -79,7 +79,7 @@ class DropConnectNode(SitesNode):
     """
 
     _is_impure = True
-    """For `torch.fx`: not to be removed as dead code."""
+    """For `torch.fx`: dead-code elimination must not remove the node."""
 
     def __init__(self, states: dict[str, SiteState], call: Call | None = None) -> None:
         super().__init__()
@@ -114,8 +114,17 @@ class DropConnectNode(SitesNode):
         bias_anchor: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Either `(raw[, masked])`: the masked weight, the one given if there is one; or the arguments
-        of the replaced operation. The anchors are what dropped weights go toward."""
+        """Without a call that is replaced: `forward(raw)` returns the masked weight, and `forward(raw,
+        masked)` returns `masked`, which another node has made. With one: the arguments and the result
+        are those of the replaced operation.
+
+        Args:
+            anchor: where dropped entries of the weight go; None is zero.
+            bias_anchor: the same for a bias that is dropped in this node.
+
+        Raises:
+            RuntimeError: the graph is traced again, or a weight has not the shape of its anchor.
+        """
         if any(isinstance(arg, torch.fx.Proxy) for arg in args):
             raise RuntimeError(
                 f"{self._site}: a graph with DropConnect cannot be traced again, its masks would be "
@@ -179,15 +188,15 @@ class DropConnectNode(SitesNode):
         return self.states[self.name].site
 
     def accept_plain_keys(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Hook of the owner: a plain key stands for the raw one. The anchor, which a plain checkpoint
-        does not have, stays as it is."""
+        """Hook that runs before the owner loads a state dict: plain keys are taken for raw ones. An
+        anchor, which a plain checkpoint does not have, stays as it is."""
         self._loads_plain = bool(take_plain_keys(state_dict, prefix, self.states.values()))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any,
         *args: Any,
     ) -> None:  # fmt: skip
-        """Runs after the owner's: with plain keys no anchor is missing."""
+        """Runs after the owner has loaded. If the keys were plain, the anchors are not missing."""
         owner = prefix.rpartition(".")[0].rpartition(".")[0]
         for state in self.states.values() if self._loads_plain else ():
             key = f"{owner}.{state.anchor}" if owner else state.anchor
@@ -197,7 +206,7 @@ class DropConnectNode(SitesNode):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Laws move with the weights, which are moved by the same function."""
+        """Move the laws as `fn` moves the weights: to another device or dtype."""
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         for state in self.states.values():
             if state.law is not None:
@@ -214,8 +223,8 @@ DropConnect = DropConnectNode
 
 
 class Settle(nn.Module):
-    """Called on what a graph returns: plain tensors instead of Gaussians (`inference="moments"`),
-    unless a forward around the graph does that."""
+    """Called on what a graph returns. It replaces Gaussians (`inference="moments"`) by tensors, unless
+    a forward around the graph will do that."""
 
     def forward(self, value: Any) -> Any:
         return value if in_scope() else settle(value)
@@ -237,10 +246,10 @@ _taught = False
 
 
 def _teach_owners() -> None:
-    """From now on, whatever module a DropConnectNode is registered in learns to load plain keys.
+    """From now on every module in which a DropConnectNode is registered can load plain keys.
 
-    A hook on registration, because copies, pickles and passes of `torch.fx` build the owners anew, as
-    empty modules, and put the children in.
+    This is a hook on the registration of children, because copies, pickles and passes of `torch.fx`
+    build owners as new, empty modules, and then register the children.
     """
     global _taught
     teach_functional_call()
@@ -256,5 +265,5 @@ def _teach_owner(owner: nn.Module, name: str, child: nn.Module | None) -> None:
 
 
 def forget(owner: nn.Module, child: DropConnectNode) -> None:
-    """Take the hook of a child out of its owner."""
+    """Remove the hook that `child` has in its owner."""
     not_before_loading(owner, child.accept_plain_keys)

@@ -13,8 +13,8 @@ from .walk import Modules, modules_of, named_modules
 
 
 class SitesNode(nn.Module):
-    """What lies beside parameters that nodes of a graph read, and has the states of these sites; see
-    `surgery.modules.node`. (An operated module has its own in its `__dict__`.)"""
+    """A module with the states of sites that a graph reads; it is a child of their owner. See
+    `surgery.modules.node`. (An operated module has its states in its `__dict__`.)"""
 
     states: dict[str, SiteState]
     """By plain parameter name."""

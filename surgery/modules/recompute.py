@@ -1,6 +1,6 @@
-"""Keep the key instead of the masked weight: what autograd saves while a module's forward runs.
+"""Let autograd keep the key instead of the masked weight.
 
-A module that multiplies by the masked weight makes autograd save it, which would cost the size of
+A forward that multiplies by the masked weight makes autograd save it, which would cost the size of
 every weight until the backward pass. While the forward runs, hooks on saved tensors replace any view
 of a masked weight by a recipe (raw weight, key, law) and rebuild it when backward asks for it.
 
@@ -32,7 +32,7 @@ class Recipe(NamedTuple):
     made: int
     """Version of the masked weight when it was made."""
     saved: Callable[[], None] | None = None
-    """Called for each view that autograd keeps."""
+    """Called for each view of the masked weight that autograd saves."""
 
 
 class _SavedView(NamedTuple):

@@ -33,7 +33,8 @@ def live_name(name: str) -> str:
 
 
 def refusal_to_script(name: str, function: str) -> str:
-    """Why TorchScript cannot have something that drops."""
+    """The message that refuses TorchScript. `name`: of what drops. `function`: of torch that was
+    called."""
     return (
         f"{name} is masked, and {function} would make the masks constants, or cannot read them; call "
         "strip_dropconnect first"
@@ -48,23 +49,23 @@ class Group(NamedTuple):
     rows: int
     """Size of the whole batch."""
     probing: bool = False
-    """Whether repetitions are told apart by `product_forward.tilt` instead of masks, to see whether the
-    model keeps them apart."""
+    """True in a trial run, which shows whether the model keeps repetitions apart:
+    `product_forward.tilt` makes them differ, and no mask is drawn."""
 
 
 class NotGrouped(RuntimeError):
-    """A site got an input along whose first dimension the repetitions do not lie."""
+    """The repetitions of a batch do not lie along the first dimension of the input of a site."""
 
 
 class SiteState(HasLaw):
     """What one module knows of one of its operated parameters. Holds no parameter itself."""
 
-    # What is seldom set, and never read in a trace, whose guards would tell that an object has no such
-    # attribute of its own yet. Python lays out objects of 30 attributes or more as dicts of their own.
+    # Attributes of the class, because they are seldom set, and Python reads objects of 30 attributes or
+    # more slower. No trace reads these: a guard on a missing attribute would fail when it is set.
     undropped_by: str | None = None
     """Who was seen to read the raw parameter in a training forward; see `surgery.modules.watch`."""
     drawn_outside = False
-    """Whether the forward of a module around the owner has drawn a mask."""
+    """Whether a forward of a module around the owner has ever drawn the mask."""
     had_gradients = False
     """Whether a parameter of the model had a gradient already when surgery was done."""
     written = False
@@ -88,7 +89,7 @@ class SiteState(HasLaw):
         self.kind = kind
         self._config = config
         self.rate = config.p
-        """The p of the config. The config itself is made anew when somebody asks for it."""
+        """The p of the config. `config` makes a new config when this has changed."""
         self.layout = layout
         self.follows = follows
         """Name of the parameter in this module whose key this one uses (a bias whose mask is that
@@ -100,7 +101,8 @@ class SiteState(HasLaw):
         """What a schedule multiplies the p of the config by, for now."""
         self.law = None
         self.row = None
-        # Copies, because a compiled graph is guarded by what its trace reads, and `set_p` must pass.
+        # Copies of options. A compiled graph is guarded by what its trace reads; if it read the config,
+        # `set_p` would recompile it.
         self.unit = config.unit
         self.sampling = config.sampling
         self.example_dim = config.example_dim
@@ -108,33 +110,33 @@ class SiteState(HasLaw):
         self.samples = config.samples
         self.independent = config.ranks == "independent"
         self.product = product
-        """How the module computes its pre-activation, if this is the weight of a product."""
+        """How the module computes its pre-activation, if that is a product and this its weight."""
         self.with_weight = config.bias and "bias" in name
         """Whether this is a bias that is dropped with its weight."""
         self.settled = False
         """Whether a graph that this site is part of settles what it returns; see `surgery.moments`."""
         self.group: Group | None = None
-        """While `mc_predict` runs several samples in one batch."""
+        """Set while `mc_predict` runs several samples in one batch."""
         self.drawn = False
-        """Whether a masked weight was ever used: False after a training step means that the weight is
-        not used the way the plan thinks. Written and never read in a trace, which needs no guard."""
+        """Whether a masked weight was ever used. False after a training step means that the plan is
+        wrong about how the weight is used. A trace writes it and never reads it: no guard."""
         self.held_key: Tensor | None = None
-        """While masks are held."""
+        """Set while masks are held."""
 
     @property
     def config(self) -> DropConnectConfig:
-        """The options now, with the p that a schedule multiplies."""
+        """The options as they are now. Their p is the one that a schedule multiplies."""
         if self._config.p != self.rate:
             self._config = self._config.replace(p=self.rate)
         return self._config
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy does not hold masks: it is in nobody's `hold_masks`."""
+        """Without what belongs to the original alone: held masks, its group, its row."""
         own = ("held_key", "held", "group", "row")
         return {**self.__dict__, **dict.fromkeys(own)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy has a p of its own."""
+        """A copy gets a row of its own, so that its p can change alone."""
         if "draws" in state:  # the name that files from before the rooms have
             state["samples"] = state.pop("draws")
         self.__dict__.update(state)
