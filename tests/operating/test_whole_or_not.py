@@ -249,6 +249,15 @@ def test_a_mask_of_a_killed_forward_goes() -> None:
         assert layer.weight is raw
 
 
+def test_the_next_forward_replaces_all_masks_of_a_killed_one() -> None:
+    """Not the first of them alone: a mask of zeros would give an output of zeros."""
+    layer = apply_dropconnect(nn.Conv1d(4, 4, 3, padding=1), ["weight", "bias"], p=0.01)
+    torch.nn.init.ones_(layer.bias_raw)
+    for name in ("weight", "bias"):
+        layer.__dict__[f"_{name}_live"] = torch.zeros_like(getattr(layer, f"{name}_raw"))
+    assert layer(torch.zeros(2, 4, 6)).any()
+
+
 def test_strip_in_a_running_forward_is_refused() -> None:
     layer = apply_dropconnect(nn.Conv1d(4, 4, 3), "weight", p=0.5)
     layer.register_forward_hook(lambda *_: None)
