@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 import threading
 from pathlib import Path
 
@@ -55,19 +54,14 @@ def test_a_failure_leaves_the_old_file_alone(step: str, tmp_path: Path, monkeypa
     assert names(tmp_path) == ["file"]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from surgery.base.files import whole_file
-with whole_file(Path(sys.argv[1]) / "file") as path:
-    Path(path).write_text("half")
-    Path(path + ".of-the-writer").write_text("")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)])
+    child = os.fork()
+    if child == 0:
+        with whole_file(tmp_path / "file") as path:
+            Path(path).write_text("half")
+            Path(path + ".of-the-writer").write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
     (left,) = names(tmp_path)
     _, host, _ = left.split("-")
     (tmp_path / left.replace(host, "0" * 8)).mkdir()  # of another host, perhaps at work

@@ -9,6 +9,7 @@ import pytest
 
 WATCHED = """#!/bin/sh
 for library; do :; done  # the last argument
+sleep ${SECONDS_OF_A_COMPILER:-0}
 made={made}/$(basename "$library")
 [ -f "$made" ] && cp "$made" "$library" || { c++ "$@" && cp "$library" "$made"; } || exit 1
 basename "$library" .so >> {log}

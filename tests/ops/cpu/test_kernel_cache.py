@@ -259,7 +259,7 @@ native.excess(mean, var)
 
 
 @pytest.mark.compiler
-def test_without_a_cache_nothing_is_left(tmp_path: Path) -> None:
+def test_without_a_cache_nothing_is_left(tmp_path: Path, compiled) -> None:
     """Also by a process that forks, before or after it has compiled."""
     (tmp_path / "cache").write_text("no folder")
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
@@ -267,4 +267,5 @@ def test_without_a_cache_nothing_is_left(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error::RuntimeWarning", "-c", NO_CACHE]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert sorted(compiled()) == ["activations", "masks", "masks"]
     assert os.listdir(tmp_path) == ["cache"]
