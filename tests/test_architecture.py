@@ -161,3 +161,29 @@ def test_the_page_names_every_file_and_no_other(folder: str) -> None:
     assert not {file for file in named if not (ROOT / folder / file).exists()} - {
         file for file in named if any((ROOT / other / file).exists() for other in FOLDERS)
     }
+
+
+def private_names(path: Path) -> list[str]:
+    """What a file takes of ours by a name that begins with an underscore."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    imported = [
+        alias
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "surgery"
+        for alias in node.names
+    ]
+    ours = {alias.asname or alias.name for alias in imported}
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    return [alias.name for alias in imported if alias.name.startswith("_")] + [
+        ast.unparse(node)
+        for node in attributes
+        if node.attr == "_dropconnect"
+        or (node.attr[0] == "_" != node.attr[1] and ast.unparse(node.value) in ours)
+    ]
+
+
+def test_tests_name_the_inside_of_the_package_in_one_file() -> None:
+    """`tests/internals.py`, so that a new name there changes one line here."""
+    found = {path.name: private_names(path) for path in (ROOT / "tests").rglob("*.py")}
+    assert found.pop("internals.py")
+    assert {name: names for name, names in found.items() if names} == {}
