@@ -71,7 +71,7 @@ OLDEST_PYTHON := $(shell for python in \
 SLICE := $(patsubst %,tests/%.py,operating/test_round_trip modules/test_family)
 SLICE += $(patsubst %,tests/moments/test_moments_%.py,models views)
 SLICE += $(patsubst %,tests/survive/test_%.py,compile compile_cold export)
-SLICE += $(patsubst %,tests/%.py,ops/test_mask adapters/test_trainer adapters/test_trainer_saves)
+SLICE += tests/torch_private $(patsubst %,tests/%.py,ops/test_mask adapters/test_trainer adapters/test_trainer_saves)
 
 test-oldest: WHICH := tests --ignore tests/examples --ignore tests/benchmarks
 test-oldest-quick: WHICH := $(SLICE)

@@ -3,6 +3,8 @@
 Whatever stands below has no public counterpart in torch 2.9, the oldest that is supported, or one that
 costs more than a forward should pay; the file says which. Each name has a test of its own in
 `tests/torch_private`, which fails with the name and the file once torch behaves in another way.
+Another test holds that no other file of the package uses private names, but for those of
+`modules.COMMON`: the dicts of a module, and methods that a module class overrides.
 
     saved_hooks.py   the hooks that decide what autograd keeps
     modules.py       calls, hooks and marks of `nn.Module`; the names that all files may use

@@ -76,7 +76,7 @@ def object_of(context: Any, name: str) -> Any:
 
 def nodes_from_the_end(context: Any) -> Iterator[fx.Node]:
     """The nodes of the graph as it is by now, the last one first."""
-    return reversed(context.graph().nodes)
+    yield from reversed(context.graph().nodes)
 
 
 def result_of(node: Any) -> Tensor | Any:

@@ -47,7 +47,17 @@ def test_these_are_all_attributes_of_a_node() -> None:
     assert all(hasattr(node, name) for name in ours)
 
 
-@canary(graphs, "torch.fx.Node._prev", "_next", "_erased", "_sort_key", "_input_nodes", "_args")
+@canary(
+    graphs,
+    "torch.fx.Node._prev",
+    "_next",
+    "_erased",
+    "_sort_key",
+    "_input_nodes",
+    "_args",
+    "_kwargs",
+    "_repr_fn",
+)
 def test_fields_written_back_undo_an_edit() -> None:
     traced = _traced()
     graph, before, names = traced.graph, traced.code, [node.name for node in traced.graph.nodes]
