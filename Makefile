@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed -o -path '*/kernels/*')
 
 .PHONY: help setup demo examples test test-all test-no-compiler test-oldest test-oldest-quick test-newest \
-	bench bench-quick bench-page bench-gpu lint wheel release-check clean
+	bench bench-quick bench-page bench-gpu mutants lint wheel release-check clean
 .NOTPARALLEL:  # targets share build/, dist/ and the cores
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make test-oldest  the tests with the oldest torch, transformers and Python that are supported"
 	@echo "make test-oldest-quick  those of them that are nearest to torch and transformers"
 	@echo "make test-newest  the tests with the newest releases of all dependencies, and the newest Python here"
+	@echo "make mutants   change the code of ROOM (planning) here and there, list what no test notices"
 	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 15 minutes)"
 	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
 	@echo "make bench-page   make bench, into docs/performance.md"
@@ -96,6 +97,14 @@ test-newest:
 	$(MAKE) VENV=$(NEWEST) PYTHON=$(NEWEST_PYTHON) TORCH=torch $(NEWEST)/.test
 	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager torch "$$(ls dist/*.whl)[test]"
 	$(NEWEST)/bin/pytest -n auto -m "not slow" tests --ignore tests/examples --ignore tests/benchmarks
+
+# A change takes as long as the tests that notice it: a sample of 100 takes half an hour or more.
+ROOM := planning
+SAMPLE := 100
+
+mutants: $(VENV)/.test $(VENV)/.examples
+	$(BIN)/pip install --quiet cosmic-ray
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/mutate.py $(ROOM) --sample $(SAMPLE)
 
 # The peers pin old versions of what they need, so they have an environment of their own.
 BENCH := .venv-bench
