@@ -93,89 +93,98 @@ def mc_predict(
         raise ValueError(f"samples must be at least 2; got {samples!r}")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be positive; got {batch_size!r}")
-    found = list(places(model))
-    if not found:
-        raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place to sample")
-    if any(place.state.held_key is not None for place in found):
-        raise RuntimeError(
-            "masks are held, so every sample would be the same; leave hold_masks first"
-        )
-    args, kwargs = _arguments(inputs)
-    rows = _batch_of(args, kwargs)
+    sampled = _Sampled(model, inputs)
     total = _Totals(class_dim)
-    run = partial(_run, model, found, args, kwargs, rows, samples, batch_size, total)
-    _while_sampling(model, found, seed, run)
+    run = partial(sampled.run, samples, batch_size, total)
+    _while_sampling(model, sampled.places, seed, run)
     return total.result()
 
 
-def _run(
-    model: nn.Module,
-    found: list[Place],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    rows: int,
-    samples: int,
-    batch_size: int,
-    total: _Totals,
-) -> None:
-    together = max(1, batch_size // rows)
-    group = together > 1 and samples >= FEW
-    group = group and _keeps_repetitions_apart(model, found, args, kwargs, rows)
-    together, left = together if group else 1, samples
-    while left:
-        count = min(together, left)
+class _Sampled:
+    """A model and the inputs that every sample gets."""
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        self._model = model
+        self.places = list(places(model))
+        if not self.places:
+            raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place to sample")
+        if any(place.state.held_key is not None for place in self.places):
+            raise RuntimeError(
+                "masks are held, so every sample would be the same; leave hold_masks first"
+            )
+        self._args, self._kwargs = _arguments(inputs)
+        self._rows = _batch_of(self._args, self._kwargs)
+
+    def run(self, samples: int, batch_size: int, total: _Totals) -> None:
+        """Add the outputs of so many samples to `total`, about `batch_size` rows at a time."""
+        together = max(1, batch_size // self._rows)
+        group = together > 1 and samples >= FEW and self._keeps_repetitions_apart()
+        together, left = together if group else 1, samples
+        while left:
+            count = min(together, left)
+            try:
+                outputs = self._grouped(count) if group else self._alone()
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise
+                together = count // 2
+                continue
+            except Exception:  # memory of the CPU, a size that is a limit
+                if not group:
+                    raise
+                together, group = 1, False
+                continue
+            total.add(outputs.reshape(count, self._rows, *outputs.shape[1:]))
+            left -= count
+
+    def _keeps_repetitions_apart(self) -> bool:
+        """Whether a batch of several repetitions, each with its own masks, gives what they give alone.
+
+        One repetition alone, and three of which the outer two are tilted otherwise: the one in the
+        middle must come out the same. It does not if time comes first (it runs on from one to the
+        next), if the model mixes the batch, or if what it returns lies elsewhere.
+        """
+        if not all(_can_group(place) for place in self.places):
+            return False
         try:
-            outputs = _forward(model, found, args, kwargs, rows, Group(count, count * rows), group)
-        except torch.OutOfMemoryError:
-            if count == 1:
-                raise
-            together = count // 2
-            continue
-        except Exception:  # memory of the CPU, a size that is a limit
-            if not group:
-                raise
-            together, group = 1, False
-            continue
-        total.add(outputs.reshape(count, rows, *outputs.shape[1:]))
-        left -= count
+            alone, among = (self._grouped(count, probing=True) for count in (1, 3))
+        except Exception:  # a size that was fixed, a nested input, memory
+            return False
+        middle = among[self._rows : 2 * self._rows]
+        return _close(alone, middle, _precision(self.places, alone))
+
+    def _alone(self) -> Tensor:
+        """The outputs of one sample, (rows, ...)."""
+        return _logits(self._model(*self._args, **self._kwargs), self._rows)
+
+    def _grouped(self, count: int, probing: bool = False) -> Tensor:
+        """The outputs of `count` samples in one batch, (count * rows, ...)."""
+        group = Group(count, count * self._rows, probing)
+        for place in self.places:
+            place.state.group = group
+        try:
+            outputs = self._model(
+                *(_repeated(value, count) for value in self._args),
+                **{name: _repeated(value, count) for name, value in self._kwargs.items()},
+            )
+        finally:
+            for place in self.places:
+                place.state.group = None
+        return _logits(outputs, group.rows)
 
 
-def _keeps_repetitions_apart(
-    model: nn.Module,
-    found: list[Place],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    rows: int,
-) -> bool:
-    """Whether a batch of several repetitions, each with its own masks, gives what they give alone.
-
-    One repetition alone, and three of which the outer two are tilted otherwise: the one in the middle
-    must come out the same. It does not if time comes first (it runs on from one to the next), if the
-    model mixes the batch, or if what it returns lies elsewhere.
-    """
-    if not all(_can_group(place) for place in found):
-        return False
-    one, three = (Group(count, count * rows, probing=True) for count in (1, 3))
-    try:
-        alone = _forward(model, found, args, kwargs, rows, one, True)
-        among = _forward(model, found, args, kwargs, rows, three, True)
-    except Exception:  # a size that was fixed, a nested input, memory
-        return False
-    return _close(alone, among[rows : 2 * rows], _precision(found, alone))
-
-
-def _close(expected: Tensor, found: Tensor, precision: float) -> bool:
+def _close(expected: Tensor, given: Tensor, precision: float) -> bool:
     """Whether outputs differ by no more than roundings, each entry by the size that it has over the
     batch: some may be huge (-1e9 for what is masked)."""
-    if expected.shape != found.shape or expected.dtype != found.dtype:
+    if expected.shape != given.shape or expected.dtype != given.dtype:
         return False
     if not expected.is_floating_point():
-        return torch.equal(expected, found)
+        return torch.equal(expected, given)
     finite = expected.isfinite()
-    if not torch.allclose(expected[~finite], found[~finite], equal_nan=True):
+    if not torch.allclose(expected[~finite], given[~finite], equal_nan=True):
         return False
     wide = torch.promote_types(expected.dtype, torch.float32)
-    one, other = (torch.where(finite, value, 0).to(wide) for value in (expected, found))
+    one, other = (torch.where(finite, value, 0).to(wide) for value in (expected, given))
     size = one.abs().amax(0)
     nonzero = size[size > 0]
     if nonzero.numel():  # an entry may be near zero by chance
@@ -197,31 +206,6 @@ def _matmul_precision() -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch 2.9 asks for another way to ask, which is newer
         return torch.get_float32_matmul_precision()
-
-
-def _forward(
-    model: nn.Module,
-    found: list[Place],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    rows: int,
-    group: Group,
-    grouped: bool,
-) -> Tensor:
-    """The outputs of the samples of a group: (samples * rows, ...); of one, if not `grouped`."""
-    if not grouped:
-        return _logits(model(*args, **kwargs), rows)
-    for place in found:
-        place.state.group = group
-    try:
-        outputs = model(
-            *(_repeated(value, group.samples) for value in args),
-            **{name: _repeated(value, group.samples) for name, value in kwargs.items()},
-        )
-    finally:
-        for place in found:
-            place.state.group = None
-    return _logits(outputs, group.rows)
 
 
 def _can_group(place: Place) -> bool:
