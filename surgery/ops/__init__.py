@@ -1,4 +1,13 @@
-"""The operations: random bits, masks, and the masked weight. Tensors in, tensors out; no modules."""
+"""The operations. Tensors in, tensors out; no modules.
+
+    hash, formula, law       the definition: random bits, the masked weight, and which mask
+    mask, linear, example*   the operations: a masked weight, a product with it, a mask for each example
+    gaussian*, expect        the same without masks: mean and variance, draws, expectations
+    engine, switch           how a formula is run: by a kernel, or as it is
+    cpu/, gpu/               the kernels, one room per device
+
+The other files draw random numbers and answer questions about tensors.
+"""
 
 from .cpu.workspace import release
 from .example import example_linear, example_vector

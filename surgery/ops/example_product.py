@@ -32,7 +32,7 @@ BLOCK = 1 << 20
 `CHUNK` at a time, as the temporaries of the plain formula need ten times as much."""
 
 FEW_ROWS = 4
-"""Up to so many rows an example, drawing its mask for each row costs less than storing its weight."""
+"""Up to so many rows of an example, drawing the mask for each row costs less than storing a weight."""
 
 
 _Block = tuple[slice, slice]
@@ -83,15 +83,15 @@ class _Masks:
 
     @functools.cached_property
     def last(self) -> Tensor:
-        """The multiplier of each example in round 3 of the hash."""
+        """The multiplier of each example in round 3 of the hash: int32, (examples,)."""
         return multipliers(self.examples, self.key)
 
     def each_row(self) -> Tensor:
-        """That of each row of the input."""
+        """The multiplier of each row of the input: int32, (examples * rows,)."""
         return self.last if self.rows == 1 else self.last.repeat_interleave(self.rows)
 
     def kernels(self, name: str, *others: Tensor) -> bool:
-        """Whether there are kernels of the CPU for the weight and for other tensors."""
+        """Whether there are kernels of that name on the CPU for the weight and for other tensors."""
         given = (
             (self.weight, *others) if self.anchor is None else (self.weight, self.anchor, *others)
         )
@@ -111,7 +111,13 @@ class _Masks:
         return _blocks(self.examples, self.weight, BLOCK if large else CHUNK)
 
     def of_block(self, block: _Block, want_used: bool, outer: Tensor | None) -> _Pair:
-        """The masked weights of a block, (examples, rows, columns), and its outer products, masked."""
+        """The masked weights of a block, (examples, rows, columns), and its masked outer products.
+
+        Args:
+            want_used: whether the masked weights are wanted; else None stands for them.
+            outer: of the shape of the block, the gradients of its masked weights, or None. It may be
+                overwritten.
+        """
         examples, rows = block
         weight, anchor, last = self.weight[rows], _part(self.anchor, rows), self.last[examples]
         if not self.kernels("example_masks", *(() if outer is None else (outer,))):
@@ -206,7 +212,7 @@ def gradients(
 
 
 def _fused_product(masks: _Masks, rows: Tensor) -> Tensor | None:
-    """The product with masks drawn inside; None where there is nothing that does it."""
+    """The product with masks drawn inside of it; None where no kernel does it."""
     if rows.dtype != torch.float32 or not masks.kernels("products", rows):
         return None
     return native.example_product(rows.contiguous(), *masks.factors(), masks.mask, masks.each_row())
@@ -215,7 +221,7 @@ def _fused_product(masks: _Masks, rows: Tensor) -> Tensor | None:
 def _fused_gradients(
     masks: _Masks, grad: Tensor, x: Tensor, want_x: bool, want_weight: bool
 ) -> _Pair | None:
-    """The gradients with masks drawn inside; None where there is nothing that does it."""
+    """The gradients with masks drawn inside of them; None where no kernel does it."""
     if masks.rows > FEW_ROWS:
         return None
     rows, inputs = grad.flatten(0, 1).contiguous(), x.flatten(0, 1).contiguous()

@@ -75,8 +75,8 @@ def expectation(f: Function, mean: Tensor, var: Tensor, name: str | None = None)
 def expectation_by_draws(f: Function, mean: Tensor, var: Tensor, samples: int) -> Tensor:
     """The mean of f over `samples` draws from N(mean, var): the inference of the paper.
 
-    Draws come from torch's generator; few enough of them are held at a time that a small tensor needs
-    few calls and a large one little memory.
+    Draws come from torch's generator. So many are evaluated at once that a small tensor needs few calls
+    and a large one little memory.
 
     Raises:
         ValueError: samples is not positive.

@@ -152,9 +152,10 @@ def gaussian_linear(
     unit: Unit,
     anchor: Tensor | None = None,
 ) -> Tensor:
-    """`gaussian_sample` of `moments_of` a linear layer whose bias is not dropped, with less memory
-    traffic where that is possible: in eager code, for tensors of one wide dtype, and on a GPU for
-    products in bfloat16, whose squares are then of it too.
+    """`gaussian_sample` of `moments_of` a linear layer whose bias is not dropped.
+
+    It reads and writes less memory where that is possible: in eager code, for tensors of one wide
+    dtype, and on a GPU for products in bfloat16, whose squares then have that dtype too.
 
     Args:
         x: (..., in).

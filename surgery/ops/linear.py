@@ -1,8 +1,8 @@
-"""The product with a masked weight, and its gradients with one more mask: what an operated Linear does.
+"""The product with a masked weight, and its gradients: what an operated Linear does.
 
-The same could be had by handing `drop_weight(W)` to `F.linear`. But its backward then draws the mask
-twice, for the masked weight and for the gradient, and autograd keeps the masked weight unless hooks on
-saved tensors replace it (`surgery.modules.recompute`, for all other modules).
+`F.linear(x, drop_weight(W))` gives the same. But then backward draws the mask twice, for the masked
+weight and for the gradient, and autograd keeps the masked weight unless hooks on saved tensors replace
+it (`surgery.modules.recompute`, for all other modules). Here backward draws it once, for both.
 """
 
 from __future__ import annotations

@@ -51,9 +51,9 @@ def factors(
         dtype: of the products.
         ratio: 0-d, what the squares of the weight are multiplied by; None is 1.
         gradient: of the sample, and its slope: their product is the gradient of the variance.
-        want: whether what comes of the weight, and what comes of x, is needed. What is not is not
-            written.
-        copies: whether x and the weight are needed in that dtype, too; else they are as given.
+        want: whether the gradient of x is wanted, which needs what is made of the weight, and the
+            gradient of the weight, which needs what is made of x. What nobody needs is not written.
+        copies: whether x and the weight are needed in that dtype too; else they are returned as given.
 
     Returns:
         all of them; None where it was not done, see `Kernel.launch`.

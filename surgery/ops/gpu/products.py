@@ -19,11 +19,11 @@ from .launch import Kernel, form
 from .masks import arguments
 
 FEW_ROWS = 16
-"""Up to so many rows an example, drawing its mask for each row costs less than storing its weight."""
+"""Up to so many rows of an example, drawing the mask for each row costs less than storing a weight."""
 
 SCRATCH = 160 << 20
-"""Bytes of masked weights at a time, where examples have many rows; one weight, if that is larger. Too
-few for a product leave a large GPU idle."""
+"""Bytes of masked weights at a time, where examples have many rows; at least one weight. Products with
+fewer weights would leave a large GPU idle."""
 
 BLOCK = 1024
 """Entries of a program that writes masked weights or sums them."""
@@ -118,21 +118,21 @@ def _fit(x: Tensor, weight: Tensor) -> bool:
 
 
 def _tile(x: Tensor) -> tuple[int, int, int]:
-    """Rows, outputs and inputs of a step: the more rows, the more share what the hash of an entry
-    costs; sums of all three dimensions are in registers."""
+    """Rows, outputs and inputs of a step of a program. All rows of a step share most of the hash of an
+    entry, so many of them are good; but the sums of all three dimensions have to fit into registers."""
     rows = min(16, _power(x.shape[0] * x.shape[1]))
     return rows, min(64, 256 // rows), 32
 
 
 def _outer_tile(inputs: int) -> tuple[int, int]:
-    """Outputs and inputs of a program that sums over rows: wide, as a thread then reads one input, and
-    outputs that all threads share."""
+    """Outputs and inputs of a program that sums over rows. Many inputs, so that each thread reads its
+    own, and all threads read the same outputs."""
     wide = min(256, max(32, _power(inputs)))
     return 2048 // wide, wide
 
 
 def _power(number: int) -> int:
-    """The power of two that is not less."""
+    """The least power of two that is not below a number."""
     return 1 << (number - 1).bit_length()
 
 
@@ -147,7 +147,7 @@ def _by_rows(
     mask: Mask,
     tile: tuple[int, int, int],
 ) -> bool:
-    """Launch a kernel whose programs have each some rows, and one of so many parts of the result."""
+    """Launch a kernel whose programs each compute some rows of one of `programs` parts of the result."""
     left, weight, anchor, _ = tensors
     rows, shape = left.shape[0] * left.shape[1], tuple(weight.shape)
     return kernel.launch(
