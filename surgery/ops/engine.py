@@ -38,7 +38,8 @@ def by_kernel(
     block: Block | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The masked weight, and the gradient of the weight by the same mask, by a kernel.
+    """The masked weight, and the gradient of the weight by the same mask, by a kernel. Not for traced
+    code.
 
     Args:
         weight, anchor: of one shape; the anchor may be None.
@@ -54,7 +55,7 @@ def by_kernel(
     if gpu.is_there(weight):
         return gpu.masked(weight, anchor, grad, mask, dtype)
     given = [tensor for tensor in (weight, anchor, grad) if tensor is not None]
-    if is_traced() or not native.takes(*given) or dtype not in (None, weight.dtype):
+    if not native.takes(*given) or dtype not in (None, weight.dtype):
         return None
     if not has_kernels("masks"):
         return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..torch_private.tensors import is_batched, unviewed
+from ..torch_private.tensors import is_batch, is_batched, unviewed
 from ..torch_private.tracing import is_traced
 from . import gpu
 from .cpu.workspace import Block
@@ -61,9 +61,9 @@ def drop_eagerly(weight: Tensor, rest: Rest) -> Tensor:
 def _masked(weight: Tensor, rest: Rest) -> Tensor:
     """The masked weight, with the strides of the weight: channels-last stays channels-last."""
     anchor, mask, dtype = rest
-    entries = mask.layout.entries
-    fit = weight.numel() == entries and (anchor is None or anchor.shape == weight.shape)
-    if fit and mask.layout.is_elementwise and entries <= SEGMENT:  # else `_evaluate` complains
+    layout = mask.layout
+    fit = weight.numel() == layout.entries and (anchor is None or anchor.shape == weight.shape)
+    if fit and layout.is_elementwise and layout.entries <= SEGMENT:  # else `_evaluate` complains
         masked = by_kernel(weight, anchor, None, mask, dtype=dtype)
         if masked is not None:
             return masked[0]
@@ -101,7 +101,8 @@ def _in_segments(weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor:
 
 
 def _segment(weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor:
-    masked = None if is_batched(weight) else by_kernel(weight, anchor, None, mask)
+    plain = is_traced() or is_batched(weight)
+    masked = None if plain else by_kernel(weight, anchor, None, mask)
     return by_formula(weight, anchor, mask) if masked is None else masked[0]
 
 
@@ -206,7 +207,7 @@ def drop(
 ) -> Tensor:
     """`drop_weight` for a mask that is one value."""
     if not is_traced():
-        if is_batched(weight):
+        if is_batch(weight):
             return _evaluate(weight, anchor, mask, dtype)
         return drop_eagerly(weight, (anchor, mask, dtype))
     compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
@@ -253,7 +254,8 @@ def drop_both(
         both; the gradient in the dtype of the weight.
     """
     layout = mask.layout
-    if layout.is_elementwise and layout.entries <= SEGMENT and not torch.is_grad_enabled():
+    fit = layout.is_elementwise and layout.entries <= SEGMENT
+    if fit and not torch.is_grad_enabled() and not is_traced():
         masked = by_kernel(weight, anchor, grad, mask, block)
         if masked is not None:
             return masked

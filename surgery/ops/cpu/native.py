@@ -121,7 +121,8 @@ def drop(
     if function is None:
         function = getattr(library(name), f"drop_{_NAMES[some.dtype]}")
         _drop_functions[name, some.dtype] = function
-    tensors = (weight, anchor, grad, used, masked_grad, *_tensors_of(mask))
+    key, law, _ = mask
+    tensors = (weight, anchor, grad, used, masked_grad, key_tensor(key), law.threshold, law.scale)
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     threads = torch.get_num_threads()
     function(*addresses, start, (multiplier or 0) & 0xFFFFFFFF, some.numel(), threads)

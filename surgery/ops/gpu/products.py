@@ -147,7 +147,7 @@ def _by_rows(
     mask: Mask,
     tile: tuple[int, int, int],
 ) -> bool:
-    """Launch a kernel whose programs each compute some rows of one of `programs` parts of the result."""
+    """Launch a kernel in which each program computes some rows of one part (of `programs`)."""
     left, weight, anchor, _ = tensors
     rows, shape = left.shape[0] * left.shape[1], tuple(weight.shape)
     return kernel.launch(
