@@ -18,9 +18,11 @@ from .product import Product
 
 @dataclass(frozen=True)
 class Axes:
-    """The meaning of a weight's dimensions, after viewing it with shape `view`."""
+    """What the dimensions of a parameter mean, once it is viewed with shape `view`. The weight of a
+    Linear, of shape (outputs, inputs), has the input along dimension 1 and the output along 0."""
 
     view: tuple[int, ...]
+    """A shape with as many entries as the parameter has."""
     input: tuple[int, ...]
     """Dimensions along which the input feature varies; () for a bias, the weight of a constant 1."""
     output: tuple[int, ...]
@@ -28,6 +30,10 @@ class Axes:
 
 
 AxesOf = Callable[[nn.Module, str, Tensor], "Axes | None"]
+"""From (module, plain name of a parameter of it, the parameter)."""
+
+ReadsOf = Callable[[type[nn.Module], nn.Module], "Sequence[str] | None"]
+"""From (plain class of a module, the module)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,7 @@ class Kind:
     """Shown in plans."""
 
     classes: tuple[type[nn.Module], ...]
+    """Of this kind are these classes and their subclasses, if no later kind has them."""
 
     weights: Callable[[nn.Module], Sequence[str]]
     """Names, relative to the module, of the parameters that a target naming the module means."""
@@ -47,20 +54,21 @@ class Kind:
     `tensor` can be used)."""
 
     bias: Callable[[str], str | None]
-    """Name of the bias that goes with a weight, or None."""
+    """From the name of a weight, that of the bias that goes with it, or None."""
 
     refuse: Callable[[nn.Module, str], str | None] = lambda module, name: None
-    """Why this parameter of this module cannot be operated on and what to do, or None."""
+    """From (module, plain name of a parameter): why it cannot be operated on, and what to do; or
+    None."""
 
     product: Callable[[type[nn.Module]], Product | None] = lambda cls: None
     """How the forward of a plain class computes its pre-activation from `weight` and `bias`; None if
     it is no product of input and weight, or its forward is not known. Per-example masks, Gaussian
     noise and moments need it."""
 
-    reads: Callable[[type[nn.Module], nn.Module], Sequence[str] | None] = lambda cls, module: None
-    """Names, relative to a module of the plain class `cls`, of the parameters that its forward reads,
-    those of its children among them; None if that is not known: then the source of the forward tells.
-    A child that is called reads its own."""
+    reads: ReadsOf = lambda cls, module: None
+    """Names, relative to the module, of the parameters that its own forward reads: also those of
+    children (`out_proj.weight`), but not what these read when they are called. They need not exist.
+    None if that is not known: then the source of the forward tells."""
 
     linear: bool = False
     """Whether the target `"all-linear"` takes it."""
@@ -145,15 +153,17 @@ def follows_weight(unit: Unit) -> bool:
     return unit in ("output", "tensor")
 
 
-def reads_of(
-    *known: type[nn.Module], names: Sequence[str]
-) -> Callable[[type[nn.Module], nn.Module], Sequence[str] | None]:
-    """For `Kind.reads`: `names` for the classes in `known`, and for subclasses that add nothing which
-    the forward could use: no methods or properties but `__init__`."""
+def reads_of(*known: type[nn.Module], names: Sequence[str]) -> ReadsOf:
+    """For `Kind.reads`: `names` for the classes in `known` while they have the forward that they have
+    now, and for subclasses that add nothing which it could use: no methods or properties but
+    `__init__`."""
+    forwards = [(one, one.forward) for one in known]
 
     def of(cls: type[nn.Module], module: nn.Module) -> Sequence[str] | None:
-        same = any(issubclass(cls, one) and not _adds_to(cls, one) for one in known)
-        return names if same else None
+        for one, forward in forwards:
+            if cls.forward is forward and issubclass(cls, one) and not _adds_to(cls, one):
+                return names
+        return None
 
     return of
 

@@ -1,7 +1,8 @@
-"""Others that would take the weight of an operated module for their own: quantisers, pruning, norms.
+"""Functions of torch and others that replace a weight: quantisers, pruning, norms.
 
-They know a layer by its class or its `_parameters`, and pass an operated one by in silence, or fail
-when half is done. What they do first is noticed here.
+They find a layer by its class or in its `_parameters`. They would skip an operated layer without a
+word, or fail on it when the work is half done. The first thing that each of them does is noticed here,
+and refused.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Notice a forward that reads a weight for which nobody draws a mask there.
+"""Notice a forward that reads a weight where nobody draws its mask.
 
-Neither the source nor a run shows every reader. In training the property of a weight still hands out
-the raw parameter to one that was not seen; then the weight is not dropped there, and nothing else would
-tell.
+Neither the source nor a run shows every reader. A forward that neither has shown gets the raw parameter
+from the property of the weight, also in training: the weight is not dropped there, and the outputs do
+not tell.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ _INNER = {CALL, *(code for code in CALL.co_consts if isinstance(code, CodeType))
 def notice(state: SiteState) -> None:
     """Warn, once for a site, if a forward in training reads the value of the raw parameter.
 
-    Called by the property, so that the frame of the reader is two above. Reads outside of any forward
-    (a penalty on the weights), in hooks, and of a tensor's `dtype` or `shape` are nobody's fault.
+    It must be called by the property, whose caller is the reader. Nothing is wrong with reads outside
+    of any forward (a penalty on the weights), in hooks, and of a tensor's `dtype` or `shape`.
+
+    Raises:
+        RuntimeError: see `refuse_recomputation`.
     """
     if state.undropped_by is not None or state.mode(training=True) is None:
         return
@@ -48,10 +51,11 @@ def notice(state: SiteState) -> None:
 
 
 def refuse_recomputation(state: SiteState) -> None:
-    """For a read with no mask drawn: what a backward recomputes had one, if the forward around drew it.
+    """Refuse a read in a backward pass that recomputes activations, if the forward had a mask that a
+    module around the recomputed part drew: it is gone.
 
     Raises:
-        RuntimeError: it had, and is gone.
+        RuntimeError: it is such a read.
     """
     if state.drawn_outside and backward_number() != -1:
         raise RuntimeError(
@@ -62,7 +66,7 @@ def refuse_recomputation(state: SiteState) -> None:
 
 
 def _reader(frame: FrameType | None) -> str | None:
-    """Whose forward a frame is part of; None if it is part of none."""
+    """Whose forward a frame is part of, for a message; None if it is part of none, or of a hook."""
     below: FrameType | None = None
     recomputed = False
     while frame is not None:

@@ -1,10 +1,15 @@
-"""What is known of how a model uses its weights: from the source of its modules, from a plan that was
-made before, and from a run."""
+"""Whose forward reads a weight, and so who has to draw its mask.
+
+Four say it: a plan that was made before, what the kinds of the modules declare, a run of the model, and
+the source of the forwards. A run is made where the user gave inputs for one; without them, only where
+the source shows that a module is given to code which has none.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence, Set
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,12 +26,72 @@ from .ties import Ties
 _PRODUCTS = ("linear", "conv1d", "attention", "other")
 """Kinds of module whose weights graphs may read as those of a linear operation."""
 
-_Around = tuple[str, nn.Module, tuple[str, ...], Forward]
-"""A module that contains another: name, module, path to the other, what its forward reads."""
+
+class _Ancestor(NamedTuple):
+    """A module that contains the owner of a weight."""
+
+    name: str
+    """Dotted, in the model."""
+    module: nn.Module
+    path: AttributeChain
+    """From the ancestor to the owner."""
+    forward: Forward
+
+    def reads(self, parameter: str) -> bool:
+        """Whether its forward reads this parameter of the owner, or gives the owner to a child whose
+        forward does."""
+        path = (*self.path, parameter)
+        if self.forward.reads(path):
+            return True
+        receivers = self._receivers(path)
+        return any(their is not None and their.reads(rest) for their, rest in receivers)
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether its forward, or a child's, gives the owner to code whose source is not known."""
+        if self.forward.hands_out(self.path):
+            return True
+        receivers = self._receivers(self.path)
+        return any(their is None or their.hands_out(rest) for their, rest in receivers)
+
+    def _receivers(self, path: AttributeChain) -> Iterator[tuple[Forward | None, AttributeChain]]:
+        """Children that its forward gives what is at `path`, or what contains it, as
+        `self.decoder(x, self.emb)` gives `emb` to `decoder`.
+
+        Returns:
+            their forwards, None for one that cannot be looked into, and the chain by which what is at
+            `path` is found there.
+        """
+        for callee, key, chain in self.forward.passed:
+            if len(chain) > len(path) or not is_at(chain, path):
+                continue
+            rest = (*ARGUMENT, *path[len(chain) :])
+            called = [(child, "forward") for child in _at(self.module, callee)]
+            called = called or [(child, callee[-1]) for child in _at(self.module, callee[:-1])]
+            methods = [(plain_class(child), name) for child, name in called]
+            known = [
+                (cls, name) for cls, name in methods if inspect.isfunction(getattr(cls, name, None))
+            ]
+            if not known:
+                yield None, rest
+            for cls, name in known:
+                yield forward_in_source(cls, key, name), rest
+
+
+def _at(module: nn.Module, chain: AttributeChain) -> list[nn.Module]:
+    """The modules at a chain below one; several where an index is not known."""
+    found = [module]
+    for part in chain:
+        children = [item for one in found for item in one._modules.items()]
+        found = [
+            child for name, child in children if child is not None and part in (name, ANY_ITEM)
+        ]
+    return found
 
 
 class Known:
-    """Whose forward reads a weight. `plan_dropconnect` and `apply_dropconnect` ask in the same way."""
+    """What is known of how a model uses its weights. `plan_dropconnect` and `apply_dropconnect` ask in
+    the same way."""
 
     def __init__(
         self,
@@ -54,26 +119,30 @@ class Known:
                     self._planned[id(owned[0].module), owned[1]] = site, name == site.name
             if any(use.by == site.module for use in site.uses):
                 self._used_by_owner.add(site.name)
-        self._lineages: dict[str, tuple[list[_Around], list[_Around]]] = {}
+        self._lineages: dict[str, tuple[list[_Ancestor], list[_Ancestor]]] = {}
 
     def drawers(self, user: Choice) -> list[tuple[nn.Module, str]]:
-        """The ancestors that draw the mask of a weight, because their own forward reads it, or because
-        the forward of a module that does not contain the owner reads it inside theirs; each with the
-        relative name of the owner."""
+        """The modules around the owner that draw the mask of a weight; none where the owner's own
+        forward does.
+
+        Returns:
+            (module, dotted name of the owner inside it) pairs: modules whose forward reads the weight,
+            and modules inside whose forward that of another one reads it which does not contain the
+            owner.
+        """
         around = self._above(user.owner)
         told = self._told(user, around)
         if told:
             around = self._above(user.owner, every=True)
         drawers: dict[tuple[int, str], tuple[nn.Module, str]] = {}
-        for name, ancestor, path, its in around:
-            full_path = (*path, user.name)
-            if name in told or its.reads(full_path) or _passed_on(ancestor, its, full_path):
-                relative = ".".join(path)
-                drawers[id(ancestor), relative] = (ancestor, relative)
+        for one in around:
+            if one.name in told or one.reads(user.name):
+                relative = ".".join(one.path)
+                drawers[id(one.module), relative] = (one.module, relative)
         return list(drawers.values())
 
     def reads_itself(self, user: Choice) -> bool:
-        """Whether the owner's own forward reads a parameter, as far as its source or a run tells."""
+        """Whether the owner's own forward reads a parameter, as far as anything tells."""
         own = forward_of(user.owner.cls, user.module)
         if own.reads((user.name,)) or not own.complete:
             return True
@@ -84,8 +153,13 @@ class Known:
         return any(mine.intersection(names) for names in running)
 
     def unlike(self, user: Choice, kind: str) -> str | None:
-        """Why a plan was not made for this weight, and what to do; or None. In a graph the operation
-        tells the kind: a product is one, whatever the module was."""
+        """Why a plan was not made for this weight, and what to do; or None.
+
+        Args:
+            user: of the weight.
+            kind: how the weight is read. In a graph the operation tells that: a product is one,
+                whatever the module was that had the weight.
+        """
         if not self._planned:
             return None
         site, first = self._planned.get(user.key, (None, False))
@@ -98,7 +172,8 @@ class Known:
         return site.unlike(kind if first else None, shape)
 
     def problem(self, user: Choice, product: Product | None) -> str | None:
-        """Why a run of the model does not allow this, or None."""
+        """Why a run of the model does not allow what is to be done to a weight, and what to do; or
+        None. `product` is what its module or node computes, if that is a product."""
         config = user.config
         if product is None or not needs_product(config.sampling, config.inference):
             return None
@@ -111,36 +186,38 @@ class Known:
             by = [name for one in readers for name in self._catalogue.of(one).names]
         return seen.problem(user.full, config, product, by)
 
-    def _above(self, owner: Owner, *, every: bool = False) -> list[_Around]:
+    def _above(self, owner: Owner, *, every: bool = False) -> list[_Ancestor]:
         """The ancestors of a module, under each name that it has; only those whose forward may concern
         its parameters, or every one. They are looked up once for all children of a module."""
-        above: list[_Around] = []
+        above: list[_Ancestor] = []
         for full in filter(None, owner.names):
             parent, _, last = full.rpartition(".")
             known = self._lineages.get(parent)
             if known is None:
                 known = self._lineages[parent] = self._lineage(parent)
-            for name, ancestor, path, its in known[not every]:
-                above.append((name, ancestor, (*path, last), its))
+            for name, module, path, forward in known[not every]:
+                above.append(_Ancestor(name, module, (*path, last), forward))
         return above
 
-    def _lineage(self, full: str) -> tuple[list[_Around], list[_Around]]:
-        """A module and its ancestors, and those of them that may concern a parameter of a child."""
+    def _lineage(self, full: str) -> tuple[list[_Ancestor], list[_Ancestor]]:
+        """A module and its ancestors, and those of them that may concern a parameter of a child. The
+        paths lead to the module."""
         every = [
-            (name, owner.module, path, forward_of(owner.cls, owner.module))
+            _Ancestor(name, owner.module, path, forward_of(owner.cls, owner.module))
             for name, owner, path in self._catalogue.lineage(full)
             if not owner.in_graph
         ]
-        return every, [one for one in every if one[3].concerns(len(one[2]) + 2)]
+        return every, [one for one in every if one.forward.concerns(len(one.path) + 2)]
 
-    def _told(self, user: Choice, around: list[_Around]) -> Set[str]:
+    def _told(self, user: Choice, around: list[_Ancestor]) -> Set[str]:
         """Names of the modules that draw for a parameter, as a plan or a run says."""
         if self._drawn_by is not None:
             told: Set[str] = self._drawn_by.get(user.full, set())
             seen = self._look.given()
         else:
             told = set()
-            seen = self._look() if _is_unsure(around) else self._look.given()
+            is_unsure = any(one.is_unsure for one in around)
+            seen = self._look() if is_unsure else self._look.given()
         if seen is None:
             return told
         drawers = (self._drawer(user, running) for running in seen.running.get(user.full, ()))
@@ -155,61 +232,3 @@ class Known:
             return None
         mine = {name for name, _, _ in self._catalogue.ancestors(user.owner)}
         return next((name for name in reversed(running) if name in mine), None)
-
-
-def _is_unsure(around: list[_Around]) -> bool:
-    """Whether a forward around an owner gives it to code whose source is not known."""
-    for _, ancestor, path, its in around:
-        if its.hands_out(path) or _passed_out(ancestor, its, path):
-            return True
-    return False
-
-
-def _passed_on(ancestor: nn.Module, its: Forward, path: AttributeChain) -> bool:
-    """Whether a child that a forward passes a module to reads what is at `path`."""
-    return any(
-        theirs is not None and theirs.reads(rest)
-        for theirs, rest in _receivers(ancestor, its, path)
-    )
-
-
-def _passed_out(ancestor: nn.Module, its: Forward, path: AttributeChain) -> bool:
-    """Whether a forward passes a module to something that cannot be looked into."""
-    return any(
-        theirs is None or theirs.hands_out(rest) for theirs, rest in _receivers(ancestor, its, path)
-    )
-
-
-def _receivers(
-    ancestor: nn.Module, its: Forward, path: AttributeChain
-) -> Iterator[tuple[Forward | None, AttributeChain]]:
-    """What is called with the module at `path`, or one that contains it: what it reads, and how it
-    reaches `path`; None for a call that cannot be looked into."""
-    for callee, key, chain in its.passed:
-        if len(chain) > len(path) or not is_at(chain, path):
-            continue
-        rest = (*ARGUMENT, *path[len(chain) :])
-        called = [(child, "forward") for child in _at(ancestor, callee)]
-        called = called or [(child, callee[-1]) for child in _at(ancestor, callee[:-1])]
-        known = [(plain_class(child), method) for child, method in called]
-        known = [
-            (cls, method) for cls, method in known if inspect.isfunction(getattr(cls, method, None))
-        ]
-        if not known:
-            yield None, rest
-        for cls, method in known:
-            yield forward_in_source(cls, key, method), rest
-
-
-def _at(module: nn.Module, chain: AttributeChain) -> list[nn.Module]:
-    """The modules at a chain below one; several where an index is not known."""
-    found = [module]
-    for part in chain:
-        tables = [one._modules for one in found]
-        found = [
-            child
-            for table in tables
-            for name, child in table.items()
-            if child is not None and part in (name, ANY_ITEM)
-        ]
-    return found

@@ -271,6 +271,12 @@ def test_a_declaration_holds_for_what_has_the_same_forward() -> None:
     assert forward_of(Overrides, conv).reads(("scale",))
 
 
+def test_a_forward_that_was_replaced_is_not_the_declared_one(monkeypatch) -> None:
+    linear = nn.Linear(4, 4)
+    monkeypatch.setattr(nn.Linear, "forward", Direct.forward)
+    assert kind_of(linear).reads(nn.Linear, linear) is None
+
+
 def test_encoders_call_their_layers() -> None:
     """They look at the weights of the layers, to choose a path."""
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 4, batch_first=True), 1)
