@@ -11,10 +11,10 @@ from .capture.record import record
 from .drawing.draw import draw
 from .drawing.tree import tree
 from .operating.graph_surgeon import Surgeon
-from .reading.find import find, look
+from .reading.find import find, watch_run
 from .reading.findings import Findings
 
-register_finder(look)
+register_finder(watch_run)
 register_graph_surgeon(Surgeon())
 
 __all__ = [

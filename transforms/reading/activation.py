@@ -45,21 +45,11 @@ _GATED = {"sigmoid": "glu", "silu": "swiglu", "relu": "reglu"} | dict.fromkeys(
 )
 """A pre-activation of which one part, activated, multiplies the other (Shazeer 2020)."""
 
+_WRITTEN_OUT = "relu gelu silu tanh sigmoid softplus mish elu relu6 hardswish hardsigmoid softsign"
 _DECOMPOSED: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
+    **{name: getattr(F, name) for name in _WRITTEN_OUT.split()},
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "softplus": F.softplus,
-    "mish": F.mish,
-    "elu": F.elu,
-    "relu6": F.relu6,
-    "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
-    "softsign": F.softsign,
 }
 """What a composition of elementwise functions is compared with."""
 

@@ -44,7 +44,7 @@ def find(
     return plain(model, read)
 
 
-def look(model: nn.Module, example_inputs: Any = None) -> Seen | None:
+def watch_run(model: nn.Module, example_inputs: Any = None) -> Seen | None:
     """What `find` tells, in the form in which the core asks for it; None if there is nothing to run the
     model with.
 
@@ -55,17 +55,17 @@ def look(model: nn.Module, example_inputs: Any = None) -> Seen | None:
         try:
             if _is_sharded(model) or dummy_inputs(model) is None:
                 return None
-            return _looked(model, None, ())
+            return _watched(model, None, ())
         except Exception:  # dummies are a guess, and a model may do anything with them
             return None
     inputs = inputs_for(model, example_inputs)
     assert inputs is not None
     given = (*inputs.args, *inputs.kwargs.values())
     shapes = tuple(tuple(one.shape) for one in given if isinstance(one, torch.Tensor))
-    return _looked(model, example_inputs, shapes)
+    return _watched(model, example_inputs, shapes)
 
 
-def _looked(model: nn.Module, example_inputs: Any, given: tuple[Shape, ...]) -> Seen:
+def _watched(model: nn.Module, example_inputs: Any, given: tuple[Shape, ...]) -> Seen:
     findings = find(model, example_inputs)
     return Seen(findings, findings.acts, given, findings.running)
 

@@ -34,6 +34,7 @@ class Findings(Mapping[str, tuple[Use, ...]]):
         self.capture = capture
         """How the graph was captured; None for a graph of other origin."""
         self.acts = acts
+        """For each parameter, every different way in which it acted; see `surgery.planning.runs`."""
         self.running = running
         """For each parameter and place where it is used, the names of the modules whose forward is
         running there, the outermost first; the root is `""`."""
