@@ -35,8 +35,7 @@ def module_diagram(graph_module: fx.GraphModule, model: nn.Module, root: Part) -
 
 
 class _Folds:
-    """Which part of the outline stands for a module: the first of a run of equal layers for all of
-    it."""
+    """Which part of the outline stands for a module. The first of equal layers stands for all."""
 
     def __init__(self, root: Part) -> None:
         self.parts = root.by_path()
@@ -88,8 +87,7 @@ class _Origin:
 
 
 class _Builder:
-    """Walks a graph once, in order, and notes of every value which boxes and parameters it is made
-    of."""
+    """Walks a graph once, in order; notes which boxes and parameters every value is made of."""
 
     def __init__(self, graph_module: fx.GraphModule, model: nn.Module, folds: _Folds) -> None:
         self.graph_module, self.model, self.folds = graph_module, model, folds
@@ -114,9 +112,8 @@ class _Builder:
             return self._input(node)
         if node.op == "get_attr":
             target = str(node.target)
-            return _Origin(
-                reads=(self.plain.get(target) or target,) if target in self.parameters else ()
-            )
+            name = self.plain.get(target) or target
+            return _Origin(reads=(name,) if target in self.parameters else ())
         origins = [self.origins[source] for source in node.all_input_nodes]
         origin = _Origin(
             tuple(dict.fromkeys(key for one in origins for key in one.sources)),
@@ -130,17 +127,12 @@ class _Builder:
         return tuple(key for key in origin.sources if key not in self.integers)
 
     def _computed(self, node: fx.Node, origin: _Origin) -> _Origin:
-        path, data, name = (
-            module_path(node),
-            self._data(origin),
-            function_of(node, self.graph_module),
-        )
+        path, name = module_path(node), function_of(node, self.graph_module)
         if name in INSPECTING or not node.users:
             return _Origin()
-        if (
-            name in PASSING
-        ):  # export books what others do with the same tensor on the one who passes it
+        if name in PASSING:  # export says of what is done to the same tensor that it is done here
             return origin
+        data = self._data(origin)
         module = _submodule(self.model, path) or _submodule(self.graph_module, path)
         if isinstance(module, (*_HIDDEN, Settle)):
             return origin
