@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ class Carrier(NamedTuple):
     own: dict[str, SiteState] | None
     """If its class is an operated one: the states of its parameters, by plain name. They are empty if
     it only draws for its children, or only follows its forward."""
-    nodes: list[SitesNode]
+    nodes: Sequence[SitesNode]
     """Beside parameters that nodes of a graph read."""
 
 
@@ -58,7 +58,7 @@ def carriers(modules: Modules) -> Iterator[Carrier]:
     """Of the modules of a model, those that carry DropConnect."""
     for name, module in modules:
         own = own_states(module)
-        nodes = list(_nodes_beside(module)) if module._modules else []
+        nodes = tuple(_nodes_beside(module)) if module._modules else ()
         if nodes or own is not None:
             yield Carrier(name, module, own, nodes)
 
@@ -132,9 +132,16 @@ def states_in(model: nn.Module) -> list[SiteState]:
     return states
 
 
-def plain_parameters(module: nn.Module) -> dict[str, Tensor | None]:
-    """The module's own parameters under their plain names, in order."""
-    states = states_of(module)
+def plain_parameters(
+    module: nn.Module, states: dict[str, SiteState] | None = None
+) -> dict[str, Tensor | None]:
+    """The module's own parameters under their plain names, in order.
+
+    Args:
+        module: operated or not.
+        states: its `states_of`, if somebody has asked already.
+    """
+    states = states_of(module) if states is None else states
     if not states:
         return dict(module._parameters)
     raw = {state.raw: state.name for state in states.values()}

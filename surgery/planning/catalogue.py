@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from ..base.caching import made_once
 from ..kinds.kind import Kind, kind_of
 from ..modules.operated import plain_class
 from ..modules.places import plain_parameters, states_of
@@ -32,22 +32,22 @@ class Owner:
         """The first name, as in `named_modules()`."""
         return self.names[0]
 
-    @cached_property
+    @made_once
     def cls(self) -> type[nn.Module]:
         """The class without DropConnect."""
         return plain_class(self.module)
 
-    @cached_property
+    @made_once
     def kind(self) -> Kind:
         """Which weights it drops, and what their dimensions mean."""
         return kind_of(self.module)
 
-    @cached_property
+    @made_once
     def parameters(self) -> dict[str, Tensor | None]:
         """Its own parameters under their plain names, in order."""
-        return plain_parameters(self.module)
+        return plain_parameters(self.module, self.states)
 
-    @cached_property
+    @made_once
     def states(self) -> dict[str, SiteState]:
         """What is known of those that are operated already, by plain name."""
         return states_of(self.module)

@@ -187,12 +187,13 @@ def _change(changes: dict[int, Change], module: nn.Module) -> Change:
 
 def _state(one: Candidate) -> SiteState:
     user, owner = one.user, one.user.owner
-    assert user.layout is not None  # `why_not` has looked
+    layout = owner.kind.layout(owner.module, user.name, one.parameter, user.config.unit)
+    assert layout is not None  # `why_not` has looked
     follows = None
     if follows_weight(user.config.unit):
         weights = (name for name in owner.parameters if owner.kind.bias(name) == user.name)
         follows = next(weights, None)
-    return SiteState(user.name, one.kind, user.config, user.layout, follows, user.full, one.product)
+    return SiteState(user.name, one.kind, user.config, layout, follows, user.full, one.product)
 
 
 def _complete(

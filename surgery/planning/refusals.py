@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,7 @@ from .known import Known
 from .select import Choice
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A chosen parameter that a module has, and how the model uses it: what the rules look at."""
 
     user: Choice
@@ -182,8 +181,10 @@ def _refused_by_product(one: Candidate) -> str | None:
 
 
 def _unit_without_meaning(one: Candidate) -> str | None:
-    unit = one.user.config.unit
-    if not needs_axes(unit) or one.user.layout is not None:
+    user, unit = one.user, one.user.config.unit
+    if not needs_axes(unit):
+        return None
+    if user.owner.kind.axes(user.module, user.name, one.parameter) is not None:
         return None
     return f'unit={unit!r} has no meaning for this parameter; use "element" or "tensor"'
 

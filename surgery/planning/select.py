@@ -7,12 +7,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..ops import Layout
 from ..spec.config import DropConnectConfig, check_p
 from ..spec.errors import NoMatchError, SurgeryError
 from ..spec.plan import Plan, join
@@ -35,26 +33,31 @@ Key = tuple[int, str]
 """A parameter as (id of its owner's module, plain name)."""
 
 
-class Choice:
+class Choice(NamedTuple):
     """One selected parameter, and all that planning asks of it."""
 
-    def __init__(self, owner: Owner, name: str, config: DropConnectConfig) -> None:
-        self.owner = owner
-        self.module = owner.module
-        self.name = name
-        """Plain name inside the owner."""
-        self.config = config
-        self.key: Key = (id(owner.module), name)
-        self.full = join(owner.name, name)
-        """The first dotted name in the model."""
-        self.parameter = owner.parameters.get(name)
-        """The parameter itself; None if the owner has none under this name."""
+    owner: Owner
+    module: nn.Module
+    """The owner's."""
+    name: str
+    """Plain name inside the owner."""
+    parameter: Tensor | None
+    """The parameter itself; None if the owner has none under this name."""
+    config: DropConnectConfig
 
-    @cached_property
-    def layout(self) -> Layout | None:
-        """Which entries share a mask entry; None if the unit has no meaning for this parameter."""
-        assert self.parameter is not None
-        return self.owner.kind.layout(self.module, self.name, self.parameter, self.config.unit)
+    @classmethod
+    def of(cls, owner: Owner, name: str, config: DropConnectConfig) -> Choice:
+        """The parameter with this plain name, to be dropped in this way."""
+        return cls(owner, owner.module, name, owner.parameters.get(name), config)
+
+    @property
+    def key(self) -> Key:
+        return id(self.module), self.name
+
+    @property
+    def full(self) -> str:
+        """The first dotted name in the model."""
+        return join(self.owner.names[0], self.name)
 
     @property
     def bias(self) -> str | None:
@@ -84,12 +87,12 @@ def select(
         for owner, name in _resolve(catalogue, target, "targets"):
             key = id(owner.module), name
             if key not in chosen:
-                chosen[key] = Choice(owner, name, its_config)
+                chosen[key] = Choice.of(owner, name, its_config)
     if not isinstance(targets, Plan):  # a plan lists its biases
         for choice in [choice for choice in chosen.values() if choice.config.bias]:
             bias, owner = choice.bias, choice.owner
             if bias is not None and owner.parameters.get(bias) is not None:
-                chosen.setdefault((choice.key[0], bias), Choice(owner, bias, choice.config))
+                chosen.setdefault((choice.key[0], bias), Choice.of(owner, bias, choice.config))
     excluded = frozenset(
         (id(owner.module), name)
         for target, _ in (_entries(exclude, config) if exclude else ())

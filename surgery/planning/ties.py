@@ -30,7 +30,7 @@ def with_ties(
             key = id(owner.module), name
             unread = owner.in_graph and not catalogue.is_read(owner, name)
             if key not in both and key not in excluded and not unread:
-                both[key] = Choice(owner, name, choice.config)
+                both[key] = Choice.of(owner, name, choice.config)
     return choices if len(both) == len(chosen) else in_model_order(catalogue, both)
 
 
