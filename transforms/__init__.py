@@ -4,7 +4,7 @@ Loaded through the entry point `surgery.plugins`; the verbs of `surgery` then wo
 """
 
 from surgery.planning.graphs import register_graph_surgeon
-from surgery.planning.runs import register_finder
+from surgery.planning.runs import register_runner
 
 from .capture.capture import Capture, CaptureError, capture, capture_of
 from .capture.record import record
@@ -14,7 +14,7 @@ from .operating.graph_surgeon import Surgeon
 from .reading.find import find, watch_run
 from .reading.findings import Findings
 
-register_finder(watch_run)
+register_runner(watch_run)
 register_graph_surgeon(Surgeon())
 
 __all__ = [

@@ -21,7 +21,7 @@ from ..planning.catalogue import Catalogue
 from ..planning.graphs import graph_surgeon
 from ..planning.in_place import current_plan
 from ..planning.prepare import Change, prepare
-from ..planning.runs import Look
+from ..planning.runs import RunOnce
 from ..spec.config import DropConnectConfig
 from .surgeon import carry_out, operate, undo
 
@@ -65,8 +65,8 @@ def reapplied(model: nn.Module, call: Callable[[], Result]) -> Result:
     try:
         undo(model)
         result = call()
-        look = Look(model, None)
-        operate(prepare(model, plan, None, DropConnectConfig(), look, resized=True))
+        run = RunOnce(model, None)
+        operate(prepare(model, plan, None, DropConnectConfig(), run, resized=True))
         for name, states, anchors in kept:
             for state in states.values():
                 _put_back(model.get_submodule(name), state, anchors)

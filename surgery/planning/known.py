@@ -19,7 +19,7 @@ from ..kinds.reads import ARGUMENT, Forward, forward_in_source, forward_of, is_a
 from ..modules.operated import plain_class
 from ..spec.plan import Plan, Site
 from .catalogue import Catalogue, Owner
-from .runs import Look
+from .runs import RunOnce
 from .select import Choice, Key
 from .ties import Ties
 
@@ -98,12 +98,12 @@ class Known:
         catalogue: Catalogue,
         ties: Ties,
         plan: Plan | None,
-        look: Look,
+        run: RunOnce,
         resized: bool = False,
     ) -> None:
         self._catalogue = catalogue
         self._ties = ties
-        self._look = look
+        self._run = run
         self._drawn_by: dict[str, set[str]] | None = None if plan is None else {}
         """By the name of a parameter, what the plan says."""
         self._used_by_owner: set[str] = set()
@@ -148,8 +148,8 @@ class Known:
             return True
         if user.full in self._used_by_owner:
             return True
-        seen, mine = self._look(), set(user.owner.names)
-        running = () if seen is None else seen.running.get(user.full, ())
+        shown, mine = self._run(), set(user.owner.names)
+        running = () if shown is None else shown.running.get(user.full, ())
         return any(mine.intersection(names) for names in running)
 
     def unlike(self, user: Choice, kind: str) -> str | None:
@@ -177,14 +177,14 @@ class Known:
         config = user.config
         if product is None or not needs_product(config.sampling, config.inference):
             return None
-        seen = self._look() if config.inference == "moments" else self._look.given()
-        if seen is None:
+        shown = self._run() if config.inference == "moments" else self._run.given()
+        if shown is None:
             return None
         by = user.owner.names
         if self._catalogue.graphs is not None and user.owner.in_graph:
             readers = (user.module, *self._catalogue.graphs.readers(user.module))
             by = [name for one in readers for name in self._catalogue.of(one).names]
-        return seen.problem(user.full, config, product, by)
+        return shown.problem(user.full, config, product, by)
 
     def _above(self, owner: Owner, *, every: bool = False) -> list[_Ancestor]:
         """The ancestors of a module, under each name that it has; only those whose forward may concern
@@ -213,14 +213,14 @@ class Known:
         """Names of the modules that draw for a parameter, as a plan or a run says."""
         if self._drawn_by is not None:
             told: Set[str] = self._drawn_by.get(user.full, set())
-            seen = self._look.given()
+            shown = self._run.given()
         else:
             told = set()
             is_unsure = any(one.is_unsure for one in around)
-            seen = self._look() if is_unsure else self._look.given()
-        if seen is None:
+            shown = self._run() if is_unsure else self._run.given()
+        if shown is None:
             return told
-        drawers = (self._drawer(user, running) for running in seen.running.get(user.full, ()))
+        drawers = (self._drawer(user, running) for running in shown.running.get(user.full, ()))
         return told | {name for name in drawers if name is not None}
 
     def _drawer(self, user: Choice, running: Sequence[str]) -> str | None:

@@ -22,7 +22,7 @@ from .catalogue import Catalogue
 from .graphs import Survey
 from .known import Known
 from .refusals import Candidate, no_class, why_not
-from .runs import Look
+from .runs import RunOnce
 from .select import select
 from .ties import by_parameter, ties, with_ties
 
@@ -106,7 +106,7 @@ def prepare(
     targets: Any,
     exclude: Any,
     config: DropConnectConfig,
-    look: Look,
+    run: RunOnce,
     *,
     resized: bool = False,
 ) -> Prepared:
@@ -114,7 +114,7 @@ def prepare(
 
     Args:
         model, targets, exclude, config: see `surgery.apply_dropconnect`.
-        look: what a run of the model shows, asked for where the source leaves a doubt.
+        run: what a run of the model shows, asked for where the source leaves a doubt.
         resized: whether weights may have another shape than a plan says.
 
     Raises:
@@ -127,7 +127,7 @@ def prepare(
     plan, tied = targets if isinstance(targets, Plan) else None, ties(catalogue)
     if plan is None:  # which lists the users that drop
         choices = with_ties(catalogue, choices, excluded, tied)
-    known = Known(catalogue, tied, plan, look, resized)
+    known = Known(catalogue, tied, plan, run, resized)
     problems: list[str] = []
     sites = [
         [Candidate.of(user, catalogue, known) for user in users]
@@ -138,7 +138,7 @@ def prepare(
     planned = [] if problems else [_site(catalogue, users, changes) for users in sites]
     raise_all(problems or [*_lone_biases(changes), *_without_class(catalogue, changes)])
     _complete(catalogue, sites, changes)
-    return Prepared(planned, list(changes.values()), catalogue.graphs, look.uses)
+    return Prepared(planned, list(changes.values()), catalogue.graphs, run.uses)
 
 
 def _refused(candidates: Iterable[Candidate]) -> Iterator[str]:

@@ -30,7 +30,7 @@ class Act:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Run:
     """What one run of a model showed."""
 
     uses: Mapping[str, tuple[Use, ...]]
@@ -49,7 +49,7 @@ class Seen:
     def problem(
         self, name: str, config: DropConnectConfig, product: Product, by: Collection[str]
     ) -> str | None:
-        """Why what was seen does not allow this, and what to do about it; or None.
+        """Why what the run showed does not allow this, and what to do about it; or None.
 
         Args:
             name: of the parameter.
@@ -80,58 +80,51 @@ def _joint(act: Act, config: DropConnectConfig) -> str | None:
     )
 
 
-Finder = Callable[[Any, Any], "Seen | None"]
+Runner = Callable[[Any, Any], "Run | None"]
 
-_finders: list[Finder] = []
+_runners: list[Runner] = []
 
 
-def register_finder(finder: Finder) -> None:
+def register_runner(runner: Runner) -> None:
     """Called by the plugin.
 
-    `finder(model, example_inputs)` runs the model once. Without `example_inputs` it returns None
-    unless it can make them itself.
+    `runner(model, example_inputs)` runs the model once. Without `example_inputs` it returns None
+    unless it can make them itself. It raises a `SurgeryError` if the model does not run with them.
     """
-    _finders[:] = [finder]
+    _runners[:] = [runner]
 
 
-def look(model: Any, example_inputs: Any) -> Seen | None:
-    """Run the model once and see what it does; None if there is nothing to run it with.
-
-    Raises:
-        SurgeryError: the model does not run with `example_inputs`, or there is nobody to look.
-    """
-    if _finders:
-        return _finders[0](model, example_inputs)
-    if example_inputs is None:
-        return None
-    raise SurgeryError("example_inputs needs surgery.transforms, which is not installed")
-
-
-class Look:
+class RunOnce:
     """A run of a model, made when somebody asks for it, once."""
 
     def __init__(self, model: Any, example_inputs: Any) -> None:
         self._model, self._inputs = model, example_inputs
-        self._seen: Seen | None = None
-        self._looked = False
+        self._run: Run | None = None
+        self._done = False
 
-    def __call__(self) -> Seen | None:
-        """What a run shows: with the inputs that the user gave, or of a transformers model with
+    def __call__(self) -> Run | None:
+        """What the run showed: with the inputs that the user gave, or of a transformers model with
         dummies; None if there is nothing to run it with.
 
         Raises:
-            SurgeryError: the model does not run with the inputs that were given.
+            SurgeryError: the model does not run with the inputs that were given, or there are some
+                and nobody to run it.
         """
-        if not self._looked:
-            self._seen = look(self._model, self._inputs)
-            self._looked = True
-        return self._seen
+        if not self._done:
+            if _runners:
+                self._run = _runners[0](self._model, self._inputs)
+            elif self._inputs is not None:
+                raise SurgeryError(
+                    "example_inputs needs surgery.transforms, which is not installed"
+                )
+            self._done = True
+        return self._run
 
-    def given(self) -> Seen | None:
-        """What a run with the user's inputs shows; None if there are none."""
+    def given(self) -> Run | None:
+        """What a run with the user's inputs showed; None if there are none."""
         return None if self._inputs is None else self()
 
     @property
     def uses(self) -> Mapping[str, tuple[Use, ...]]:
-        """The uses that were seen so far."""
-        return {} if self._seen is None else self._seen.uses
+        """The uses that are known so far."""
+        return {} if self._run is None else self._run.uses

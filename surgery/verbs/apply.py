@@ -19,7 +19,7 @@ from ..ops import release
 from ..ops.hash import key_tensor
 from ..planning.in_place import current_plan, states_named, unused_sites, was_trained
 from ..planning.prepare import Prepared, prepare
-from ..planning.runs import Look
+from ..planning.runs import RunOnce
 from ..spec.config import DropConnectConfig, check_p
 from ..spec.errors import NotOperatedError, SurgeryError
 from ..spec.plan import Plan
@@ -44,9 +44,9 @@ def plan_dropconnect(
     operations use each weight and which activation follows (`Site.uses`).
     """
     load_plugins()
-    look = Look(model, example_inputs)
-    look()  # whether or not a decision depends on it: the plan shows the uses
-    return _prepare(model, targets, p, exclude, config, options, look).plan()
+    run = RunOnce(model, example_inputs)
+    run()  # whether or not a decision depends on it: the plan shows the uses
+    return _prepare(model, targets, p, exclude, config, options, run).plan()
 
 
 def apply_dropconnect(
@@ -110,8 +110,8 @@ def apply_dropconnect(
         >>> apply_dropconnect(model, targets=["*.fc*"], p=0.3)
     """
     load_plugins()
-    look = Look(model, example_inputs)
-    prepared = _prepare(model, targets, p, exclude, config, options, look)
+    run = RunOnce(model, example_inputs)
+    prepared = _prepare(model, targets, p, exclude, config, options, run)
     operate(prepared)
     return model
 
@@ -227,11 +227,11 @@ def _prepare(
     exclude: Any,
     config: DropConnectConfig | None,
     options: dict[str, Any],
-    look: Look,
+    run: RunOnce,
 ) -> Prepared:
     if isinstance(targets, Plan) and (p is not None or config is not None or options):
         raise ValueError("a Plan brings the p and the options of every site; give it alone")
     base = config if config is not None else DropConnectConfig()
     if p is not None:
         options = {"p": check_p(p), **options}
-    return prepare(model, targets, exclude, base.replace(**options) if options else base, look)
+    return prepare(model, targets, exclude, base.replace(**options) if options else base, run)

@@ -28,7 +28,7 @@ from ..operating.surgeon import operate
 from ..planning.catalogue import Catalogue
 from ..planning.in_place import current_plan
 from ..planning.prepare import prepare
-from ..planning.runs import Look
+from ..planning.runs import RunOnce
 from ..planning.select import select
 from ..spec.config import DropConnectConfig
 from ..spec.errors import NotOperatedError, SurgeryError
@@ -149,7 +149,7 @@ def load_dropconnect(model: Model, directory: str | os.PathLike[str]) -> Model:
     """
     plan, kept = read_dropconnect(directory, model)
     load_plugins()
-    operate(prepare(model, plan, None, DropConnectConfig(), Look(model, None)), kept)
+    operate(prepare(model, plan, None, DropConnectConfig(), RunOnce(model, None)), kept)
     return model
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import fx, nn
 
 from surgery.modules.masking import is_sharded
-from surgery.planning.runs import Seen
+from surgery.planning.runs import Run
 
 from ..capture.capture import CaptureError, capture, first_of, inputs_for, symbolic
-from ..capture.inputs import dummy_inputs
+from ..capture.inputs import Inputs, dummy_inputs
 from ..capture.record import record_run
 from ..capture.untouched import plain
 from .findings import Findings, Shape
@@ -37,14 +37,17 @@ def find(
             traced without; the message has the reason of each way.
         TypeError: `example_inputs` is none of these.
     """
-
-    def read() -> Findings:
-        return findings_of(model, _graph(model, example_inputs) if graph is None else graph)
-
-    return plain(model, read)
+    if graph is not None:
+        return plain(model, lambda: findings_of(model, graph))
+    return _find(model, inputs_for(model, example_inputs), are_given=example_inputs is not None)
 
 
-def watch_run(model: nn.Module, example_inputs: Any = None) -> Seen | None:
+def _find(model: nn.Module, inputs: Inputs | None, *, are_given: bool) -> Findings:
+    """What `find` finds with these inputs: the user's, or dummies."""
+    return plain(model, lambda: findings_of(model, _graph(model, inputs, are_given)))
+
+
+def watch_run(model: nn.Module, example_inputs: Any = None) -> Run | None:
     """What `find` tells, in the form in which the core asks for it; None if there is nothing to run the
     model with.
 
@@ -53,21 +56,19 @@ def watch_run(model: nn.Module, example_inputs: Any = None) -> Seen | None:
     """
     if example_inputs is None:
         try:
-            if _is_sharded(model) or dummy_inputs(model) is None:
-                return None
-            return _watched(model, None, ())
+            dummies = None if _is_sharded(model) else dummy_inputs(model)
+            return None if dummies is None else _as_run(_find(model, dummies, are_given=False), ())
         except Exception:  # dummies are a guess, and a model may do anything with them
             return None
     inputs = inputs_for(model, example_inputs)
     assert inputs is not None
     given = (*inputs.args, *inputs.kwargs.values())
     shapes = tuple(tuple(one.shape) for one in given if isinstance(one, torch.Tensor))
-    return _watched(model, example_inputs, shapes)
+    return _as_run(_find(model, inputs, are_given=True), shapes)
 
 
-def _watched(model: nn.Module, example_inputs: Any, given: tuple[Shape, ...]) -> Seen:
-    findings = find(model, example_inputs)
-    return Seen(findings, findings.acts, given, findings.running)
+def _as_run(findings: Findings, given: tuple[Shape, ...]) -> Run:
+    return Run(findings, findings.acts, given, findings.running)
 
 
 def _is_sharded(model: nn.Module) -> bool:
@@ -75,18 +76,17 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(is_sharded(parameter) for parameter in model.parameters())
 
 
-def _graph(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
-    inputs = inputs_for(model, example_inputs)
+def _graph(model: nn.Module, inputs: Inputs | None, are_given: bool) -> fx.GraphModule:
     if inputs is not None:
-        run = inputs.for_one_pass(model)
+        needed = inputs.for_one_pass(model)
         try:
-            return first_of({"record": lambda: record_run(model, run)}, model, inputs)
+            return first_of({"record": lambda: record_run(model, needed)}, model, inputs)
         except CaptureError:
-            if example_inputs is not None:
+            if are_given:
                 raise
     if isinstance(model, fx.GraphModule) and _calls_graphs(model):
         return first_of({"symbolic_trace": lambda: symbolic(model)}, model, inputs)
-    return capture(model, example_inputs)
+    return capture(model)
 
 
 def _calls_graphs(graph: fx.GraphModule) -> bool:
