@@ -53,7 +53,7 @@ class Call(NamedTuple):
     """A call that is given something of `self`, or `self` itself."""
 
     method: AttributeChain | None
-    """AttributeChain of what is called, if that starts at `self`."""
+    """The chain of what is called, if that starts at `self`."""
     function: Any
     """Else the object that is called; None if the source does not tell."""
     name: str
