@@ -42,8 +42,8 @@ def operate(prepared: Prepared, kept: Anchors | None = None) -> None:
 
 
 def _kept_anchors(prepared: Prepared, kept: Anchors) -> dict[int, Tensor]:
-    """Anchors by the id of their weight. Of a tied weight any name will do: which one a file has
-    depends on the model that it was saved from.
+    """Copies of saved anchors, each of the shape and strides of its weight, by the id of the weight. A
+    tied weight may be saved under any of its names: which one depends on the model that was saved.
 
     Raises:
         SurgeryError: one is missing.
@@ -163,6 +163,7 @@ def _all_stuck(
 
 
 def _stuck(name: str, module: DropConnectModule) -> str | None:
+    """Why a module with this dotted name cannot be made plain now, and what to do; or None."""
     if "_dropconnect_class" not in type(module).__dict__:
         return (
             f"{name or '(root)'}: its class was changed to {type(module).__name__} after apply (by "

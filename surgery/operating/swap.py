@@ -34,6 +34,8 @@ def swap(changes: Changes, change: Change, anchors: dict[str, Tensor]) -> None:
 
 
 def _swap_class(changes: Changes, change: Change) -> None:
+    """The new class, and what it keeps in the attributes of the module. A module that is operated
+    already keeps what it has, and gets the new sites beside."""
     module, held, cls = change.module, change.module.__dict__, change.new_class()
     states, draws, scope = change.states, tuple(change.draws), change.scope
     if isinstance(module, DropConnectModule):
@@ -67,6 +69,7 @@ def plain_names(changes: Changes, module: nn.Module, states: dict[str, SiteState
 
 
 def _drop_anchors(changes: Changes, module: nn.Module, states: dict[str, SiteState]) -> None:
+    """Take the buffers out that hold the pretrained values of these sites."""
     for state in states.values():
         if state.anchor is not None:
             changes.drop(cast(dict[str, Any], module._buffers), state.anchor)

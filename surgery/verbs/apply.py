@@ -187,31 +187,31 @@ class hold_masks(Reversible, contextlib.ContextDecorator):
         self._model = model
 
     def enter(self) -> tuple[Step, Step]:
-        found = list(places(self._model))
-        if not found:
+        at = list(places(self._model))
+        if not at:
             name = type(self._model).__name__
             raise NotOperatedError(f"{name} has no DropConnect in place to hold")
-        noisy = [place.state.site for place in found if place.state.sampling == "gaussian"]
+        noisy = [place.state.site for place in at if place.state.sampling == "gaussian"]
         if noisy:
             raise SurgeryError(
                 f"{noisy[0]}: sampling='gaussian' draws noise, which has no mask to hold; use "
                 "sampling='example'"
             )
-        if any(place.state.held_key is not None for place in found):
+        if any(place.state.held_key is not None for place in at):
             raise RuntimeError(
                 "hold_masks is already active on this model; leave that context first"
             )
         change, back = Changes(), Changes()
-        for place, key in zip(found, _keys_to_hold(found)):
+        for place, key in zip(at, _keys_to_hold(at)):
             change.put(place.state.__dict__, {"held_key": key})
             back.put(place.state.__dict__, {"held_key": None, "held": None})
         return change.at_once(), back.at_once()
 
 
-def _keys_to_hold(found: list[Place]) -> Iterator[Tensor]:
+def _keys_to_hold(at: list[Place]) -> Iterator[Tensor]:
     """One key for each place, in order; a bias that goes with its weight has that one's."""
     keys: dict[tuple[int, str], Tensor] = {}
-    for place in found:
+    for place in at:
         state = place.state
         key = keys.get((id(place.owner), state.follows or ""))
         if key is None:

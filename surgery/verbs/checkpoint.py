@@ -57,8 +57,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def anchors(model: nn.Module) -> dict[str, Tensor]:
     """The anchors by the plain name of their weight; a tied one once."""
     sites = {site.name for site in current_plan(model)}
-    found = {join(place.name, place.state.name): place.anchor for place in places(model)}
-    return {name: anchor for name, anchor in found.items() if name in sites and anchor is not None}
+    by_name = {join(place.name, place.state.name): place.anchor for place in places(model)}
+    return {name: one for name, one in by_name.items() if name in sites and one is not None}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

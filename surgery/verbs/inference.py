@@ -98,8 +98,8 @@ def _check_followed(model: nn.Module, states: list[SiteState]) -> None:
 
 def _check_products(model: nn.Module, states: list[SiteState]) -> None:
     named = set(map(id, states))
-    found = [place for place in places(model) if id(place.state) in named]
-    without = [place.state.site for place in found if not _has_moments(place, named)]
+    chosen = [place for place in places(model) if id(place.state) in named]
+    without = [place.state.site for place in chosen if not _has_moments(place, named)]
     if without:
         raise SurgeryError(
             "inference='moments' needs a forward that is a product of input and weight, and for a "

@@ -192,10 +192,10 @@ def _close(expected: Tensor, given: Tensor, precision: float) -> bool:
     return bool(((one - other).abs() <= min(math.sqrt(precision), 1 / 32) * size).all())
 
 
-def _precision(found: list[Place], outputs: Tensor) -> float:
+def _precision(at: list[Place], outputs: Tensor) -> float:
     """The coarsest relative rounding that outputs may have been computed with."""
     device = outputs.device.type
-    dtypes = {outputs.dtype, *(place.raw.dtype for place in found)}
+    dtypes = {outputs.dtype, *(place.raw.dtype for place in at)}
     if torch.is_autocast_enabled(device):
         dtypes.add(torch.get_autocast_dtype(device))
     roundings = [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
@@ -249,24 +249,24 @@ def _batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 def _logits(outputs: Any, rows: int) -> Tensor:
     get = outputs.get if isinstance(outputs, Mapping) else partial(getattr, outputs)
-    found = get("logits", None)
-    if found is None:
-        found = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
-    if not isinstance(found, Tensor):
+    logits = get("logits", None)
+    if logits is None:
+        logits = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+    if not isinstance(logits, Tensor):
         raise SurgeryError(
             f"the model returned a {type(outputs).__name__}; mc_predict needs a tensor, an output with "
             "logits, or a tuple that starts with a tensor. Wrap the model so that it returns one"
         )
-    if found.ndim == 0 or found.shape[0] != rows:
+    if logits.ndim == 0 or logits.shape[0] != rows:
         raise SurgeryError(
-            f"the output has shape {tuple(found.shape)}, but the batch has {rows} rows; it must "
+            f"the output has shape {tuple(logits.shape)}, but the batch has {rows} rows; it must "
             "come first"
         )
-    return found
+    return logits
 
 
 def _while_sampling(
-    model: nn.Module, found: list[Place], seed: int | None, call: Callable[[], None]
+    model: nn.Module, at: list[Place], seed: int | None, call: Callable[[], None]
 ) -> None:
     """`call()` in `eval()` with every site dropping, without gradients and, with a seed, with torch's
     generators seeded; afterwards all that is as it was."""
@@ -274,12 +274,12 @@ def _while_sampling(
     for module in model.modules():
         now.put(module.__dict__, {"training": False})
         before.put(module.__dict__, {"training": module.training})
-    for state in (place.state for place in found):
+    for state in (place.state for place in at):
         now.put(state.__dict__, state.with_inference("sample", None))
         kept = state.with_inference(state.inference, state.samples)
         before.put(state.__dict__, {**kept, "group": None})
     gradients = torch.is_grad_enabled()
-    generators = [] if seed is None else _generators(found)
+    generators = [] if seed is None else _generators(at)
     random = [generator.get_state() for generator in generators]
 
     def put_back() -> None:
@@ -298,9 +298,9 @@ def _while_sampling(
     restoring(put_back, sample)
 
 
-def _generators(found: list[Place]) -> list[Any]:
+def _generators(at: list[Place]) -> list[Any]:
     """Torch's own: of the CPU, and of those accelerators that the model is on."""
-    devices = {place.raw.device for place in found if place.raw.device.type != "cpu"}
+    devices = {place.raw.device for place in at if place.raw.device.type != "cpu"}
     return [
         torch.default_generator,
         *(torch.get_device_module(one).default_generators[one.index or 0] for one in devices),
