@@ -112,7 +112,9 @@ def first_of(
         else:
             graph.meta[_KEY] = Capture(way=way, reasons=reasons)
             return graph
-    raise CaptureError(_message(model, reasons, inputs))
+    failed = [f"  - {way}: {reason}" for way, reason in reasons.items()]
+    lines = [f"cannot capture {type(model).__name__}:", *failed, f"fix: {_fix(model, inputs)}"]
+    raise CaptureError("\n".join(lines))
 
 
 def symbolic(model: nn.Module) -> fx.GraphModule:
@@ -157,12 +159,6 @@ def _first_line(error: Exception) -> str:
     if isinstance(error, CaptureError):
         return lines[0]
     return ": ".join([type(error).__name__, *lines[:1]])
-
-
-def _message(model: nn.Module, reasons: Mapping[str, str], inputs: Inputs | None) -> str:
-    lines = [f"cannot capture {type(model).__name__}:"]
-    lines += [f"  - {way}: {reason}" for way, reason in reasons.items()]
-    return "\n".join([*lines, f"fix: {_fix(model, inputs)}"])
 
 
 def _fix(model: nn.Module, inputs: Inputs | None) -> str:

@@ -33,9 +33,8 @@ class Inputs:
 
     def for_one_pass(self, model: nn.Module) -> Inputs:
         """The same without a key-value cache, if the model takes `use_cache`."""
-        if not hasattr(getattr(model, "config", None), "use_cache") or not _takes(
-            model, "use_cache"
-        ):
+        has_cache = hasattr(getattr(model, "config", None), "use_cache")
+        if not has_cache or not _takes(model, "use_cache"):
             return self
         return Inputs(self.args, {**self.kwargs, "use_cache": False})
 
@@ -50,10 +49,7 @@ class Inputs:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with a name: `input_ids`, or `args[0]`, `args[1][0]`."""
-        for path, value in tree_leaves_with_path(list(self.args)):
-            if isinstance(value, Tensor):
-                yield f"args{keystr(path)}", value
-        for name, given in self.kwargs.items():
+        for name, given in (("args", list(self.args)), *self.kwargs.items()):
             for path, value in tree_leaves_with_path(given):
                 if isinstance(value, Tensor):
                     yield f"{name}{keystr(path)}", value

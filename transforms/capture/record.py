@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -52,21 +51,13 @@ def record_run(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
         recorder.take(inputs)
         for name, module in model.named_modules():
             _watch(module, name, recorder.stack)
-        with _never_compiled(), recorder:
+        # The code of compiled modules runs as it is written.
+        eager = torch.compiler.set_stance("force_eager") if has_dynamo() else nullcontext()
+        with eager, recorder:
             output = model(*inputs.args, **inputs.kwargs)
         return recorder.finish(output)
 
     return untouched(model, run)
-
-
-@contextlib.contextmanager
-def _never_compiled() -> Iterator[None]:
-    """Run the code of compiled modules as it is written."""
-    if not has_dynamo():
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 _Running = tuple[str, type, "tuple[int, ...] | None"]
@@ -116,7 +107,7 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func in _WRITES or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
-            node = self._call(func, self._argument(args), self._argument(kwargs))
+            node = self._call(func, *fx.node.map_aggregate((args, kwargs), self._argument))
             node.meta["nn_module_stack"] = OrderedDict(
                 (name, (name, module_type)) for name, module_type, _ in self.stack
             )
@@ -145,17 +136,9 @@ class _Recorder(TorchFunctionMode):
                     self._made(part, item)
 
     def _argument(self, value: Any) -> Any:
-        """The value as a graph can hold it."""
+        """A value that is no container, as a graph can hold it."""
         if isinstance(value, Tensor):
             return self._nodes[value] if value in self._nodes else self._attribute(value)
-        if isinstance(value, dict):
-            return {key: self._argument(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._argument(item) for item in value]
-        if isinstance(value, tuple):
-            return tuple(self._argument(item) for item in value)
-        if isinstance(value, slice):
-            return slice(*map(self._argument, (value.start, value.stop, value.step)))
         if value is None or value is Ellipsis or isinstance(value, fx.node.base_types):
             return value
         return self._attribute(value)

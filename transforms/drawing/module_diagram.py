@@ -13,7 +13,7 @@ from surgery.modules.node import DropConnectNode, Settle
 from surgery.moments.torch_functions import ACROSS, ACTIVATIONS, PASSING
 from surgery.spec.plan import join
 
-from ..reading.operations import INSPECTING, function_of
+from ..reading.operations import INSPECTING, function_of, submodule
 from .diagram import Box, Diagram
 from .outline import Part
 
@@ -92,9 +92,7 @@ class _Builder:
     def __init__(self, graph_module: fx.GraphModule, model: nn.Module, folds: _Folds) -> None:
         self.graph_module, self.model, self.folds = graph_module, model, folds
         self.plain = plain_keys(graph_module)
-        self.parameters = {
-            name for name, _ in graph_module.named_parameters(remove_duplicate=False)
-        }
+        self.parameters = dict(graph_module.named_parameters(remove_duplicate=False))
         self.diagram = Diagram()
         self.origins: dict[fx.Node, _Origin] = {}
         self.inputs: dict[str, Box] = {}
@@ -133,7 +131,7 @@ class _Builder:
         if name in PASSING:  # export says of what is done to the same tensor that it is done here
             return origin
         data = self._data(origin)
-        module = _submodule(self.model, path) or _submodule(self.graph_module, path)
+        module = submodule(self.model, path) or submodule(self.graph_module, path)
         if isinstance(module, (*_HIDDEN, Settle)):
             return origin
         opaque = node.op == "call_module" and not isinstance(module, DropConnectNode)
@@ -209,10 +207,3 @@ def module_path(node: fx.Node) -> str:
 def _parted(module: nn.Module) -> bool:
     """Whether it has parts, or is one of a graph's own that do not count."""
     return isinstance(module, DropConnectNode) or any(True for _ in module.children())
-
-
-def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None

@@ -8,12 +8,11 @@ from torch import Tensor, fx, nn
 
 from surgery.kinds.kind import set_kind
 from surgery.kinds.product import COLUMN_PRODUCT, LINEAR_PRODUCT, Product
-from surgery.modules.node import Call, Slot
-from surgery.modules.places import states_of
+from surgery.modules.node import Call
 
-from ..reading.operations import Operation, function_of, in_place
+from ..reading.operations import function_of, in_place, submodule
 from ..reading.roles import Role, kind_of_roles, role_of
-from ..reading.uses import ParameterNode, UsingNode, uses
+from ..reading.uses import ParameterNode, UsingNode, plain_name, uses
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,7 @@ class ModelGraphs:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        graphs = [(n, m) for n, m in model.named_modules() if isinstance(m, fx.GraphModule)]
-        self.graphs = {graph_module: name for name, graph_module in graphs}
+        self.graphs = graphs_in(model)
         self.reads: dict[int, list[ParameterNode]] = {}
         """By the parameter's id."""
         self._ids: dict[tuple[int, str], int] = {}
@@ -62,14 +60,10 @@ class ModelGraphs:
         if node.op != "get_attr":
             return
         path, _, name = str(node.target).rpartition(".")
-        try:
-            owner = graph_module.get_submodule(path)
-        except AttributeError:
-            return
-        parameter = owner._parameters.get(name)
-        if parameter is not None:
-            raw = {state.raw: state.name for state in states_of(owner).values()}
-            read = ParameterNode(graph_module, node, owner, raw.get(name, name))
+        owner = submodule(graph_module, path)
+        parameter = None if owner is None else owner._parameters.get(name)
+        if owner is not None and parameter is not None:
+            read = ParameterNode(graph_module, node, owner, plain_name(owner, name))
             self.reads.setdefault(id(parameter), []).append(read)
             self._ids[id(owner), read.name] = id(parameter)
 
@@ -131,6 +125,11 @@ class ModelGraphs:
         return None if replaced is None else replaced.product
 
 
+def graphs_in(model: nn.Module) -> list[fx.GraphModule]:
+    """Every graph in a model."""
+    return [module for module in model.modules() if isinstance(module, fx.GraphModule)]
+
+
 def _call(use: UsingNode) -> Call | None:
     """The call as a DropConnect node replaces it, if it is a matrix product that reads its weight."""
     node, op, root = use.node, use.operation, use.read.graph_module
@@ -139,20 +138,13 @@ def _call(use: UsingNode) -> Call | None:
     allowed = {*op.arguments, "alpha", "beta"}
     if op.name not in ("linear", "addmm", "matmul") or not allowed.issuperset(node.kwargs):
         return None
-    weight, given = _slot(node, op, op.weight), _slot(node, op, op.input)
+    weight, given = op.slot(node, op.weight), op.slot(node, op.input)
     if weight is None or given is None or op.argument(node, op.weight) is not use.value:
         return None
     bias = op.argument(node, op.bias)
     vector = isinstance(bias, fx.Node) and bias.op == "get_attr" and _dims(bias, root) == 1
-    slot = _slot(node, op, op.bias) if vector else None
+    slot = op.slot(node, op.bias) if vector else None
     return Call(node.op, node.target, op.name, weight, given, slot)
-
-
-def _slot(node: fx.Node, op: Operation, name: str | None) -> Slot | None:
-    if name is None or name in node.kwargs:
-        return name
-    position = op.arguments.index(name)
-    return position if position < len(node.args) else None
 
 
 def _dims(node: fx.Node, root: nn.Module) -> int:

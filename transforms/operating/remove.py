@@ -20,8 +20,10 @@ from surgery.planning.graphs import Nodes
 from surgery.spec.plan import join
 from surgery.torch_private.graphs import free_name, set_name, usual_name
 
+from ..reading.operations import submodule
 from ..reading.uses import AtNode
 from .insert import NAME, finish, node_module
+from .model_graphs import graphs_in
 
 _FIX = (
     "undo that edit of the graph, or load plain_state_dict(model) into a graph that is traced anew"
@@ -52,7 +54,7 @@ class _Called(AtNode):
 
 def stuck(model: nn.Module) -> list[str]:
     """Why the nodes cannot be taken out: somebody edited them since."""
-    called = [one for graph_module in _graphs(model) for one in _called(graph_module)]
+    called = [one for graph_module in graphs_in(model) for one in _called(graph_module)]
     problems = []
     for path, _, module in _modules(model):
         mine = [one for one in called if one.module is module]
@@ -98,7 +100,7 @@ def remove(model: nn.Module) -> list[PassResult]:
     Returns:
         one result for each graph.
     """
-    results = [_remove_nodes(graph_module) for graph_module in _graphs(model)]
+    results = [_remove_nodes(graph_module) for graph_module in graphs_in(model)]
     for _, owner, module in _modules(model):
         forget(owner, module)
         del owner._modules[node_module(module.name)]
@@ -107,7 +109,7 @@ def remove(model: nn.Module) -> list[PassResult]:
 
 def _remove_nodes(graph_module: fx.GraphModule) -> PassResult:
     names = _Names(graph_module.graph)
-    for node in _settling(graph_module):
+    for node, _ in list(_calls(graph_module, Settle)):
         _bypass(node, node.args[0], names)
         del graph_module._modules[str(node.target)]
     for one in reversed(list(_called(graph_module))):  # what hands on a mask before what makes it
@@ -176,17 +178,10 @@ class _Names:
         free_name(self.graph, name)
 
 
-def _graphs(model: nn.Module) -> list[fx.GraphModule]:
-    return [module for module in model.modules() if isinstance(module, fx.GraphModule)]
-
-
 def _calls(graph_module: fx.GraphModule, kind: type[Module]) -> Iterator[tuple[fx.Node, Module]]:
     """The nodes that call a module of a class, and the modules."""
     for node in graph_module.graph.find_nodes(op="call_module"):
-        try:
-            module = graph_module.get_submodule(str(node.target))
-        except AttributeError:
-            continue
+        module = submodule(graph_module, str(node.target))
         if isinstance(module, kind):
             yield node, module
 
@@ -196,18 +191,11 @@ def _called(graph_module: fx.GraphModule) -> Iterator[_Called]:
         yield _Called(graph_module, node, module)
 
 
-def _settling(graph_module: fx.GraphModule) -> list[fx.Node]:
-    return [node for node, _ in _calls(graph_module, Settle)]
-
-
 def _raw_reads(graph_module: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
     """The nodes that read a raw parameter, and its plain name."""
     for node in graph_module.graph.find_nodes(op="get_attr"):
         path, _, name = str(node.target).rpartition(".")
-        try:
-            owner = graph_module.get_submodule(path)
-        except AttributeError:
-            continue
-        for state in states_of(owner).values():
+        owner = submodule(graph_module, path)
+        for state in () if owner is None else states_of(owner).values():
             if state.raw == name:
                 yield node, join(path, state.name)

@@ -35,7 +35,7 @@ from surgery.moments.torch_functions import (
     is_affine,
 )
 
-from .operations import INSPECTING, function_of, in_place, leaves
+from .operations import INSPECTING, function_of, in_place
 
 _STAYING = VIEWS | PASSING | DROPPING | NORMALISING | {"setitem"}
 """Functions whose result is Gaussian if the first argument is."""
@@ -80,8 +80,7 @@ class Flow:
         """After `y = relu_(x)`, a reader of `x` reads `y`."""
         now: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
-            inputs = leaves((node.args, node.kwargs))
-            self._sources[node] = {given: now.get(given, given) for given in inputs}
+            self._sources[node] = {given: now.get(given, given) for given in node.all_input_nodes}
             if self._function[node] in INSPECTING:
                 continue
             for source in dict.fromkeys(self._sources[node].values()):

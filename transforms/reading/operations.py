@@ -8,14 +8,14 @@ aten overloads, the recorder writes what it saw. `function_of` gives all of them
 from __future__ import annotations
 
 import builtins
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import fx, nn
 
 from surgery.base.torch_names import name_of, of_two, spelling, writes
-from surgery.modules.node import DropConnectNode
+from surgery.modules.node import DropConnectNode, Slot
 from surgery.moments.torch_functions import ATTRIBUTES, QUERIES
 from surgery.torch_private.graphs import GUARDS
 
@@ -52,12 +52,17 @@ class Operation:
 
     def argument(self, node: fx.Node, name: str | None) -> Any:
         """The argument of that name in a call; None if the call does not give it."""
-        if name is None:
+        slot = self.slot(node, name)
+        if slot is None:
             return None
-        if name in node.kwargs:
-            return node.kwargs[name]
+        return node.kwargs[slot] if isinstance(slot, str) else node.args[slot]
+
+    def slot(self, node: fx.Node, name: str | None) -> Slot | None:
+        """Where a call has the argument of that name; None if it does not give it."""
+        if name is None or name in node.kwargs:
+            return name
         position = self.arguments.index(name)
-        return node.args[position] if position < len(node.args) else None
+        return position if position < len(node.args) else None
 
 
 def _family(name: str, functions: str, arguments: str, weight: str, **fields: Any) -> Operation:
@@ -72,7 +77,7 @@ def _family(name: str, functions: str, arguments: str, weight: str, **fields: An
 
 _CONV: dict[str, Any] = {"weight": "weight", "input": "input", "bias": "bias"}
 _RNN: dict[str, Any] = {"weight": "params", "input": "input", "affine": False}
-_CELL: dict[str, Any] = {"input": "input", "affine": False}
+_CELL: dict[str, Any] = {"input": "input", "bias": "b_hh", "affine": False}
 
 OPERATIONS: tuple[Operation, ...] = (
     _family("linear", "linear", "input weight bias", "weight", input="input", bias="bias",
@@ -177,8 +182,8 @@ def _function_of_module(path: str, root: nn.Module) -> str:
     if path == GUARDS:
         return "guards_fn"
     module = root.get_submodule(path)
-    if isinstance(module, DropConnectNode) and module.call is not None:
-        return module.call.function
+    if isinstance(module, DropConnectNode):
+        return "dropconnect" if module.call is None else module.call.function
     return name_of(module)
 
 
@@ -191,14 +196,16 @@ def in_place(node: fx.Node, root: nn.Module) -> bool:
     return writes(spelling(node.target)) or node.kwargs.get("inplace") is True
 
 
-def leaves(argument: Any) -> Iterator[fx.Node]:
+def leaves(argument: Any) -> list[fx.Node]:
     """The nodes in an argument, also in lists, tuples, dicts and slices."""
-    if isinstance(argument, fx.Node):
-        yield argument
-    elif isinstance(argument, (tuple, list)):
-        for item in argument:
-            yield from leaves(item)
-    elif isinstance(argument, dict):
-        yield from leaves(tuple(argument.values()))
-    elif isinstance(argument, slice):
-        yield from leaves((argument.start, argument.stop, argument.step))
+    found: list[fx.Node] = []
+    fx.map_arg(argument, found.append)
+    return found
+
+
+def submodule(root: nn.Module, path: str) -> nn.Module | None:
+    """The module of this dotted name; None if there is none."""
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None

@@ -18,7 +18,7 @@ from surgery.spec.plan import Use
 from ..capture.capture import capture_of
 from .activation import Flow
 from .findings import Findings, Shape
-from .operations import INSPECTING, Operation, function_of, leaves, operation
+from .operations import INSPECTING, Operation, function_of, leaves, operation, submodule
 
 _CARRYING = KEEPING | SELECTING | INDEXING
 """Functions whose result is a view, a part or a copy of a parameter, and so not a use of it yet."""
@@ -75,9 +75,7 @@ class _Follower:
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         """By name, in the order of the model."""
         self._dims = {id(parameter): parameter.ndim for parameter in self._parameters.values()}
-        self._first_name: dict[int, str] = {
-            id(module): name for name, module in model.named_modules()
-        }
+        self._first_name = {id(module): name for name, module in model.named_modules()}
         self._carried: dict[fx.Node, _Carried] = {}
         self._uses: dict[int, list[_NodeUse]] = {parameter: [] for parameter in self._dims}
         """By the parameter's id."""
@@ -118,8 +116,8 @@ class _Follower:
         )
 
     def _use(self, node_use: _NodeUse, flow: Flow) -> Use:
-        by = self._by(node_use.node)
-        if node_use.op in _STACKED and self._is_attention(by):
+        by = self._running(node_use.node)[-1]
+        if node_use.op in _STACKED and isinstance(self._module(by), nn.MultiheadAttention):
             return Use(op="attention", by=by)
         activation = flow.activation(node_use.node) if node_use.affine else None
         return Use(op=node_use.op, by=by, activation=activation)
@@ -175,7 +173,7 @@ class _Follower:
         carried = self._carried[source]
         op = operation(node, self._graph, lambda argument: source in leaves(argument))
         name = "embedding" if function in INDEXING else op.name
-        stack = carried.chosen or (_ndim(source, self._graph) or 0) > 2
+        stack = carried.chosen or _ndim(source, self._graph) > 2
         for parameter in carried.parameters:
             grouped = name in _STACKED and stack and self._dims[parameter] > 2
             its_name = "grouped_mm" if grouped else name
@@ -186,30 +184,19 @@ class _Follower:
             shape = _shape(given) if isinstance(given, fx.Node) else None
             self._uses[parameter].append(_NodeUse(node, name, op.affine, shape))
 
-    def _by(self, node: fx.Node) -> str:
-        """The module whose own forward runs a node. In a graph that is the model itself that is the
-        model, unless the node calls a module."""
-        return self._running(node)[-1]
-
     def _running(self, node: fx.Node) -> tuple[str, ...]:
-        """The modules whose forward is running at a node, the outermost first."""
+        """The modules whose forward is running at a node, the outermost first. In a graph that is the
+        model itself that is the model, and with it the module that the node calls."""
         paths = [""]
         if self._graph is not self._model:  # torch.export calls a second call `fc@1`
             stack = node.meta.get("nn_module_stack", {}).values()
             paths += [path.split("@")[0] for path, _ in stack]
         if node.op == "call_module":
             paths.append(str(node.target))
-        names = [self._first_name.get(id(self._module(path)), path) for path in paths]
-        return tuple(names)
+        return tuple(self._first_name.get(id(self._module(path)), path) for path in paths)
 
     def _module(self, path: str) -> nn.Module | None:
-        try:
-            return self._model.get_submodule(path)
-        except AttributeError:
-            return None
-
-    def _is_attention(self, path: str) -> bool:
-        return isinstance(self._module(path), nn.MultiheadAttention)
+        return submodule(self._model, path)
 
 
 def _shape(node: fx.Node) -> Shape | None:
@@ -218,10 +205,9 @@ def _shape(node: fx.Node) -> Shape | None:
     return None if shape is None else tuple(shape)
 
 
-def _ndim(node: fx.Node, graph: fx.GraphModule) -> int | None:
-    """The number of dimensions of a node's value; None if the graph does not know."""
+def _ndim(node: fx.Node, graph: fx.GraphModule) -> int:
+    """The number of dimensions of a node's value; 0 if the graph does not know."""
     if node.op == "get_attr":
         value = operator.attrgetter(str(node.target))(graph)
-        return value.ndim if isinstance(value, torch.Tensor) else None
-    shape = _shape(node)
-    return None if shape is None else len(shape)
+        return value.ndim if isinstance(value, torch.Tensor) else 0
+    return len(_shape(node) or ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -11,10 +11,9 @@ from torch import Tensor, fx, nn
 from surgery.kinds.kind import OTHER
 from surgery.kinds.torch_kinds import columns, conv_axes, rows
 from surgery.modules import Axes, Kind
-from surgery.modules.places import states_of
 
 from .operations import function_of
-from .uses import UsingNode
+from .uses import UsingNode, plain_name
 
 _KINDS = {
     **dict.fromkeys(("linear", "addmm", "matmul", "grouped_mm", "bilinear"), "linear"),
@@ -52,22 +51,13 @@ def role_of(uses: Iterable[UsingNode]) -> Role:
     first = next((role for role in known if role.default), known[0])
     same = all(role.axes == first.axes for role in known)
     bias = first.bias if len(known) == 1 else None
-    return Role(
-        first.kind,
-        first.default,
-        first.axes if same else None,
-        first.groups,
-        first.transposed,
-        bias,
-    )
+    return replace(first, axes=first.axes if same else None, bias=bias)
 
 
 def _role_of_use(use: UsingNode) -> Role:
     kind = _KINDS.get(use.operation.name, "other")
-    if (
-        kind == "other"
-        or function_of(use.node, use.read.graph_module) == "scaled_dot_product_attention"
-    ):
+    function = function_of(use.node, use.read.graph_module)
+    if kind == "other" or function == "scaled_dot_product_attention":
         return Role()
     parameter = use.read.owner._parameters.get(str(use.read.node.target).rpartition(".")[2])
     dims = 0 if parameter is None else parameter.ndim
@@ -109,15 +99,12 @@ def _bias_name(use: UsingNode) -> str | None:
         listed, stride = _parameters_of(use), _stride(use)
         index = listed.index(use.value)
         node = listed[index + 2] if stride >= 4 and index % stride < 2 else None
-    elif _KINDS[use.operation.name] == "rnn-cell":
-        node = use.operation.argument(use.node, "b_hh")
     else:
         node = use.operation.argument(use.node, use.operation.bias)
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
     path, _, name = str(node.target).rpartition(".")
-    raw = {state.raw: state.name for state in states_of(use.read.owner).values()}
-    return raw.get(name, name) if path == use.read.path else None
+    return plain_name(use.read.owner, name) if path == use.read.path else None
 
 
 def _conv(use: UsingNode) -> tuple[int, bool]:

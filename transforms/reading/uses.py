@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgery.modules.node import DropConnectNode
+from surgery.modules.places import states_of
 from surgery.moments.torch_functions import PASSING, TRANSPOSING
 
 from .operations import Operation, function_of, leaves, operation
@@ -63,25 +63,20 @@ def uses(read: ParameterNode) -> Iterator[UsingNode]:
 def _uses(read: ParameterNode, value: fx.Node, flipped: bool) -> Iterator[UsingNode]:
     root = read.graph_module
     for user in value.users:
-        function = "dropconnect" if _is_dropconnect(user, root) else function_of(user, root)
+        function = function_of(user, root)
         if function in TRANSPOSING:
             yield from _uses(read, user, not flipped)
-        elif function in PASSING or (function == "dropconnect" and not _replaces(user, root)):
+        elif function in PASSING or function == "dropconnect":
             yield from _uses(read, user, flipped)
         else:
             op = operation(user, root, lambda argument: _holds(argument, value))
             yield UsingNode(read, user, value, op, flipped)
 
 
-def _is_dropconnect(node: fx.Node, root: nn.Module) -> bool:
-    return node.op == "call_module" and isinstance(
-        root.get_submodule(str(node.target)), DropConnectNode
-    )
-
-
-def _replaces(node: fx.Node, root: nn.Module) -> bool:
-    module = root.get_submodule(str(node.target))
-    return isinstance(module, DropConnectNode) and module.call is not None
+def plain_name(owner: nn.Module, name: str) -> str:
+    """The name that a parameter of a module has without DropConnect."""
+    raw = {state.raw: state.name for state in states_of(owner).values()}
+    return raw.get(name, name)
 
 
 def _holds(argument: Any, value: fx.Node) -> bool:
