@@ -183,9 +183,10 @@ class Visitor(ast.NodeVisitor):
     def _is_written(self, node: ast.AST) -> bool:
         """`self.weight[i] = x`, `self.weight.data = x`: values are written, none is read."""
         match node:
-            case ast.Subscript(value=owner, ctx=ast.Store()):
-                return bool(self.chains_of(owner))
-            case ast.Attribute(value=owner, attr="data", ctx=ast.Store()):
+            case (
+                ast.Subscript(value=owner, ctx=ast.Store())
+                | ast.Attribute(value=owner, attr="data", ctx=ast.Store())
+            ):
                 return bool(self.chains_of(owner))
             case _:
                 return False
@@ -224,26 +225,20 @@ class Visitor(ast.NodeVisitor):
         """`w = self.weight` gives it a local name: the uses of `w` count."""
         for target in node.targets:
             self._assign(target, node.value)
-        is_named = all(isinstance(target, ast.Name) for target in node.targets)
-        match node.value:
-            case ast.Attribute() | ast.Name() | ast.Call() as value if is_named and self.chains_of(
-                value
-            ):
-                self._visit_inside(value)
-            case _:
-                self.generic_visit(node)
+        if all(isinstance(target, ast.Name) for target in node.targets):
+            self._ask(node.value)
+        else:
+            self.generic_visit(node)
 
     def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
         self._assign(node.target, node.value)
         self.generic_visit(node)
 
-    def visit_For(self, node: ast.For) -> None:
+    def _loop(self, node: ast.For | ast.comprehension) -> None:
         self._bind(node.target, node.iter)
         self.generic_visit(node)
 
-    def visit_comprehension(self, node: ast.comprehension) -> None:
-        self._bind(node.target, node.iter)
-        self.generic_visit(node)
+    visit_For = visit_comprehension = _loop
 
     def _comprehension(self, node: _Comprehension) -> None:
         """The loops first: they bind the names that the element reads."""
@@ -273,9 +268,7 @@ class Visitor(ast.NodeVisitor):
             case ast.Name(id="isinstance" | "hasattr" | "type" | "id" | "len"):
                 self._ask(*node.args)
                 return
-            case ast.Name(id="getattr") if not self.chains_of(node):
-                self.computed = True
-            case ast.Name(id="vars"):
+            case ast.Name(id="getattr" | "vars") if not self.chains_of(node):
                 self.computed = True
             case ast.Attribute(value=owner, attr="parameters" | "named_parameters"):
                 self.computed = self.computed or bool(self.chains_of(owner))

@@ -19,7 +19,7 @@ from torch import nn
 from ..base.caching import cached_weakly
 from .expressions import ANY_ITEM, AttributeChain, Bindings, Call, Given, uses_value
 from .kind import kind_of
-from .source import bound, first_argument, source_of
+from .source import bound, source_of
 
 _ONLY_SETTINGS = frozenset({"attention_interface"})
 """What transformers calls the function that computes attention: it is given the module for settings and
@@ -27,6 +27,9 @@ for its own parameters, and reads nothing of the children."""
 
 ARGUMENT = ("<argument>",)
 """The chain of the argument that `forward_in_source(cls, argument)` follows."""
+
+_SELF: Given = ((0, ()),)
+"""A method is given `self` first."""
 
 _DEEPEST = 8
 """Length of the chains that are followed into functions, so that recursion ends."""
@@ -56,9 +59,7 @@ class Forward:
 
     def concerns(self, depth: int) -> bool:
         """Whether anything that it reads, hands out or passes on may be found at a path so long."""
-        if self.handed or self.passed:
-            return True
-        return any(len(chain) >= depth for chain in self.chains)
+        return bool(self.handed or self.passed) or any(len(chain) >= depth for chain in self.chains)
 
     def hands_out(self, path: AttributeChain) -> bool:
         """Whether it gives the module at `path`, or one that contains it, to a call that the source
@@ -144,21 +145,18 @@ class _Walk:
             return
         self._mentioned.add(name)
         for function in _methods(self._cls, name):
-            own = first_argument(function)
-            if own is None:
-                self.complete = False
-            else:
-                self._todo.append((function, frozenset({(own, ())})))
+            bindings = bound(function, _SELF)
+            self._todo.append((function, bindings))
+            self.complete = self.complete and bool(bindings)
 
     def _follow(self, call: Call) -> None:
         """Look into what is called with what it is given, or note that it cannot be seen."""
         given = tuple((key, chain) for key, chain in call.given if len(chain) <= _DEEPEST)
-        for function, shift in _called(self._cls, call):
+        functions = _called(self._cls, call)
+        for function, shift in functions:
             keyed = [(key + shift if isinstance(key, int) else key, chain) for key, chain in given]
-            own = first_argument(function) if shift else None
-            bindings = bound(function, tuple(keyed)) | ({(own, ())} if own is not None else set())
-            self._todo.append((function, bindings))
-        if not _is_hidden(self._cls, call):
+            self._todo.append((function, bound(function, (*_SELF * shift, *keyed))))
+        if functions or _reads_no_weight(call.function):
             return
         chains = {chain for _, chain in call.given}
         self.complete = self.complete and () not in chains
@@ -176,21 +174,20 @@ def _called(cls: type, call: Call) -> list[tuple[Callable[..., Any], int]]:
         static = isinstance(inspect.getattr_static(cls, call.method[0], None), staticmethod)
         return [(function, 0 if static else 1) for function in _methods(cls, call.method[0])]
     function = call.function
-    if inspect.isfunction(function) and not _is_torchs(function):
+    if inspect.isfunction(function) and _package(function) != "torch":
         return [(inspect.unwrap(function), 0)]
     return []
 
 
-def _is_hidden(cls: type, call: Call) -> bool:
-    """Whether what is called with a part of `self` cannot be looked into, and may read weights."""
-    if _called(cls, call) or inspect.isbuiltin(call.function) or _is_torchs(call.function):
-        return False
-    return getattr(call.function, "__module__", None) != "builtins"
+def _reads_no_weight(function: Any) -> bool:
+    """Whether a function that is given a part of `self` is Python's or torch's."""
+    return inspect.isbuiltin(function) or _package(function) in ("builtins", "torch")
 
 
-def _is_torchs(function: Any) -> bool:
-    """torch's own functions (`checkpoint`, `functional_call`) call a module that they are given."""
-    return str(getattr(function, "__module__", "")).partition(".")[0] == "torch"
+def _package(function: Any) -> str:
+    """Where it comes from. torch's own functions (`checkpoint`, `functional_call`) call a module that
+    they are given."""
+    return str(getattr(function, "__module__", "")).partition(".")[0]
 
 
 def _methods(cls: type, name: str) -> list[Callable[..., Any]]:

@@ -49,14 +49,6 @@ def bound(function: Callable[..., Any], given: Given) -> Bindings:
     return frozenset(found)
 
 
-def first_argument(function: Callable[..., Any]) -> str | None:
-    """What a method calls `self`; None if there is no source or no argument."""
-    definition = _definition(function)
-    if definition is None or not definition.args.args:
-        return None
-    return definition.args.args[0].arg
-
-
 @functools.lru_cache(maxsize=1024)
 def line_uses_value(code: CodeType, line: int, name: str) -> bool:
     """Whether a line that reads a parameter uses its value, and not only its form; True if there is no

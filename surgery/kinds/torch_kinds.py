@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..torch_private.recurrent import flat_names
+from ..torch_private.recurrent import names_of
 from .kind import OTHER, Axes, Kind, reads_of, register_kind
 from .product import LINEAR_PRODUCT, Product, conv_product, product_of
 
@@ -55,12 +56,10 @@ def conv_axes(weight: Tensor, groups: int, transposed: bool) -> Axes:
     return Axes(view, input=(0, 2), output=(0, 1))
 
 
-def _conv(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
+def _conv(module: Any, name: str, weight: Tensor) -> Axes | None:
     if weight.ndim == 1:
         return rows(name, weight)
-    groups = module.groups
-    assert isinstance(groups, int)
-    return conv_axes(weight, groups, bool(getattr(module, "transposed", False)))
+    return conv_axes(weight, module.groups, module.transposed)
 
 
 def _attention(module: nn.Module, name: str, weight: Tensor) -> Axes | None:
@@ -90,8 +89,7 @@ def _attention_bias(name: str) -> str | None:
 def _recurrent_weights(module: nn.Module) -> Sequence[str]:
     """The AWD-LSTM convention: hidden to hidden, every layer and direction; also those that are no
     parameters any more (pruned, normed), which are refused by name."""
-    names = flat_names(module) or module._parameters
-    return tuple(name for name in names if name.startswith("weight_hh"))
+    return tuple(name for name in names_of(module) if name.startswith("weight_hh"))
 
 
 def _refuse_embedding(module: nn.Module, name: str) -> str | None:
@@ -166,7 +164,7 @@ for _kind in (
         axes=_matrix,
         bias=_bias,
         # Names by which an RNN looks up its list of weights.
-        reads=lambda cls, module: flat_names(module),
+        reads=lambda cls, module: names_of(module),
     ),
     Kind(
         name="rnn-cell",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..torch_private.modules import REPLICA
 from .flat import flat_of, open_flat
 from .fused import fused_forward
-from .live import Open, check_unwritten, close, is_of_another_thread, recipes_of, watched
+from .live import Open, check_unwritten, close, is_of_another_thread, watched
 from .masking import Factor, draw_keys, is_sharded, masked_weight
 from .product_forward import drops_in_product, product_forward, replaced_product
 from .recompute import call_recomputing
@@ -39,7 +39,8 @@ def dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> A
     try:
         _open(module, opened)
         if opened:
-            result = call_recomputing(recipes_of(opened), _inner(base, module), args, kwargs)
+            recipes = [one.recipe for one in opened if one.recipe is not None]
+            result = call_recomputing(recipes, _inner(base, module), args, kwargs)
             close(opened)
     except BaseException as error:
         close(opened)  # not in `finally`: an interrupt can end that before it has done anything

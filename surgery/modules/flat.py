@@ -18,15 +18,14 @@ from torch import Tensor, nn
 
 from ..ops import Law, drop_into, drop_weight
 from ..ops.hash import Key
-from ..ops.linear import as_if_trained
 from ..ops.ordinary import is_ordinary_there
 from ..ops.versions import check_unmodified
 from ..torch_private.recurrent import names_of, put_where_cudnn_wants
 from ..torch_private.tensors import copy_all, identity, version_of
 from ..torch_private.tracing import is_traced
 from .live import Open, watched
-from .masking import Factor, check_anchor
-from .recompute import Recipe, can_recompute
+from .masking import Factor, check_anchor, requiring_as
+from .recompute import Recipe, address_of, can_recompute
 from .state import SiteState
 
 DEVICES = {"cuda"}
@@ -107,12 +106,13 @@ class Flat:
         raw, offset = self.raws[i], self.block.offsets[i]
         return memory[offset : offset + raw.numel()].view(raw.shape)
 
-    def recipe(self) -> Recipe:
-        """How autograd can have the block again. Each saved view would cost a whole block, so a
-        backward makes it for the first view that it asks for, and keeps it until the last."""
+    def recipe(self, address: int) -> Recipe:
+        """How autograd can have the block at this address again. Each saved view would cost a whole
+        block, so a backward makes it for the first view that it asks for, and keeps it until the last.
+        """
         i = min(self.masks)
         args = self.raws[i], self.versions[i], self._rebuilt, self.names[i], 1, self._count
-        return Recipe(*args)
+        return Recipe(address, *args)
 
     def _count(self) -> None:
         self._saved += 1
@@ -168,9 +168,7 @@ def flat_of(module: Any) -> Flat | None:
         raws.append(raw)
     if not all(_are_alike(raws[0], raw) for raw in raws):
         return None
-    whole = _shared(raws)
-    block = None if whole is None else _block(raws, whole)
-    block = _block_of_cudnn(module, raws) if block is None else block
+    block = _block(raws) or _block_of_cudnn(module, raws)
     return None if block is None else Flat(list(names_of(module)), raws, block)
 
 
@@ -179,24 +177,18 @@ def _are_alike(first: Tensor, other: Tensor) -> bool:
     return alike and other.is_contiguous() and other.numel() > 0
 
 
-def _shared(raws: list[Tensor]) -> Tensor | None:
-    """The whole storage of some weights as a vector; None if they do not share one storage."""
+def _block(raws: list[Tensor]) -> Block | None:
+    """Where weights lie in their storage; None if they do not share one, two of them overlap, or over
+    half of it is something else."""
     storage = raws[0].untyped_storage()
     if any(identity(raw.untyped_storage()) != identity(storage) for raw in raws[1:]):
         return None
-    first = raws[0]
-    size = storage.nbytes() // first.element_size()
-    return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, (size,), (1,))
-
-
-def _block(raws: list[Tensor], whole: Tensor) -> Block | None:
-    """Where weights lie in their storage `whole`; None if two of them overlap, or over half of it is
-    something else."""
+    whole = storage.nbytes() // raws[0].element_size()
     parts = sorted((int(raw.storage_offset()), raw.numel()) for raw in raws)
     apart = all(one + size <= other for (one, size), (other, _) in itertools.pairwise(parts))
-    if not apart or whole.numel() > 2 * sum(size for _, size in parts):
+    if not apart or whole > 2 * sum(size for _, size in parts):
         return None
-    return Block(whole.numel(), tuple(int(raw.storage_offset()) for raw in raws))
+    return Block(whole, tuple(int(raw.storage_offset()) for raw in raws))
 
 
 def _block_of_cudnn(module: nn.RNNBase, raws: list[Tensor]) -> Block | None:
@@ -205,39 +197,28 @@ def _block_of_cudnn(module: nn.RNNBase, raws: list[Tensor]) -> Block | None:
     raw = raws[0]
     if raw.device.type != "cuda" or raw.dtype not in _DTYPES or not torch.backends.cudnn.enabled:
         return None
-    sizes = module.input_size, module.hidden_size, module.proj_size, module.num_layers
     shapes = tuple(tuple(one.shape) for one in raws)
-    options = module.bias, module.batch_first, bool(module.bidirectional)
-    return _asked_of_cudnn(raw.device, raw.dtype, module.mode, shapes, *sizes, *options)
+    each = (4 if module.bias else 2) + (module.proj_size > 0)
+    sizes = module.input_size, module.hidden_size, module.proj_size, module.num_layers
+    options = module.batch_first, bool(module.bidirectional)
+    return _asked_of_cudnn(raw.device, raw.dtype, shapes, each, module.mode, *sizes, *options)
 
 
 @functools.lru_cache(maxsize=256)
 def _asked_of_cudnn(
-    device: torch.device,
-    dtype: torch.dtype,
-    mode: str,
-    shapes: tuple[tuple[int, ...], ...],
-    input_size: int,
-    hidden_size: int,
-    proj_size: int,
-    num_layers: int,
-    bias: bool,
-    batch_first: bool,
-    bidirectional: bool,
+    device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...], *how: Any
 ) -> Block | None:
-    """What `flatten_parameters` would do: torch lays out empty weights, which are then thrown away."""
+    """What `flatten_parameters` would do: torch lays out empty weights, which are then thrown away.
+    `how`: what else `put_where_cudnn_wants` is given."""
     weights = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
-    each = (4 if bias else 2) + (proj_size > 0)
-    sizes = hidden_size, proj_size, num_layers, batch_first, bidirectional
     try:
-        if not put_where_cudnn_wants(weights, each, mode, input_size, *sizes):
+        if not put_where_cudnn_wants(weights, *how):
             return None
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return None
-    whole = _shared(weights)
-    return None if whole is None else _block(weights, whole)
+    return _block(weights)
 
 
 def open_flat(module: Any, flat: Flat) -> list[Open]:
@@ -251,10 +232,9 @@ def open_flat(module: Any, flat: Flat) -> list[Open]:
         used: list[Tensor] = list(_InBlock.apply(flat, *flat.raws))  # type: ignore[no-untyped-call]
     else:
         used = flat.tensors()
-    if not torch.is_grad_enabled():
-        pairs = zip(used, flat.raws)
-        used = [as_if_trained(one) if raw.requires_grad else one for one, raw in pairs]
-    recipe = flat.recipe() if can_recompute() else None
+    used = [requiring_as(one, raw) for one, raw in zip(used, flat.raws)]
+    address = address_of(used[0]) if can_recompute() else None
+    recipe = None if address is None else flat.recipe(address)
     beside = {name: used[i] for i, name in enumerate(flat.names) if i not in flat.masks}
     opened = []
     for i, mask in flat.masks.items():

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..base.caching import cached
-from ..base.journal import Lock, surely
+from ..base.journal import Lock, restoring
 from ..ops import Law
 from ..ops.law import law_dtype, law_numbers
 from ..torch_private.modes import lasting
@@ -218,7 +218,6 @@ def give_laws(sites: Iterable[tuple[HasLaw, Tensor]]) -> None:
 
 def _give_laws(sites: Iterable[tuple[HasLaw, Tensor]]) -> None:
     last: tuple[float, torch.device, torch.dtype] | None = None
-    table: LawTable | None = None
     touched: set[LawTable] = set()
     given: list[tuple[HasLaw, Row, Law]] = []
     for state, weight in sites:
@@ -226,12 +225,10 @@ def _give_laws(sites: Iterable[tuple[HasLaw, Tensor]]) -> None:
         if wanted != last:
             last, law = wanted, shared_law(*wanted)
             numbers = law_numbers(state.p)
-            table = None
         if type(law.threshold) is not Tensor:
             continue
-        if table is None or table.is_full:
-            table = _open_table(weight.device, law.scale.dtype)
-            touched.add(table)
+        table = _open_table(weight.device, law.scale.dtype)
+        touched.add(table)
         given.append((state, table.add(*numbers), law))
     for used in touched:
         used.added()
@@ -296,8 +293,4 @@ def _change_laws(states: Iterable[HasLaw], p: float | None, factor: float) -> No
             for state in run:
                 state.rate, state.factor, state.law = rate, factor, law
 
-    try:
-        put()
-    except BaseException:
-        surely(put)
-        raise
+    restoring(put, lambda: None)

@@ -28,7 +28,7 @@ from ..torch_private.compiler import (
     result_of,
 )
 from ..torch_private.tensors import counter, identity, no_torch_function, version_of
-from .recompute import Recipe, address_of
+from .recompute import Recipe
 from .state import SiteState
 
 
@@ -92,20 +92,18 @@ class Open(NamedTuple):
     version: int
     """Its version when it was made."""
     recipe: Recipe | None
-    address: int | None
-    """The address of its memory, by which saved tensors are recognised; None if autograd keeps it."""
+    """None if autograd keeps it."""
 
 
 def watched(owner: Any, state: SiteState, used: Tensor, recipe: Recipe | None) -> Open:
     """The masked weight `used` of a site, as it is handed out."""
-    address = None if recipe is None else address_of(used)
     if torch.compiler.is_dynamo_compiling():
         look_in_trace(_mark, _check_now, None, state, used, 0)
-        return Open(owner, state, used, 0, recipe, address)
+        return Open(owner, state, used, 0, recipe)
     live = used
     if type(used) is Tensor and not torch.compiler.is_compiling():
         live = LiveWeight.of(used, [])
-    return Open(owner, state, live, version_of(live), recipe, address)
+    return Open(owner, state, live, version_of(live), recipe)
 
 
 def is_of_another_thread(live: Any) -> bool:
@@ -117,15 +115,6 @@ def close(opened: list[Open]) -> None:
     """Let masked weights go: `module.weight` is the stored one again."""
     for one in opened:
         object.__setattr__(one.owner, one.state.live, None)
-
-
-def recipes_of(opened: list[Open]) -> dict[int, Recipe]:
-    """The recipes of masked weights by the address of their memory."""
-    return {
-        one.address: one.recipe
-        for one in opened
-        if one.address is not None and one.recipe is not None
-    }
 
 
 def check_unwritten(reader: nn.Module, opened: list[Open]) -> None:

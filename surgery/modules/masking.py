@@ -15,7 +15,7 @@ from ..ops.linear import as_if_trained
 from ..torch_private.modules import MANAGED
 from ..torch_private.tensors import identity, version_of
 from ..torch_private.tracing import is_traced
-from .recompute import Recipe, can_recompute
+from .recompute import Recipe, address_of, can_recompute
 from .state import SiteState
 
 
@@ -67,13 +67,14 @@ def masked_weight(factor: Factor, key: Key, keep_law: bool = True) -> tuple[Tens
     if state.held_key is not None and not torch.compiler.is_compiling():
         return _held(state, raw, key, law, anchor), None
     used = drop_weight(raw, key, law, state.layout, anchor)
-    if not can_recompute():
-        return _as_if_trained(used, raw), None
+    address = address_of(used) if can_recompute() else None
+    if address is None:
+        return requiring_as(used, raw), None
 
     def rebuild() -> Tensor:
         return drop_weight(raw.detach(), key, law, state.layout, anchor)
 
-    return used, Recipe(raw, version_of(raw), rebuild, state.name, version_of(used))
+    return used, Recipe(address, raw, version_of(raw), rebuild, state.name, version_of(used))
 
 
 def check_anchor(state: SiteState, raw: Tensor, anchor: Tensor | None) -> None:
@@ -100,45 +101,33 @@ def is_sharded(weight: Any) -> bool:
     return type(weight).__name__ == "DTensor"
 
 
-def _as_if_trained(used: Tensor, raw: Tensor) -> Tensor:
+def requiring_as(used: Tensor, raw: Tensor) -> Tensor:
     """A masked weight that requires a gradient if its parameter does, also under `no_grad`. Torch
     chooses kernels by that (`matmul` folds a batch or not), and they round differently. A reentrant
     checkpoint runs a forward without gradients, and again with them: both must round alike."""
-    if torch.is_grad_enabled() or not raw.requires_grad:
-        return used
-    if is_traced():
+    if torch.is_grad_enabled() or not raw.requires_grad or is_traced():
         return used
     return as_if_trained(used)
 
 
-class _Source(NamedTuple):
-    """What a held masked weight was computed from. The objects themselves are kept, because Python uses
-    ids and addresses of dead objects again."""
+class Held(NamedTuple):
+    """A masked weight that is kept while masks are held."""
 
-    raw: Tensor
-    anchor: Tensor | None
-    law: Law
-    grad: bool
-    contents: tuple[tuple[Tensor, Any], ...]
-    """Of each tensor an alias, which keeps the memory alive, and its form at that time."""
-
-    @classmethod
-    def of(cls, raw: Tensor, anchor: Tensor | None, law: Law) -> _Source:
-        given = [tensor for tensor in (raw, anchor) if tensor is not None]
-        contents = tuple((tensor.detach(), _form(tensor)) for tensor in given)
-        return cls(raw, anchor, law, torch.is_grad_enabled(), contents)
-
-    def is_still(self, raw: Tensor, anchor: Tensor | None, law: Law) -> bool:
-        """Whether the masked weight of these would be the same."""
-        same = raw is self.raw and anchor is self.anchor and law is self.law
-        return (
-            same
-            and self.grad == torch.is_grad_enabled()
-            and all(_form(t) == form for t, (_, form) in zip((raw, anchor), self.contents))
-        )
+    weight: Tensor
+    made_from: Any
+    """As `_source` says it."""
+    alive: tuple[Any, ...]
+    """What `made_from` tells by ids and addresses, which Python uses again for others once it is gone:
+    the objects, and aliases that keep the memory of tensors."""
 
 
-def _form(tensor: Any) -> Any:
+def _source(raw: Tensor, anchor: Tensor | None, law: Law) -> Any:
+    """What a held masked weight is computed from: the same as long as the masked weight would be."""
+    forms = [_form(tensor) for tensor in (raw, anchor) if tensor is not None]
+    return id(raw), id(anchor), id(law), torch.is_grad_enabled(), forms
+
+
+def _form(tensor: Tensor) -> Any:
     """Where the values of a tensor lie, how, and how often they were written."""
     memory = identity(tensor.untyped_storage()), tensor.storage_offset()
     return *memory, tensor.dtype, tensor.shape, tensor.stride(), version_of(tensor)
@@ -150,14 +139,15 @@ def _held(state: SiteState, raw: Tensor, key: Key, law: Law, anchor: Tensor | No
     that too, because the optimiser that follows may write without a new version (`p.data.add_`)."""
     if is_traced():
         return drop_weight(raw, key, law, state.layout, anchor)
-    held = state.held  # once: replicas in other threads share the state
-    if held is None or not held[0].is_still(raw, anchor, law):
+    held: Held | None = state.held  # once: replicas in other threads share the state
+    source = _source(raw, anchor, law)
+    if held is None or held.made_from != source:
         used = drop_weight(raw, key, law, state.layout, anchor)
-        held = _Source.of(raw, anchor, law), _as_if_trained(used, raw)
-        state.held = held
+        alive = raw, raw.detach(), law, anchor, None if anchor is None else anchor.detach()
+        state.held = held = Held(requiring_as(used, raw), source, alive)
         if used.grad_fn is not None:
             used.register_hook(functools.partial(_let_go, state))
-    return held[1]
+    return held.weight
 
 
 def _let_go(state: SiteState, grad: Tensor) -> None:

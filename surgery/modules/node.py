@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..base.caching import cached
 from ..moments.scope import in_scope, settle
 from ..spec.errors import SurgeryError
 from ..torch_private.modules import before_loading, not_before_loading, on_registration
@@ -18,7 +19,7 @@ from .keys import take_plain_keys
 from .masking import Factor, draw_keys, masked_weight
 from .places import SitesNode
 from .product_forward import drops_in_product, product_forward, replaced_product
-from .recompute import Recipe, address_of, call_recomputing
+from .recompute import Recipe, call_recomputing
 from .state import SiteState, refusal_to_script
 
 Slot = int | str
@@ -153,29 +154,31 @@ class DropConnectNode(SitesNode):
         """The operation with masked weights, or with its product replaced."""
         slots = [slot for slot in (call.weight, call.bias) if slot is not None]
         slots = slots[: len(self.states)]
-        factors = self._factors([_get(args, kwargs, slot) for slot in slots], anchors)
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        factors = self._factors([given[slot] for slot in slots], anchors)
         replaced = replaced_product(self.states.values(), self.training)
         if replaced is not None:
-            bias = None if call.bias is None else _get(args, kwargs, call.bias)
+            bias = None if call.bias is None else given[call.bias]
             if drops_in_product(factors[-1].state, self.training) and len(factors) > 1:
                 bias = factors[-1]
-            x = _get(args, kwargs, call.input)
-            return product_forward(replaced[1], None, x, factors[0], bias)
+            return product_forward(replaced[1], None, given[call.input], factors[0], bias)
         used, recipes = self._masked(factors)
-        for slot, masked in zip(slots, used):
-            args, kwargs = _put(args, kwargs, slot, masked)
+        given.update(zip(slots, used))
+        args, kwargs = (
+            tuple(given[i] for i in range(len(args))),
+            {key: given[key] for key in kwargs},
+        )
         return call_recomputing(recipes, call.run, (args, kwargs), {})
 
-    def _masked(self, factors: list[Factor]) -> tuple[list[Tensor], dict[int, Recipe]]:
-        """The weights that this call uses, and recipes to compute them again, by address."""
+    def _masked(self, factors: list[Factor]) -> tuple[list[Tensor], list[Recipe]]:
+        """The weights that this call uses, and recipes to compute them again."""
         used = [factor.raw for factor in factors]
-        recipes: dict[int, Recipe] = {}
+        recipes = []
         dropped = [i for i, f in enumerate(factors) if f.state.mode(self.training) == "batch"]
         for i, key in zip(dropped, draw_keys([factors[i] for i in dropped])):
             used[i], recipe = masked_weight(factors[i], key)
-            address = None if recipe is None else address_of(used[i])
-            if recipe is not None and address is not None:
-                recipes[address] = recipe
+            if recipe is not None:
+                recipes.append(recipe)
         return used, recipes
 
     def _note(self) -> None:
@@ -230,32 +233,15 @@ class Settle(nn.Module):
         return value if in_scope() else settle(value)
 
 
-def _get(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
-    return args[slot] if isinstance(slot, int) else kwargs[slot]
-
-
-def _put(
-    args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot, value: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(slot, int):
-        return (*args[:slot], value, *args[slot + 1 :]), kwargs
-    return args, {**kwargs, slot: value}
-
-
-_taught = False
-
-
+@cached
 def _teach_owners() -> None:
     """From now on every module in which a DropConnectNode is registered can load plain keys.
 
     This is a hook on the registration of children, because copies, pickles and passes of `torch.fx`
     build owners as new, empty modules, and then register the children.
     """
-    global _taught
     teach_functional_call()
-    if not _taught:
-        on_registration(_teach_owner)
-        _taught = True
+    on_registration(_teach_owner)
 
 
 def _teach_owner(owner: nn.Module, name: str, child: nn.Module | None) -> None:

@@ -89,16 +89,21 @@ def states_of(module: nn.Module) -> dict[str, SiteState]:
     return dict(sorted(states.items(), key=lambda item: order.get(item[1].raw, len(order))))
 
 
+def _read_together(module: nn.Module) -> Iterator[dict[str, SiteState]]:
+    """The states of a module's parameters: of those that its forward reads, and of those that one node
+    beside them reads."""
+    yield own_states(module) or {}
+    for node in _nodes_beside(module):
+        yield node.states
+
+
 def product_site(place: Place) -> SiteState | None:
     """The weight whose product drops a site: the site itself, or for a bias the weight that it goes
     with; None if none does."""
-    owner, state = place.owner, place.state
+    state = place.state
     if state.product is not None or not state.with_weight:
         return state
-    own = own_states(owner)
-    together = [] if own is None else [own]
-    together += [node.states for node in _nodes_beside(owner)]
-    for states in together:
+    for states in _read_together(place.owner):
         if state.name in states:
             found = (one for one in states.values() if one.product is not None)
             return next(found, None)
@@ -107,12 +112,9 @@ def product_site(place: Place) -> SiteState | None:
 
 def set_state(module: nn.Module, state: SiteState) -> None:
     """Replace the state of one parameter of a module."""
-    own = own_states(module)
-    if own is not None:
-        own[state.name] = state
-    for node in _nodes_beside(module):
-        if state.name in node.states:
-            node.states[state.name] = state
+    for states in _read_together(module):
+        if state.name in states:
+            states[state.name] = state
 
 
 def places(model: nn.Module, remove_duplicate: bool = True) -> Iterator[Place]:

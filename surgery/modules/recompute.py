@@ -9,11 +9,12 @@ Hooks of an outer scope (activation checkpointing, `save_on_cpu`) see every othe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..ops.versions import check_unmodified
 from ..torch_private.saved_hooks import hooks_are_allowed, take_out, top_hooks
@@ -24,6 +25,8 @@ from ..torch_private.tracing import is_traced
 class Recipe(NamedTuple):
     """How to compute a masked weight again."""
 
+    address: int
+    """Of the memory of the masked weight, by which saved tensors are recognised."""
     raw: Tensor
     version: int
     """Of `raw`, when the masked weight was made."""
@@ -51,47 +54,38 @@ class _Saved(NamedTuple):
     version: int
 
 
-class recompute_masked_weights(torch.autograd.graph.saved_tensors_hooks):
-    """Context manager: tensors saved inside are replaced by their recipe if they are views of a
-    masked weight.
+def _replacing(recipes: Sequence[Recipe]) -> saved_tensors_hooks:
+    """Hooks for a forward: tensors saved inside are replaced by their recipe if they are views of a
+    masked weight."""
+    known = {recipe.address: recipe for recipe in recipes}
+    outer_pack, outer_unpack = top_hooks(False) or (_pack, _unpack)
 
-    Args:
-        recipes: recipe by address of the masked weight's storage.
-    """
+    def pack(tensor: Tensor) -> Any:
+        recipe = known.get(_address(tensor))
+        if recipe is None or not _is_as_made(tensor, recipe):
+            return outer_pack(tensor)
+        if recipe.saved is not None:
+            recipe.saved()
+        return _SavedView(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
-    def __init__(self, recipes: dict[int, Recipe]) -> None:
-        outer = top_hooks(False)
-        outer_pack, outer_unpack = outer if outer is not None else (_pack, _unpack)
+    def unpack(saved: Any) -> Any:
+        return _rebuild(saved) if isinstance(saved, _SavedView) else outer_unpack(saved)
 
-        def pack(tensor: Tensor) -> Any:
-            recipe = recipes.get(_address(tensor))
-            if recipe is None or not _is_as_made(tensor, recipe):
-                return outer_pack(tensor)
-            if recipe.saved is not None:
-                recipe.saved()
-            return _SavedView(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
-
-        def unpack(saved: Any) -> Tensor:
-            if not isinstance(saved, _SavedView):
-                unpacked: Tensor = outer_unpack(saved)
-                return unpacked
-            return _rebuild(saved)
-
-        super().__init__(pack, unpack)
+    return saved_tensors_hooks(pack, unpack)
 
 
 def call_recomputing(
-    recipes: dict[int, Recipe],
+    recipes: Sequence[Recipe],
     forward: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """`forward(*args, **kwargs)` inside `recompute_masked_weights(recipes)`, if there are any. `with`
-    would leave the hooks in place, for everything that is saved from then on, if an interrupt came at
-    its end."""
+    """`forward(*args, **kwargs)` inside the hooks for these recipes, if there are any. `with` would
+    leave the hooks in place, for everything that is saved from then on, if an interrupt came at its
+    end."""
     if not recipes:
         return forward(*args, **kwargs)
-    hooks = recompute_masked_weights(recipes)
+    hooks = _replacing(recipes)
     try:
         hooks.__enter__()
         result = forward(*args, **kwargs)

@@ -70,8 +70,8 @@ class SiteState(HasLaw):
     """Whether a parameter of the model had a gradient already when surgery was done."""
     written = False
     """Whether a trace has seen a forward write to the masked weight."""
-    held: tuple[Any, Tensor] | None = None
-    """While masks are held: (what the masked weight was computed from, the masked weight)."""
+    held: Any = None
+    """While masks are held: the masked weight, as `masking.Held`."""
 
     def __init__(
         self,

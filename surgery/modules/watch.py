@@ -11,7 +11,6 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any
 
@@ -73,8 +72,8 @@ def _reader(frame: FrameType | None) -> str | None:
         if frame.f_code in _INNER:
             while frame.f_code is not CALL and frame.f_back is not None:
                 frame = frame.f_back
-            module = frame.f_locals.get("self")
-            if below is not None and below.f_code in _codes_of_hooks(module):
+            module: Any = frame.f_locals.get("self")
+            if below is not None and below.f_code in map(_code, forward_hooks(module)):
                 return None
             return f"the forward of {type(module).__name__}"
         recomputed = recomputed or frame.f_code.co_filename == checkpoint.__file__
@@ -82,13 +81,9 @@ def _reader(frame: FrameType | None) -> str | None:
     return "a recomputation of activations" if recomputed else None
 
 
-def _codes_of_hooks(module: Any) -> set[Any]:
-    """The code of the hooks around a forward."""
-    return {code for hook in forward_hooks(module) for code in _codes(hook)}
-
-
-def _codes(hook: Any) -> Iterator[Any]:
+def _code(hook: Any) -> Any:
+    """The code that a hook around a forward runs; None if it is none of Python."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     call = hook if inspect.isfunction(hook) or inspect.ismethod(hook) else type(hook).__call__
-    yield getattr(call, "__code__", None)
+    return getattr(call, "__code__", None)

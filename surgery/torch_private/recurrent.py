@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 FLAT_WEIGHTS = "_flat_weights"
 """The attribute that the forward reads: the list of weights."""
@@ -24,12 +24,6 @@ KEEPERS = ("_update_flat_weights", "flatten_parameters")
 
 names_of: Callable[[Any], list[str]] = attrgetter("_flat_weights_names")
 """The names of the weights of an RNN, in the order of the list."""
-
-
-def flat_names(module: nn.Module) -> list[str] | None:
-    """The same; None of a module that is no RNN."""
-    names = getattr(module, "_flat_weights_names", None)
-    return names if isinstance(names, list) else None
 
 
 def flat_lists(weights: list[Tensor | None]) -> dict[str, Any]:

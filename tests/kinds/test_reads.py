@@ -32,6 +32,11 @@ class Direct(Base):
         return F.linear(x, self.proj.weight, self.proj.bias)
 
 
+class PositionalOnly(Base):
+    def forward(self, x: Tensor, /) -> Tensor:
+        return F.linear(x, self.proj.weight, self.proj.bias)
+
+
 class Alias(Base):
     def forward(self, x: Tensor) -> Tensor:
         proj = self.proj
@@ -184,6 +189,7 @@ READERS = {
     "get-submodule": (Submodule, PROJ),
     "module-table": (Table, PROJ),
     "direct": (Direct, PROJ),
+    "positional-only": (PositionalOnly, PROJ),
     "alias": (Alias, PROJ),
     "in-method": (InMethod, PROJ),
     "inherited": (Inherited, PROJ),
