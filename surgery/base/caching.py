@@ -21,18 +21,6 @@ Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
-class made_once(Generic[Value]):
-    """`functools.cached_property` without its lock, which Python 3.12 gave up too."""
-
-    def __init__(self, make: Callable[[Any], Value]) -> None:
-        self._make, self.__doc__ = make, make.__doc__
-
-    def __get__(self, owner: Any, cls: type) -> Value:
-        value = self._make(owner)
-        setattr(owner, self._make.__name__, value)  # `__dict__` would make a dict of it
-        return value
-
-
 class PerObject(Generic[Key, Value]):
     """What is known of classes or functions, for as long as these live. A value must not refer to its
     key. (`WeakKeyDictionary` takes ten times as long for an answer.)"""

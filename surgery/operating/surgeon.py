@@ -7,6 +7,7 @@ exact inverse.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from ..modules.dropping import runs_now
 from ..modules.masking import is_managed
 from ..modules.operated import DropConnectModule
 from ..modules.places import Carrier, carriers, plain_parameters, states_of
+from ..modules.state import SiteState
 from ..modules.takers import taken
 from ..modules.walk import Modules, named_modules
 from ..planning.graphs import GraphSurgeon, Nodes, Survey, graph_surgeon
@@ -120,7 +122,8 @@ def undo(model: nn.Module, walked: Modules | None = None) -> None:
         )
     raise_all(_all_stuck(model, carrying, surgeon), "take DropConnect out")
     changes, names = Changes(), Changes()
-    for alike in _by_class(carrying):
+    by_class = _by_class(carrying)
+    for alike in by_class:
         unswap(changes, alike)
     for carrier in carrying:
         if carrier.own is None:
@@ -136,46 +139,47 @@ def undo(model: nn.Module, walked: Modules | None = None) -> None:
         except BaseException:
             surely(put_back)
             raise
-    for carrier in carrying:
-        if isinstance(carrier.module, nn.RNNBase):
-            carrier.module.flatten_parameters()
+    for alike in by_class:
+        if isinstance(alike[0], nn.RNNBase):
+            for module in alike:
+                module.flatten_parameters()  # type: ignore[operator]
 
 
-def _by_class(carrying: Iterable[Carrier]) -> Iterable[list[DropConnectModule]]:
+def _by_class(carrying: Iterable[Carrier]) -> list[list[DropConnectModule]]:
     """Modules that have one operated class together."""
-    alike: dict[type, list[DropConnectModule]] = {}
-    for carrier in carrying:
-        if isinstance(carrier.module, DropConnectModule):
-            alike.setdefault(type(carrier.module), []).append(carrier.module)
-    return alike.values()
+    alike: dict[type, list[Any]] = {}
+    for _, module, own, _ in carrying:
+        if own is not None:
+            alike.setdefault(type(module), []).append(module)
+    return list(alike.values())
 
 
 def _all_stuck(
     model: nn.Module, carrying: Iterable[Carrier], surgeon: GraphSurgeon | None
 ) -> Iterator[str]:
     """Why DropConnect cannot be taken out of these modules and of the graphs now."""
-    for name, module, _, _ in carrying:
-        problem = _stuck(name, module) if isinstance(module, DropConnectModule) else None
+    for name, module, own, _ in carrying:
+        problem = None if own is None else _stuck(name, module, own)
         if problem is not None:
             yield problem
     if surgeon is not None:
         yield from surgeon.stuck(model)
 
 
-def _stuck(name: str, module: DropConnectModule) -> str | None:
-    """Why a module with this dotted name cannot be made plain now, and what to do; or None."""
+def _stuck(name: str, module: nn.Module, own: Mapping[str, SiteState]) -> str | None:
+    """Why an operated module with this name cannot be made plain now, and what to do; or None."""
     if "_dropconnect_class" not in type(module).__dict__:
         return (
             f"{name or '(root)'}: its class was changed to {type(module).__name__} after apply (by "
             "fully_shard?); take that out first, or use plain_state_dict to get plain weights"
         )
-    if module._dropconnect and is_managed(module):
+    if own and is_managed(module):
         return (
             f"{name or '(root)'}: FSDP holds its parameters under their present names; "
             "plain_state_dict gives plain weights to load into a plain model"
         )
     held, parameters = module.__dict__, module._parameters
-    for state in module._dropconnect.values():
+    for state in own.values():
         if state.raw not in parameters:
             return taken(module, state)
         # A live mask alone does not tell: a forward that was killed may have left it.

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..base.caching import made_once
-from ..kinds.kind import Kind, kind_of
+from ..kinds.kind import kind_of
 from ..modules.operated import plain_class
 from ..modules.places import plain_parameters, states_of
-from ..modules.state import SiteState
 from ..modules.walk import WRAPPERS, named_modules
 from ..spec.plan import join
 from .graphs import graph_surgeon
@@ -26,31 +24,19 @@ class Owner:
         """Its dotted names, in model order: a shared module has several."""
         self.in_graph = in_graph
         """Whether only nodes of a graph read the parameters: its forward never runs."""
+        self.cls = plain_class(module)
+        """The class without DropConnect."""
+        self.kind = kind_of(module)
+        """Which weights it drops, and what their dimensions mean."""
+        self.states = states = states_of(module)
+        """What is known of parameters that are operated already, by plain name."""
+        self.parameters = plain_parameters(module, states)
+        """Its own parameters under their plain names, in order."""
 
     @property
     def name(self) -> str:
         """The first name, as in `named_modules()`."""
         return self.names[0]
-
-    @made_once
-    def cls(self) -> type[nn.Module]:
-        """The class without DropConnect."""
-        return plain_class(self.module)
-
-    @made_once
-    def kind(self) -> Kind:
-        """Which weights it drops, and what their dimensions mean."""
-        return kind_of(self.module)
-
-    @made_once
-    def parameters(self) -> dict[str, Tensor | None]:
-        """Its own parameters under their plain names, in order."""
-        return plain_parameters(self.module, self.states)
-
-    @made_once
-    def states(self) -> dict[str, SiteState]:
-        """What is known of those that are operated already, by plain name."""
-        return states_of(self.module)
 
 
 Around = tuple[str, Owner, tuple[str, ...]]

@@ -21,7 +21,7 @@ from ..spec.plan import Plan, Site, Use
 from .catalogue import Catalogue
 from .graphs import Survey
 from .known import Known
-from .refusals import Candidate, no_class, why_not
+from .refusals import Candidate, no_class, refused
 from .runs import RunOnce
 from .select import select
 from .ties import by_parameter, ties, with_ties
@@ -133,7 +133,7 @@ def prepare(
         [Candidate.of(user, catalogue, known) for user in users]
         for users in by_parameter(choices, problems)
     ]
-    problems += _refused(one for users in sites for one in users)
+    problems += refused(one for users in sites for one in users)
     changes: dict[int, Change] = {}
     planned = [] if problems else [_site(catalogue, users, changes) for users in sites]
     raise_all(problems or [*_lone_biases(changes), *_without_class(catalogue, changes)])
@@ -141,22 +141,18 @@ def prepare(
     return Prepared(planned, list(changes.values()), catalogue.graphs, run.uses)
 
 
-def _refused(candidates: Iterable[Candidate]) -> Iterator[str]:
-    """What is wrong with these, by name."""
-    for one in candidates:
-        problem = why_not(one)
-        if problem is not None:
-            yield f"{one.user.full} ({type(one.user.module).__name__}): {problem}"
-
-
 def _site(
     catalogue: Catalogue, candidates: Sequence[Candidate], changes: dict[int, Change]
 ) -> Planned:
     """Record the changes of one site, whose users can all be operated on."""
+    names, states = [], []
     drawn_by: set[str] = set()
     for one in candidates:
-        user, module = one.user, one.user.module
+        user, module, state = one.user, one.user.module, _state(one)
+        names.append(state.site)
+        states.append(state)
         change = _change(changes, module)
+        change.states[state.name] = state
         change.in_graph = user.owner.in_graph
         if catalogue.graphs is not None:
             drawn_by.update(
@@ -170,10 +166,6 @@ def _site(
             if path not in draws:
                 draws.append(path)
             drawn_by.add(catalogue.of(drawer).name)
-    states = [_state(one) for one in candidates]
-    for one, state in zip(candidates, states):
-        changes[id(one.user.module)].states[state.name] = state
-    names = [one.user.full for one in candidates]
     return Planned(states[0], names, candidates[0].parameter, catalogue.in_order(drawn_by))
 
 
@@ -188,7 +180,7 @@ def _change(changes: dict[int, Change], module: nn.Module) -> Change:
 def _state(one: Candidate) -> SiteState:
     user, owner = one.user, one.user.owner
     layout = owner.kind.layout(owner.module, user.name, one.parameter, user.config.unit)
-    assert layout is not None  # `why_not` has looked
+    assert layout is not None  # `refused` has looked
     follows = None
     if follows_weight(user.config.unit):
         weights = (name for name in owner.parameters if owner.kind.bias(name) == user.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,13 +51,19 @@ class Candidate(NamedTuple):
 Rule = Callable[[Candidate], "str | None"]
 
 
-def why_not(candidate: Candidate) -> str | None:
-    """Why this parameter cannot be operated on and what to do about it; or None."""
-    for rule in RULES:
-        problem = rule(candidate)
-        if problem is not None:
-            return problem
-    return None
+def refused(candidates: Iterable[Candidate]) -> Iterator[str]:
+    """Why these parameters cannot be operated on and what to do about it, by name: of each the first
+    reason."""
+    rules: dict[int, list[Rule]] = {}
+    for one in candidates:
+        asked = rules.get(id(one.user.config))
+        if asked is None:  # most have one config, which tells what need not be asked
+            asked = rules[id(one.user.config)] = [rule for rule, if_ in RULES if if_(one)]
+        for rule in asked:
+            problem = rule(one)
+            if problem is not None:
+                yield f"{one.user.full} ({type(one.user.module).__name__}): {problem}"
+                break
 
 
 def _unlike_the_plan(one: Candidate) -> str | None:
@@ -80,7 +86,7 @@ def _scripted(one: Candidate) -> str | None:
 
 
 def _forward_replaced(one: Candidate) -> str | None:
-    for module in (one.user.module, *(drawer for drawer, _ in one.drawers)):
+    for module in (one.user.module, *[drawer for drawer, _ in one.drawers]):
         if "forward" in module.__dict__:
             return (
                 f"the forward of {type(module).__name__} has been replaced on the instance, so masks "
@@ -141,8 +147,6 @@ def _name_taken(one: Candidate) -> str | None:
 
 
 def _no_anchor(one: Candidate) -> str | None:
-    if one.user.config.toward != "pretrained":
-        return None
     if not one.parameter.requires_grad:
         return "it is frozen, so it never leaves its pretrained value; exclude it or unfreeze it"
     if one.parameter.device.type == "meta":
@@ -155,15 +159,14 @@ def _refused_by_kind(one: Candidate) -> str | None:
 
 
 def _refused_by_graphs(one: Candidate) -> str | None:
-    if one.catalogue.graphs is None:
-        return None
+    assert one.catalogue.graphs is not None
     return one.catalogue.graphs.problem(one.user.module, one.user.name, one.user.config)
 
 
 def _refused_by_product(one: Candidate) -> str | None:
     """Of a parameter that nodes read, `_refused_by_graphs` has asked."""
     user, owner, demand = one.user, one.user.owner, Demand.of(one.user.config)
-    if owner.in_graph or demand.mode is None:
+    if owner.in_graph:
         return None
     product = None if one.drawers else owner.kind.product(owner.cls)
     if one.drawers:
@@ -182,22 +185,17 @@ def _refused_by_product(one: Candidate) -> str | None:
 
 def _unit_without_meaning(one: Candidate) -> str | None:
     user, unit = one.user, one.user.config.unit
-    if not needs_axes(unit):
-        return None
     if user.owner.kind.axes(user.module, user.name, one.parameter) is not None:
         return None
     return f'unit={unit!r} has no meaning for this parameter; use "element" or "tensor"'
 
 
 def _packed_bias(one: Candidate) -> str | None:
-    config = one.user.config
-    if not config.bias or not follows_weight(config.unit):
-        return None
     if one.user.name not in SEPARATE_PROJECTIONS:
         return None
     return (
-        f"unit={config.unit!r} with bias=True would have to split one packed bias between three "
-        "masks; use bias=False"
+        f"unit={one.user.config.unit!r} with bias=True would have to split one packed bias between "
+        "three masks; use bias=False"
     )
 
 
@@ -218,33 +216,40 @@ def _against_the_run(one: Candidate) -> str | None:
 
 
 def _not_followed(one: Candidate) -> str | None:
-    if one.user.config.inference != "moments":
-        return None
     return not_followed(one.catalogue, one.user.owner)
 
 
-RULES: tuple[Rule, ...] = (
-    _unlike_the_plan,
-    _in_place,
-    _scripted,
-    _forward_replaced,
-    _no_plain_tensor,
-    _managed,
-    _not_strided,
-    _no_float,
-    _computed_from,
-    _name_taken,
-    _no_anchor,
-    _refused_by_kind,
-    _refused_by_graphs,
-    _refused_by_product,
-    _unit_without_meaning,
-    _packed_bias,
-    _never_read,
-    _against_the_run,
-    _not_followed,
+def _always(one: Candidate) -> bool:
+    return True
+
+
+def _needs_product(one: Candidate) -> bool:
+    return Demand.of(one.user.config).mode is not None
+
+
+RULES: tuple[tuple[Rule, Callable[[Candidate], bool]], ...] = (
+    (_unlike_the_plan, _always),
+    (_in_place, _always),
+    (_scripted, _always),
+    (_forward_replaced, _always),
+    (_no_plain_tensor, _always),
+    (_managed, _always),
+    (_not_strided, _always),
+    (_no_float, _always),
+    (_computed_from, _always),
+    (_name_taken, _always),
+    (_no_anchor, lambda one: one.user.config.toward == "pretrained"),
+    (_refused_by_kind, _always),
+    (_refused_by_graphs, lambda one: one.catalogue.graphs is not None),
+    (_refused_by_product, _needs_product),
+    (_unit_without_meaning, lambda one: needs_axes(one.user.config.unit)),
+    (_packed_bias, lambda one: one.user.config.bias and follows_weight(one.user.config.unit)),
+    (_never_read, _always),
+    (_against_the_run, _needs_product),
+    (_not_followed, lambda one: one.user.config.inference == "moments"),
 )
-"""In this order: a rule may rely on what those before it have refused."""
+"""In this order: a rule may rely on what those before it have refused. With each, whether it is to be
+asked, as far as the config and the model tell."""
 
 
 def no_class(module: nn.Module, new_class: Callable[[], type]) -> str | None:

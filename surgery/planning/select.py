@@ -107,12 +107,13 @@ def select(
 
 def in_model_order(catalogue: Catalogue, chosen: dict[Key, Choice]) -> list[Choice]:
     """The choices of a dict, which is emptied, in the order in which the model has its parameters."""
-    ordered = [
-        chosen.pop((id(owner.module), name))
-        for owner in catalogue
-        for name in owner.parameters
-        if (id(owner.module), name) in chosen
-    ]
+    ordered = []
+    for owner in catalogue:
+        ident = id(owner.module)
+        for name in owner.parameters:
+            choice = chosen.pop((ident, name), None)
+            if choice is not None:
+                ordered.append(choice)
     return ordered + list(chosen.values())  # what is left is missing; `prepare` says so
 
 
