@@ -54,8 +54,7 @@ def _frames(diagram: Diagram, room: Mapping[str, str]) -> Iterator[str]:
 
 def _frame(part: Part) -> str:
     """A cluster; Graphviz joins those of one name."""
-    last = part.paths()[-1].rpartition(".")[2]
-    label = _quoted(f"{part.path}–{last} ×{part.count}")
+    label = _quoted(f"{part.path}–{part.last} ×{part.count}")
     return (
         f"subgraph {_quoted('cluster ' + part.path)} {{ label={label} labeljust=l labelloc=b "
         f'style=rounded color="#d0d7de" bgcolor="#f6f8fa" fontcolor="{MUTED}" margin=12 '

@@ -161,10 +161,14 @@ class _Builder:
         return self._box(box, origin.sources)
 
     def _leaf(self, path: str, module: nn.Module, origin: _Origin, opaque: bool) -> _Origin:
-        if any(True for _ in module.parameters()):
-            return self._module(path, origin.sources, opaque)
-        data = self._data(origin)
-        return self._module(path, data) if data else origin
+        has_parameters = any(True for _ in module.parameters())
+        sources = origin.sources if has_parameters else self._data(origin)
+        if not has_parameters and not sources:
+            return origin
+        part = self.folds.part(path)
+        weights = () if part is None else part.all_weights() if opaque else part.weights
+        kind = part.kind if part else ""
+        return self._box(Box(path, path or "(root)", kind, weights=weights, path=path), sources)
 
     def _input(self, node: fx.Node) -> _Origin:
         key = f"input {node.name}"
@@ -173,12 +177,6 @@ class _Builder:
         if isinstance(value, torch.Tensor) and not value.is_floating_point():
             self.integers.add(key)
         return _Origin((key,))
-
-    def _module(self, path: str, sources: tuple[str, ...], opaque: bool = False) -> _Origin:
-        part = self.folds.part(path)
-        weights = () if part is None else part.all_weights() if opaque else part.weights
-        kind = part.kind if part else ""
-        return self._box(Box(path, path or "(root)", kind, weights=weights, path=path), sources)
 
     def _operation(self, path: str, name: str, sources: tuple[str, ...]) -> _Origin:
         number = self.numbers[path, name] = self.numbers.get((path, name), 0) + 1

@@ -70,11 +70,12 @@ class Part:
     @property
     def title(self) -> str:
         """`layer.0–5`."""
-        return self.label if self.count == 1 else f"{self.label}–{self._last}"
+        return self.label if self.count == 1 else f"{self.label}–{self.last}"
 
     @property
-    def _last(self) -> int:
-        return int(self.label.rpartition(".")[2]) + self.count - 1
+    def last(self) -> str:
+        """Number of the last module in the run."""
+        return self.paths()[-1].rpartition(".")[2]
 
     def paths(self) -> list[str]:
         """Dotted names of all modules in the run."""
@@ -111,9 +112,8 @@ def describe(config: DropConnectConfig) -> str:
 
 def outline(model: nn.Module, plan: Plan | None = None) -> Part:
     """The parts of a model; `plan` says what is dropped, by default what is in place."""
-    sites = {}
-    for site in dropconnect_sites(model) if plan is None else plan:
-        sites.update({name: site for name in (site.name, *site.shared_with)})
+    plan = dropconnect_sites(model) if plan is None else plan
+    sites = {name: site for site in plan for name in (site.name, *site.shared_with)}
     return _part(model, "", type(model).__name__, sites, {})
 
 
@@ -129,7 +129,7 @@ def _part(
     for name, child in module.named_children():
         if not isinstance(child, (DropConnectNode, Settle)):
             children += _lift(_part(child, join(path, name), name, sites, seen), child)
-    folded = tuple(_fold(children))
+    folded = _folded(children)
     kind = plain_class(module).__name__
     return Part(path, label, kind, weights, folded, signature=_signature(kind, weights, folded))
 
@@ -153,23 +153,21 @@ def _lift(part: Part, module: nn.Module) -> list[Part]:
     return [replace(child, label=join(part.label, child.label)) for child in part.children]
 
 
-def _fold(children: list[Part]) -> Iterator[Part]:
-    """Join neighbours that are numbered and equal."""
-    run: Part | None = None
+def _folded(children: list[Part]) -> tuple[Part, ...]:
+    """Neighbours that are numbered and equal are joined."""
+    runs: list[Part] = []
     for child in children:
-        if run is not None and run.signature == child.signature and _follows(run, child):
-            run = replace(run, count=run.count + child.count)
-            continue
-        if run is not None:
-            yield run
-        run = child
-    if run is not None:
-        yield run
+        if runs and _continues(runs[-1], child):
+            runs[-1] = replace(runs[-1], count=runs[-1].count + child.count)
+        else:
+            runs.append(child)
+    return tuple(runs)
 
 
-def _follows(run: Part, child: Part) -> bool:
+def _continues(run: Part, child: Part) -> bool:
     head, _, index = run.label.rpartition(".")
-    return index.isdecimal() and child.label == join(head, str(int(index) + run.count))
+    follows = index.isdecimal() and child.label == join(head, str(int(index) + run.count))
+    return follows and run.signature == child.signature
 
 
 def _signature(

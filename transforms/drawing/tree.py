@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -20,8 +20,7 @@ _CODES = ("", "\033[2m", "", "\033[1;33m")
 """ANSI codes of the columns: classes dim, marks bold yellow."""
 
 
-@dataclass(frozen=True)
-class _Line:
+class _Line(NamedTuple):
     """One line: the branches and name, the class, the weights, the marks."""
 
     name: str
@@ -32,10 +31,7 @@ class _Line:
     @property
     def columns(self) -> bool:
         """Whether anything stands beside the name."""
-        return bool(self.kind or self.weights or self.mark)
-
-    def cells(self) -> tuple[str, str, str, str]:
-        return (self.name, self.kind, self.weights, self.mark)
+        return any(self[1:])
 
 
 def tree(
@@ -65,7 +61,7 @@ def tree(
         raise ValueError(f"width must be at least 40 characters; got {width}")
     root = outline(model, plan)
     lines = [_Line(root.kind, weights=_own(root), mark=_marks(root)), *_below(root, "")]
-    columns = zip(*(line.cells() for line in lines if line.columns))
+    columns = zip(*(line for line in lines if line.columns))
     widths = _fit([max(map(len, column)) for column in columns] or [0, 0, 0, 0], width)
     text = [_render(line, widths, color) for line in lines]
     total = _total(model, dropconnect_sites(model) if plan is None else plan)
@@ -127,7 +123,7 @@ def _render(line: _Line, widths: list[int], color: bool) -> str:
     if not line.columns:
         return line.name
     text = ""
-    for cell, room, code in zip(line.cells(), widths, _CODES):
+    for cell, room, code in zip(line, widths, _CODES):
         shown = cell if len(cell) <= room else cell[: room - 1] + "…"
         painted = f"{code}{shown}{_PLAIN}" if color and code and shown else shown
         text += painted + " " * (room - len(shown) + 2 if room else 0)

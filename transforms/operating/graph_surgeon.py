@@ -77,20 +77,35 @@ class GraphSurvey(ModelGraphs):
         replaced = self.replaced(module, name)
         if replaced is not None and replaced.product is not None:
             graph_module, node = replaced.read.graph_module, replaced.node
-            return demand.refused(replaced.product) or _joint(self, graph_module, node, config)
+            return demand.refused(replaced.product) or self._joint(graph_module, node, config)
         weight = self._weight_of(module, name)
         bias = weight is not None and self._is_combined(module, name, weight)
         otherwise = "needs one matrix product that alone reads the weight, and here it is used by "
         return demand.refused(None, otherwise + _named(uses), bias=bias)
 
     def _joint_after_call(self, module: nn.Module, config: DropConnectConfig) -> str | None:
-        for graph_module in self.graphs:
-            for node in graph_module.graph.find_nodes(op="call_module"):
-                if graph_module.get_submodule(str(node.target)) is module:
-                    problem = _joint(self, graph_module, node, config)
-                    if problem is not None:
-                        return problem
-        return None
+        calls = (
+            (graph_module, node)
+            for graph_module in self.graphs
+            for node in graph_module.graph.find_nodes(op="call_module")
+            if graph_module.get_submodule(str(node.target)) is module
+        )
+        return next(filter(None, (self._joint(*call, config) for call in calls)), None)
+
+    def _joint(
+        self, graph_module: fx.GraphModule, node: fx.Node, config: DropConnectConfig
+    ) -> str | None:
+        """Moments have an expectation only through an elementwise activation."""
+        if config.inference != "moments" or config.samples is not None:
+            return None
+        parameters = {read.node for reads in self.reads.values() for read in reads}
+        joint = Flow(graph_module.graph, graph_module, parameters).joint(node)
+        if joint is None:
+            return None
+        return (
+            f"inference='moments' needs an elementwise activation after node {node.name!r}, and "
+            f"{joint} follows; give samples=Z to estimate it by draws, or inference='mean'"
+        )
 
     def image(self) -> list[Step]:
         """Steps that put the whole model back."""
@@ -148,36 +163,8 @@ def _writer(use: UsingNode) -> fx.Node | None:
     return None
 
 
-_EMBEDDING = (
-    "input",
-    "weight",
-    "padding_idx",
-    "max_norm",
-    "norm_type",
-    "scale_grad_by_freq",
-    "sparse",
-)
-_ATEN_EMBEDDING = ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse")
-
-
-def _joint(
-    model_graphs: ModelGraphs,
-    graph_module: fx.GraphModule,
-    node: fx.Node,
-    config: DropConnectConfig,
-) -> str | None:
-    """Moments have an expectation only through an elementwise activation."""
-    if config.inference != "moments" or config.samples is not None:
-        return None
-    parameters = {read.node for reads in model_graphs.reads.values() for read in reads}
-    flow = Flow(graph_module.graph, graph_module, parameters)
-    joint = flow.joint(node)
-    if joint is None:
-        return None
-    return (
-        f"inference='moments' needs an elementwise activation after node {node.name!r}, and "
-        f"{joint} follows; give samples=Z to estimate it by draws, or inference='mean'"
-    )
+_EMBEDDING = ["input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"]
+_ATEN_EMBEDDING = ["weight", "input", "padding_idx", "scale_grad_by_freq", "sparse"]
 
 
 def _named(uses: list[UsingNode]) -> str:
@@ -189,14 +176,9 @@ def _named(uses: list[UsingNode]) -> str:
 class Surgeon:
     """Graph surgery on every `GraphModule` in a model; see `surgery.planning.graphs.GraphSurgeon`."""
 
-    def survey(self, model: nn.Module) -> GraphSurvey:
-        return GraphSurvey(model)
-
-    def stuck(self, model: nn.Module) -> list[str]:
-        return removal.stuck(model)
-
-    def nodes(self, model: nn.Module) -> Nodes:
-        return removal.nodes(model)
+    survey = GraphSurvey
+    stuck = staticmethod(removal.stuck)
+    nodes = staticmethod(removal.nodes)
 
     def image(self, model: nn.Module) -> list[Step]:
         return image_with_graphs(model.modules())

@@ -14,6 +14,7 @@ A node that calls an operated module only gets a new name, `dropconnect_fc1`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import fx, nn
@@ -50,10 +51,12 @@ def insert(
     inserter.run()
     results = []
     for graph_module in model_graphs.graphs:
-        changed = graph_module in inserter.changed
-        changed = _name_calls(graph_module) or changed
-        changed = _settle(graph_module) or changed
-        results.append(finish(graph_module, changed))
+        changed = [
+            graph_module in inserter.changed,
+            _name_calls(graph_module),
+            _settle(graph_module),
+        ]
+        results.append(finish(graph_module, any(changed)))
     return results
 
 
@@ -64,35 +67,31 @@ class _Inserter:
         self.done = set[tuple[int, str]]()
 
     def run(self) -> None:
-        for reads in self.model_graphs.reads.values():
-            mine = [read for read in reads if (id(read.owner), read.name) in self.states]
-            replaced = (
-                self.model_graphs.replaced(mine[0].owner, mine[0].name) if len(mine) == 1 else None
-            )
+        groups = [
+            [read for read in reads if read.key in self.states]
+            for reads in self.model_graphs.reads.values()
+        ]
+        for (read,) in (mine for mine in groups if len(mine) == 1):
+            replaced = self.model_graphs.replaced(read.owner, read.name)
             if replaced is not None:
                 self._replace(replaced.read, replaced.node, replaced.call)
-        for reads in self.model_graphs.reads.values():
-            mine = [read for read in reads if (id(read.owner), read.name) in self.states]
-            mine = [read for read in mine if (id(read.owner), read.name) not in self.done]
-            for graph_module in dict.fromkeys(read.graph_module for read in mine):
-                self._mask([read for read in mine if read.graph_module is graph_module])
-        for read in (read for reads in self.model_graphs.reads.values() for read in reads):
-            if (id(read.owner), read.name) in self.states:
-                retarget(read.node, join(read.path, self._state(read).raw))
-
-    def _state(self, read: ParameterNode) -> SiteState:
-        return self.states[id(read.owner), read.name]
+        for mine in groups:
+            left = [read for read in mine if read.key not in self.done]
+            for graph_module in dict.fromkeys(read.graph_module for read in left):
+                self._mask([read for read in left if read.graph_module is graph_module])
+        for read in chain.from_iterable(groups):
+            retarget(read.node, join(read.path, self.states[read.key].raw))
 
     def _replace(self, read: ParameterNode, node: fx.Node, call: Call) -> None:
         """Let the node that computes become the DropConnect node, in its place."""
-        states = {read.name: self._state(read)}
+        states = {read.name: self.states[read.key]}
         kwargs = self._anchor_before(node, read, "anchor")
         bias = combined_bias(self.model_graphs, read.owner, read.name)
-        if bias is not None and (id(read.owner), bias.name) in self.states:
-            states[bias.name] = self._state(bias)
+        if bias is not None and bias.key in self.states:
+            states[bias.name] = self.states[bias.key]
             kwargs |= self._anchor_before(node, bias, "bias_anchor")
-            self.done.add((id(bias.owner), bias.name))
-        self.done.add((id(read.owner), read.name))
+            self.done.add(bias.key)
+        self.done.add(read.key)
         target = self._register(read, states, call)
         node.op, node.target = "call_module", target
         node.kwargs = {**node.kwargs, **kwargs}
@@ -108,7 +107,7 @@ class _Inserter:
         first = {r: min(r.node.users, key=order.__getitem__, default=last) for r in reads}
         primary: fx.Node | None = None
         for read in sorted(reads, key=lambda read: order[first[read]]):
-            target = self._register(read, {read.name: self._state(read)}, None)
+            target = self._register(read, {read.name: self.states[read.key]}, None)
             known = () if primary is None else (primary,)
             kwargs = {} if known else self._anchor_before(first[read], read, "anchor")
             with graph.inserting_before(first[read]):
@@ -121,7 +120,7 @@ class _Inserter:
         self.changed[reads[0].graph_module] = None
 
     def _anchor_before(self, node: fx.Node, read: ParameterNode, keyword: str) -> dict[str, Any]:
-        anchor = self._state(read).anchor
+        anchor = self.states[read.key].anchor
         if anchor is None:
             return {}
         graph = read.graph_module.graph
@@ -134,7 +133,7 @@ class _Inserter:
         """The module of a site, beside its parameter; its dotted name."""
         name = node_module(read.name)
         if name not in read.owner._modules:
-            module = self.nodes.get((id(read.owner), read.name))
+            module = self.nodes.get(read.key)
             if module is None:
                 module = DropConnectNode(states, call)
                 module.training = read.owner.training
@@ -191,17 +190,12 @@ def finish(graph_module: fx.GraphModule, changed: bool) -> PassResult:
 
 def combined_bias(model_graphs: ModelGraphs, owner: nn.Module, name: str) -> ParameterNode | None:
     """The bias that the node which replaces a weight's product can drop too: nothing else reads it."""
-    replaced, role = model_graphs.replaced(owner, name), model_graphs.roles.get(owner, {}).get(name)
-    if replaced is None or role is None or role.bias is None:
+    replaced, role = model_graphs.replaced(owner, name), model_graphs.role(owner, name)
+    if replaced is None or replaced.call.bias is None or role.bias is None:
         return None
     reads = model_graphs.of(owner, role.bias)
-    if (
-        replaced.call.bias is None
-        or len(reads) != 1
-        or list(reads[0].node.users) != [replaced.node]
-    ):
-        return None
-    return reads[0]
+    alone = len(reads) == 1 and list(reads[0].node.users) == [replaced.node]
+    return reads[0] if alone else None
 
 
 def node_module(name: str) -> str:

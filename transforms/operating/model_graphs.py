@@ -65,7 +65,7 @@ class ModelGraphs:
         if owner is not None and parameter is not None:
             read = ParameterNode(graph_module, node, owner, plain_name(owner, name))
             self.reads.setdefault(id(parameter), []).append(read)
-            self._ids[id(owner), read.name] = id(parameter)
+            self._ids[read.key] = id(parameter)
 
     def _set_kinds(self) -> None:
         roles: dict[nn.Module, dict[str, Role]] = {}
@@ -98,7 +98,11 @@ class ModelGraphs:
 
     def kind(self, module: nn.Module, name: str) -> str:
         """How the graph reads a parameter: name of a kind."""
-        return self.roles.get(module, {}).get(name, Role()).kind
+        return self.role(module, name).kind
+
+    def role(self, module: nn.Module, name: str) -> Role:
+        """What the graph makes of a parameter; `Role()` of one that no node reads."""
+        return self.roles.get(module, {}).get(name, Role())
 
     def uses(self, module: nn.Module, name: str) -> list[UsingNode]:
         """Every node that computes with a parameter."""
@@ -117,7 +121,7 @@ class ModelGraphs:
                 call = _call(use) if use.value is read.node else None
                 if call is not None:
                     replaced = Replaced(read, use.node, call, _product(use, call))
-                    self._replaced[id(read.owner), read.name] = replaced
+                    self._replaced[read.key] = replaced
 
     def product(self, module: nn.Module, name: str) -> Product | None:
         """The product that one node makes of a weight, if that is all that is done with it."""

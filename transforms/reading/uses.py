@@ -35,6 +35,11 @@ class ParameterNode(AtNode):
     name: str
     """Plain name of the parameter in its owner."""
 
+    @property
+    def key(self) -> tuple[int, str]:
+        """Id of the owner and plain name: what a site of this parameter is known by."""
+        return id(self.owner), self.name
+
 
 @dataclass(frozen=True)
 class UsingNode:
