@@ -163,7 +163,15 @@ def _writer(use: UsingNode) -> fx.Node | None:
     return None
 
 
-_EMBEDDING = ["input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"]
+_EMBEDDING = [
+    "input",
+    "weight",
+    "padding_idx",
+    "max_norm",
+    "norm_type",
+    "scale_grad_by_freq",
+    "sparse",
+]
 _ATEN_EMBEDDING = ["weight", "input", "padding_idx", "scale_grad_by_freq", "sparse"]
 
 
