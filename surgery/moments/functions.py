@@ -1,13 +1,13 @@
 """What torch functions make of a `Gaussian`.
 
-Every handler has the arguments `(func, name, value, args, kwargs)`: the torch function, its canonical
-name, the Gaussian that is its first argument, and all the arguments of the call, that one included. It
-returns a Gaussian where it can, and otherwise what the function makes of the expectation.
+Every handler has the arguments `(call, value)`: the call, and the Gaussian that is its first argument.
+It returns a Gaussian where it can, and otherwise what the function makes of the expectation.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..base.torch_names import WRITERS, canonical, of_two, spelling, writes
 from . import torch_functions as table
 from .gaussian import Apply, Gaussian, Source
-from .pointwise import leaves_domain, pointwise
+from .pointwise import Call, leaves_domain, pointwise
 from .scope import settle
 
 
@@ -37,32 +37,33 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
     spelled = spelling(func)
     name = of_two(canonical(spelled), args)
-    values = [value for value in (*args, *kwargs.values()) if isinstance(value, Gaussian)]
+    call = Call(func, name, args, kwargs)
     if name in table.JOINING and kwargs.get("out") is None:
-        return _joined(func, args, kwargs)
-    if not values or kwargs.get("out") is not None:  # inside a list
-        return func(*settle(args), **settle(kwargs))
+        return _joined(call)
+    if not call.gaussians() or kwargs.get("out") is not None:  # inside a list
+        return call.settled()
     if writes(spelled) or kwargs.get("inplace") is True:
-        return _in_place(func, spelled, args, kwargs)
+        return _in_place(call, spelled)
     if args and isinstance(args[0], Gaussian):
         handler = _handler(name)
         if handler is not None:
-            return handler(func, name, args[0], args, kwargs)
+            return handler(call, args[0])
     if name in table.ELEMENTWISE and not leaves_domain(name, args):
-        return pointwise(func, name, values, args, kwargs)
-    return func(*settle(args), **settle(kwargs))
+        return pointwise(call)
+    return call.settled()
 
 
-def _joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _joined(call: Call) -> Any:
     """`torch.cat` and `torch.stack`: means and variances are joined, and a plain tensor has variance 0.
 
     Entries of the result may depend on each other, if they are parts of one pre-activation. This is
     forgotten here: `parents` only tells from which pre-activations the result is not independent.
     """
+    func, args, kwargs = call.func, call.args, call.kwargs
     parts = kwargs.get("tensors", args[0] if args else ())
     gaussians = [part for part in parts if isinstance(part, Gaussian)]
     if any(part.normal is None for part in gaussians):
-        return func(*settle(args), **settle(kwargs))
+        return call.settled()
     rest = {k: v for k, v in kwargs.items() if k != "tensors"}
     means = func([settle(part) for part in parts], *args[1:], **rest)
     variances = func([_variance(part) for part in parts], *args[1:], **rest)
@@ -79,7 +80,7 @@ def _variance(part: Any) -> Tensor:
     return torch.zeros_like(part)
 
 
-_Handler = Callable[[Any, str, Gaussian, tuple[Any, ...], dict[str, Any]], Any]
+_Handler = Callable[[Call, Gaussian], Any]
 
 
 def _handler(name: str) -> _Handler | None:
@@ -97,12 +98,13 @@ def _handler(name: str) -> _Handler | None:
     return _SPECIAL.get(name)
 
 
-def _in_place(func: Any, spelled: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _in_place(call: Call, spelled: str) -> Any:
     """What a function does that writes into its first argument; returns that argument.
 
     A Gaussian takes the value that the function's twin, which does not write, returns. A plain tensor
     to which a Gaussian is added becomes a Gaussian.
     """
+    func, args, kwargs = call.func, call.args, call.kwargs
     target = args[0]
     pure = {k: v for k, v in kwargs.items() if k != "inplace"}
     twin = func if kwargs.get("inplace") is True else _twin(spelled)
@@ -115,7 +117,7 @@ def _in_place(func: Any, spelled: str, args: tuple[Any, ...], kwargs: dict[str, 
         func(written, *settle(args[1:]), **settle(kwargs))
         return target.become(written)
     value = dispatch(twin, args, pure) if canonical(spelled) in table.ADDS else None
-    written = func(*settle(args), **settle(kwargs))
+    written = call.settled()
     if isinstance(value, Gaussian) and value.normal is not None:
         source = value.source
         moments = written, value.normal[1]
@@ -132,29 +134,19 @@ def _twin(spelled: str) -> Any:
     return twin if callable(twin) else None  # `requires_grad` is none
 
 
-def _query(
-    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    return func(value.at_mean(), *settle(args[1:]), **settle(kwargs))
+def _query(call: Call, value: Gaussian) -> Any:
+    return call.of_first()(value.at_mean())
 
 
-def _dropout(
-    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _dropout(call: Call, value: Gaussian) -> Any:
     """In evaluation mode, the value as it is; `training` is the third argument, by default True."""
+    args, kwargs = call.args, call.kwargs
     training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
-    return func(*settle(args), **settle(kwargs)) if training else value
+    return call.settled() if training else value
 
 
-def _cast(
-    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    rest, named = settle(args[1:]), settle(kwargs)
-
-    def cast(tensor: Tensor) -> Tensor:
-        result: Tensor = func(tensor, *rest, **named)
-        return result
-
+def _cast(call: Call, value: Gaussian) -> Any:
+    cast = call.of_first()
     if not torch.compiler.is_compiling():
         like = value.at_mean()
         if cast(like) is like:  # a function may return its argument: `contiguous`, `to`
@@ -181,39 +173,25 @@ def _mapped(
     )
 
 
-def _rearrange(
-    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    rest, named = settle(args[1:]), settle(kwargs)
-    key = (name, rest, tuple(named.items()))
-    return value.rearranged(lambda t: func(t, *rest, **named), key)
+def _rearrange(call: Call, value: Gaussian) -> Any:
+    key = (call.name, settle(call.args[1:]), tuple(settle(call.kwargs).items()))
+    return value.rearranged(call.of_first(), key)
 
 
-_BATCH_NORM = (
-    "input",
-    "running_mean",
-    "running_var",
-    "weight",
-    "bias",
-    "training",
-    "momentum",
-    "eps",
-)
+_BATCH_NORM = tuple(inspect.signature(torch.nn.functional.batch_norm).parameters)
 
 
-def _batch_norm(
-    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _batch_norm(call: Call, value: Gaussian) -> Any:
     """In evaluation mode, batch norm is affine in each channel. The factor of a channel is what it
     makes of 1 with a running mean of 0 and without bias; the variance is multiplied by its
     square."""
     functional = torch.nn.functional.batch_norm
     names = _BATCH_NORM
-    if func is not functional:  # torch.batch_norm and its aten overload
+    if call.func is not functional:  # torch.batch_norm and its aten overload
         names = ("input", *names[3:5], *names[1:3], *names[5:])
-    options = {**dict(zip(names, args)), **kwargs}
+    options = {**dict(zip(names, call.args)), **call.kwargs}
     if options.get("training", False):
-        return func(*settle(args), **settle(kwargs))
+        return call.settled()
     del options["input"]
 
     def normalise(tensor: Tensor) -> Tensor:
@@ -230,25 +208,23 @@ def _batch_norm(
     return _mapped(value, normalise, moments)
 
 
-def _layer_norm(
-    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _layer_norm(call: Call, value: Gaussian) -> Any:
     """The mean, less its own mean over the features, divided by the root of the *expected* square, of
     which the variance is a part. The error is of the order of 1 / (number of features)."""
     if value.source.draws is not None or value.normal is None:
-        return _whole(func, value, args, kwargs)
+        return _whole(call, value)
     names = ["input", "normalized_shape", "weight", "bias", "eps"]
-    if name == "rms_norm":
+    if call.name == "rms_norm":
         names.remove("bias")
-    given = {**dict(zip(names, args)), **kwargs}
+    given = {**dict(zip(names, call.args)), **call.kwargs}
     dtype, wide = value.normal[0].dtype, torch.promote_types(value.normal[0].dtype, torch.float32)
     mean, variance = (one.to(wide) for one in value.normal)
     dims = tuple(range(-len(given["normalized_shape"]), 0))
     added = variance.mean(dims, keepdim=True)
-    if name == "layer_norm":
+    if call.name == "layer_norm":
         mean = mean - mean.mean(dims, keepdim=True)
         added = added * (1 - 1 / math.prod(given["normalized_shape"]))
-    eps = given.get("eps", 1e-5 if name == "layer_norm" else None)
+    eps = given.get("eps", 1e-5 if call.name == "layer_norm" else None)
     eps = torch.finfo(dtype).eps if eps is None else eps
     result = (mean * (mean.square().mean(dims, keepdim=True) + added + eps).rsqrt()).to(dtype)
     weight, bias = given.get("weight"), given.get("bias")
@@ -256,55 +232,47 @@ def _layer_norm(
     return result if bias is None else result + bias
 
 
-def _glu(
-    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+def _glu(call: Call, value: Gaussian) -> Any:
+    dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else -1)
     one, other = value.rearranged(lambda t: t.chunk(2, dim), ("chunk", (2, dim), ()))
     return one * torch.sigmoid(other)
 
 
-def _prelu(
-    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _prelu(call: Call, value: Gaussian) -> Any:
     """The weight has one entry for each channel, which is dimension 1 of the value; it is reshaped so
     that it broadcasts."""
-    weight = args[1] if len(args) > 1 else kwargs["weight"]
+    weight = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
     slope = weight.reshape(-1, *(1,) * (value.dim() - 2)) if weight.numel() > 1 else weight
 
     def leaky(t: Tensor, slope: Tensor) -> Tensor:
         return torch.where(t > 0, t, slope * t)
 
-    return pointwise(leaky, "leaky_relu", [value], (value, slope), {})
+    return pointwise(Call(leaky, "leaky_relu", (value, slope), {}))
 
 
-def _joint(
-    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _joint(call: Call, value: Gaussian) -> Any:
     if value.source.draws is None and value.normal is not None:
         raise RuntimeError(
             f"{value.source.site}: inference='moments' needs an elementwise activation after it, and "
-            f"found {name}. Give samples=Z to estimate it by draws, or give this site "
+            f"found {call.name}. Give samples=Z to estimate it by draws, or give this site "
             "inference='mean'"
         )
-    return _whole(func, value, args, kwargs)
+    return _whole(call, value)
 
 
-def _whole(func: Any, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _whole(call: Call, value: Gaussian) -> Any:
     """A function that needs all entries together. With `samples=Z` it is applied to each draw; else to
     the expectation."""
     if value.source.draws is None:
-        return func(*settle(args), **settle(kwargs))
-    before, rest, named = value.apply, settle(args[1:]), settle(kwargs)
+        return call.settled()
+    before, function = value.apply, call.of_first()
     source = dataclasses.replace(value.source, points=None)  # points are values of one entry alone
     # `captures` makes draws come one at a time: stacked along the first dimension, as they are
     # otherwise, they would be mixed by a function that looks along it.
-    return Gaussian(source, lambda u: func(before(u), *rest, **named), captures=True)
+    return Gaussian(source, lambda u: function(before(u)), captures=True)
 
 
-def _iterate(
-    func: Any, name: str, value: Gaussian, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _iterate(call: Call, value: Gaussian) -> Any:
     return iter(value.rearranged(lambda t: t.unbind(0), ("unbind", (0,), ())))
 
 

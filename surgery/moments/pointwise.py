@@ -15,6 +15,31 @@ from .gaussian import Gaussian, Source
 from .scope import settle
 
 
+class Call:
+    """A call of a torch function, with Gaussians among its arguments or inside of them.
+
+    Args:
+        func, name: the torch function, and its canonical name.
+        args, kwargs: all arguments.
+    """
+
+    def __init__(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.func, self.name, self.args, self.kwargs = func, name, args, kwargs
+
+    def gaussians(self) -> list[Gaussian]:
+        """Those that are arguments themselves."""
+        return [one for one in (*self.args, *self.kwargs.values()) if isinstance(one, Gaussian)]
+
+    def settled(self) -> Any:
+        """What the function makes of the expectations."""
+        return self.func(*settle(self.args), **settle(self.kwargs))
+
+    def of_first(self) -> Callable[[Any], Any]:
+        """The function of its first argument alone; the others are settled now."""
+        rest, named = settle(self.args[1:]), settle(self.kwargs)
+        return lambda first: self.func(first, *rest, **named)
+
+
 def leaves_domain(name: str, args: tuple[Any, ...]) -> bool:
     """Whether a Gaussian gets into a place of a function that is not defined on the whole line or has a
     pole (`log(u)`, `1 / u`). Then there is no expectation."""
@@ -30,23 +55,18 @@ def leaves_domain(name: str, args: tuple[Any, ...]) -> bool:
     return any(isinstance(one, Gaussian) and one.normal is not None for one in reached)
 
 
-def pointwise(
-    func: Any, name: str, values: list[Gaussian], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """An elementwise function of Gaussians and tensors.
-
-    Args:
-        func, name: the torch function, and its canonical name.
-        values: the Gaussians among the arguments, at least one.
-        args, kwargs: all arguments.
+def pointwise(call: Call) -> Any:
+    """An elementwise function of Gaussians, at least one, and tensors.
 
     Returns:
         a Gaussian if all values have one source or the result is a sum of two, and otherwise the
         expectation of the result.
     """
-    if any(value.source is not values[0].source for value in values):
-        return _independent(func, name, values, args, kwargs)
+    func, args, kwargs = call.func, call.args, call.kwargs
+    values = call.gaussians()
     value = values[0]
+    if any(other.source is not value.source for other in values):
+        return _independent(call, values)
     value.check()
     # Arguments as they are now: a value can be written to before the function is applied.
     given = [_bound(arg) for arg in args]
@@ -62,8 +82,9 @@ def pointwise(
     others = (*args, *kwargs.values())
     captures = any(one.captures for one in values)
     captures = captures or any(isinstance(other, Tensor) and other.ndim > 0 for other in others)
-    normal = _affine(func, name, args, kwargs)
-    closed = _closed(func, name, args, kwargs) if len(values) == 1 else None
+    alone = len(values) == 1 and any(arg is value for arg in args)
+    normal = _affine(call, value) if alone else None
+    closed = _closed(call, value) if alone else None
     return Gaussian(value.source, function, normal, closed, captures)
 
 
@@ -72,56 +93,48 @@ def _bound(arg: Any) -> tuple[bool, Any]:
     return (True, arg.apply) if isinstance(arg, Gaussian) else (False, arg)
 
 
-def _affine(
-    func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor] | None:
-    """Mean and variance after a shift or a scaling of one Gaussian; None after anything else."""
-    if kwargs or not _is_linear(name, args):
-        return None
-    value = next(arg for arg in args if isinstance(arg, Gaussian))
-    if value.normal is None:
+def _affine(call: Call, value: Gaussian) -> tuple[Tensor, Tensor] | None:
+    """Mean and variance after a shift or a scaling of the one Gaussian; None after anything else."""
+    if call.kwargs or not _is_linear(call) or value.normal is None:
         return None
     mean, variance = value.normal
-    moved: Tensor = func(*(mean if arg is value else arg for arg in args))
-    if name in table.SCALES:
-        scale = func(*(torch.ones_like(mean) if arg is value else arg for arg in args))
+    moved: Tensor = _with(call, value, mean)
+    if call.name in table.SCALES:
+        scale = _with(call, value, torch.ones_like(mean))
         return moved, variance * scale * scale
     return moved, variance.expand_as(moved)
 
 
-def _is_linear(name: str, args: tuple[Any, ...]) -> bool:
+def _with(call: Call, value: Gaussian, tensor: Tensor) -> Any:
+    """What the function makes of its arguments with a tensor in the place of the one Gaussian."""
+    args = (tensor if arg is value else arg for arg in call.args)
+    return call.func(*args, **call.kwargs)
+
+
+def _is_linear(call: Call) -> bool:
     """Whether the result is affine in the one Gaussian among the arguments."""
-    return table.is_affine(name, [i for i, arg in enumerate(args) if isinstance(arg, Gaussian)])
+    positions = [i for i, arg in enumerate(call.args) if isinstance(arg, Gaussian)]
+    return table.is_affine(call.name, positions)
 
 
-def _closed(
-    func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Callable[[], Tensor] | None:
+def _closed(call: Call, value: Gaussian) -> Callable[[], Tensor] | None:
     """Computes the expectation of a function of one value without its composition with what came
     before: for an activation that reads a Gaussian itself (some have closed forms), and for what is
     affine in the result of such a one. None for others."""
-    value = next((arg for arg in args if isinstance(arg, Gaussian)), None)
-    if value is None or name in table.COMPARISONS or value.source.points is not None:
+    if call.name in table.COMPARISONS or value.source.points is not None:
         return None
     before = value.closed
-    if before is not None and not kwargs and _is_linear(name, args):
-        return lambda: func(*(before() if arg is value else arg for arg in args))
+    if before is not None and not call.kwargs and _is_linear(call):
+        return lambda: _with(call, value, before())
     if value.normal is None:
         return None
-    mean, variance = value.normal
-
-    def activation(t: Tensor) -> Tensor:
-        result: Tensor = func(*(t if arg is value else arg for arg in args), **kwargs)
-        return result
-
-    tanh = kwargs.get("approximate") == "tanh"  # the other GELU
-    mean, variance = torch.broadcast_tensors(mean, variance)
-    return lambda: ops.expectation(activation, mean, variance, None if tanh else name)
+    tanh = call.kwargs.get("approximate") == "tanh"  # the other GELU
+    name = None if tanh else call.name
+    mean, variance = torch.broadcast_tensors(*value.normal)
+    return lambda: ops.expectation(lambda t: _with(call, value, t), mean, variance, name)
 
 
-def _independent(
-    func: Any, name: str, values: list[Gaussian], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _independent(call: Call, values: list[Gaussian]) -> Any:
     """A function of values of several sources.
 
     The sum of two independent Gaussians is a Gaussian. For any other function of independent values it
@@ -129,10 +142,11 @@ def _independent(
     independent (overlapping views of one pre-activation), it is applied to their values at the mean.
     """
     if not all(one.source.is_independent_of(two.source) for one, two in combinations(values, 2)):
-        return func(*_at_means(args), **dict(zip(kwargs, _at_means(kwargs.values()))))
+        named = dict(zip(call.kwargs, _at_means(call.kwargs.values())))
+        return call.func(*_at_means(call.args), **named)
     normals = [value.normal for value in values if value.normal is not None]
-    result = func(*settle(args), **settle(kwargs))
-    if name not in table.ADDS or kwargs or len(args) != 2 or len(normals) != 2:
+    result = call.settled()
+    if call.name not in table.ADDS or call.kwargs or len(call.args) != 2 or len(normals) != 2:
         return result
     variance = normals[0][1] + normals[1][1]
     source = values[0].source

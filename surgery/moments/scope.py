@@ -32,11 +32,7 @@ def settle(value: Any) -> Any:
     if isinstance(value, Deferred):
         return value.expectation()
     if isinstance(value, dict):
-        changed = {}
-        for key, old in value.items():
-            new = settle(old)
-            if new is not old:
-                changed[key] = new
+        changed = _changed(value)
         if changed and type(value) is dict:
             return {**value, **changed}
         for key, new in changed.items():  # transformers' outputs keep items and attributes the same
@@ -49,9 +45,15 @@ def settle(value: Any) -> Any:
     return value
 
 
+def _changed(given: dict[Any, Any]) -> dict[Any, Any]:
+    """Those items that are others when settled."""
+    settled = {key: settle(old) for key, old in given.items()}  # dynamo does not trace `:=` here
+    return {key: new for key, new in settled.items() if new is not given[key]}
+
+
 def _settled_fields(value: Any) -> Any:
     fields = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
-    changed = {name: new for name, old in fields.items() if (new := settle(old)) is not old}
+    changed = _changed(fields)
     if changed:
         value = copy.copy(value)
         for name, new in changed.items():
@@ -60,12 +62,8 @@ def _settled_fields(value: Any) -> Any:
 
 
 def _settled_sequence(value: Any) -> Any:
-    new, changed = [], False
-    for item in value:
-        settled = settle(item)
-        changed = changed or settled is not item
-        new.append(settled)
-    if not changed:
+    new = [settle(item) for item in value]
+    if all(settled is item for settled, item in zip(new, value)):
         return value
     return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
 
