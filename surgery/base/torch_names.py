@@ -21,12 +21,7 @@ into `x`, but for `imatmul`: tensors have no such method, so that Python makes a
 
 _SYNONYMS = {
     "absolute": "abs",
-    "arccos": "acos",
-    "arccosh": "acosh",
-    "arcsin": "asin",
-    "arcsinh": "asinh",
-    "arctan": "atan",
-    "arctanh": "atanh",
+    **{f"arc{name}": f"a{name}" for name in ("cos", "cosh", "sin", "sinh", "tan", "tanh")},
     "clip": "clamp",
     "concat": "cat",
     "concatenate": "cat",
@@ -52,27 +47,16 @@ _SYNONYMS = {
 }
 """Other names of the same function: Python's operators, and torch's synonyms."""
 
+_UNDERSCORED = (
+    "alpha_dropout conv_transpose1d conv_transpose2d conv_transpose3d embedding_bag "
+    "feature_alpha_dropout group_norm gru_cell layer_norm leaky_relu log_softmax lstm_cell rms_norm"
+)
+"""Functions whose class has the same name, without underscores."""
+
 _MODULES = {
-    "alphadropout": "alpha_dropout",
-    "batchnorm1d": "batch_norm",
-    "batchnorm2d": "batch_norm",
-    "batchnorm3d": "batch_norm",
-    "convtranspose1d": "conv_transpose1d",
-    "convtranspose2d": "conv_transpose2d",
-    "convtranspose3d": "conv_transpose3d",
-    "embeddingbag": "embedding_bag",
-    "featurealphadropout": "feature_alpha_dropout",
-    "groupnorm": "group_norm",
-    "grucell": "gru_cell",
-    "instancenorm1d": "instance_norm",
-    "instancenorm2d": "instance_norm",
-    "instancenorm3d": "instance_norm",
-    "layernorm": "layer_norm",
-    "leakyrelu": "leaky_relu",
-    "logsoftmax": "log_softmax",
-    "lstmcell": "lstm_cell",
+    **{name.replace("_", ""): name for name in _UNDERSCORED.split()},
+    **{f"{kind}norm{n}d": f"{kind}_norm" for kind in ("batch", "instance") for n in (1, 2, 3)},
     "multiheadattention": "multi_head_attention_forward",
-    "rmsnorm": "rms_norm",
     "rnncell": "rnn_tanh_cell",
     "softmax2d": "softmax",
     "syncbatchnorm": "batch_norm",

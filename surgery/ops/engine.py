@@ -19,6 +19,7 @@ from ..torch_private.tensors import is_batched
 from ..torch_private.tracing import is_traced
 from . import gpu
 from .cpu import native
+from .cpu.build import NoCompiler
 from .cpu.workspace import Block, borrow, give_back
 from .formula import masked_formula, spread_indices
 from .hash import advance_key, key_tensor, mix_into
@@ -54,10 +55,8 @@ def by_kernel(
     """
     if gpu.is_there(weight):
         return gpu.masked(weight, anchor, grad, mask, dtype)
-    given = [tensor for tensor in (weight, anchor, grad) if tensor is not None]
-    if not native.takes(*given) or dtype not in (None, weight.dtype):
-        return None
-    if not has_kernels("masks"):
+    known = dtype in (None, weight.dtype) and native.takes(weight, anchor, grad)
+    if not (known and has_kernels("masks")):
         return None
     used = torch.empty_like(weight) if block is None else block.view(weight)
     if block is None and not native.takes(used):  # a mode that makes tensors of its own
@@ -72,7 +71,7 @@ def has_kernels(name: str) -> bool:
         return False
     try:
         native.library(name)
-    except native.NoCompiler as error:
+    except NoCompiler as error:
         give_up("cpu", error)
         return False
     return True

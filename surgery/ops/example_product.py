@@ -90,12 +90,9 @@ class _Masks:
         """The multiplier of each row of the input: int32, (examples * rows,)."""
         return self.last if self.rows == 1 else self.last.repeat_interleave(self.rows)
 
-    def kernels(self, name: str, *others: Tensor) -> bool:
+    def kernels(self, name: str, *others: Tensor | None) -> bool:
         """Whether there are kernels of that name on the CPU for the weight and for other tensors."""
-        given = (
-            (self.weight, *others) if self.anchor is None else (self.weight, self.anchor, *others)
-        )
-        return native.takes(*given) and has_kernels(name)
+        return native.takes(self.weight, self.anchor, *others) and has_kernels(name)
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """What is used of each entry if it is kept (without an anchor, before it is scaled), and if it
@@ -120,7 +117,7 @@ class _Masks:
         """
         examples, rows = block
         weight, anchor, last = self.weight[rows], _part(self.anchor, rows), self.last[examples]
-        if not self.kernels("example_masks", *(() if outer is None else (outer,))):
+        if not self.kernels("example_masks", outer):
             keep, scale = self._keep(rows, last), self.law.scale
             used = apply_mask(keep, weight, anchor, scale) if want_used else None
             return used, None if outer is None else apply_mask(keep, outer, None, scale)

@@ -130,8 +130,7 @@ def _quadrature(f: Function, mean: Tensor, var: Tensor) -> Tensor:
     """f(mean) plus the weighted differences to it, a node at a time, in forward and backward."""
     sd = safe_sqrt(var)
     value = f(mean)
-    recompute = torch.is_grad_enabled()
-    recompute = recompute and (mean.requires_grad or var.requires_grad)
+    recompute = _is_recorded(mean, var)
 
     def at(mean: Tensor, sd: Tensor, node: float, weight: float) -> Tensor:
         return weight * f(mean + node * sd)
@@ -161,9 +160,7 @@ def _density(z: Tensor) -> Tensor:
     return torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
 
 
-def _cdf(z: Tensor) -> Tensor:
-    probability: Tensor = torch.special.ndtr(z)
-    return probability
+_cdf: Function = torch.special.ndtr
 
 
 def _score(mean: Tensor, sd: Tensor) -> Tensor:

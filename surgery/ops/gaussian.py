@@ -205,24 +205,26 @@ def safe_sqrt(var: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, var, 1).sqrt(), 0)
 
 
+def _drawn(mean: Tensor, var: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """mean + sqrt(var) * noise, and its derivative by var."""
+    if gpu.takes(mean, var, noise):
+        sample, slope = torch.empty_like(mean), torch.empty_like(mean)
+        if gpu.draw(mean, var, noise, sample, slope, None):
+            return sample, slope
+    sd = safe_sqrt(var.to(noise.dtype))
+    slope = torch.where(sd > 0, noise / (2 * sd), 0)
+    return (mean + sd * noise).to(mean.dtype), slope.to(mean.dtype)
+
+
 class _Sample(torch.autograd.Function):
     """mean + sqrt(var) * noise. Keeps one tensor for backward, the derivative by var. For eager code:
     in a traced graph the compiler decides what to keep."""
 
     @staticmethod
-    def forward(mean: Tensor, var: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        if gpu.takes(mean, var, noise):
-            sample, slope = torch.empty_like(mean), torch.empty_like(mean)
-            if gpu.draw(mean, var, noise, sample, slope, None):
-                return sample, slope
-        sd = safe_sqrt(var.to(noise.dtype))
-        slope = torch.where(sd > 0, noise / (2 * sd), 0)
-        return (mean + sd * noise).to(mean.dtype), slope.to(mean.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
+    def forward(ctx: Any, mean: Tensor, var: Tensor, noise: Tensor) -> Tensor:
+        sample, slope = _drawn(mean, var, noise)
+        ctx.save_for_backward(slope)
+        return sample
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -245,7 +247,7 @@ def gaussian_sample(mean: Tensor, var: Tensor) -> Tensor:
     noise = drawn(torch.randn_like, mean, dtype=wide)
     if is_traced():
         return (mean + safe_sqrt(var.to(wide)) * noise).to(mean.dtype)
-    sample: Tensor = _Sample.apply(mean, var, noise)[0]  # type: ignore[no-untyped-call]
+    sample: Tensor = _Sample.apply(mean, var, noise)  # type: ignore[no-untyped-call]
     return sample
 
 

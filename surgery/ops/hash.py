@@ -46,10 +46,10 @@ Key = Tensor | tuple[int, int]
 for a GPU, whose kernels take numbers."""
 
 
-def _signed(word: int) -> int:
-    """The 32-bit word with the same bits, as a Python int that fits int32."""
-    word &= 0xFFFFFFFF
-    return word - (1 << 32) if word >= 1 << 31 else word
+def _signed(word: int, bits: int = 32) -> int:
+    """The word of so many bits with the same bits, as a Python int that fits a signed one."""
+    word &= (1 << bits) - 1
+    return word - (1 << bits) if word >> (bits - 1) else word
 
 
 _STEP = _signed(_GOLDEN)
@@ -91,9 +91,9 @@ def mix(indices: Tensor, key: Tensor, multiplier: Tensor | None = None) -> Tenso
     z = (z ^ _shift_right(z, 17)) * _ROUND1 + key[1]
     z = (z ^ _shift_right(z, 11)) * _ROUND2
     z = z ^ _shift_right(z, 15)
-    if multiplier is None:
-        return z * ROUND3
     other = z * ROUND3
+    if multiplier is None:
+        return other
     other = other ^ _shift_right(other, 16)
     return (z ^ (other & (multiplier ^ ROUND3))) * multiplier
 
@@ -166,15 +166,10 @@ def words(key: Key) -> tuple[int, int]:
 def _derived_words(k0: int, k1: int, number: int) -> tuple[int, int]:
     """`_derived` for a key on the host, in far less time than that takes there."""
     factor, summand = _scramble(2 * number) | 1, _scramble(2 * number + 1)
-    z0, z1 = (_signed64(word * factor + summand) for word in (k0, k1))
+    z0, z1 = (_signed(word * factor + summand, 64) for word in (k0, k1))
     z0, z1 = z0 ^ (z0 >> 32), z1 ^ (z1 >> 32)
-    z0, z1 = _signed64(z0 * _MIXER + z1), _signed64(z1 * _MIXER + z0)
+    z0, z1 = _signed(z0 * _MIXER + z1, 64), _signed(z1 * _MIXER + z0, 64)
     return _signed(z0 ^ (z0 >> 32)), _signed(z1 ^ (z1 >> 32))
-
-
-def _signed64(word: int) -> int:
-    word &= _MASK64
-    return word - (1 << 64) if word >> 63 else word
 
 
 def _scramble(seed: int) -> int:
@@ -182,8 +177,7 @@ def _scramble(seed: int) -> int:
     z = (seed + 0x9E3779B97F4A7C15) & _MASK64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    z ^= z >> 31
-    return z - (1 << 64) if z >> 63 else z
+    return _signed(z ^ (z >> 31), 64)
 
 
 def key_from_seed(seed: int, device: torch.device | str = "cpu") -> Tensor:

@@ -85,15 +85,12 @@ class Law:
         """p / (1 - p), the variance of what multiplies a weight, or 0 if everything is dropped: for
         eager code."""
         with torch.inference_mode(False), torch.no_grad():
-            if self.numbers is None:
-                return torch.where(self.scale == 0, 0, self.scale - 1)
-            return torch.zeros_like(self.scale) if self.drops_all else self.scale - 1
+            return torch.where(self.scale == 0, 0, self.scale - 1)
 
     def fits(self, weight: Tensor) -> bool:
         """Whether the law can be used with `weight` as it is."""
-        return self.threshold.device == weight.device and self.scale.dtype == law_dtype(
-            weight.dtype
-        )
+        dtype = law_dtype(weight.dtype)
+        return self.threshold.device == weight.device and self.scale.dtype == dtype
 
 
 class Mask(NamedTuple):

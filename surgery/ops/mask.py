@@ -92,18 +92,14 @@ def _in_segments(weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor:
     """The formula by element on a 1-D weight of any length."""
     numel = weight.shape[0]
     parts = []
+    followed = is_traced() or is_batched(weight)
     for start in range(0, max(1, numel), SEGMENT):
         part = slice(start, min(start + SEGMENT, numel))
         towards = None if anchor is None else anchor[part]
         moved = Mask(advance_key(mask.key, start), mask.law, mask.layout)
-        parts.append(_segment(weight[part], towards, moved))
+        masked = None if followed else by_kernel(weight[part], towards, None, moved)
+        parts.append(by_formula(weight[part], towards, moved) if masked is None else masked[0])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _segment(weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor:
-    plain = is_traced() or is_batched(weight)
-    masked = None if plain else by_kernel(weight, anchor, None, mask)
-    return by_formula(weight, anchor, mask) if masked is None else masked[0]
 
 
 @torch.library.custom_op(
@@ -170,11 +166,10 @@ def _traced_formula(
     indices: Tensor,
 ) -> Tensor:
     """`masked_formula` for a weight of any shape: tensors in, as `checkpoint` wants them in a graph."""
-    shape = None if layout.is_elementwise else layout.mask
-    view = (layout.entries,) if shape is None else layout.view
-    flat = weight.reshape(view)
-    towards = None if anchor is None else anchor.reshape(view)
-    return masked_formula(flat, towards, key, threshold, scale, shape, indices).view(weight.shape)
+    viewed = weight.reshape(layout.view)
+    towards = None if anchor is None else anchor.reshape(layout.view)
+    args = viewed, towards, key, threshold, scale, layout.mask, indices
+    return masked_formula(*args).view(weight.shape)
 
 
 def drop_weight(

@@ -33,10 +33,8 @@ def is_ordinary(tensor: Tensor) -> bool:
 
 def is_ordinary_there(tensor: Tensor) -> bool:
     """The same on whatever device it is."""
-    kind = type(tensor)
-    if kind is not Tensor and kind is not torch.nn.Parameter:
-        return False
-    return dispatch_keys(tensor) in _plain_keys(tensor.device.type)
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return plain and dispatch_keys(tensor) in _plain_keys(tensor.device.type)
 
 
 def is_dense(tensor: Tensor) -> bool:

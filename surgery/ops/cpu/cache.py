@@ -75,9 +75,7 @@ def _others(path: Path, stat_of: os.stat_result, is_parent: bool = False) -> str
     if is_parent:
         if stat_of.st_mode & stat.S_ISVTX:  # as /tmp: each may rename only what is his
             return None
-        if (
-            stat_of.st_gid == os.geteuid()
-        ):  # a group of the user's own, by the custom of most systems
+        if stat_of.st_gid == os.geteuid():  # a group of the user's own, by custom of most systems
             by_group = 0
     if by_group or by_all:
         return f"{path} can be written by {'everybody' if by_all else f'group {stat_of.st_gid}'}"

@@ -19,18 +19,7 @@ from ...base.journal import Lock
 from ..hash import key_tensor
 from ..law import Mask
 from ..ordinary import is_ordinary
-from .build import NoCompiler, load
-
-__all__ = [
-    "NoCompiler",
-    "drop",
-    "example_gradients",
-    "example_product",
-    "excess",
-    "library",
-    "sample",
-    "takes",
-]
+from .build import load
 
 _POINTER, _INT, _SIZE, _WORD = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
 DROP_ARGUMENTS: list[Any] = [*[_POINTER] * 8, _SIZE, _WORD, _SIZE, _INT]
@@ -68,25 +57,28 @@ def library(name: str) -> Any:
 
 
 def _loaded(name: str) -> Any:
-    loaded = _libraries.get(name)
-    if loaded is None:
-        loaded = _libraries[name] = load(name, _SIGNATURES[name])
-    return loaded
+    if name not in _libraries:
+        _libraries[name] = load(name, _SIGNATURES[name])
+    return _libraries[name]
 
 
-def takes(first: Tensor, *others: Tensor) -> bool:
+def takes(first: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels can read tensors together: ordinary ones on the CPU, dense, all of one type,
     which they know."""
     if first.dtype not in _NAMES:
         return False
     for tensor in (first, *others):
+        if tensor is None:
+            continue
         if tensor.dtype != first.dtype or not is_ordinary(tensor) or not tensor.is_contiguous():
             return False
     return True
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _run(function: Any, tensors: tuple[Tensor | None, ...], *sizes: int) -> None:
+    """Call a function of a library: it takes addresses, sizes, and the number of threads."""
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    function(*addresses, *sizes, torch.get_num_threads())
 
 
 def _tensors_of(mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,9 +142,7 @@ def example_product(
     """
     product = x.new_empty(x.shape[0], kept.shape[0])
     tensors = (x, kept, dropped, *_tensors_of(mask), multipliers, product)
-    sizes = (*product.shape, x.shape[1])
-    function = library("products").example_product
-    function(*map(_address, tensors), *sizes, torch.get_num_threads())
+    _run(library("products").example_product, tensors, *product.shape, x.shape[1])
     return product
 
 
@@ -177,9 +167,7 @@ def example_gradients(
     columns = grad.t().contiguous()
     masks = (*_tensors_of(mask), multipliers)
     tensors = (columns, x, kept, dropped, *masks, of_x, of_weight)
-    sizes = (*grad.shape, x.shape[1])
-    function = library("products").example_gradients
-    function(*map(_address, tensors), *sizes, torch.get_num_threads())
+    _run(library("products").example_gradients, tensors, *grad.shape, x.shape[1])
     return of_x, of_weight
 
 
@@ -190,8 +178,7 @@ def excess(mean: Tensor, var: Tensor) -> Tensor:
         mean, var: float32, dense and of one shape.
     """
     out = torch.empty_like(mean)
-    addresses = map(_address, (mean, var, out))
-    library("activations").excess(*addresses, mean.numel(), torch.get_num_threads())
+    _run(library("activations").excess, (mean, var, out), mean.numel())
     return out
 
 
@@ -202,5 +189,4 @@ def sample(mean: Tensor, var: Tensor, noise: Tensor, ratio: Tensor) -> None:
         mean, var, noise: float32, dense and of one shape.
         ratio: float32, 0-d.
     """
-    addresses = map(_address, (mean, var, noise, ratio))
-    library("activations").sample(*addresses, mean.numel(), torch.get_num_threads())
+    _run(library("activations").sample, (mean, var, noise, ratio), mean.numel())

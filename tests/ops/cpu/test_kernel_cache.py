@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from surgery.ops.cpu import native
+from surgery.ops.cpu import build, native
 
 from ...internals import as_in_a_new_process, expect_functions, forget_kernels, set_constant
 
@@ -97,7 +97,7 @@ def test_kernels_without_the_functions_are_built_again(folder: Path, compiled, m
     load_anew()
     older = only_file(folder)
     expect_functions(monkeypatch, NAME, {"no_such_function": [ctypes.c_int]})
-    with pytest.raises(native.NoCompiler, match="no_such_function"):
+    with pytest.raises(build.NoCompiler, match="no_such_function"):
         load_anew()
     assert compiled() == [NAME] * 3  # the second time also without the cache
     assert not older.exists()
@@ -231,7 +231,7 @@ def test_a_compiler_that_is_none(command: str, reason: str, tmp_path: Path, monk
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setenv("CXX", command)
     set_constant(monkeypatch, "patience with a compiler", 0.5)
-    with pytest.raises(native.NoCompiler, match=reason):
+    with pytest.raises(build.NoCompiler, match=reason):
         load_anew()
     assert set(os.listdir(tmp_path)) <= {"kept", "compiler"}
     assert not kept.exists() or os.listdir(kept) == []
