@@ -9,26 +9,32 @@ import triton.language as tl
 from .hash_kernels import before_last, of_batch, words_of
 from .numbers_kernels import rounded
 
+HOST_NUMBERS = ["k0", "k1", "key_is_there", "threshold", "law_is_there"]
+"""Arguments that are other numbers at each launch: no kernel is compiled for one of them."""
+
 
 @triton.jit
-def kept_or_not(keep, values, anchors, scale, HAS_ANCHOR: tl.constexpr):
-    """`apply_mask`: values and anchors are as wide as the scale."""
-    wide = values * scale
+def kept_and_dropped(
+    weight, anchor, index, inside, scale, HAS_ANCHOR: tl.constexpr, WIDE: tl.constexpr
+):
+    """What is used of entries if they are kept, and if they are dropped: `apply_mask`."""
+    kept = tl.load(weight + index, mask=inside, other=0.0).to(WIDE) * scale
     if HAS_ANCHOR:
-        return tl.where(keep, wide + anchors * (1 - scale), anchors)
-    return tl.where(keep, wide, 0.0)
+        dropped = tl.load(anchor + index, mask=inside, other=0.0).to(WIDE)
+        return kept + dropped * (1 - scale), dropped
+    return kept, tl.zeros_like(kept)
 
 
 @triton.jit
-def law_of(threshold_pointer, scale_pointer, threshold, scale, law_is_there, DOUBLE: tl.constexpr):
+def law_of(threshold_pointer, scale_pointer, threshold, scale, law_is_there):
     """Threshold and scale: from memory if they are there, else those that the host gave."""
     threshold = tl.load(threshold_pointer, mask=law_is_there != 0, other=threshold)
-    if DOUBLE:  # a number of the host would be rounded
+    if scale_pointer.dtype.element_ty == tl.float64:  # a number of the host would be rounded
         return threshold, tl.load(scale_pointer)
     return threshold, tl.load(scale_pointer, mask=law_is_there != 0, other=scale)
 
 
-@triton.jit(do_not_specialize=["k0", "k1", "key_is_there", "threshold", "law_is_there"])
+@triton.jit(do_not_specialize=HOST_NUMBERS)
 def drop(
     weight,
     anchor,
@@ -57,25 +63,20 @@ def drop(
     WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
-    values = tl.load(weight + index, mask=inside).to(WIDE)
+    threshold, scale = law_of(threshold_pointer, scale_pointer, threshold, scale, law_is_there)
+    kept, dropped = kept_and_dropped(weight, anchor, index, inside, scale, HAS_ANCHOR, WIDE)
     if HAS_GRAD:
         slopes = tl.load(grad + index, mask=inside).to(WIDE)
     k0, k1 = words_of(key_pointer, k0, k1, key_is_there)
-    threshold, scale = law_of(
-        threshold_pointer, scale_pointer, threshold, scale, law_is_there, DOUBLE
-    )
     keep = of_batch(before_last(index, k0, k1)) >= threshold
-    anchors = values
-    if HAS_ANCHOR:
-        anchors = tl.load(anchor + index, mask=inside).to(WIDE)
-    found = kept_or_not(keep, values, anchors, scale, HAS_ANCHOR)
+    found = tl.where(keep, kept, dropped)
     tl.store(used + index, rounded(found, used.dtype.element_ty), mask=inside)
     if HAS_GRAD:
-        found = kept_or_not(keep, slopes, slopes, scale, False)
+        found = tl.where(keep, slopes * scale, 0.0)
         tl.store(of_weight + index, rounded(found, of_weight.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["k0", "k1", "key_is_there", "threshold", "law_is_there"])
+@triton.jit(do_not_specialize=HOST_NUMBERS)
 def drop_shared(
     weight,
     anchor,
@@ -105,18 +106,13 @@ def drop_shared(
     WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
-    values = tl.load(weight + index, mask=inside).to(WIDE)
+    threshold, scale = law_of(threshold_pointer, scale_pointer, threshold, scale, law_is_there)
+    kept, dropped = kept_and_dropped(weight, anchor, index, inside, scale, HAS_ANCHOR, WIDE)
     k0, k1 = words_of(key_pointer, k0, k1, key_is_there)
-    threshold, scale = law_of(
-        threshold_pointer, scale_pointer, threshold, scale, law_is_there, DOUBLE
-    )
     rest = index // size3
     entry = (index % size3) * step3 + (rest % size2) * step2
     rest = rest // size2
     entry += (rest % size1) * step1 + (rest // size1) * step0
     keep = of_batch(before_last(entry, k0, k1)) >= threshold
-    anchors = values
-    if HAS_ANCHOR:
-        anchors = tl.load(anchor + index, mask=inside).to(WIDE)
-    found = kept_or_not(keep, values, anchors, scale, HAS_ANCHOR)
+    found = tl.where(keep, kept, dropped)
     tl.store(used + index, rounded(found, used.dtype.element_ty), mask=inside)

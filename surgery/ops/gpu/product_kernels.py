@@ -12,20 +12,8 @@ import triton
 import triton.language as tl
 
 from .hash_kernels import before_last, for_examples, multipliers, of_example, words_of
-from .mask_kernels import law_of
+from .mask_kernels import HOST_NUMBERS, kept_and_dropped, law_of
 from .numbers_kernels import rounded
-
-
-@triton.jit
-def kept_and_dropped(
-    weight, anchor, index, inside, scale, HAS_ANCHOR: tl.constexpr, WIDE: tl.constexpr
-):
-    """What is used of entries if they are kept, and if they are dropped (with an anchor)."""
-    kept = tl.load(weight + index, mask=inside, other=0.0).to(WIDE) * scale
-    if HAS_ANCHOR:
-        dropped = tl.load(anchor + index, mask=inside, other=0.0).to(WIDE)
-        return kept + dropped * (1 - scale), dropped
-    return kept, kept
 
 
 @triton.jit
@@ -36,7 +24,7 @@ def added(total, keep, kept, dropped, factor, HAS_ANCHOR: tl.constexpr):
     return tl.where(keep, total + kept * factor, total)
 
 
-@triton.jit(do_not_specialize=["k0", "k1", "key_is_there", "threshold", "law_is_there", "rows"])
+@triton.jit(do_not_specialize=[*HOST_NUMBERS, "rows"])
 def product(
     x,
     weight,
@@ -64,9 +52,7 @@ def product(
     """(rows, outputs): a program sums [ROWS, OUT, IN] tiles along the inputs."""
     WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     k0, k1 = words_of(key_pointer, k0, k1, key_is_there)
-    threshold, scale = law_of(
-        threshold_pointer, scale_pointer, threshold, scale, law_is_there, DOUBLE
-    )
+    threshold, scale = law_of(threshold_pointer, scale_pointer, threshold, scale, law_is_there)
     parts = tl.cdiv(outputs, OUT)
     row = (tl.program_id(0) // parts) * ROWS + tl.arange(0, ROWS)
     out = (tl.program_id(0) % parts) * OUT + tl.arange(0, OUT)
@@ -94,7 +80,7 @@ def product(
     tl.store(at, rounded(tl.sum(total, 2), found.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["k0", "k1", "key_is_there", "threshold", "law_is_there", "rows"])
+@triton.jit(do_not_specialize=[*HOST_NUMBERS, "rows"])
 def input_gradient(
     grad,
     weight,
@@ -122,9 +108,7 @@ def input_gradient(
     """(rows, inputs), from the gradient of the product: the same along the outputs."""
     WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     k0, k1 = words_of(key_pointer, k0, k1, key_is_there)
-    threshold, scale = law_of(
-        threshold_pointer, scale_pointer, threshold, scale, law_is_there, DOUBLE
-    )
+    threshold, scale = law_of(threshold_pointer, scale_pointer, threshold, scale, law_is_there)
     parts = tl.cdiv(inputs, IN)
     row = (tl.program_id(0) // parts) * ROWS + tl.arange(0, ROWS)
     into = (tl.program_id(0) % parts) * IN + tl.arange(0, IN)
@@ -152,9 +136,7 @@ def input_gradient(
     tl.store(at, rounded(tl.sum(total, 1), found.dtype.element_ty), mask=there)
 
 
-@triton.jit(
-    do_not_specialize=["k0", "k1", "key_is_there", "threshold", "law_is_there", "rows", "span"]
-)
+@triton.jit(do_not_specialize=[*HOST_NUMBERS, "rows", "span"])
 def weight_gradient(
     grad,
     x,
@@ -181,9 +163,7 @@ def weight_gradient(
     """(parts of the rows, outputs, inputs): the masked outer products of `span` rows each, summed."""
     WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     k0, k1 = words_of(key_pointer, k0, k1, key_is_there)
-    threshold, scale = law_of(
-        threshold_pointer, scale_pointer, threshold, scale, law_is_there, DOUBLE
-    )
+    threshold, scale = law_of(threshold_pointer, scale_pointer, threshold, scale, law_is_there)
     parts = tl.cdiv(inputs, IN)
     out = (tl.program_id(0) // parts) * OUT + tl.arange(0, OUT)
     into = (tl.program_id(0) % parts) * IN + tl.arange(0, IN)
@@ -205,9 +185,7 @@ def weight_gradient(
     tl.store(at, rounded(total * scale, found.dtype.element_ty), mask=inside)
 
 
-@triton.jit(
-    do_not_specialize=["k0", "k1", "key_is_there", "threshold", "law_is_there", "first", "count"]
-)
+@triton.jit(do_not_specialize=[*HOST_NUMBERS, "first", "count"])
 def masked_weights(
     weight,
     anchor,
@@ -233,12 +211,8 @@ def masked_weights(
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     k0, k1 = words_of(key_pointer, k0, k1, key_is_there)
-    threshold, scale = law_of(
-        threshold_pointer, scale_pointer, threshold, scale, law_is_there, DOUBLE
-    )
+    threshold, scale = law_of(threshold_pointer, scale_pointer, threshold, scale, law_is_there)
     kept, dropped = kept_and_dropped(weight, anchor, index, inside, scale, HAS_ANCHOR, WIDE)
-    if not HAS_ANCHOR:
-        dropped = tl.zeros((BLOCK,), WIDE)
     z, other = for_examples(before_last(index, k0, k1))
     at = used + index
     for step in range(0, count):
@@ -248,9 +222,7 @@ def masked_weights(
         at += size
 
 
-@triton.jit(
-    do_not_specialize=["k0", "k1", "key_is_there", "threshold", "law_is_there", "first", "count"]
-)
+@triton.jit(do_not_specialize=[*HOST_NUMBERS, "first", "count"])
 def masked_sum(
     outer,
     before,
@@ -277,9 +249,7 @@ def masked_sum(
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     k0, k1 = words_of(key_pointer, k0, k1, key_is_there)
-    threshold, scale = law_of(
-        threshold_pointer, scale_pointer, threshold, scale, law_is_there, DOUBLE
-    )
+    threshold, scale = law_of(threshold_pointer, scale_pointer, threshold, scale, law_is_there)
     z, other = for_examples(before_last(index, k0, k1))
     total = tl.zeros((BLOCK,), WIDE)
     at = outer + index
