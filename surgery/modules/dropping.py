@@ -85,7 +85,10 @@ def _open(module: Any, opened: list[Open]) -> None:
     weights its forward reads. A mask that a forward around this one has drawn stays."""
     _open_own(module, opened)
     for child in drawn_children(module):
-        if not _any_sharded(child):
+        weights = [getattr(child, state.raw) for state in child._dropconnect.values()]
+        if not any(
+            map(is_sharded, weights)
+        ):  # FSDP gathers them in the child's forward, which draws
             _open_own(child, opened, outside=True)
 
 
@@ -98,12 +101,6 @@ def drawn_children(module: Any) -> Iterator[Any]:
             child = getattr(child, part, None)
         if isinstance(child, nn.Module) and "_dropconnect" in child.__dict__:
             yield child
-
-
-def _any_sharded(child: Any) -> bool:
-    """Whether a weight of a child is sharded now. FSDP gathers it in the child's own forward, which
-    then draws."""
-    return any(is_sharded(getattr(child, state.raw)) for state in child._dropconnect.values())
 
 
 def _open_own(module: Any, opened: list[Open], outside: bool = False) -> None:

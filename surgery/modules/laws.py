@@ -62,7 +62,8 @@ class LawTable:
         self._thresholds = array("i", [0]) * self.SIZE
         self._scales = array("d" if dtype == torch.float64 else "f", [1.0]) * self.SIZE
         self._indices = _indices(device)
-        self._taken = 0
+        self.taken = 0
+        """How many rows have a site."""
         self._captured: list[Tensor] = []
         """Thresholds and scales for CUDA graphs, which read from fixed addresses: they are written to,
         and never replaced."""
@@ -71,10 +72,6 @@ class LawTable:
             with lasting():
                 self._captured = [self.thresholds.clone(), self.scales.clone()]
 
-    @property
-    def is_full(self) -> bool:
-        return self._taken == self.SIZE
-
     def fits(self, weight: Tensor) -> bool:
         """Whether the laws can be used with `weight`."""
         return self.device == weight.device and self._dtype == law_dtype(weight.dtype)
@@ -82,8 +79,8 @@ class LawTable:
     def add(self, threshold: int, scale: float) -> Row:
         """A row for a new site. Call `added` after the last one: no graph reads a new row yet, so that
         tensors which graphs read may change."""
-        number = self._taken
-        self._taken = number + 1
+        number = self.taken
+        self.taken = number + 1
         self._thresholds[number] = threshold
         self._scales[number] = scale
         return Row(self, number, self._indices[number])
@@ -241,7 +238,7 @@ def _give_laws(sites: Iterable[tuple[HasLaw, Tensor]]) -> None:
 def _open_table(device: torch.device, dtype: torch.dtype) -> LawTable:
     """The table of a device with room for another row; a new one if that is full."""
     table = _open.get((device, dtype))
-    if table is None or table.is_full:
+    if table is None or table.taken == table.SIZE:
         table = _open[device, dtype] = LawTable(device, dtype)
     return table
 

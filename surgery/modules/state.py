@@ -144,16 +144,11 @@ class SiteState(HasLaw):
             give_laws([(self, self.law.scale)])
 
     def new_key(self, device: torch.device) -> Key:
-        """The key of one forward call, from the generator of the weight's device."""
-        return draw_key(device, self.rank)
-
-    @property
-    def rank(self) -> int:
-        """The process rank that is mixed into keys; 0 outside of distributed training."""
+        """The key of one forward call, from the generator of the weight's device. The rank of the
+        process is mixed in; it is 0 outside of distributed training."""
         dist = torch.distributed
-        if not self.independent or not dist.is_available() or not dist.is_initialized():
-            return 0
-        return dist.get_rank()
+        ranked = self.independent and dist.is_available() and dist.is_initialized()
+        return draw_key(device, dist.get_rank() if ranked else 0)
 
     def with_inference(self, inference: Inference, samples: int | None) -> dict[str, Any]:
         """The attributes that change with what `eval()` does."""
