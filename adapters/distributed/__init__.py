@@ -7,7 +7,7 @@ point `surgery.plugins` once they can have been called; raw keys and names stay 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -15,12 +15,6 @@ from torch.distributed.checkpoint import state_dict as setters
 
 from surgery.modules.keys import plain_keys, raw_state_dict
 from surgery.verbs.savers import teach_function
-
-
-def register() -> None:
-    """Tell the setters about operated modules."""
-    for name in ("set_model_state_dict", "set_optimizer_state_dict", "set_state_dict"):
-        teach_function(getattr(setters, name), _takes_plain)
 
 
 def _takes_plain(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,16 +57,13 @@ def _raw_optimizer(model: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 def _rename_inside(key: str, raw: dict[str, str]) -> str:
     """`state.<name>.<what>` or `param_groups.<name>.<what>` with the raw name."""
-    for head, name, tail in _splits(key):
+    head, *parts = key.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:end])
         if name in raw:
-            return f"{head}.{raw[name]}.{tail}"
+            return ".".join([head, raw[name], *parts[end:]])
     return key
 
 
-def _splits(key: str) -> Iterator[tuple[str, str, str]]:
-    head, *parts = key.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        yield head, ".".join(parts[:end]), ".".join(parts[end:])
-
-
-register()
+for name in ("set_model_state_dict", "set_optimizer_state_dict", "set_state_dict"):
+    teach_function(getattr(setters, name), _takes_plain)

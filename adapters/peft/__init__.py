@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft.peft_model import PeftModel
 from peft.tuners.adalora import AdaLoraModel
 from peft.utils import hotswap, save_and_load
@@ -17,43 +16,22 @@ from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 import surgery.adapters.conventions  # noqa: F401  it says what "all-linear" leaves out
+from surgery.adapters.stored import holds
 from surgery.modules.keys import plain_state_dict
 from surgery.modules.places import places
-from surgery.verbs.checkpoint import open_tensors
 from surgery.verbs.savers import resizes_plain, teach, teach_function, works_plain, writes_plain
-
-
-def register() -> None:
-    """Tell the functions of PEFT about operated modules."""
-    teach(PeftModel, "save_pretrained", writes_plain)
-    teach_function(save_and_load.get_peft_model_state_dict, works_plain)
-    teach_function(save_and_load.set_peft_model_state_dict, _loads_adapter)
-    for name in ("get_base_model_state_dict", "set_base_model_state_dict"):
-        if hasattr(save_and_load, name):  # older versions of PEFT lack them
-            teach_function(getattr(save_and_load, name), works_plain)
-    teach_function(hotswap.hotswap_adapter, works_plain)
-    teach_function(hotswap.hotswap_adapter_from_state_dict, works_plain)
-    teach(AdaLoraModel, "update_and_allocate", works_plain)  # it pairs matrices by their names
-    teach_function(hotswap.prepare_model_for_compiled_hotswap, resizes_plain)
 
 
 def holds_adapters(folder: Path, model: Any) -> bool:
     """Whether the adapter files in `folder` hold exactly the weights of every adapter of `model`."""
     whole = plain_state_dict(model)  # embeddings and biases are under their own names in the file
     for name in model.peft_config:
+        own = save_and_load.get_peft_model_state_dict(
+            model, adapter_name=name, save_embedding_layers=False
+        )
         file = (folder if name == "default" else folder / name) / SAFETENSORS_WEIGHTS_NAME
-        if not file.is_file():
+        if not holds(file, {**whole, **own}):
             return False
-        have = {
-            **whole,
-            **save_and_load.get_peft_model_state_dict(
-                model, adapter_name=name, save_embedding_layers=False
-            ),
-        }
-        with open_tensors(file) as stored:
-            for key in stored.keys():  # noqa: SIM118
-                if key not in have or not torch.equal(stored.get_tensor(key), have[key].cpu()):
-                    return False
     return True
 
 
@@ -87,4 +65,13 @@ def _plain_adapter(model: nn.Module, adapter: Mapping[str, Any]) -> Mapping[str,
     return plain
 
 
-register()
+teach(PeftModel, "save_pretrained", writes_plain)
+teach_function(save_and_load.get_peft_model_state_dict, works_plain)
+teach_function(save_and_load.set_peft_model_state_dict, _loads_adapter)
+for name in ("get_base_model_state_dict", "set_base_model_state_dict"):
+    if hasattr(save_and_load, name):  # older versions of PEFT lack them
+        teach_function(getattr(save_and_load, name), works_plain)
+teach_function(hotswap.hotswap_adapter, works_plain)
+teach_function(hotswap.hotswap_adapter_from_state_dict, works_plain)
+teach(AdaLoraModel, "update_and_allocate", works_plain)  # it pairs matrices by their names
+teach_function(hotswap.prepare_model_for_compiled_hotswap, resizes_plain)

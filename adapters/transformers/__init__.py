@@ -6,12 +6,10 @@ hand does the same.
 
 from typing import TYPE_CHECKING, Any
 
-from surgery.adapters.transformers.models import register
+import surgery.adapters.transformers.models  # noqa: F401  it tells the core about transformers
 
 if TYPE_CHECKING:
     from surgery.adapters.transformers.callback import DropConnectCallback
-
-register()
 
 __all__ = ["DropConnectCallback"]
 

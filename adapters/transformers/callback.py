@@ -8,12 +8,12 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import surgery.adapters.transformers.trainer  # noqa: F401  it teaches Trainer to save plainly
+from surgery.adapters.stored import holds
 from surgery.adapters.transformers.schedules import Schedule, make_schedule
 from surgery.modules.keys import plain_state_dict
 from surgery.modules.places import states_in
@@ -34,7 +34,6 @@ from surgery.verbs.apply import (
 from surgery.verbs.checkpoint import (
     PLAN_FILE,
     anchors,
-    open_tensors,
     read_dropconnect,
     set_anchors,
 )
@@ -227,14 +226,7 @@ def _has_weights(folder: Path, plain: dict[str, Any]) -> bool:
     """Whether the safetensors files in `folder` hold exactly these weights."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     files = _files_of(index) if index.is_file() else {SAFE_WEIGHTS_NAME}
-    for file in sorted(files):
-        if not (folder / file).is_file():
-            return False
-        with open_tensors(folder / file) as stored:
-            for name in stored.keys():  # noqa: SIM118
-                if name not in plain or not _is_equal(stored, name, plain[name]):
-                    return False
-    return True
+    return all(holds(folder / file, plain) for file in sorted(files))
 
 
 def _files_of(index: Path) -> set[str]:
@@ -244,12 +236,6 @@ def _files_of(index: Path) -> set[str]:
     if not isinstance(map_, dict):
         raise SurgeryError(f"{index} holds no weight_map")
     return {file_name(file, f"{index}: weight_map[{name!r}]") for name, file in map_.items()}
-
-
-def _is_equal(stored: Any, name: str, tensor: Any) -> bool:
-    if stored.get_slice(name).get_shape() != list(tensor.shape):
-        return False
-    return torch.equal(stored.get_tensor(name), tensor.cpu())
 
 
 def _has_adapters(folder: Path, model: Any) -> bool:

@@ -21,14 +21,11 @@ from surgery.verbs.savers import (
     writes_plain,
 )
 
-
-def register() -> None:
-    """Tell the core about transformers, and `PreTrainedModel` about operated modules."""
-    teach(PreTrainedModel, "save_pretrained", writes_plain)
-    teach(PreTrainedModel, "resize_token_embeddings", resizes_plain)
-    teach(PeftAdapterMixin, "load_adapter", works_plain)
-    teach_function(load_sharded_checkpoint, reads_file)
-    product = product_of(Conv1D, product=COLUMN_PRODUCT)
-    reads = reads_of(Conv1D, names=("weight", "bias"))
-    conv1d = {"classes": (Conv1D,), "axes": columns, "product": product, "reads": reads}
-    register_kind(LINEAR.but(name="conv1d", **conv1d))
+teach(PreTrainedModel, "save_pretrained", writes_plain)
+teach(PreTrainedModel, "resize_token_embeddings", resizes_plain)
+teach(PeftAdapterMixin, "load_adapter", works_plain)
+teach_function(load_sharded_checkpoint, reads_file)
+product = product_of(Conv1D, product=COLUMN_PRODUCT)
+reads = reads_of(Conv1D, names=("weight", "bias"))
+conv1d = {"classes": (Conv1D,), "axes": columns, "product": product, "reads": reads}
+register_kind(LINEAR.but(name="conv1d", **conv1d))

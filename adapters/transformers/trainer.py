@@ -17,18 +17,12 @@ from surgery.verbs.checkpoint import save_dropconnect
 from surgery.verbs.savers import Method, is_operated, is_taught, teach, with_plain_names
 
 
-def register() -> None:
-    """Tell `Trainer` about operated modules."""
-    teach(Trainer, "save_model", _saves_plain)
-    teach(Trainer, "_save", _renames)
-
-
 def _saves_plain(save: Method) -> Method:
     """For `Trainer.save_model`, whatever `_save` a subclass has."""
 
     @wraps(save)
     def taught(trainer: Any, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        inner = _unwrapped(trainer)
+        inner = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         if not is_operated(trainer.model) or is_taught(inner, "save_pretrained"):
             return save(trainer, output_dir, *args, **kwargs)
         if trainer.args.should_save:
@@ -50,8 +44,5 @@ def _renames(save: Method) -> Method:
     return taught
 
 
-def _unwrapped(trainer: Any) -> Any:
-    return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-
-
-register()
+teach(Trainer, "save_model", _saves_plain)
+teach(Trainer, "_save", _renames)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
@@ -163,16 +164,8 @@ def _writer(use: UsingNode) -> fx.Node | None:
     return None
 
 
-_EMBEDDING = [
-    "input",
-    "weight",
-    "padding_idx",
-    "max_norm",
-    "norm_type",
-    "scale_grad_by_freq",
-    "sparse",
-]
-_ATEN_EMBEDDING = ["weight", "input", "padding_idx", "scale_grad_by_freq", "sparse"]
+_EMBEDDING = tuple(inspect.signature(nn.functional.embedding).parameters)
+_ATEN_EMBEDDING = ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse")
 
 
 def _named(uses: list[UsingNode]) -> str:

@@ -51,12 +51,10 @@ def insert(
     inserter.run()
     results = []
     for graph_module in model_graphs.graphs:
-        changed = [
-            graph_module in inserter.changed,
-            _name_calls(graph_module),
-            _settle(graph_module),
-        ]
-        results.append(finish(graph_module, any(changed)))
+        changed = graph_module in inserter.changed
+        changed |= _name_calls(graph_module)
+        changed |= _settle(graph_module)
+        results.append(finish(graph_module, changed))
     return results
 
 

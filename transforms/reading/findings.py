@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from surgery.planning.runs import Act
 from surgery.spec.plan import Use
@@ -12,32 +13,29 @@ from ..capture.capture import Capture
 Shape = tuple[int, ...]
 
 
+@dataclass(eq=False, repr=False)
 class Findings(Mapping[str, tuple[Use, ...]]):
     """The uses of every parameter, by its dotted name in the plain model. `print(findings)` shows a
     table. Tied parameters have the same uses under each of their names."""
 
-    def __init__(
-        self,
-        uses: dict[str, tuple[Use, ...]],
-        input_shapes: dict[str, tuple[Shape | None, ...]],
-        tied: tuple[tuple[str, ...], ...],
-        capture: Capture | None,
-        running: dict[str, tuple[tuple[str, ...], ...]],
-        acts: dict[str, tuple[Act, ...]],
-    ) -> None:
-        self._uses = uses
-        self.input_shapes = input_shapes
-        """For each use of a parameter, the shape of what the weight acts on, at its first call; None
-        where the graph does not know shapes (`symbolic_trace`)."""
-        self.tied = tied
-        """Groups of names of the same parameter."""
-        self.capture = capture
-        """How the graph was captured; None for a graph of other origin."""
-        self.acts = acts
-        """For each parameter, every different way in which it acted; see `surgery.planning.runs`."""
-        self.running = running
-        """For each parameter and place where it is used, the names of the modules whose forward is
-        running there, the outermost first; the root is `""`."""
+    _uses: dict[str, tuple[Use, ...]]
+
+    input_shapes: dict[str, tuple[Shape | None, ...]]
+    """For each use of a parameter, the shape of what the weight acts on, at its first call; None where
+    the graph does not know shapes (`symbolic_trace`)."""
+
+    tied: tuple[tuple[str, ...], ...]
+    """Groups of names of the same parameter."""
+
+    capture: Capture | None
+    """How the graph was captured; None for a graph of other origin."""
+
+    running: dict[str, tuple[tuple[str, ...], ...]]
+    """For each parameter and place where it is used, the names of the modules whose forward is running
+    there, the outermost first; the root is `""`."""
+
+    acts: dict[str, tuple[Act, ...]]
+    """For each parameter, every different way in which it acted; see `surgery.planning.runs`."""
 
     @property
     def unused(self) -> tuple[str, ...]:
