@@ -17,7 +17,7 @@ from ..torch_private.modules import REPLICA
 from .flat import flat_of, open_flat
 from .fused import fused_forward
 from .live import Open, check_unwritten, close, is_of_another_thread, watched
-from .masking import Factor, draw_keys, is_sharded, masked_weight
+from .masking import Operand, draw_keys, is_sharded, masked_weight
 from .product_forward import drops_in_product, product_forward, replaced_product
 from .recompute import call_recomputing
 from .state import SiteState
@@ -71,13 +71,13 @@ def _by_product(module: Any, state: SiteState, mode: str, *args: Tensor, **kwarg
     (x,) = args
     of_bias = module._dropconnect.get("bias")
     # Where the product does not drop the bias, it is masked by now, or plain.
-    bias = _factor(module, of_bias) if drops_in_product(of_bias, module.training) else module.bias
-    return product_forward(mode, module, x, _factor(module, state), bias)
+    bias = _operand(module, of_bias) if drops_in_product(of_bias, module.training) else module.bias
+    return product_forward(mode, module, x, _operand(module, state), bias)
 
 
-def _factor(module: Any, state: SiteState) -> Factor:
+def _operand(module: Any, state: SiteState) -> Operand:
     anchor = None if state.anchor is None else getattr(module, state.anchor)
-    return Factor(getattr(module, state.raw), state, anchor)
+    return Operand(getattr(module, state.raw), state, anchor)
 
 
 def _open(module: Any, opened: list[Open]) -> None:
@@ -106,16 +106,16 @@ def drawn_children(module: Any) -> Iterator[Any]:
 def _open_own(module: Any, opened: list[Open], outside: bool = False) -> None:
     """Draw the masks of a module's own sites. `outside`: for the forward of a module around it."""
     flat = None if outside or torch.compiler.is_compiling() else flat_of(module)
-    factors = [_factor(module, state) for state in _to_mask(module, outside)]
-    if not factors:
+    operands = [_operand(module, state) for state in _to_mask(module, outside)]
+    if not operands:
         return
     keep_law = not getattr(module, REPLICA, False)
-    for factor, key in zip(factors, draw_keys(factors)):
-        if flat is not None and factor.state.name in flat.names:
-            flat.add(factor, key)
+    for operand, key in zip(operands, draw_keys(operands)):
+        if flat is not None and operand.state.name in flat.names:
+            flat.add(operand, key)
         else:
-            used, recipe = masked_weight(factor, key, keep_law)
-            _hand_out(module, watched(module, factor.state, used, recipe), opened)
+            used, recipe = masked_weight(operand, key, keep_law)
+            _hand_out(module, watched(module, operand.state, used, recipe), opened)
     if flat is not None and flat.masks:
         for one in open_flat(module, flat):
             _hand_out(module, one, opened)

@@ -24,7 +24,7 @@ from ..torch_private.recurrent import names_of, put_where_cudnn_wants
 from ..torch_private.tensors import copy_all, identity, version_of
 from ..torch_private.tracing import is_traced
 from .live import Open, watched
-from .masking import Factor, check_anchor, requiring_as
+from .masking import Operand, check_anchor, requiring_as
 from .recompute import Recipe, address_of, can_recompute
 from .state import SiteState
 
@@ -69,13 +69,13 @@ class Flat:
         self._again: Tensor | None = None
         self._saved = self._asked = 0
 
-    def add(self, factor: Factor, key: Key) -> None:
+    def add(self, operand: Operand, key: Key) -> None:
         """Mask one of the weights.
 
         Raises:
             RuntimeError: its shape is no longer that of its anchor.
         """
-        raw, state, anchor = factor
+        raw, state, anchor = operand
         check_anchor(state, raw, anchor)
         self.masks[self.names.index(state.name)] = Mask(state, key, state.law_for(raw), anchor)
 

@@ -19,7 +19,7 @@ from .recompute import Recipe, address_of, can_recompute
 from .state import SiteState
 
 
-class Factor(NamedTuple):
+class Operand(NamedTuple):
     """A weight or a bias that one call drops: of a module, or of a node of a graph."""
 
     raw: Tensor
@@ -29,11 +29,11 @@ class Factor(NamedTuple):
     """Where dropped entries go, of the shape of `raw`; None is zero."""
 
 
-def draw_keys(factors: Sequence[Factor]) -> list[Key]:
+def draw_keys(operands: Sequence[Operand]) -> list[Key]:
     """The key of each mask of one call: the one that is held, or that of the weight which a bias
-    follows, or a new one. New ones are drawn in the order of `factors`."""
+    follows, or a new one. New ones are drawn in the order of `operands`."""
     keys: dict[str, Key] = {}
-    for raw, state, _ in factors:
+    for raw, state, _ in operands:
         key: Key | None = state.held_key
         if key is None and state.follows is not None:
             key = keys.get(state.follows)
@@ -41,18 +41,20 @@ def draw_keys(factors: Sequence[Factor]) -> list[Key]:
     return list(keys.values())
 
 
-def masked_weight(factor: Factor, key: Key, keep_law: bool = True) -> tuple[Tensor, Recipe | None]:
+def masked_weight(
+    operand: Operand, key: Key, keep_law: bool = True
+) -> tuple[Tensor, Recipe | None]:
     """The masked weight, and the recipe to compute it again; None if autograd keeps it instead.
 
     Args:
-        factor: what is masked.
+        operand: what is masked.
         key: of the mask, int32, shape (2,).
         keep_law: whether the law may be kept in the state.
 
     Raises:
         RuntimeError: the weight is sharded, or its shape is no longer that of its anchor.
     """
-    raw, state, anchor = factor
+    raw, state, anchor = operand
     if is_sharded(raw):
         raise RuntimeError(
             f"{state.raw!r} (the site {state.site}) is sharded (a DTensor) while a forward reads "
@@ -62,7 +64,7 @@ def masked_weight(factor: Factor, key: Key, keep_law: bool = True) -> tuple[Tens
     check_anchor(state, raw, anchor)
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():  # with a version, see `live.py`
-            return masked_weight(factor, key, keep_law)
+            return masked_weight(operand, key, keep_law)
     law = state.law_for(raw, keep=keep_law)
     if state.held_key is not None and not torch.compiler.is_compiling():
         return _held(state, raw, key, law, anchor), None

@@ -16,7 +16,7 @@ from ..spec.errors import SurgeryError
 from ..torch_private.modules import before_loading, not_before_loading, on_registration
 from .functional import teach_functional_call
 from .keys import take_plain_keys
-from .masking import Factor, draw_keys, masked_weight
+from .masking import Operand, draw_keys, masked_weight
 from .places import SitesNode
 from .product_forward import drops_in_product, product_forward, replaced_product
 from .recompute import Recipe, call_recomputing
@@ -138,11 +138,11 @@ class DropConnectNode(SitesNode):
         raw, *known = args
         if known:
             return known[0]
-        (used,), _ = self._masked(self._factors([raw], anchors))
+        (used,), _ = self._masked(self._operands([raw], anchors))
         return used
 
-    def _factors(self, raws: list[Tensor], anchors: tuple[Tensor | None, ...]) -> list[Factor]:
-        return [Factor(*one) for one in zip(raws, self.states.values(), anchors)]
+    def _operands(self, raws: list[Tensor], anchors: tuple[Tensor | None, ...]) -> list[Operand]:
+        return [Operand(*one) for one in zip(raws, self.states.values(), anchors)]
 
     def _replace(
         self,
@@ -155,14 +155,14 @@ class DropConnectNode(SitesNode):
         slots = [slot for slot in (call.weight, call.bias) if slot is not None]
         slots = slots[: len(self.states)]
         given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-        factors = self._factors([given[slot] for slot in slots], anchors)
+        operands = self._operands([given[slot] for slot in slots], anchors)
         replaced = replaced_product(self.states.values(), self.training)
         if replaced is not None:
             bias = None if call.bias is None else given[call.bias]
-            if drops_in_product(factors[-1].state, self.training) and len(factors) > 1:
-                bias = factors[-1]
-            return product_forward(replaced[1], None, given[call.input], factors[0], bias)
-        used, recipes = self._masked(factors)
+            if drops_in_product(operands[-1].state, self.training) and len(operands) > 1:
+                bias = operands[-1]
+            return product_forward(replaced[1], None, given[call.input], operands[0], bias)
+        used, recipes = self._masked(operands)
         given.update(zip(slots, used))
         args, kwargs = (
             tuple(given[i] for i in range(len(args))),
@@ -170,13 +170,13 @@ class DropConnectNode(SitesNode):
         )
         return call_recomputing(recipes, call.run, (args, kwargs), {})
 
-    def _masked(self, factors: list[Factor]) -> tuple[list[Tensor], list[Recipe]]:
+    def _masked(self, operands: list[Operand]) -> tuple[list[Tensor], list[Recipe]]:
         """The weights that this call uses, and recipes to compute them again."""
-        used = [factor.raw for factor in factors]
+        used = [operand.raw for operand in operands]
         recipes = []
-        dropped = [i for i, f in enumerate(factors) if f.state.mode(self.training) == "batch"]
-        for i, key in zip(dropped, draw_keys([factors[i] for i in dropped])):
-            used[i], recipe = masked_weight(factors[i], key)
+        dropped = [i for i, f in enumerate(operands) if f.state.mode(self.training) == "batch"]
+        for i, key in zip(dropped, draw_keys([operands[i] for i in dropped])):
+            used[i], recipe = masked_weight(operands[i], key)
             if recipe is not None:
                 recipes.append(recipe)
         return used, recipes

@@ -22,7 +22,7 @@ from ..moments.scope import in_scope, scope_shapes, settle
 from ..ops import Law, Layout, drop_weight
 from ..ops.hash import Key
 from ..ops.ordinary import is_dense
-from .masking import Factor, check_anchor, draw_keys
+from .masking import Operand, check_anchor, draw_keys
 from .state import NotGrouped, SiteState
 
 
@@ -53,7 +53,7 @@ def drops_in_product(state: SiteState | None, training: bool) -> bool:
 
 
 def product_forward(
-    mode: str, module: nn.Module | None, x: Any, weight: Factor, bias: Factor | Tensor | None
+    mode: str, module: nn.Module | None, x: Any, weight: Operand, bias: Operand | Tensor | None
 ) -> Any:
     """The pre-activation of one call.
 
@@ -62,7 +62,7 @@ def product_forward(
         module: what `Product.run` is given; None in a node of a graph.
         x: the input, dense; its features lie along `Product.features`.
         weight: the site whose state has the product.
-        bias: a Factor if the product drops it, a Tensor if it is added as it is, or None.
+        bias: a Operand if the product drops it, a Tensor if it is added as it is, or None.
 
     Returns:
         a Tensor, or for `"moments"` a `Gaussian` where something above settles it.
@@ -74,7 +74,7 @@ def product_forward(
     """
     state = weight.state
     check_anchor(state, weight.raw, weight.anchor)
-    if isinstance(bias, Factor):
+    if isinstance(bias, Operand):
         check_anchor(bias.state, bias.raw, bias.anchor)
     x = settle(x)
     if not isinstance(x, Tensor):
@@ -113,16 +113,16 @@ class ProductCall(NamedTuple):
     product: Product
     module: nn.Module | None
     x: Tensor
-    weight: Factor
-    bias: Factor | Tensor | None
+    weight: Operand
+    bias: Operand | Tensor | None
 
-    def dropped_bias(self) -> Factor | None:
+    def dropped_bias(self) -> Operand | None:
         """The bias, if the product drops it."""
-        return self.bias if isinstance(self.bias, Factor) else None
+        return self.bias if isinstance(self.bias, Operand) else None
 
     def added(self) -> Tensor | None:
         """The bias, shape (out,), as it is when nothing of it is dropped."""
-        return self.bias.raw if isinstance(self.bias, Factor) else self.bias
+        return self.bias.raw if isinstance(self.bias, Operand) else self.bias
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The product as the original forward computes it."""
@@ -154,7 +154,7 @@ class ProductCall(NamedTuple):
 
     def noisy(self) -> Tensor:
         """The pre-activation with Gaussian noise of the mean and variance that masks would give."""
-        if self.product is LINEAR_PRODUCT and not isinstance(self.bias, Factor):
+        if self.product is LINEAR_PRODUCT and not isinstance(self.bias, Operand):
             raw, state, anchor = self.weight
             law = state.law_for(raw)
             return ops.gaussian_linear(self.x, raw, self.bias, law, state.unit, anchor)
@@ -264,7 +264,7 @@ class ProductCall(NamedTuple):
 
     def bias_of_examples(self, key: Key, examples: int) -> Tensor:
         """(examples, out), or (1, out) if it is not dropped. `key`: of the weight."""
-        if not isinstance(self.bias, Factor):
+        if not isinstance(self.bias, Operand):
             assert self.bias is not None
             return self.bias.unsqueeze(0)
         raw, state, anchor = self.bias
@@ -300,13 +300,13 @@ def _points_of_two(
     return tuple((value.to(mean.dtype), probability) for value, probability in points)
 
 
-def _law(factor: Factor) -> Law:
-    return factor.state.law_for(factor.raw)
+def _law(operand: Operand) -> Law:
+    return operand.state.law_for(operand.raw)
 
 
-def _moving(factor: Factor) -> Tensor:
+def _moving(operand: Operand) -> Tensor:
     """What a mask multiplies: the difference from the anchor."""
-    return factor.raw if factor.anchor is None else factor.raw - factor.anchor
+    return operand.raw if operand.anchor is None else operand.raw - operand.anchor
 
 
 def _groups(state: SiteState) -> int | None:
