@@ -221,3 +221,22 @@ def test_any_combination() -> None:
 def test_many_combinations(kind: str) -> None:
     for case in some(800, kind=kind):
         check(case)
+
+
+class Flattened(nn.Module):
+    """Rows of all examples in one dimension: where the examples lie cannot be told any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.flatten(0, 1))
+
+
+def test_only_masks_per_example_ask_where_examples_lie() -> None:
+    x = torch.randn(4, 6, 8)
+    with pytest.raises(SurgeryError, match="takes dimension 0 of its input for the examples"):
+        plan_dropconnect(Flattened(), "fc", sampling="example", example_inputs=x)
+    model = apply_dropconnect(Flattened(), "fc", sampling="gaussian", example_inputs=x)
+    assert model(x).shape == (24, 4)

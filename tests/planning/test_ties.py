@@ -23,6 +23,7 @@ from surgery.operating.suspend import reapplied
 
 from ..expected import keep, masked
 from ..helpers import Snapshot
+from ..zoo.kinds import ReadsChild
 
 P = 0.5
 
@@ -248,3 +249,23 @@ def test_excluded_users_stay_so(tmp_path) -> None:
         (site,) = dropconnect_sites(one)
         assert (site.name, site.shared_with) == ("embed.weight", ())
         assert type(one.head) is nn.Linear
+
+
+def test_what_draws_is_named_by_its_first_name() -> None:
+    """A module that stands in a model twice, and reads the weight of its child."""
+    block = ReadsChild()
+    plan = plan_dropconnect(nn.ModuleDict({"first": block, "second": block}), "first.proj")
+    assert [(site.name, site.drawn_by) for site in plan] == [("first.proj.weight", ("first",))]
+
+
+def test_a_name_that_no_node_reads_is_no_user() -> None:
+    """Of a weight in a graph that has two names, of which the graph reads one."""
+    root, graph = nn.Module(), torch.fx.Graph()
+    root.fc, root.other = nn.Linear(3, 3), nn.Linear(3, 3)
+    x = graph.placeholder("x")
+    weight, bias = graph.get_attr("other.weight"), graph.get_attr("fc.bias")
+    graph.output(graph.call_function(nn.functional.linear, (x, weight, bias)))
+    model = torch.fx.GraphModule(root, graph)
+    model.fc.weight = model.other.weight
+    plan = plan_dropconnect(model, "other.weight")
+    assert [(site.name, site.shared_with) for site in plan] == [("other.weight", ())]
