@@ -9,7 +9,7 @@ strip_dropconnect(model)                             # the plain model again, bi
 
 from pathlib import Path
 
-from .aliases import understand_old_names
+from .aliases import old_attributes, understand_old_names
 from .modules import DropConnectModule
 from .modules.keys import plain_state_dict, raw_state_dict
 from .spec.config import DropConnectConfig
@@ -36,6 +36,7 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "adapters").is_dir(
     __path__.append(str(_checkout))
 
 understand_old_names()
+__getattr__ = old_attributes(__name__)
 
 __all__ = [
     "DropConnectConfig",

@@ -2,6 +2,9 @@
 
 An old name is found when it is imported, and is the moved module itself, so that a class has one
 identity. It works until release 1.0; an import by it warns.
+
+What else old pickles need stands where it is read: `SiteState.__setstate__`, `Layout.__setstate__`, the
+old class name in `surgery.modules.node`. Old files of JSON: `MIGRATIONS` in `surgery.spec.forms`.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -80,6 +83,27 @@ class _Aliases(MetaPathFinder, Loader):
         spec = module.__spec__
         if spec is not None:
             module.__spec__ = spec.loader_state
+
+
+def old_attributes(package: str) -> Callable[[str], ModuleType]:
+    """A `__getattr__` for a package: modules that were attributes of it are still."""
+
+    def get(name: str) -> ModuleType:
+        old = f"{package}.{name}"
+        if old.partition(".")[2] not in MOVED:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return importlib.import_module(old)
+
+    return get
+
+
+def behind_functions(package: str) -> None:
+    """For a package that has functions with the old names of modules: import those now, before the
+    functions are bound. Imported later, the modules would take the place of the functions."""
+    for old, new in MOVED.items():
+        parent, _, name = old.rpartition(".")
+        if f"{__package__}.{parent}" == package and hasattr(sys.modules[package], name):
+            sys.modules[f"{__package__}.{old}"] = importlib.import_module(f"{__package__}.{new}")
 
 
 def understand_old_names() -> None:

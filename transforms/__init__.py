@@ -3,6 +3,7 @@
 Loaded through the entry point `surgery.plugins`; the verbs of `surgery` then work on graphs too.
 """
 
+from surgery.aliases import behind_functions
 from surgery.planning.graphs import register_graph_surgeon
 from surgery.planning.runs import register_runner
 
@@ -16,6 +17,7 @@ from .reading.findings import Findings
 
 register_runner(watch_run)
 register_graph_surgeon(Surgeon())
+behind_functions(__name__)
 
 __all__ = [
     "Capture",

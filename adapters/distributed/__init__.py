@@ -1,7 +1,7 @@
 """torch.distributed.checkpoint: plain keys load into an operated model, sharded or not.
 
 Its setters match keys by themselves before they call `model.load_state_dict`. Loaded through the entry
-point `surgery.plugins` once they can have been called; raw keys and names stay what its getters return.
+point `surgery.plugins` once they can have been called; its getters still return raw keys and names.
 """
 
 from __future__ import annotations

@@ -16,10 +16,16 @@ from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 import surgery.adapters.conventions  # noqa: F401  it says what "all-linear" leaves out
-from surgery.adapters.stored import holds
 from surgery.modules.keys import plain_state_dict
 from surgery.modules.places import places
-from surgery.verbs.savers import resizes_plain, teach, teach_function, works_plain, writes_plain
+from surgery.verbs.savers import (
+    holds,
+    resizes_plain,
+    teach,
+    teach_function,
+    works_plain,
+    writes_plain,
+)
 
 
 def holds_adapters(folder: Path, model: Any) -> bool:

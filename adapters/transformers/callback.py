@@ -13,7 +13,6 @@ from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import surgery.adapters.transformers.trainer  # noqa: F401  it teaches Trainer to save plainly
-from surgery.adapters.stored import holds
 from surgery.adapters.transformers.schedules import Schedule, make_schedule
 from surgery.modules.keys import plain_state_dict
 from surgery.modules.places import states_in
@@ -37,6 +36,7 @@ from surgery.verbs.checkpoint import (
     read_dropconnect,
     set_anchors,
 )
+from surgery.verbs.savers import holds
 
 
 class DropConnectCallback(TrainerCallback):  # type: ignore[misc]

@@ -1,2 +1,2 @@
-"""What every room stands on, and what knows nothing of DropConnect: changes that are made whole, files
-that are written whole, caches, plugins."""
+"""What every room stands on: changes that are made whole, files that are written whole, caches,
+plugins, names of torch functions."""

@@ -31,7 +31,7 @@ class PerObject(Generic[Key, Value]):
     def get(self, key: Key, make: Callable[[Key], Value]) -> Value:
         """The value of `key`; made if there is none."""
         known = self._known.get(id(key))
-        # Its own: an interrupt can end the call that takes the entry of a dead key away.
+        # Compare the object, not only its id: an interrupt may have left the entry of a dead one.
         if known is not None and known[0]() is key:
             return known[1]
         value, place, table = make(key), id(key), self._known

@@ -46,7 +46,7 @@ def at_once(steps: Iterable[Step]) -> Callable[[], Any]:
 
 def surely(step: Callable[[], Any]) -> None:
     """Call until it ends, also when interrupts come meanwhile. For handlers that raise again; `step`
-    may be called again after it was interrupted, or had ended already."""
+    must be safe to call twice."""
     while True:
         try:
             step()

@@ -1,7 +1,7 @@
 """Weights that are computed from other parameters: pruned, normed, or dropped by another library.
 
 Such a module has `weight_orig`, or `weight_g` and `weight_v`, and before its forward somebody computes
-`weight` from them. A mask on what the weight is computed from would be drawn too late to act.
+`weight` from them. The weight is computed before our mask is drawn, so the mask would have no effect.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the expressions of a function name of `self`, and what they do with it.
+"""Which attributes of `self` a function reads, and how it uses them.
 
 The rules here say which expressions name something of `self` (`self.experts[i].weight`), and which of
 these use the value of a tensor (`x @ self.weight`), and not only its form (`self.weight.dtype`) or the
@@ -211,7 +211,7 @@ class Visitor(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> None:
-        """What is done with a quantised weight is done with no site."""
+        """Branches for quantised weights are skipped: these are never sites."""
         match node.test:
             case ast.Call(func=ast.Name(id="hasattr"), args=[_, ast.Constant(value=name)]) if (
                 name in _OF_QUANTISED

@@ -123,8 +123,8 @@ _kind_of_one: WeakKeyDictionary[nn.Module, Kind] = WeakKeyDictionary()
 
 
 def set_kind(module: nn.Module, kind: Kind) -> None:
-    """Say the kind of one module object whose class does not tell it: whose parameters are read by
-    the nodes of a graph. The kind must not refer to the module."""
+    """Set the kind of one module whose parameters only nodes of a graph read: its class does not
+    tell it. The kind must not refer to the module."""
     _kind_of_one[module] = kind
 
 

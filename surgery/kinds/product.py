@@ -40,7 +40,8 @@ def needs_product(sampling: Sampling, inference: Inference) -> bool:
 @dataclass(frozen=True)
 class Demand:
     """What the options of a site ask of the product that it is part of. Plans of modules and of graphs,
-    `set_inference` and `mc_predict` ask `refused`, and a forward does what is not refused."""
+    `set_inference` and `mc_predict` ask `refused`; forwards may assume that nothing refused reaches
+    them."""
 
     sampling: Sampling
     inference: Inference

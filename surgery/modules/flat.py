@@ -43,7 +43,7 @@ class Block(NamedTuple):
     """Where each weight begins, in entries, in the order of the RNN."""
 
 
-class Mask(NamedTuple):
+class _Masked(NamedTuple):
     """How one weight is masked."""
 
     state: SiteState
@@ -64,20 +64,20 @@ class Flat:
     def __init__(self, names: list[str], raws: list[Tensor], block: Block) -> None:
         self.names, self.raws, self.block = names, raws, block
         self.versions = [version_of(raw) for raw in raws]
-        self.masks: dict[int, Mask] = {}
+        self.masks: dict[int, _Masked] = {}
         """By index in the lists."""
         self._again: Tensor | None = None
         self._saved = self._asked = 0
 
     def add(self, operand: Operand, key: Key) -> None:
-        """Mask one of the weights.
+        """_Masked one of the weights.
 
         Raises:
             RuntimeError: its shape is no longer that of its anchor.
         """
         raw, state, anchor = operand
         check_anchor(state, raw, anchor)
-        self.masks[self.names.index(state.name)] = Mask(state, key, state.law_for(raw), anchor)
+        self.masks[self.names.index(state.name)] = _Masked(state, key, state.law_for(raw), anchor)
 
     def tensors(self) -> list[Tensor]:
         """All weights, in one new block of memory. None of them is a view, because an autograd Function

@@ -94,6 +94,10 @@ def register_runner(runner: Runner) -> None:
     _runners[:] = [runner]
 
 
+register_finder = register_runner
+"""The name that it had before."""
+
+
 class RunOnce:
     """A run of a model, made when somebody asks for it, once."""
 

@@ -48,7 +48,7 @@ def set_name(node: fx.Node, name: str) -> None:
 
 
 def free_name(graph: fx.Graph, name: str) -> None:
-    """Let nodes have a name that none has now."""
+    """Mark a name as unused, so that a node may take it."""
     graph._graph_namespace._used_names.discard(name)
 
 

@@ -68,8 +68,8 @@ class set_inference(Reversible):
             before.put(state.__dict__, state.with_inference(state.inference, state.samples))
             configs[id(state)] = state.config.replace(inference=self._mode, samples=self._samples)
         rescope(changes, self._model, configs)
-        # Twice, since the first can be interrupted: then `IOBase` takes the rest when this object is
-        # freed. So nothing here may refer to it.
+        # Listed twice: if an interrupt ends the first, the second runs when Python frees this object.
+        # So nothing here may refer to it.
         return changes, at_once([before.at_once(), *[partial(_rescope_now, self._model)] * 2])
 
     def enter(self) -> tuple[Step, Step]:

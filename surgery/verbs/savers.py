@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ..modules.walk import unwrapped
 from ..operating.surgeon import can_undo
 from ..operating.suspend import reapplied, suspended
 from ..torch_private.modules import hooks_after_saving
-from .checkpoint import save_dropconnect
+from .checkpoint import open_tensors, save_dropconnect
 
 Method = Callable[..., Any]
 
@@ -221,3 +221,20 @@ def _rename_own(
 def is_operated(model: Any) -> bool:
     """Whether there is DropConnect in a model."""
     return isinstance(model, nn.Module) and next(places(model), None) is not None
+
+
+def holds(file: Path, tensors: Mapping[str, Any]) -> bool:
+    """Whether a safetensors file is there and all that it holds is among `tensors`, bit for bit."""
+    if not file.is_file():
+        return False
+    with open_tensors(file) as stored:
+        return all(
+            name in tensors and _is_equal(stored, name, tensors[name])
+            for name in stored.keys()  # noqa: SIM118
+        )
+
+
+def _is_equal(stored: Any, name: str, tensor: Any) -> bool:
+    if stored.get_slice(name).get_shape() != list(tensor.shape):
+        return False
+    return torch.equal(stored.get_tensor(name), tensor.cpu())
