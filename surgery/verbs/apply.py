@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..base.journal import Changes, Reversible, Step
 from ..base.plugins import load_plugins
+from ..modules.masking import Operand, draw_keys
 from ..modules.places import Place, places
 from ..modules.state import change_p
 from ..modules.walk import named_modules
@@ -210,14 +212,9 @@ class hold_masks(Reversible, contextlib.ContextDecorator):
 
 def _keys_to_hold(at: list[Place]) -> Iterator[Tensor]:
     """One key for each place, in order; a bias that goes with its weight has that one's."""
-    keys: dict[tuple[int, str], Tensor] = {}
-    for place in at:
-        state = place.state
-        key = keys.get((id(place.owner), state.follows or ""))
-        if key is None:
-            key = key_tensor(state.new_key(place.raw.device))  # compiled graphs take tensors
-        keys[id(place.owner), state.name] = key
-        yield key
+    for _, of_one in itertools.groupby(at, lambda place: id(place.owner)):
+        keys = draw_keys([Operand(place.raw, place.state, None) for place in of_one])
+        yield from map(key_tensor, keys)  # compiled graphs take tensors
 
 
 def _prepare(
