@@ -30,12 +30,7 @@ from surgery.verbs.apply import (
     plan_dropconnect,
     strip_dropconnect,
 )
-from surgery.verbs.checkpoint import (
-    PLAN_FILE,
-    anchors,
-    read_dropconnect,
-    set_anchors,
-)
+from surgery.verbs.checkpoint import PLAN_FILE, anchors, read_dropconnect, set_anchors
 from surgery.verbs.savers import holds
 
 
