@@ -59,7 +59,7 @@ def carriers(modules: Modules) -> Iterator[Carrier]:
     for name, module in modules:
         own = own_states(module)
         nodes = tuple(_nodes_beside(module)) if module._modules else ()
-        if nodes or own is not None:
+        if own is not None or nodes:
             yield Carrier(name, module, own, nodes)
 
 
@@ -128,9 +128,10 @@ def states_in(model: nn.Module) -> list[SiteState]:
     """The states of all places, in any order: a schedule asks at every step."""
     states: list[SiteState] = []
     for module in modules_of(model):
-        own = module.states if isinstance(module, SitesNode) else own_states(module)
-        if own is not None:
-            states += own.values()
+        if hasattr(type(module), "_dropconnect_class"):  # as `own_states`, which takes longer
+            states += module.__dict__["_dropconnect"].values()
+        elif isinstance(module, SitesNode):
+            states += module.states.values()
     return states
 
 

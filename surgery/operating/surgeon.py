@@ -125,9 +125,9 @@ def undo(model: nn.Module, walked: Modules | None = None) -> None:
     by_class = _by_class(carrying)
     for alike in by_class:
         unswap(changes, alike)
-    for carrier in carrying:
-        if carrier.own is None:
-            plain_names(names, carrier.module, states_of(carrier.module))
+    for _, module, own, _ in carrying:
+        if own is None:
+            plain_names(names, module, states_of(module))
     if surgeon is None:
         changes.make()
     else:
