@@ -98,8 +98,8 @@ def old_attributes(package: str) -> Callable[[str], ModuleType]:
 
 
 def behind_functions(package: str) -> None:
-    """For a package that has functions with the old names of modules: import those now, before the
-    functions are bound. Imported later, the modules would take the place of the functions."""
+    """For a package that has functions with the old names of modules: let imports find those modules at
+    once. Imported through `_Aliases`, a module would take the place of the function in the package."""
     for old, new in MOVED.items():
         parent, _, name = old.rpartition(".")
         if f"{__package__}.{parent}" == package and hasattr(sys.modules[package], name):

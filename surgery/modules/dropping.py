@@ -86,9 +86,8 @@ def _open(module: Any, opened: list[Open]) -> None:
     _open_own(module, opened)
     for child in drawn_children(module):
         weights = [getattr(child, state.raw) for state in child._dropconnect.values()]
-        if not any(
-            map(is_sharded, weights)
-        ):  # FSDP gathers them in the child's forward, which draws
+        # Those that FSDP has sharded are gathered in the child's own forward, which draws.
+        if not any(map(is_sharded, weights)):
             _open_own(child, opened, outside=True)
 
 

@@ -164,10 +164,8 @@ class DropConnectNode(SitesNode):
             return product_forward(replaced[1], None, given[call.input], operands[0], bias)
         used, recipes = self._masked(operands)
         given.update(zip(slots, used))
-        args, kwargs = (
-            tuple(given[i] for i in range(len(args))),
-            {key: given[key] for key in kwargs},
-        )
+        args = tuple(given[i] for i in range(len(args)))
+        kwargs = {key: given[key] for key in kwargs}
         return call_recomputing(recipes, call.run, (args, kwargs), {})
 
     def _masked(self, operands: list[Operand]) -> tuple[list[Tensor], list[Recipe]]:

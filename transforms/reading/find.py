@@ -11,7 +11,7 @@ from surgery.modules.masking import is_sharded
 from surgery.planning.runs import Run
 
 from ..capture.capture import CaptureError, capture, first_of, inputs_for, symbolic
-from ..capture.inputs import Inputs, dummy_inputs, given_inputs
+from ..capture.inputs import Inputs, dummy_inputs
 from ..capture.record import record_run
 from ..capture.untouched import plain
 from .findings import Findings, Shape
@@ -39,8 +39,7 @@ def find(
     """
     if graph is not None:
         return plain(model, lambda: findings_of(model, graph))
-    inputs, are_given = inputs_for(model, example_inputs), example_inputs is not None
-    return plain(model, lambda: findings_of(model, _graph(model, inputs, are_given)))
+    return _findings(model, inputs_for(model, example_inputs), example_inputs is not None)
 
 
 def watch_run(model: nn.Module, example_inputs: Any = None) -> Run | None:
@@ -52,15 +51,21 @@ def watch_run(model: nn.Module, example_inputs: Any = None) -> Run | None:
     """
     if example_inputs is None:
         try:
-            if _is_sharded(model) or dummy_inputs(model) is None:
-                return None
-            return _as_run(find(model), ())
+            dummies = None if _is_sharded(model) else dummy_inputs(model)
+            return None if dummies is None else _as_run(_findings(model, dummies, False), ())
         except Exception:  # dummies are a guess, and a model may do anything with them
             return None
-    findings, inputs = find(model, example_inputs), given_inputs(example_inputs)
+    inputs = inputs_for(model, example_inputs)
+    assert inputs is not None  # they were given
+    findings = _findings(model, inputs, True)
     given = (*inputs.args, *inputs.kwargs.values())
     shapes = tuple(tuple(one.shape) for one in given if isinstance(one, torch.Tensor))
     return _as_run(findings, shapes)
+
+
+def _findings(model: nn.Module, inputs: Inputs | None, are_given: bool) -> Findings:
+    """What `find` tells of a run with inputs that are made already."""
+    return plain(model, lambda: findings_of(model, _graph(model, inputs, are_given)))
 
 
 def _as_run(findings: Findings, given: tuple[Shape, ...]) -> Run:
