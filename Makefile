@@ -103,7 +103,7 @@ ROOM := planning
 SAMPLE := 100
 
 mutants: $(VENV)/.test $(VENV)/.examples
-	$(BIN)/pip install --quiet cosmic-ray
+	$(BIN)/pip install --quiet cosmic-ray coverage
 	OMP_NUM_THREADS=1 $(BIN)/python .ci/mutate.py $(ROOM) --sample $(SAMPLE)
 
 # The peers pin old versions of what they need, so they have an environment of their own.

@@ -159,7 +159,7 @@ def _all_stuck(
 ) -> Iterator[str]:
     """Why DropConnect cannot be taken out of these modules and of the graphs now."""
     for name, module, own, _ in carrying:
-        problem = None if own is None else _stuck(name, module, own)
+        problem = None if own is None else _stuck(name or "(root)", module, own)
         if problem is not None:
             yield problem
     if surgeon is not None:
@@ -170,12 +170,12 @@ def _stuck(name: str, module: nn.Module, own: Mapping[str, SiteState]) -> str | 
     """Why an operated module with this name cannot be made plain now, and what to do; or None."""
     if "_dropconnect_class" not in type(module).__dict__:
         return (
-            f"{name or '(root)'}: its class was changed to {type(module).__name__} after apply (by "
+            f"{name}: its class was changed to {type(module).__name__} after apply (by "
             "fully_shard?); take that out first, or use plain_state_dict to get plain weights"
         )
     if own and is_managed(module):
         return (
-            f"{name or '(root)'}: FSDP holds its parameters under their present names; "
+            f"{name}: FSDP holds its parameters under their present names; "
             "plain_state_dict gives plain weights to load into a plain model"
         )
     held, parameters = module.__dict__, module._parameters
@@ -184,7 +184,7 @@ def _stuck(name: str, module: nn.Module, own: Mapping[str, SiteState]) -> str | 
             return taken(module, state)
         # A live mask alone does not tell: a forward that was killed may have left it.
         if held[state.live] is not None and runs_now(module):
-            return f"{name or '(root)'}: its forward is running"
+            return f"{name}: its forward is running"
     return None
 
 

@@ -8,6 +8,7 @@ import gc
 import pickle
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import pytest
@@ -28,6 +29,7 @@ from surgery import (
     strip_dropconnect,
 )
 from surgery.base.journal import Changes, Reversible, Step, at_once, restoring
+from surgery.operating.suspend import reapplied
 
 from ..helpers import Snapshot
 
@@ -211,6 +213,23 @@ def test_changes_fail_as_a_whole() -> None:
     assert table == {"a": 1}
 
 
+def test_resizing_that_fails_leaves_configurations() -> None:
+    """A library writes the new size into its configuration, which may hold another, and then fails."""
+    model = apply_dropconnect(nn.Sequential(nn.Embedding(8, 4)), "0")
+    model.config = SimpleNamespace(words=8, of_text=SimpleNamespace(words=8))
+
+    def resize() -> None:
+        model.config.words = model.config.of_text.words = 9
+        model[0].weight = nn.Parameter(torch.zeros(9, 4))
+        raise ValueError("no memory")
+
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match="no memory"):
+        reapplied(model, resize)
+    assert Snapshot(model) == before
+    assert (model.config.words, model.config.of_text.words) == (8, 8)
+
+
 def test_putting_back_is_not_left_before_its_end() -> None:
     """Interrupted twice: by the first interrupt in the body, and then while it is put back."""
     tries: list[int] = []
@@ -264,7 +283,7 @@ def test_strip_in_a_running_forward_is_refused() -> None:
 
     class Inside(nn.Conv1d):
         def forward(self, x: Tensor) -> Tensor:
-            with pytest.raises(SurgeryError, match="its forward is running"):
+            with pytest.raises(SurgeryError, match=r"\(root\): its forward is running"):
                 strip_dropconnect(self)
             return super().forward(x)
 
