@@ -29,19 +29,17 @@ from .flat import flat_weights
 from .functional import teach_functional_call
 from .keys import take_plain_keys
 from .live import refuse_write
-from .state import SiteState, live_name, raw_name, refusal_to_script
+from .places import StatesHolder
+from .state import live_name, raw_name, refusal_to_script
 from .takers import Parametrizations, Qconfig, refuse_quantised, refuse_taking
 from .watch import notice
 
 
-class DropConnectModule(nn.Module):
+class DropConnectModule(StatesHolder):
     """What every operated module has: test `isinstance(m, DropConnectModule)`.
 
     Nobody constructs one: `surgery.operating` swaps the class of a module that exists.
     """
-
-    _dropconnect: dict[str, SiteState]
-    """State by plain parameter name; empty for a module that only draws for its children."""
 
     _dropconnect_draws: tuple[str, ...]
     """Relative names of the descendants for which this module's forward draws masks, because it reads

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from .state import SiteState
 from .walk import Modules, modules_of, named_modules
+
+
+class StatesHolder(nn.Module):
+    """What every operated module is; the rest of it is `surgery.modules.operated.DropConnectModule`."""
+
+    _dropconnect: dict[str, SiteState]
+    """State by plain parameter name; empty for a module that only draws for its children, or only
+    follows its forward."""
 
 
 class SitesNode(nn.Module):
@@ -41,34 +49,14 @@ class Place:
         return None if self.state.anchor is None else self.owner._buffers[self.state.anchor]
 
 
-class Carrier(NamedTuple):
-    """A module that carries DropConnect: by its class, or by nodes beside its parameters, or both."""
-
-    name: str
-    """Dotted name of the module."""
-    module: nn.Module
-    own: dict[str, SiteState] | None
-    """If its class is an operated one: the states of its parameters, by plain name. They are empty if
-    it only draws for its children, or only follows its forward."""
-    nodes: Sequence[SitesNode]
-    """Beside parameters that nodes of a graph read."""
-
-
-def carriers(modules: Modules) -> Iterator[Carrier]:
-    """Of the modules of a model, those that carry DropConnect."""
-    for name, module in modules:
-        own = own_states(module)
-        nodes = tuple(_nodes_beside(module)) if module._modules else ()
-        if own is not None or nodes:
-            yield Carrier(name, module, own, nodes)
-
-
-def own_states(module: nn.Module) -> dict[str, SiteState] | None:
-    """The states of an operated module; None for any other."""
-    if not hasattr(type(module), "_dropconnect_class"):
-        return None
-    states: dict[str, SiteState] = module.__dict__["_dropconnect"]
-    return states
+def carriers(modules: Modules) -> Modules:
+    """Of the modules of a model, those that carry DropConnect: by their class, or by nodes beside
+    their parameters, or both."""
+    return [
+        (name, module)
+        for name, module in modules
+        if isinstance(module, StatesHolder) or (module._modules and any(_nodes_beside(module)))
+    ]
 
 
 def _nodes_beside(owner: nn.Module) -> Iterator[SitesNode]:
@@ -77,9 +65,8 @@ def _nodes_beside(owner: nn.Module) -> Iterator[SitesNode]:
 
 def states_of(module: nn.Module) -> dict[str, SiteState]:
     """The states of a module's own parameters, by plain name; empty if none is operated."""
-    own = own_states(module)
-    if own is not None:
-        return own
+    if isinstance(module, StatesHolder):
+        return module._dropconnect
     if not module._modules:
         return {}
     states = {name: one for node in _nodes_beside(module) for name, one in node.states.items()}
@@ -92,7 +79,8 @@ def states_of(module: nn.Module) -> dict[str, SiteState]:
 def _read_together(module: nn.Module) -> Iterator[dict[str, SiteState]]:
     """The states of a module's parameters: of those that its forward reads, and of those that one node
     beside them reads."""
-    yield own_states(module) or {}
+    if isinstance(module, StatesHolder):
+        yield module._dropconnect
     for node in _nodes_beside(module):
         yield node.states
 
@@ -119,8 +107,8 @@ def set_state(module: nn.Module, state: SiteState) -> None:
 
 def places(model: nn.Module, remove_duplicate: bool = True) -> Iterator[Place]:
     """Every operated parameter, in model order."""
-    for name, module, own, _ in carriers(named_modules(model, remove_duplicate)):
-        for state in (states_of(module) if own is None else own).values():
+    for name, module in carriers(named_modules(model, remove_duplicate)):
+        for state in states_of(module).values():
             yield Place(name, module, state)
 
 
@@ -128,8 +116,8 @@ def states_in(model: nn.Module) -> list[SiteState]:
     """The states of all places, in any order: a schedule asks at every step."""
     states: list[SiteState] = []
     for module in modules_of(model):
-        if hasattr(type(module), "_dropconnect_class"):  # as `own_states`, which takes longer
-            states += module.__dict__["_dropconnect"].values()
+        if isinstance(module, StatesHolder):
+            states += module._dropconnect.values()
         elif isinstance(module, SitesNode):
             states += module.states.values()
     return states

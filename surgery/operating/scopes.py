@@ -43,7 +43,7 @@ def rescope(
     for module in wanted.values():
         if not _has_scope(module):
             swap(changes, Change(module, scope=True), {})
-    for _, module, _, _ in carriers(named_modules(model)):
+    for _, module in carriers(named_modules(model)):
         if _has_scope(module) and id(module) not in wanted:
             if module._dropconnect or module._dropconnect_draws:
                 changes.put(module.__dict__, {"_dropconnect_scope": False})

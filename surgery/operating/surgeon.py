@@ -6,8 +6,7 @@ exact inverse.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -15,8 +14,7 @@ from ..base.journal import Changes, at_once, surely
 from ..modules.dropping import runs_now
 from ..modules.masking import is_managed
 from ..modules.operated import DropConnectModule
-from ..modules.places import Carrier, carriers, plain_parameters, states_of
-from ..modules.state import SiteState
+from ..modules.places import carriers, plain_parameters, states_of
 from ..modules.takers import taken
 from ..modules.walk import Modules, named_modules
 from ..planning.graphs import GraphSurgeon, Nodes, Survey, graph_surgeon
@@ -115,7 +113,7 @@ def undo(model: nn.Module, walked: Modules | None = None) -> None:
     """
     walked = named_modules(model) if walked is None else walked
     surgeon = graph_surgeon(module for _, module in walked)
-    carrying = list(carriers(walked))
+    carrying = carriers(walked)
     if not carrying:
         raise NotOperatedError(
             f"{type(model).__name__} has no DropConnect in place; there is nothing to strip"
@@ -125,8 +123,8 @@ def undo(model: nn.Module, walked: Modules | None = None) -> None:
     by_class = _by_class(carrying)
     for alike in by_class:
         unswap(changes, alike)
-    for _, module, own, _ in carrying:
-        if own is None:
+    for _, module in carrying:
+        if not isinstance(module, DropConnectModule):
             plain_names(names, module, states_of(module))
     if surgeon is None:
         changes.make()
@@ -145,41 +143,40 @@ def undo(model: nn.Module, walked: Modules | None = None) -> None:
                 module.flatten_parameters()  # type: ignore[operator]
 
 
-def _by_class(carrying: Iterable[Carrier]) -> list[list[DropConnectModule]]:
+def _by_class(carrying: Modules) -> list[list[DropConnectModule]]:
     """Modules that have one operated class together."""
-    alike: dict[type, list[Any]] = {}
-    for _, module, own, _ in carrying:
-        if own is not None:
+    alike: dict[type, list[DropConnectModule]] = {}
+    for _, module in carrying:
+        if isinstance(module, DropConnectModule):
             alike.setdefault(type(module), []).append(module)
     return list(alike.values())
 
 
-def _all_stuck(
-    model: nn.Module, carrying: Iterable[Carrier], surgeon: GraphSurgeon | None
-) -> Iterator[str]:
+def _all_stuck(model: nn.Module, carrying: Modules, surgeon: GraphSurgeon | None) -> Iterator[str]:
     """Why DropConnect cannot be taken out of these modules and of the graphs now."""
-    for name, module, own, _ in carrying:
-        problem = None if own is None else _stuck(name or "(root)", module, own)
-        if problem is not None:
-            yield problem
+    for name, module in carrying:
+        if isinstance(module, DropConnectModule):
+            problem = _stuck(name or "(root)", module)
+            if problem is not None:
+                yield problem
     if surgeon is not None:
         yield from surgeon.stuck(model)
 
 
-def _stuck(name: str, module: nn.Module, own: Mapping[str, SiteState]) -> str | None:
+def _stuck(name: str, module: DropConnectModule) -> str | None:
     """Why an operated module with this name cannot be made plain now, and what to do; or None."""
     if "_dropconnect_class" not in type(module).__dict__:
         return (
             f"{name}: its class was changed to {type(module).__name__} after apply (by "
             "fully_shard?); take that out first, or use plain_state_dict to get plain weights"
         )
-    if own and is_managed(module):
+    if module._dropconnect and is_managed(module):
         return (
             f"{name}: FSDP holds its parameters under their present names; "
             "plain_state_dict gives plain weights to load into a plain model"
         )
     held, parameters = module.__dict__, module._parameters
-    for state in own.values():
+    for state in module._dropconnect.values():
         if state.raw not in parameters:
             return taken(module, state)
         # A live mask alone does not tell: a forward that was killed may have left it.
@@ -192,6 +189,6 @@ def can_undo(model: nn.Module) -> bool:
     """Whether DropConnect is in place and `undo` would succeed."""
     walked = named_modules(model)
     surgeon = graph_surgeon(module for _, module in walked)
-    carrying = list(carriers(walked))
-    has_sites = any(states_of(carrier.module) for carrier in carrying)
+    carrying = carriers(walked)
+    has_sites = any(states_of(module) for _, module in carrying)
     return has_sites and next(_all_stuck(model, carrying, surgeon), None) is None

@@ -35,7 +35,7 @@ def suspended(model: nn.Module, call: Callable[[], Result]) -> Result:
         NotOperatedError, SurgeryError: see `undo`.
     """
     modules = named_modules(model)
-    changes = [_as_change(carrier.module) for carrier in carriers(modules)]
+    changes = [_as_change(module) for _, module in carriers(modules)]
     kept = [(change, _buffers(change.module)) for change in changes]
     surgeon = graph_surgeon(module for _, module in modules)
     nodes = {} if surgeon is None else surgeon.nodes(model)
@@ -58,8 +58,8 @@ def reapplied(model: nn.Module, call: Callable[[], Result]) -> Result:
     """
     plan = current_plan(model)
     kept = [
-        (carrier.name, dict(states_of(carrier.module)), _buffers(carrier.module))
-        for carrier in carriers(named_modules(model))
+        (name, dict(states_of(module)), _buffers(module))
+        for name, module in carriers(named_modules(model))
     ]
     put_back = at_once(_all_of(model))
     try:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from surgery.modules.node import DropConnectNode, Settle, forget
-from surgery.modules.places import carriers, states_of
+from surgery.modules.places import states_of
 from surgery.modules.walk import named_modules
 from surgery.planning.graphs import Nodes
 from surgery.spec.plan import join
@@ -76,9 +76,9 @@ def stuck(model: nn.Module) -> list[str]:
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module, DropConnectNode]]:
     """The modules that nodes call, each with its owner and the owner's name."""
     return [
-        (carrier.name, carrier.module, node)
-        for carrier in carriers(named_modules(model))
-        for node in carrier.nodes
+        (name, owner, node)
+        for name, owner in named_modules(model)
+        for node in owner._modules.values()
         if isinstance(node, DropConnectNode)
     ]
 
