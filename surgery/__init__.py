@@ -26,6 +26,7 @@ from .verbs.apply import (
 from .verbs.checkpoint import load_dropconnect, save_dropconnect
 from .verbs.inference import set_inference
 from .verbs.predict import MCPrediction, mc_predict
+from .verbs.temporary import dropconnect
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,7 @@ __all__ = [
     "SurgeryError",
     "Use",
     "apply_dropconnect",
+    "dropconnect",
     "dropconnect_sites",
     "hold_masks",
     "load_dropconnect",

@@ -15,6 +15,7 @@ from ..spec.config import DropConnectConfig, check_p
 from ..spec.errors import NoMatchError, SurgeryError
 from ..spec.plan import Plan, join
 from .catalogue import Catalogue, Owner
+from .predicates import is_predicate, predicate_name, true_of
 
 ALL_LINEAR = "all-linear"
 
@@ -134,13 +135,14 @@ def _entries(targets: Any, config: DropConnectConfig) -> list[tuple[Any, DropCon
         ]
     if isinstance(targets, Mapping) and targets:
         return [(target, _config_for(value, config)) for target, value in targets.items()]
-    if isinstance(targets, (str, type)):
+    if isinstance(targets, (str, type)) or is_predicate(targets):
         return [(targets, config)]
     if isinstance(targets, Sequence) and targets:
         return [(target, config) for target in targets]
     raise SurgeryError(
-        f"targets must be a pattern, a module class, {ALL_LINEAR!r}, a list of these, a mapping of "
-        f"these to a p or a DropConnectConfig, or a Plan; got {targets!r}"
+        f"targets must be a pattern, a module class, {ALL_LINEAR!r}, a function of (name, module), a "
+        "list of these, a mapping of these to a p or a DropConnectConfig, or a Plan; got "
+        f"{targets!r}"
     )
 
 
@@ -171,8 +173,14 @@ def _resolve(catalogue: Catalogue, target: Any, where: str) -> Pairs:
         linear = [owner for owner in catalogue if owner.kind.linear]
         owners = [owner for owner in linear if id(owner.module) not in left_out]
         return _weights_of(catalogue, owners, target, where)
+    if is_predicate(target):
+        owners = true_of(catalogue, target, where)
+        return _weights_of(catalogue, owners, predicate_name(target), where)
     if not isinstance(target, str):
-        raise SurgeryError(f"{where}: expected a pattern or a module class; got {target!r}")
+        raise SurgeryError(
+            f"{where}: expected a pattern, a module class or a function of (name, module); got "
+            f"{target!r}"
+        )
     matches = _matcher(target, where)
     owners = [owner for owner in catalogue if any(map(matches, owner.names))]
     if owners:

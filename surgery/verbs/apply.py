@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..base.journal import Changes, Reversible, Step
 from ..base.plugins import load_plugins
 from ..modules.masking import Operand, draw_keys
-from ..modules.places import Place, places
+from ..modules.places import Place, carriers, places
 from ..modules.state import change_p
 from ..modules.walk import named_modules
 from ..operating.surgeon import operate, undo
@@ -82,6 +82,8 @@ def apply_dropconnect(
             * `"re:..."`, a regular expression that must match the whole name, otherwise the same.
             * a module class.
             * `"all-linear"`: every Linear and transformers Conv1D except the output head.
+            * a function `(name, module) -> bool`, asked of every module with its dotted name: those
+              for which it returns True.
 
             Or a mapping of any of these to a p or a `DropConnectConfig` (the first match counts),
             or a `Plan`.
@@ -118,23 +120,30 @@ def apply_dropconnect(
     return model
 
 
-def strip_dropconnect(model: Model) -> Model:
+def strip_dropconnect(model: Model, *, missing_ok: bool = False) -> Model:
     """Take DropConnect out of `model`, in place: the exact inverse of `apply_dropconnect`.
 
     Every parameter is the same object under its old name and at its old place; classes, hooks and
     tying are as before.
 
+    Args:
+        model: operated.
+        missing_ok: whether a model without DropConnect is returned as it is, for scripts that do not
+            know whether there is any.
+
     Returns:
         the same model.
 
     Raises:
-        NotOperatedError: no DropConnect is in place.
+        NotOperatedError: no DropConnect is in place, and `missing_ok` is False.
         SurgeryError: something else changed the class of a module since (`fully_shard`).
 
     Warns (`UserWarning`) of sites that never dropped anything although the model was trained: it does
     not use them, or uses them in a way that the plan did not see.
     """
     modules = named_modules(model)
+    if missing_ok and next(carriers(modules), None) is None:
+        return model
     unused = unused_sites(model) if was_trained(modules) else []
     undo(model, modules)
     release()

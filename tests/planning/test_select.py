@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from surgery import DropConnectConfig, NoMatchError, apply_dropconnect, plan_dropconnect
+from surgery import (
+    DropConnectConfig,
+    NoMatchError,
+    Plan,
+    SurgeryError,
+    apply_dropconnect,
+    dropconnect_sites,
+    plan_dropconnect,
+    set_p,
+)
 
 
 class Block(nn.Module):
@@ -60,6 +70,9 @@ MEANINGS: dict[str, tuple[Any, list[str]]] = {
     "class": (nn.Linear, [*FC, "attn.out_proj.weight"]),
     "base-class": (nn.RNNBase, HH),
     "all-linear": ("all-linear", [*FC, "attn.out_proj.weight"]),
+    "predicate": (lambda name, module: name.endswith("fc1"), [FC[0], FC[1], FC[3]]),
+    "predicate-of-modules": (lambda name, module: isinstance(module, nn.RNNBase), HH),
+    "predicate-in-list": (["rnn", lambda name, module: name == "conv"], [*HH, "conv.weight"]),
     "list": (["rnn", nn.Conv2d], [*HH, "conv.weight"]),
     "tuple-and-set": (("rnn",), HH),
     "list-with-overlap": (["*.fc1", "fc1"], [FC[0], FC[1], FC[3]]),
@@ -105,6 +118,8 @@ EXCLUSIONS: dict[str, tuple[Any, Any, list[str]]] = {
     "class": ("*", (nn.Linear, nn.LSTM, nn.MultiheadAttention), REST),
     "regex": ("*.fc*", r"re:.*\.fc2", [FC[0], FC[1], FC[3]]),
     "list": ("*.fc*", ["fc1", "blocks.0.*"], FC[3:]),
+    "predicate": ("*.fc*", lambda name, module: name.startswith("blocks"), FC[:1]),
+    "predicate-in-list": ("*.fc*", ["fc1", lambda name, module: "0" in name], FC[3:]),
     "child-of-attention": ("attn", "attn.out_proj", ATTN[:1]),
 }
 
@@ -133,6 +148,68 @@ def test_mapping_to_p_and_config() -> None:
         "blocks.1.fc2.weight": (0.3, "element", "pretrained"),
         "attn.out_proj.weight": (0.3, "element", "pretrained"),
     }
+
+
+def test_predicates_as_keys_of_a_mapping() -> None:
+    targets = {lambda name, module: name == "fc1": 0.1, lambda name, module: "fc" in name: 0.2}
+    found = {site.name: site.p for site in plan_dropconnect(Model(), targets)}
+    assert found == {name: 0.1 if name == "fc1.weight" else 0.2 for name in FC}
+
+
+def test_a_predicate_sees_every_module_under_every_name() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(2, 2)})
+    model["second"] = model["first"]
+    seen: list[Any] = []
+    with pytest.raises(NoMatchError):
+        plan_dropconnect(model, lambda name, module: seen.append((name, module)) or False)
+    assert seen == [("", model), ("first", model["first"]), ("second", model["first"])]
+
+
+def test_a_predicate_is_no_part_of_a_plan() -> None:
+    """It lists the sites that were chosen, which can be written and read again."""
+    plan = plan_dropconnect(Model(), lambda name, module: "fc1" in name)
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert again == plan
+    assert dropconnect_sites(apply_dropconnect(Model(), again)) == plan
+
+
+def test_set_p_takes_a_predicate() -> None:
+    model = apply_dropconnect(Model(), "*.fc*", p=0.5)
+    set_p(model, 0.1, targets=lambda name, module: name == "fc1" and type(module) is not nn.Linear)
+    assert [site.p for site in dropconnect_sites(model)] == [0.1, 0.5, 0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("predicate", "words"),
+    [
+        (lambda module: True, "must take two arguments, the dotted name of a module and the module"),
+        (lambda name, module, p: True, "missing a required argument: 'p'"),
+        (lambda name, module: None, "must return True or False, and returned None for"),
+        (lambda name, module: name, "returned '' for '(root)' (Model)"),
+        (
+            lambda name, module: {"": False, "fc1": True}[name],
+            "raised KeyError for 'blocks' (ModuleList): 'blocks'",
+        ),
+        (lambda name, module: False, "is true of no module of Model"),
+        (lambda name, module: name == "bn", "matches 1 modules (the first is 'bn', a BatchNorm1d)"),
+    ],
+    ids=["one-argument", "three", "none", "string", "raises", "nowhere", "no-weights"],
+)
+@pytest.mark.parametrize("where", ["targets", "exclude"])
+def test_wrong_predicates(predicate: Any, words: str, where: str) -> None:
+    if where == "exclude" and "bn" in words:
+        assert names("*", exclude=predicate) == names("*")
+        return
+    with pytest.raises(SurgeryError) as caught:
+        names(**{"targets": "*", where: predicate})
+    assert str(caught.value).startswith(f"{where}: ")
+    assert "<lambda>" in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_a_module_is_no_predicate() -> None:
+    with pytest.raises(SurgeryError, match=r"targets must be a pattern, .* a function of"):
+        names(nn.Linear(2, 2))
 
 
 def test_shared_module_is_found_under_every_name() -> None:
