@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator
 
 import torch
@@ -12,6 +13,7 @@ from ..modules.operated import plain_class
 from ..modules.places import plain_parameters, states_of
 from ..modules.walk import WRAPPERS, named_modules
 from ..spec.plan import join
+from .conventions import Conventions
 from .graphs import graph_surgeon
 
 
@@ -66,6 +68,11 @@ class Catalogue:
 
     def __iter__(self) -> Iterator[Owner]:
         return iter(self._owners.values())
+
+    @functools.cached_property
+    def conventions(self) -> Conventions:
+        """What other libraries have put into the model."""
+        return Conventions(owner.module for owner in self)
 
     def of(self, module: nn.Module) -> Owner:
         """A module of the model, as the owner of its parameters."""

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..kinds.kind import OTHER
 from ..spec.config import DropConnectConfig, check_p
 from ..spec.errors import NoMatchError, SurgeryError
 from ..spec.plan import Plan, join
 from .catalogue import Catalogue, Owner
+from .conventions import left_out
 from .predicates import is_predicate, predicate_name, true_of
 
 ALL_LINEAR = "all-linear"
-
-PartsOf = Callable[[nn.Module], Iterable[nn.Module]]
-
-_left_out: list[PartsOf] = []
-
-
-def register_left_out(parts_of: PartsOf) -> None:
-    """Called by plugins: `"all-linear"` leaves out the modules that `parts_of(model)` yields, each of
-    them without what is inside of it."""
-    _left_out.append(parts_of)
-
 
 Key = tuple[int, str]
 """A parameter as (id of its owner's module, plain name)."""
@@ -158,6 +149,26 @@ Pairs = list[tuple[Owner, str]]
 
 def _resolve(catalogue: Catalogue, target: Any, where: str) -> Pairs:
     """What one target means; never empty. A parameter may be there twice."""
+    pairs, replaced = _matched(catalogue, target, where), catalogue.conventions.replaced
+    if not replaced or where == "exclude" or isinstance(target, _Exact):
+        return pairs
+    spelled = target if isinstance(target, str) else ""
+    kept = [
+        (owner, name)
+        for owner, name in pairs
+        if replaced.get(id(owner.module), "") in spelled  # "" is in every string
+    ]
+    if not kept:
+        owner, name = pairs[0]
+        raise NoMatchError(
+            f"{where}: {target!r} matches only weights in whose place trained copies run, the first "
+            f"of them {join(owner.name, name)!r}. Name the copies, or the path of the weight"
+        )
+    return kept
+
+
+def _matched(catalogue: Catalogue, target: Any, where: str) -> Pairs:
+    """What one target matches; never empty."""
     if isinstance(target, _Exact):
         owner_and_name = catalogue.parameter(target.name)
         if owner_and_name is None:
@@ -169,9 +180,9 @@ def _resolve(catalogue: Catalogue, target: Any, where: str) -> Pairs:
         owners = [owner for owner in catalogue if isinstance(owner.module, target)]
         return _weights_of(catalogue, owners, target.__name__, where)
     if target == ALL_LINEAR:
-        left_out = {id(part) for parts_of in _left_out for part in parts_of(catalogue.model)}
+        others = left_out(catalogue.model)
         linear = [owner for owner in catalogue if owner.kind.linear]
-        owners = [owner for owner in linear if id(owner.module) not in left_out]
+        owners = [owner for owner in linear if id(owner.module) not in others]
         return _weights_of(catalogue, owners, target, where)
     if is_predicate(target):
         owners = true_of(catalogue, target, where)
@@ -211,13 +222,18 @@ def _weights_of(catalogue: Catalogue, owners: list[Owner], target: str, where: s
     if not owners:
         raise _no_match(catalogue, target, where)
     pairs: Pairs = []
+    inside: list[Owner] = []
     for owner in owners:
         if where == "exclude":
-            pairs += [(owner, name) for name in owner.parameters]
-        for name in owner.kind.weights(owner.module):
-            path, _, parameter = name.rpartition(".")
-            child = catalogue.of(owner.module.get_submodule(path)) if path else owner
-            pairs.append((child, parameter))
+            pairs += _all_of(owner)
+        pairs += _by_default(catalogue, owner)
+        for part in map(catalogue.of, catalogue.conventions.inside.get(id(owner.module), ())):
+            inside.append(part)
+            pairs += _all_of(part) if part is owner or where == "exclude" else ()
+            pairs += _by_default(catalogue, part)
+    if not pairs:  # what is in containers may be of a class that only its library knows
+        inside = [part for part in inside if not part.cls.__module__.startswith("torch.")]
+        pairs = [pair for part in inside if part.kind is OTHER for pair in _all_of(part)]
     if pairs:
         return pairs
     first = owners[0]
@@ -232,6 +248,17 @@ def _weights_of(catalogue: Catalogue, owners: list[Owner], target: str, where: s
         f"{where}: {target!r} matches {len(owners)} modules (the first is {example or '(root)'!r}, a "
         f"{type(first.module).__name__}), but none has weights that are dropped by default. {advice}."
     )
+
+
+def _all_of(owner: Owner) -> Pairs:
+    return [(owner, name) for name in owner.parameters]
+
+
+def _by_default(catalogue: Catalogue, owner: Owner) -> Iterator[tuple[Owner, str]]:
+    """The weights that the kind of a module drops: its own, and of children that it reads itself."""
+    for name in owner.kind.weights(owner.module):
+        path, _, parameter = name.rpartition(".")
+        yield catalogue.of(owner.module.get_submodule(path)) if path else owner, parameter
 
 
 def _no_match(catalogue: Catalogue, target: str, where: str) -> NoMatchError:
