@@ -22,6 +22,7 @@ CORE = (
     "planning",
     "operating",
     "verbs",
+    "compat",
 )
 """The rooms of the core from the ground up: each imports only those before it."""
 GRAPHS = ("capture", "reading", "operating", "drawing")

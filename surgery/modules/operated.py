@@ -63,6 +63,12 @@ class DropConnectModule(StatesHolder):
             return cls._dropconnect_class[0](*args, **kwargs)
         return object.__new__(cls)
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing for a module that has DropConnect: a class may put it in place when it is constructed,
+        and then Python takes what `__new__` returns for a module that is not initialised yet."""
+        if "_dropconnect" not in self.__dict__:
+            super().__init__(*args, **kwargs)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Nothing: a base class that registers its subclasses must not see this one."""
 
