@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -15,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 import surgery.adapters.transformers.trainer  # noqa: F401  it teaches Trainer to save plainly
 from surgery.adapters.transformers.schedules import Schedule, make_schedule
 from surgery.modules.keys import plain_state_dict
+from surgery.modules.own_generator import as_generator, own_generators
 from surgery.modules.places import states_in
 from surgery.modules.state import change_p
 from surgery.operating.surgeon import can_undo
@@ -31,6 +33,7 @@ from surgery.verbs.apply import (
     strip_dropconnect,
 )
 from surgery.verbs.checkpoint import PLAN_FILE, anchors, read_dropconnect, set_anchors
+from surgery.verbs.generators import set_generators
 from surgery.verbs.savers import holds
 
 
@@ -53,7 +56,9 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
         warmup: fraction of training, in [0, 1), over which p rises from 0.
         strip_at_end: take DropConnect out when training ends.
         anchors_from: where the checkpoint lies from which training resumes, if it is not in
-            `args.output_dir`; needed only with `toward="pretrained"`.
+            `args.output_dir`; needed only with `toward="pretrained"` or a generator.
+        generator: as for `surgery.apply_dropconnect`. A run that resumes takes its state from the
+            checkpoint.
 
     Raises:
         ValueError, TypeError: an option has a wrong value. What is wrong with `targets` shows when
@@ -72,8 +77,10 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
         warmup: float = 0.0,
         strip_at_end: bool = False,
         anchors_from: str | Path | None = None,
+        generator: torch.Generator | int | None = None,
         **options: Any,
     ) -> None:
+        self.generator = as_generator(generator)
         self.targets = targets
         self.exclude = exclude
         self.has_options = p is not None or config is not None or bool(options)
@@ -91,17 +98,25 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
         """Apply, and after a resume take the anchors from the checkpoint."""
         had_it = bool(dropconnect_sites(model))
         found = None
-        if state.global_step > 0 and self._wants_anchors(model):
+        draws = self.generator is not None or bool(own_generators(model))
+        if state.global_step > 0 and (draws or self._wants_anchors(model)):
             found = _resumed_checkpoint(model, args, state, self.anchors_from)
-            if found is None and not had_it:
+            if found is None and (draws or not had_it):
+                with_, unknown = (
+                    ("masks from a generator", "its state is")
+                    if draws
+                    else ('toward="pretrained"', "the pretrained values are")
+                )
                 raise SurgeryError(
-                    f'training resumes at step {state.global_step} with toward="pretrained", but '
-                    f"no checkpoint in {args.output_dir!r} has these weights, so the pretrained "
-                    "values are unknown; pass DropConnectCallback(anchors_from=<the checkpoint>)"
+                    f"training resumes at step {state.global_step} with {with_}, but no checkpoint in "
+                    f"{args.output_dir!r} has these weights, so {unknown} unknown; pass "
+                    "DropConnectCallback(anchors_from=<the checkpoint>)"
                 )
         self._apply(model)
         if found is not None:
-            set_anchors(model, read_dropconnect(found, model)[1])
+            saved = read_dropconnect(found, model)
+            set_anchors(model, saved.anchors)
+            set_generators(model, saved.generators)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Move p: every site's own, by the same factor."""
@@ -148,7 +163,13 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
         """
         sites = dropconnect_sites(model)
         if not sites.sites:
-            apply_dropconnect(model, self._targets, exclude=self.exclude, config=self.config)
+            apply_dropconnect(
+                model,
+                self._targets,
+                exclude=self.exclude,
+                config=self.config,
+                generator=self.generator,
+            )
         elif self._done is None or self._done() is not model:
             have = {name: site for site in sites for name in (site.name, *site.shared_with)}
             wanted = self._wanted(model, sites)
@@ -162,7 +183,7 @@ class DropConnectCallback(TrainerCallback):  # type: ignore[misc]
                 )
             missing = Plan(tuple(one for one in wanted if one.name not in have))
             if missing.sites:
-                apply_dropconnect(model, missing)
+                apply_dropconnect(model, missing, generator=self.generator)
         self._done = weakref.ref(model)
 
     def _wanted(self, model: nn.Module, sites: Plan) -> Plan:
@@ -207,7 +228,8 @@ def _resumed_checkpoint(
         if isinstance(candidate, (str, Path)) and (Path(candidate) / PLAN_FILE).is_file():
             folder = Path(candidate)
             try:
-                if read_dropconnect(folder, model)[1] and (
+                saved = read_dropconnect(folder, model)
+                if (saved.anchors or saved.generators) and (
                     _has_weights(folder, plain) or _has_adapters(folder, model)
                 ):
                     return folder

@@ -2,14 +2,15 @@
 
     from surgery.compat.torchnlp import WeightDrop, WeightDropLSTM      # instead of torchnlp.nn
 
-A `state_dict()` has the names that PyTorch-NLP gives (`weight_hh_l0_raw`), and `parameters()` its order. So
-what it saved of models and optimizers loads; also what it saved after an evaluation, when there are both
-names of a weight. Where it was at fault, this differs:
+A `state_dict()` has the names that PyTorch-NLP gives (`weight_hh_l0_raw`), and `parameters()` its
+order. So what it saved of models and optimizers loads; also what it saved after an evaluation, when
+there are both names of a weight. Where it was at fault, this differs:
 
-* `WeightDrop` holds the module that it is given, as `module`, so that its parameters are trained, moved and
-  saved. (PyTorch-NLP's holds nothing. That of salesforce/awd-lstm-lm holds it as `module`, and its
-  checkpoints load as they are.) A module that something else holds too has its keys under both names; of
-  PyTorch-NLP's checkpoint, `load_state_dict(..., strict=False)` finds those of `module` missing, and no other.
+* `WeightDrop` holds the module that it is given, as `module`, so that its parameters are trained,
+  moved and saved. (PyTorch-NLP's holds nothing. That of salesforce/awd-lstm-lm holds it as `module`,
+  and its checkpoints load as they are.) A module that something else holds too has its keys under both
+  names. Load a checkpoint of PyTorch-NLP there with `strict=False`: the keys of `module` are missing
+  in it, and no other.
 * The reverse direction of a bidirectional RNN is dropped too. In a checkpoint of PyTorch-NLP it has a
   plain key, which loads.
 * `train()`, `eval()` and `train()` again work, and so do copies, pickles and safetensors.
@@ -121,8 +122,8 @@ def _drop_recurrent(rnn: nn.RNNBase, p: float) -> None:
 def _drop(
     module: nn.Module, names: Sequence[str], p: float, *, in_place: Sequence[str] = ()
 ) -> None:
-    """Put DropConnect on parameters of a module. Those named in `names` become its last parameters, as in
-    PyTorch-NLP: the state of an optimizer goes by their order."""
+    """Put DropConnect on parameters of a module. Those named in `names` become its last parameters, as
+    in PyTorch-NLP: the state of an optimizer goes by their order."""
     if not names:
         return
     apply_dropconnect(module, [f"re:{re.escape(name)}" for name in [*names, *in_place]], p)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..base.journal import Step, at_once, content, data_of, image, restoring, surely
 from ..modules.operated import DropConnectModule
+from ..modules.own_generator import draw_from, generator_of
 from ..modules.places import carriers, set_state, states_of
 from ..modules.state import SiteState
 from ..modules.walk import named_modules
@@ -125,8 +126,11 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 def _put_back(module: Any, old: SiteState, anchors: dict[str, Tensor]) -> None:
     """The state and the anchor as they were. If the weight was resized along its first dimension,
     rows that stayed keep their anchor; new rows keep the one just made, their value now."""
-    if states_of(module)[old.name].layout == old.layout:
+    new = states_of(module)[old.name]
+    if new.layout == old.layout:
         set_state(module, old)
+    else:
+        draw_from([new], generator_of(old))
     if old.anchor is None:
         return
     before, now = anchors[old.anchor], module._buffers[old.anchor]

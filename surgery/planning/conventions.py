@@ -17,8 +17,8 @@ class Adapted(NamedTuple):
     """Modules that are never called themselves, and what a target that names one of them means: the
     weights of these modules. A container that stands for itself means all its parameters."""
     replaced: Mapping[nn.Module, str] = {}
-    """Modules in whose place trained copies run, each with its name here. A target means one of them, or
-    what is inside of it, only if it spells that name."""
+    """Modules in whose place trained copies run, each with its name here. A target means one of them,
+    or what is inside of it, only if it spells that name."""
 
 
 _left_out: list[PartsOf] = []

@@ -82,6 +82,10 @@ class Prepared:
     uses: Mapping[str, tuple[Use, ...]]
     """What is known of uses, by the name of the parameter."""
 
+    def states(self) -> list[SiteState]:
+        """What the modules will know of the sites: of every user of each."""
+        return [state for change in self.changes for state in change.states.values()]
+
     def plan(self) -> Plan:
         """The plan as data, for those who ask; surgery itself needs only the changes."""
         return Plan(tuple(self._site(*planned) for planned in self.sites))

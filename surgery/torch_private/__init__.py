@@ -17,6 +17,7 @@ Another test holds that no other file of the package uses private names, but for
     tensors.py       what a tensor is below its values
     modes.py         gradients, autocast, modes that see each operation
     tracing.py       what follows the calling code
+    checkpoints.py   which activation checkpoints are around it
 
 Functions that are called in every forward are torch's own under another name, so that none of them
 costs a call more.

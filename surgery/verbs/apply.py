@@ -8,11 +8,13 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..base.journal import Changes, Reversible, Step
 from ..base.plugins import load_plugins
 from ..modules.masking import Operand, draw_keys
+from ..modules.own_generator import as_generator, draw_from
 from ..modules.places import Place, carriers, places
 from ..modules.state import change_p
 from ..modules.walk import named_modules
@@ -37,6 +39,7 @@ def plan_dropconnect(
     exclude: Any = None,
     config: DropConnectConfig | None = None,
     example_inputs: Any = None,
+    generator: torch.Generator | int | None = None,
     **options: Any,
 ) -> Plan:
     """The sites that `apply_dropconnect` with the same arguments would operate on.
@@ -48,7 +51,7 @@ def plan_dropconnect(
     load_plugins()
     run = RunOnce(model, example_inputs)
     run()  # whether or not a decision depends on it: the plan shows the uses
-    return _prepare(model, targets, p, exclude, config, options, run).plan()
+    return _prepare(model, targets, p, exclude, config, generator, options, run).plan()
 
 
 def apply_dropconnect(
@@ -59,6 +62,7 @@ def apply_dropconnect(
     exclude: Any = None,
     config: DropConnectConfig | None = None,
     example_inputs: Any = None,
+    generator: torch.Generator | int | None = None,
     **options: Any,
 ) -> Model:
     """Put DropConnect on the weights that `targets` names, in place.
@@ -97,6 +101,12 @@ def apply_dropconnect(
             that a helper function reads, where the batch lies, what follows a weight) is then
             checked before surgery instead of at the first forward. Without, a transformers model runs
             on a dummy batch if the source of its forwards leaves open who reads a weight.
+        generator: where the masks of these sites come from: a `torch.Generator` that only they use, or
+            a seed for a new one on the CPU. They do not depend on what else draws random numbers then,
+            and nothing else depends on them. `save_dropconnect` saves its state, a copy of the model
+            has a copy of it, and activation checkpoints have the same masks again. Compiled graphs
+            break at each site; CUDA graphs and `torch.export` in training are refused. None: torch's
+            own generator of the device.
         **options: fields of `DropConnectConfig`: `unit`, `toward`, `sampling`, `example_dim`,
             `inference`, `samples`, `bias`, `ranks`.
 
@@ -115,7 +125,7 @@ def apply_dropconnect(
     """
     load_plugins()
     run = RunOnce(model, example_inputs)
-    prepared = _prepare(model, targets, p, exclude, config, options, run)
+    prepared = _prepare(model, targets, p, exclude, config, generator, options, run)
     operate(prepared)
     return model
 
@@ -232,12 +242,17 @@ def _prepare(
     p: float | None,
     exclude: Any,
     config: DropConnectConfig | None,
+    generator: torch.Generator | int | None,
     options: dict[str, Any],
     run: RunOnce,
 ) -> Prepared:
+    own = as_generator(generator)
     if isinstance(targets, Plan) and (p is not None or config is not None or options):
         raise ValueError("a Plan brings the p and the options of every site; give it alone")
     base = config if config is not None else DropConnectConfig()
     if p is not None:
         options = {"p": check_p(p), **options}
-    return prepare(model, targets, exclude, base.replace(**options) if options else base, run)
+    config = base.replace(**options) if options else base
+    prepared = prepare(model, targets, exclude, config, run)
+    draw_from(prepared.states(), own)
+    return prepared

@@ -1,7 +1,8 @@
 """The small files of our own that lie beside a plain checkpoint.
 
-`dropconnect.json` holds the plan. `dropconnect_anchors-<digest>.safetensors` holds the pretrained
-weights that dropped weights go toward, and is written only if there are any.
+`dropconnect.json` holds the plan, and the state of generators that sites have of their own.
+`dropconnect_anchors-<digest>.safetensors` holds the pretrained weights that dropped weights go toward,
+and is written only if there are any.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,6 +37,7 @@ from ..spec.forms import (
     FORMAT_VERSION,
     Reader,
     check_regular,
+    each,
     fields,
     file_name,
     maybe,
@@ -44,6 +46,7 @@ from ..spec.forms import (
     text,
 )
 from ..spec.plan import Plan, join
+from .generators import Kept, generators_form, give_generators, read_generator
 
 PLAN_FILE = "dropconnect.json"
 ANCHORS_FILE = "dropconnect_anchors.safetensors"
@@ -72,7 +75,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write the plan, and the anchors if there are any, into `directory`.
+    """Write the plan, and the anchors and the state of generators if there are any, into `directory`.
 
     Whenever this is cut off, the files are those of the last save or of this one: anchors lie under a
     name that says what they are, and the plan, which names them, is replaced in one step.
@@ -92,6 +95,9 @@ def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> Non
         content = digest(kept)
         file = ANCHORS_FILE.replace(".", f"-{content[:16]}.")
         form["anchors"] = {"file": file, "sha256": content}
+    generators = generators_form(model)
+    if generators:
+        form["generators"] = generators
     written = json.dumps(form, indent=1) + "\n"
     try:
         if kept:
@@ -137,7 +143,8 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_dropconnect(model: Model, directory: str | os.PathLike[str]) -> Model:
-    """Put DropConnect in place as it was saved in `directory`, in place, anchors included.
+    """Put DropConnect in place as it was saved in `directory`, in place, anchors included. Sites that
+    had a generator of their own get a new one in the state of then.
 
     The weights are not touched: load them as for the plain model.
 
@@ -147,9 +154,11 @@ def load_dropconnect(model: Model, directory: str | os.PathLike[str]) -> Model:
             damaged or of a newer version.
         OSError: a file cannot be read.
     """
-    plan, kept = read_dropconnect(directory, model)
+    plan, kept, generators = read_dropconnect(directory, model)
     load_plugins()
-    operate(prepare(model, plan, None, DropConnectConfig(), RunOnce(model, None)), kept)
+    prepared = prepare(model, plan, None, DropConnectConfig(), RunOnce(model, None))
+    give_generators(prepared.states(), generators)
+    operate(prepared, kept)
     return model
 
 
@@ -167,10 +176,17 @@ def set_anchors(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
         anchor.copy_(kept[name])
 
 
-def read_dropconnect(
-    directory: str | os.PathLike[str], model: nn.Module
-) -> tuple[Plan, dict[str, Tensor]]:
-    """The plan that `save_dropconnect` wrote and the anchors, whole and fit for `model`.
+class Saved(NamedTuple):
+    """What `save_dropconnect` wrote."""
+
+    plan: Plan
+    anchors: dict[str, Tensor]
+    """By the plain name of their weight."""
+    generators: tuple[Kept, ...]
+
+
+def read_dropconnect(directory: str | os.PathLike[str], model: nn.Module) -> Saved:
+    """What `save_dropconnect` wrote, whole and fit for `model`.
 
     Raises: as `load_dropconnect`.
     """
@@ -179,7 +195,8 @@ def read_dropconnect(
     while True:
         plan, record = form["plan"], form["anchors"]
         try:
-            return plan, _read_anchors(path, plan, record, model)
+            kept = _read_anchors(path, plan, record, model)
+            return Saved(plan, kept, form.get("generators", ()))
         except FileNotFoundError as error:
             before, form = form, _read_form(path)
             if form == before:  # else it was saved again since we read the plan
@@ -191,7 +208,7 @@ def read_dropconnect(
 def _read_form(path: Path) -> dict[str, Any]:
     form = read_json(path)
     try:
-        return fields(migrated(form, "file", "it"), "it", _FILE)
+        return fields(migrated(form, "file", "it"), "it", _FILE, _MAY_BE)
     except SurgeryError as error:
         raise SurgeryError(f"cannot read {path}: {error}") from error
 
@@ -201,6 +218,7 @@ def _record(form: Any, where: str) -> dict[str, Any]:
 
 
 _FILE: dict[str, Reader[Any]] = {"plan": Plan.from_json, "anchors": maybe(_record)}
+_MAY_BE: dict[str, Reader[Any]] = {"generators": each(read_generator)}
 
 
 def _read_anchors(

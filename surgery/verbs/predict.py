@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.journal import Changes, restoring
+from ..modules.own_generator import own_generators
 from ..modules.places import Place, places, product_site
 from ..modules.state import Group
 from ..spec.config import Sampling
@@ -279,7 +280,7 @@ def _while_sampling(
         kept = state.with_inference(state.inference, state.samples)
         before.put(state.__dict__, {**kept, "group": None})
     gradients = torch.is_grad_enabled()
-    generators = [] if seed is None else _generators(at)
+    generators = [] if seed is None else _generators(model, at)
     random = [generator.get_state() for generator in generators]
 
     def put_back() -> None:
@@ -298,12 +299,13 @@ def _while_sampling(
     restoring(put_back, sample)
 
 
-def _generators(at: list[Place]) -> list[Any]:
-    """Torch's own: of the CPU, and of those accelerators that the model is on."""
+def _generators(model: nn.Module, at: list[Place]) -> list[Any]:
+    """Torch's own, of the CPU and of those accelerators that the model is on; and those of sites."""
     devices = {place.raw.device for place in at if place.raw.device.type != "cpu"}
     return [
         torch.default_generator,
         *(torch.get_device_module(one).default_generators[one.index or 0] for one in devices),
+        *own_generators(model),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import nn
 
 from ..base.journal import Reversible, Step, surely
@@ -29,8 +30,8 @@ class dropconnect(Reversible, Generic[Model]):
 
     Args:
         model: a model without DropConnect.
-        targets, p, exclude, config, example_inputs, **options: as for `surgery.apply_dropconnect`. They
-            are looked at when the block is entered.
+        targets, p, exclude, config, example_inputs, generator, **options: as for
+            `surgery.apply_dropconnect`. They are looked at when the block is entered.
 
     Raises:
         SurgeryError, ValueError, TypeError: as `surgery.apply_dropconnect`, when the block is entered;
@@ -46,6 +47,7 @@ class dropconnect(Reversible, Generic[Model]):
         exclude: Any = None,
         config: DropConnectConfig | None = None,
         example_inputs: Any = None,
+        generator: torch.Generator | int | None = None,
         **options: Any,
     ) -> None:
         self._model = model
@@ -57,6 +59,7 @@ class dropconnect(Reversible, Generic[Model]):
             exclude=exclude,
             config=config,
             example_inputs=example_inputs,
+            generator=generator,
             **options,
         )
 
@@ -79,8 +82,8 @@ class dropconnect(Reversible, Generic[Model]):
 
 
 def _take_out(entered: list[nn.Module]) -> None:
-    """Strip the model of a block that is left. Once: Python closes the object again when it frees it, and
-    by then the model may have been operated on anew."""
+    """Strip the model of a block that is left. Once: Python closes the object again when it frees it,
+    and by then the model may have been operated on anew."""
     for model in entered:
         strip_dropconnect(model, missing_ok=True)
     entered.clear()

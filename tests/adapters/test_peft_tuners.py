@@ -224,7 +224,9 @@ class TestModulesToSave:
 
     def test_a_target_that_means_only_the_original_is_an_error(self) -> None:
         model = adapted("modules to save")
-        with pytest.raises(NoMatchError, match=r"in whose place trained copies run, .*original_mod"):
+        with pytest.raises(
+            NoMatchError, match=r"in whose place trained copies run, .*original_mod"
+        ):
             found(model, lambda name, module: name.endswith("head.original_module"))
 
     def test_a_training_step_drops_only_what_is_trained(self) -> None:

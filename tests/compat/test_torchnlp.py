@@ -1,7 +1,7 @@
 """`surgery.compat.torchnlp`: what PyTorch-NLP's modules do, and what they did wrong.
 
-The first tests say of ours what PyTorch-NLP's own (`tests/nn/test_weight_drop.py`) say of its modules. The
-last compare with the library itself, where it is installed.
+The first tests say of ours what PyTorch-NLP's own (`tests/nn/test_weight_drop.py`) say of its modules.
+The last compare with the library itself, where it is installed.
 """
 
 from __future__ import annotations
@@ -57,6 +57,22 @@ def module(request: Any) -> nn.Module:
     return BUILD[request.param](P)
 
 
+NAMES = {
+    "WeightDropLSTM": "weight_ih_l0 bias_ih_l0 bias_hh_l0 weight_ih_l1 bias_ih_l1 bias_hh_l1 "
+    "weight_hh_l0_raw weight_hh_l1_raw",
+    "WeightDropLinear": "bias weight_raw",
+    "WeightDrop": "module.weight_ih_l0 module.bias_ih_l0 module.bias_hh_l0 module.weight_hh_l0_raw",
+    "WeightDrop of a linear": "module.weight_raw module.bias_raw",
+}
+
+PEERS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
+    "lstm": ("WeightDropLSTM", (6, 6, 2), {}),
+    "both directions": ("WeightDropLSTM", (6, 6, 2), {"bidirectional": True}),
+    "gru": ("WeightDropGRU", (6, 6), {}),
+    "linear": ("WeightDropLinear", (6, 6), {}),
+}
+
+
 class TestAsInPyTorchNLP:
     @pytest.mark.parametrize("name", RECURRENT)
     def test_hidden_to_hidden_weights_are_dropped(self, name: str) -> None:
@@ -93,21 +109,12 @@ class TestAsInPyTorchNLP:
             assert isinstance(cls(2, 2), cls)
             assert isinstance(cls(2, 2), base)
 
-    NAMES = {
-        "WeightDropLSTM": "weight_ih_l0 bias_ih_l0 bias_hh_l0 weight_ih_l1 bias_ih_l1 bias_hh_l1 "
-        "weight_hh_l0_raw weight_hh_l1_raw",
-        "WeightDropLinear": "bias weight_raw",
-        "WeightDrop": "module.weight_ih_l0 module.bias_ih_l0 module.bias_hh_l0 "
-        "module.weight_hh_l0_raw",
-        "WeightDrop of a linear": "module.weight_raw module.bias_raw",
-    }
-
     @pytest.mark.parametrize("name", NAMES)
     def test_names_and_their_order(self, name: str) -> None:
         """The state of an optimizer goes by the order of parameters."""
         module = BUILD[name](P)
-        assert list(module.state_dict()) == self.NAMES[name].split()
-        assert [n for n, _ in module.named_parameters()] == self.NAMES[name].split()
+        assert list(module.state_dict()) == NAMES[name].split()
+        assert [n for n, _ in module.named_parameters()] == NAMES[name].split()
 
 
 class TestWithoutItsFaults:
@@ -294,17 +301,10 @@ class TestPeer:
     def theirs(self) -> Any:
         return pytest.importorskip("torchnlp.nn.weight_drop")
 
-    CASES = {
-        "lstm": ("WeightDropLSTM", (6, 6, 2), {}),
-        "both directions": ("WeightDropLSTM", (6, 6, 2), {"bidirectional": True}),
-        "gru": ("WeightDropGRU", (6, 6), {}),
-        "linear": ("WeightDropLinear", (6, 6), {}),
-    }
-
-    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("case", PEERS)
     def test_model_and_optimizer(self, theirs: Any, case: str) -> None:
         """After a training step there, both go on here as there."""
-        name, args, options = self.CASES[case]
+        name, args, options = PEERS[case]
         old = getattr(theirs, name)(*args, weight_dropout=0.5, **options)
         new = getattr(torchnlp, name)(*args, weight_dropout=0.5, **options)
         x = torch.randn(3, 2, 6)

@@ -182,7 +182,10 @@ def test_set_p_takes_a_predicate() -> None:
 @pytest.mark.parametrize(
     ("predicate", "words"),
     [
-        (lambda module: True, "must take two arguments, the dotted name of a module and the module"),
+        (
+            lambda module: True,
+            "must take two arguments, the dotted name of a module and the module",
+        ),
         (lambda name, module, p: True, "missing a required argument: 'p'"),
         (lambda name, module: None, "must return True or False, and returned None for"),
         (lambda name, module: name, "returned '' for '(root)' (Model)"),
