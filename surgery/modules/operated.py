@@ -64,8 +64,8 @@ class DropConnectModule(StatesHolder):
         return object.__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing for a module that has DropConnect. A class may put it in place when it is constructed;
-        then Python takes what `__new__` returns for a module that is not initialised yet."""
+        """Nothing for a module that has DropConnect. A class may put it in place when it is
+        constructed; then Python takes what `__new__` returns for one that is not initialised yet."""
         if "_dropconnect" not in self.__dict__:
             super().__init__(*args, **kwargs)
 

@@ -88,9 +88,9 @@ _KEYS, _TAKEN = "_dropconnect_keys", "_dropconnect_taken"
 
 def _again(site: str, found: Around) -> Key:
     """The next key of those that were drawn when the function of a checkpoint ran first."""
-    noted = found.again.__dict__
+    noted: dict[str, Any] = found.again.__dict__
     taken = noted.setdefault(_TAKEN, {})
-    number = taken.get(found.run, 0)
+    number: int = taken.get(found.run, 0)
     keys: list[Key] = noted.get(_KEYS, [])
     if number == len(keys):
         raise RuntimeError(_not_here(site, _NO_CHECKPOINT))

@@ -55,7 +55,7 @@ _AGAIN = {
 
 def around() -> Around:
     """The checkpoints around the caller."""
-    first = []
+    first: list[Any] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = _AGAIN.get(frame.f_code)

@@ -36,8 +36,8 @@ def generators_form(model: nn.Module) -> list[dict[str, Any]]:
         generator = generator_of(place.state)
         if generator is not None:
             state = base64.b64encode(generator.get_state().numpy().tobytes()).decode()
-            form = {"device": generator.device.type, "state": state, "sites": []}
-            form = forms.setdefault(id(generator), form)
+            new: dict[str, Any] = {"device": generator.device.type, "state": state, "sites": []}
+            form = forms.setdefault(id(generator), new)
             form["sites"].append(join(place.name, place.state.name))
     return list(forms.values())
 

@@ -58,6 +58,26 @@ def test_resumes_bit_for_bit(tiny: Any, trainer: Any, name: str, toward: str) ->
         assert_same(anchors(resumed), {k: start[k].detach() for k in anchors(resumed)})
 
 
+def test_resumes_with_the_generator_of_the_checkpoint(
+    tiny: Any, trainer: Any, tmp_path: Path
+) -> None:
+    """Torch's own generators give none of the masks, and the callback's begins anew."""
+
+    def callback(**options: Any) -> DropConnectCallback:
+        return DropConnectCallback("all-linear", p=0.3, generator=5, **options)
+
+    whole = tiny("bert")
+    trainer(whole, [callback()], save_strategy="steps", save_steps=3).train()
+    where = tmp_path / "run" / "checkpoint-3"
+    resumed = tiny("bert")
+    trainer(resumed, [callback()]).train(resume_from_checkpoint=str(where))
+    assert_same(weights(resumed), weights(whole))
+    elsewhere = trainer(tiny("bert"), [callback()], output_dir=str(tmp_path / "elsewhere"))
+    (where / PLAN_FILE).unlink()
+    with pytest.raises(SurgeryError, match=r"with masks from a generator, but no checkpoint in"):
+        elsewhere.train(resume_from_checkpoint=str(where))
+
+
 def whole_dir(trainer: Any, model: nn.Module) -> str:
     return str(trainer(model).args.output_dir)
 

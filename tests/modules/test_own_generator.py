@@ -278,7 +278,7 @@ class TestActivationCheckpoints:
             for _ in range(2):
                 loss.backward(retain_graph=True)
             found.append([p.grad for p in model.parameters()])
-        check(*found, reentrant)
+        check(found[1], found[0], reentrant)
 
 
 def test_a_recomputation_that_is_none_of_torchs_is_refused() -> None:
@@ -348,7 +348,7 @@ class TestCompiled:
         compiled = torch.compile(model, backend="aot_eager")
         torch.manual_seed(5)
         before = torch.get_rng_state()
-        found = outputs(compiled, 3)
+        found = [compiled(X).detach() for _ in range(3)]
         assert torch.equal(torch.get_rng_state(), before)
         assert all(map(torch.allclose, found, outputs(build(), 3)))
         compiled(X).sum().backward()
