@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed -o -path '*/kernels/*')
 
 .PHONY: help setup demo examples test test-all test-no-compiler test-oldest test-oldest-quick test-newest \
-	bench bench-quick bench-page bench-gpu mutants lint wheel release-check clean
+	bench bench-quick bench-page bench-gpu mutants docs lint wheel release-check clean
 .NOTPARALLEL:  # targets share build/, dist/ and the cores
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
 	@echo "make bench-page   make bench, into docs/performance.md"
 	@echo "make bench-gpu    the same on a GPU, into out/bench-gpu.md (under 4 minutes); nothing without one"
+	@echo "make docs      the site, into out/site (open out/site/index.html)"
 	@echo "make lint      ruff and mypy"
 	@echo "make wheel     build the wheel and check what is in it"
 	@echo "make release-check  all that must pass before a release (an hour and more on 2 cores)"
@@ -124,6 +125,16 @@ bench-gpu:
 	! $(BENCH)/bin/python $(HAS_GPU) || $(MAKE) VENV=$(BENCH) $(BENCH)/.peers
 	$(BENCH)/bin/python -m benchmarks.gpu
 
+# The API is read from the wheel, where all packages lie as they are imported; nothing of it is run.
+DOCS := .venv-docs
+
+docs: wheel
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet -r docs/requirements.txt
+	rm -rf out/api
+	$(DOCS)/bin/pip install --quiet --no-deps --target out/api dist/*.whl
+	$(DOCS)/bin/zensical build --clean --strict -f mkdocs.yml
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -135,10 +146,10 @@ wheel: $(VENV)/.torch
 	$(BIN)/python .ci/check_wheel.py dist/*.whl
 
 # Cheap before dear, so that what is wrong is soon known.
-release-check: wheel lint test-all test-no-compiler examples test-oldest test-newest
+release-check: wheel lint docs test-all test-no-compiler examples test-oldest test-newest
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(OLDEST) $(NEWEST) build dist out *.egg-info
+	rm -rf $(VENV) $(BENCH) $(OLDEST) $(NEWEST) $(DOCS) build dist out *.egg-info
 
 # A virtual environment with torch, then the wheel with one set of extras. The wheel is installed, and
 # not the folders, so that what is tested is what is shipped.
