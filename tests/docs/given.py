@@ -9,7 +9,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-WORDS = "the a match market film minister phone was good bad won fell".split()
+WORDS = ["the", "match", "market", "film", "minister", "phone", "was", "good", "bad", "won", "fell"]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 SHAPE = {
     "vocab_size": 32,

@@ -1,8 +1,8 @@
 """Every block of Python on a page runs, and prints what the page says it prints.
 
 A page is one program: its blocks run in order and share their names. A block that the reader need not
-see stands in a comment (`<!--- invisible-code-block: python ... -->`); a block of `text` that follows one
-of Python is what that one prints.
+see stands in a comment (`<!--- invisible-code-block: python ... -->`); a block of `text` that follows
+one of Python is what that one prints.
 """
 
 from __future__ import annotations
