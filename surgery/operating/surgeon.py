@@ -115,9 +115,7 @@ def undo(model: nn.Module, walked: Modules | None = None) -> None:
     surgeon = graph_surgeon(module for _, module in walked)
     carrying = carriers(walked)
     if not carrying:
-        raise NotOperatedError(
-            f"{type(model).__name__} has no DropConnect in place; there is nothing to strip"
-        )
+        raise NotOperatedError.none_in(model, "; there is nothing to strip")
     raise_all(_all_stuck(model, carrying, surgeon), "take DropConnect out")
     changes, names = Changes(), Changes()
     by_class = _by_class(carrying)

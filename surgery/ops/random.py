@@ -3,7 +3,7 @@ host knows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -87,3 +87,9 @@ def _generator_of(device: torch.device) -> Any:
     if found is None or str(device) != device.type:  # else it depends on the current device
         _generators[device] = found
     return found
+
+
+def default_generators(tensors: Iterable[Tensor]) -> list[torch.Generator]:
+    """Torch's own: of the CPU, and of those GPUs that the tensors are on."""
+    found = map(_generator_of, {tensor.device for tensor in tensors})
+    return [torch.default_generator, *(one for one in found if one is not None)]

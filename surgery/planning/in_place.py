@@ -74,7 +74,7 @@ def states_named(model: nn.Module, targets: Any) -> list[SiteState]:
     """
     every = states_in(model)
     if not every:
-        raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place")
+        raise NotOperatedError.none_in(model)
     if targets is None:
         return every
     choices, _ = select(Catalogue(model), targets, None, DropConnectConfig())

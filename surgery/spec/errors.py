@@ -16,6 +16,11 @@ class NoMatchError(SurgeryError):
 class NotOperatedError(SurgeryError):
     """The call needs a model with DropConnect in place, and this one has none (or not there)."""
 
+    @classmethod
+    def none_in(cls, model: object, wanted: str = "") -> NotOperatedError:
+        """That there is none in the whole model; `wanted` goes on with what it was for."""
+        return cls(f"{type(model).__name__} has no DropConnect in place{wanted}")
+
 
 def raise_all(
     problems: Iterable[str], action: str = "put DropConnect in place", *, shown: int = 8

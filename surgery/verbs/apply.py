@@ -210,8 +210,7 @@ class hold_masks(Reversible, contextlib.ContextDecorator):
     def enter(self) -> tuple[Step, Step]:
         at = list(places(self._model))
         if not at:
-            name = type(self._model).__name__
-            raise NotOperatedError(f"{name} has no DropConnect in place to hold")
+            raise NotOperatedError.none_in(self._model, " to hold")
         noisy = [place.state.site for place in at if place.state.sampling == "gaussian"]
         if noisy:
             raise SurgeryError(

@@ -86,7 +86,7 @@ def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> Non
     """
     plan = current_plan(model)
     if not plan.sites:
-        raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place to save")
+        raise NotOperatedError.none_in(model, " to save")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     kept = anchors(model)

@@ -16,6 +16,7 @@ from ..base.journal import Changes, restoring
 from ..modules.own_generator import own_generators
 from ..modules.places import Place, places, product_site
 from ..modules.state import Group
+from ..ops.random import default_generators
 from ..spec.config import Sampling
 from ..spec.errors import NotOperatedError, SurgeryError
 
@@ -108,7 +109,7 @@ class _Sampled:
         self._model = model
         self.places = list(places(model))
         if not self.places:
-            raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place to sample")
+            raise NotOperatedError.none_in(model, " to sample")
         if any(place.state.held_key is not None for place in self.places):
             raise RuntimeError(
                 "masks are held, so every sample would be the same; leave hold_masks first"
@@ -280,7 +281,9 @@ def _while_sampling(
         kept = state.with_inference(state.inference, state.samples)
         before.put(state.__dict__, {**kept, "group": None})
     gradients = torch.is_grad_enabled()
-    generators = [] if seed is None else _generators(model, at)
+    generators: list[torch.Generator] = []
+    if seed is not None:
+        generators = [*default_generators(place.raw for place in at), *own_generators(model)]
     random = [generator.get_state() for generator in generators]
 
     def put_back() -> None:
@@ -297,16 +300,6 @@ def _while_sampling(
         call()
 
     restoring(put_back, sample)
-
-
-def _generators(model: nn.Module, at: list[Place]) -> list[Any]:
-    """Torch's own, of the CPU and of those accelerators that the model is on; and those of sites."""
-    devices = {place.raw.device for place in at if place.raw.device.type != "cpu"}
-    return [
-        torch.default_generator,
-        *(torch.get_device_module(one).default_generators[one.index or 0] for one in devices),
-        *own_generators(model),
-    ]
 
 
 class _Totals:

@@ -216,7 +216,7 @@ def test_changes_fail_as_a_whole() -> None:
 def test_resizing_that_fails_leaves_configurations() -> None:
     """A library writes the new size into its configuration, which may hold another, and then fails."""
     model = apply_dropconnect(nn.Sequential(nn.Embedding(8, 4)), "0")
-    model.config = SimpleNamespace(words=8, of_text=SimpleNamespace(words=8))
+    model.config = SimpleNamespace(words=8, of_text=SimpleNamespace(words=8))  # type: ignore[assignment]
 
     def resize() -> None:
         model.config.words = model.config.of_text.words = 9

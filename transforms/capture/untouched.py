@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from surgery.base.journal import Result, Step, at_once, restoring
 from surgery.modules.places import places
 from surgery.operating.suspend import suspended
+from surgery.ops.random import default_generators
 from surgery.spec.errors import SurgeryError
 from surgery.torch_private.modes import set_gradients
 from surgery.torch_private.tensors import version_of
@@ -54,9 +55,7 @@ def _refuse(model: nn.Module) -> None:
 
 def _surroundings(model: nn.Module) -> list[Step]:
     """Steps that put back what is not the model's: random states, gradient mode, warnings."""
-    tensors = (*model.parameters(), *model.buffers())
-    devices = {t.device.index or 0 for t in tensors if t.device.type == "cuda"}
-    generators = [torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)]
+    generators = default_generators([*model.parameters(), *model.buffers()])
     return [
         *(partial(generator.set_state, generator.get_state()) for generator in generators),
         partial(set_gradients, torch.is_grad_enabled()),
