@@ -7,26 +7,16 @@ apply_dropconnect(model, targets=["*.fc*"], p=0.3)   # in place; returns the mod
 strip_dropconnect(model)                             # the plain model again, bit for bit
 """
 
+import sys
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .aliases import old_attributes, understand_old_names
-from .modules import DropConnectModule
-from .modules.keys import plain_state_dict, raw_state_dict
-from .spec.config import DropConnectConfig
-from .spec.errors import NoMatchError, NotOperatedError, SurgeryError
-from .spec.plan import Plan, Site, Use
-from .verbs.apply import (
-    apply_dropconnect,
-    dropconnect_sites,
-    hold_masks,
-    plan_dropconnect,
-    set_p,
-    strip_dropconnect,
-)
-from .verbs.checkpoint import load_dropconnect, save_dropconnect
-from .verbs.inference import set_inference
-from .verbs.predict import MCPrediction, mc_predict
-from .verbs.temporary import dropconnect
+
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+    from .public import __all__ as __all__
 
 __version__ = "0.1.0"
 
@@ -34,32 +24,32 @@ _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file() and (_checkout / "adapters").is_dir():
     # Python was started in a checkout and found this folder before the installed package: let it find
     # `surgery.adapters` and `surgery.transforms`, which lie beside this folder there.
-    __path__.append(str(_checkout))
+    __path__.append(str(_checkout))  # noqa: F405
 
 understand_old_names()
-__getattr__ = old_attributes(__name__)
 
-__all__ = [
-    "DropConnectConfig",
-    "DropConnectModule",
-    "MCPrediction",
-    "NoMatchError",
-    "NotOperatedError",
-    "Plan",
-    "Site",
-    "SurgeryError",
-    "Use",
-    "apply_dropconnect",
-    "dropconnect",
-    "dropconnect_sites",
-    "hold_masks",
-    "load_dropconnect",
-    "mc_predict",
-    "plain_state_dict",
-    "plan_dropconnect",
-    "raw_state_dict",
-    "save_dropconnect",
-    "set_inference",
-    "set_p",
-    "strip_dropconnect",
-]
+
+def _take_public() -> None:
+    """Import the rooms, and have their public names here."""
+    public = import_module(f"{__name__}.public")
+    globals().update({name: getattr(public, name) for name in ("__all__", *public.__all__)})
+
+
+def __getattr__(name: str) -> Any:
+    """Import the rooms when one of their names is first asked for."""
+    is_ours = name == "__all__" or not name.startswith("__")
+    if is_ours and "__all__" not in globals():
+        _take_public()
+        if name in globals():
+            return globals()[name]
+    return old_attributes(__name__)(name)
+
+
+def __dir__() -> list[str]:
+    if "__all__" not in globals():
+        _take_public()
+    return sorted(globals())
+
+
+if "torch" in sys.modules:  # else later: the command line does not need it
+    _take_public()

@@ -7,6 +7,7 @@ out.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 
-def killed_at(work: Callable[[], None], event: int) -> bool:
+def killed_at(work: Callable[[], Any], event: int) -> bool:
     """Do the work in a child that is killed at that event; whether it was, or had ended before."""
     child = os.fork()
     if child == 0:
@@ -43,22 +44,11 @@ def killed_at(work: Callable[[], None], event: int) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def events(work: Callable[[], None]) -> int:
-    """How many events the work has."""
-    low, high = 0, 1
-    while killed_at(work, high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if killed_at(work, middle) else (low, middle)
-    return high
-
-
-def kills(work: Callable[[], None], before: Callable[[], Any]) -> Iterator[int]:
+def kills(work: Callable[[], Any], before: Callable[[], Any]) -> Iterator[int]:
     """Kill the work at every event; yields each. `before` makes the state of the disk in which it
     begins."""
-    before()
-    for event in range(events(work)):
+    for event in itertools.count():
         before()
-        killed_at(work, event)
+        if not killed_at(work, event):
+            return
         yield event

@@ -26,13 +26,14 @@ from surgery.spec.config import DropConnectConfig
 from surgery.spec.errors import SurgeryError
 from surgery.spec.forms import file_name, read_json
 from surgery.spec.plan import Plan, Site
+from surgery.spec.saved import PLAN_FILE
 from surgery.verbs.apply import (
     apply_dropconnect,
     dropconnect_sites,
     plan_dropconnect,
     strip_dropconnect,
 )
-from surgery.verbs.checkpoint import PLAN_FILE, anchors, read_dropconnect, set_anchors
+from surgery.verbs.checkpoint import anchors, read_dropconnect, set_anchors
 from surgery.verbs.generators import set_generators
 from surgery.verbs.savers import holds
 

@@ -76,12 +76,34 @@ def unfinished_folder(parent: Path) -> Iterator[Path]:
     Raises:
         OSError: there is no `parent`, or it cannot be written.
     """
-    _sweep(parent)
+    sweep(parent)
     folder, lock = _locked_folder(parent)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """While the block runs, no other process is in such a block for the same folder. Where the file
+    system has no locks, nothing is held.
+
+    Raises:
+        BlockingIOError: another process is.
+    """
+    lock = None
+    try:
+        lock = _lock(folder)
+    except BlockingIOError:
+        raise BlockingIOError(f"another process is writing in {folder}") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
         if lock is not None:
             os.close(lock)
 
@@ -118,7 +140,8 @@ def _lock(folder: Path) -> int:
     return handle
 
 
-def _sweep(parent: Path) -> None:
+def sweep(parent: Path) -> None:
+    """Remove what killed processes have left in a folder."""
     with contextlib.suppress(OSError):
         for name in os.listdir(parent):
             if name.startswith(_MARK) and name.endswith(_END):

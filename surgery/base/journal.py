@@ -146,6 +146,10 @@ class Changes:
             self._poorer += tables
             self._keys += [name] * len(tables)
 
+    def take(self, steps: Iterable[Step]) -> None:
+        """Take steps that somebody else wrote down."""
+        self._others += steps
+
     def at_once(self) -> Callable[[], Any]:
         """A call that changes everything with nothing in between."""
         steps = chain(

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from ..base.journal import Changes
-from ..modules.state import raw_name
+from ..spec.names import raw_name
 from ..verbs.apply import apply_dropconnect
 
 

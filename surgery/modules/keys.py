@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ..spec.plan import join
-from ..torch_private.modules import WRAPPED
+from ..torch_private.wrappers import WRAPPED
 from .places import Place, places
 from .state import SiteState
 from .walk import WRAPPERS

@@ -23,6 +23,7 @@ from ..base.caching import kept_for_class
 from ..base.plugins import load_plugins
 from ..moments.scope import run_in_scope
 from ..spec.errors import SurgeryError
+from ..spec.names import raw_name
 from ..torch_private.recurrent import FLAT_WEIGHTS, KEEPERS
 from .dropping import dropping, runs_now
 from .flat import flat_weights
@@ -30,7 +31,7 @@ from .functional import teach_functional_call
 from .keys import take_plain_keys
 from .live import refuse_write
 from .places import StatesHolder
-from .state import live_name, raw_name, refusal_to_script
+from .state import live_name, refusal_to_script
 from .takers import Parametrizations, Qconfig, refuse_quantised, refuse_taking
 from .watch import notice
 

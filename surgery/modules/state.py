@@ -13,18 +13,9 @@ from ..ops import Layout, draw_key
 from ..ops.hash import Key
 from ..spec.config import DropConnectConfig, Inference, Sampling, check_p
 from ..spec.errors import SurgeryError
+from ..spec.names import anchor_name, raw_name
 from ..torch_private.tracing import is_capturing, is_scripted
 from .laws import HasLaw, change_laws, give_laws
-
-
-def raw_name(name: str) -> str:
-    """Name of the stored parameter while DropConnect is in place."""
-    return f"{name}_raw"
-
-
-def anchor_name(name: str) -> str:
-    """Name of the buffer that holds the pretrained weight, for `toward="pretrained"`."""
-    return f"{name}_anchor"
 
 
 def live_name(name: str) -> str:

@@ -7,10 +7,11 @@ exact inverse.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
-from ..base.journal import Changes, at_once, surely
+from ..base.journal import Changes, at_once, data_of, surely
 from ..modules.dropping import runs_now
 from ..modules.masking import is_managed
 from ..modules.operated import DropConnectModule
@@ -100,12 +101,15 @@ def _anchors(change: Change, known: dict[int, Tensor]) -> dict[str, Tensor]:
     return anchors
 
 
-def undo(model: nn.Module, walked: Modules | None = None) -> None:
+def undo(
+    model: nn.Module, walked: Modules | None = None, values: Sequence[tuple[Tensor, Tensor]] = ()
+) -> None:
     """Take DropConnect out of every module and graph, as a whole or not at all.
 
     Args:
         model: operated.
         walked: its `named_modules`, if somebody has walked over them already.
+        values: raw parameters, and tensors of which they take the memory with the same step.
 
     Raises:
         NotOperatedError: there is none in place.
@@ -124,10 +128,11 @@ def undo(model: nn.Module, walked: Modules | None = None) -> None:
     for _, module in carrying:
         if not isinstance(module, DropConnectModule):
             plain_names(names, module, states_of(module))
+    changes.take(partial(setattr, raw, "data", value) for raw, value in values)
     if surgeon is None:
         changes.make()
     else:
-        put_back = at_once(surgeon.image(model))
+        put_back = at_once([*surgeon.image(model), *data_of(raw for raw, _ in values)])
         try:
             names.make()
             surgeon.remove(model)

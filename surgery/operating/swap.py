@@ -12,8 +12,9 @@ from ..base.caching import cached
 from ..base.journal import Changes
 from ..modules.operated import DropConnectModule
 from ..modules.places import plain_parameters
-from ..modules.state import SiteState, live_name, raw_name
+from ..modules.state import SiteState, live_name
 from ..planning.prepare import Change
+from ..spec.names import raw_name
 from ..torch_private.recurrent import FLAT_WEIGHTS, flat_lists, names_of
 
 

@@ -14,7 +14,8 @@ from ..kinds.product import Demand, Product
 from ..kinds.torch_kinds import SEPARATE_PROJECTIONS
 from ..modules.masking import AFTER_FSDP, is_managed
 from ..modules.operated import DropConnectModule
-from ..modules.state import anchor_name, live_name, raw_name
+from ..modules.state import live_name
+from ..spec.names import anchor_name, raw_name
 from .catalogue import Catalogue, Owner
 from .known import Known
 from .select import Choice

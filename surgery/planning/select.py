@@ -192,7 +192,7 @@ def _matched(catalogue: Catalogue, target: Any, where: str) -> Pairs:
             f"{where}: expected a pattern, a module class or a function of (name, module); got "
             f"{target!r}"
         )
-    matches = _matcher(target, where)
+    matches = matcher(target, where)
     owners = [owner for owner in catalogue if any(map(matches, owner.names))]
     if owners:
         return _weights_of(catalogue, owners, target, where)
@@ -204,7 +204,7 @@ def _matched(catalogue: Catalogue, target: Any, where: str) -> Pairs:
     return pairs
 
 
-def _matcher(pattern: str, where: str) -> Callable[[str], bool]:
+def matcher(pattern: str, where: str) -> Callable[[str], bool]:
     """A predicate on dotted names. A glob `*.fc` also matches `fc` at the root."""
     if pattern.startswith("re:"):
         try:

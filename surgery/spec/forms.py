@@ -77,15 +77,23 @@ def read_json(path: Path) -> Any:
         SurgeryError: it is not regular, too long, no UTF-8 or no JSON, nested too deeply, or names a
             key twice.
     """
-    content = read_regular(path, MAX_BYTES)
+    return load_json(read_regular(path, MAX_BYTES), path)
+
+
+def load_json(content: bytes, where: object) -> Any:
+    """What a text of JSON holds; `where` is what errors call it.
+
+    Raises:
+        SurgeryError: it is no UTF-8 or no JSON, nested too deeply, or names a key twice.
+    """
     try:
         return json.loads(
             content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number
         )
     except RecursionError:
-        raise SurgeryError(f"cannot read {path}: it is nested too deeply") from None
+        raise SurgeryError(f"cannot read {where}: it is nested too deeply") from None
     except ValueError as error:
-        raise SurgeryError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+        raise SurgeryError(f"cannot read {where}: {type(error).__name__}: {error}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

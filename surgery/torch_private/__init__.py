@@ -8,6 +8,7 @@ Another test holds that no other file of the package uses private names, but for
 
     saved_hooks.py   the hooks that decide what autograd keeps
     modules.py       calls, hooks and marks of `nn.Module`; the names that all files may use
+    wrappers.py      names that wrappers put between
     recurrent.py     the lists of weights of RNNs
     functional.py    functional calls
     graphs.py        graphs of torch.fx

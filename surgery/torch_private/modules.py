@@ -84,7 +84,3 @@ p: without it, each would write there what is on its device."""
 MANAGED = "_is_fsdp_managed_module"
 """An attribute of modules whose parameters FSDP holds, of either version, by their present names.
 Without it, surgery would rename parameters under it."""
-
-WRAPPED = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-"""Where wrappers of torch keep the one module inside. Some state dicts name them and some do not;
-without these, plain keys of one kind would not be found in the other."""

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -33,26 +32,12 @@ from ..planning.runs import RunOnce
 from ..planning.select import select
 from ..spec.config import DropConnectConfig
 from ..spec.errors import NotOperatedError, SurgeryError
-from ..spec.forms import (
-    FORMAT_VERSION,
-    Reader,
-    check_regular,
-    each,
-    fields,
-    file_name,
-    maybe,
-    migrated,
-    read_json,
-    text,
-)
+from ..spec.forms import FORMAT_VERSION, Reader, check_regular, each, read_json
 from ..spec.plan import Plan, join
+from ..spec.saved import ANCHORS_FILE, PLAN_FILE, are_anchors, read_saved
 from .generators import Kept, generators_form, give_generators, read_generator
 
-PLAN_FILE = "dropconnect.json"
-ANCHORS_FILE = "dropconnect_anchors.safetensors"
-"""The name of the file of anchors in the first release; now their digest comes before the dot."""
-
-_ARE_ANCHORS = re.compile(r"dropconnect_anchors(-[0-9a-f]{16})?\.safetensors")
+_GENERATORS: dict[str, Reader[Any]] = {"generators": each(read_generator)}
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -125,7 +110,7 @@ def _remove_unused_anchors(folder: Path) -> None:
         record = form.get("anchors") if isinstance(form, dict) else None
         used = record.get("file") if isinstance(record, dict) else None
         for name in os.listdir(folder):
-            if _ARE_ANCHORS.fullmatch(name) and name != used:
+            if are_anchors(name) and name != used:
                 (folder / name).unlink()
         sync_folder(folder)
 
@@ -191,34 +176,18 @@ def read_dropconnect(directory: str | os.PathLike[str], model: nn.Module) -> Sav
     Raises: as `load_dropconnect`.
     """
     path = Path(directory) / PLAN_FILE
-    form = _read_form(path)
+    form = read_saved(path, _GENERATORS)
     while True:
         plan, record = form["plan"], form["anchors"]
         try:
             kept = _read_anchors(path, plan, record, model)
             return Saved(plan, kept, form.get("generators", ()))
         except FileNotFoundError as error:
-            before, form = form, _read_form(path)
+            before, form = form, read_saved(path, _GENERATORS)
             if form == before:  # else it was saved again since we read the plan
                 raise SurgeryError(
                     f"{path} refers to anchors in {record['file']}, which is missing"
                 ) from error
-
-
-def _read_form(path: Path) -> dict[str, Any]:
-    form = read_json(path)
-    try:
-        return fields(migrated(form, "file", "it"), "it", _FILE, _MAY_BE)
-    except SurgeryError as error:
-        raise SurgeryError(f"cannot read {path}: {error}") from error
-
-
-def _record(form: Any, where: str) -> dict[str, Any]:
-    return fields(form, where, {"file": file_name, "sha256": text})
-
-
-_FILE: dict[str, Reader[Any]] = {"plan": Plan.from_json, "anchors": maybe(_record)}
-_MAY_BE: dict[str, Reader[Any]] = {"generators": each(read_generator)}
 
 
 def _read_anchors(

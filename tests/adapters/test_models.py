@@ -23,7 +23,8 @@ from surgery import (
     set_p,
     strip_dropconnect,
 )
-from surgery.verbs.checkpoint import PLAN_FILE, anchors
+from surgery.spec.saved import PLAN_FILE
+from surgery.verbs.checkpoint import anchors
 
 from ..expected import keep
 

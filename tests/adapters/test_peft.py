@@ -15,7 +15,8 @@ from torch import nn
 
 from surgery import apply_dropconnect, dropconnect_sites, plan_dropconnect, strip_dropconnect
 from surgery.adapters.transformers import DropConnectCallback
-from surgery.verbs.checkpoint import PLAN_FILE, anchors
+from surgery.spec.saved import PLAN_FILE
+from surgery.verbs.checkpoint import anchors
 
 from ..internals import set_constant
 

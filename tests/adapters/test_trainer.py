@@ -23,7 +23,8 @@ from surgery import (
     strip_dropconnect,
 )
 from surgery.adapters.transformers import DropConnectCallback
-from surgery.verbs.checkpoint import PLAN_FILE, anchors
+from surgery.spec.saved import PLAN_FILE
+from surgery.verbs.checkpoint import anchors
 
 from ..internals import states_of
 

@@ -21,7 +21,7 @@ from surgery import (
     strip_dropconnect,
 )
 from surgery.adapters.transformers import DropConnectCallback
-from surgery.verbs.checkpoint import PLAN_FILE
+from surgery.spec.saved import PLAN_FILE
 
 from ..killing import kills
 

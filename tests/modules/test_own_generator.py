@@ -28,7 +28,7 @@ from surgery import (
     strip_dropconnect,
 )
 from surgery.modules import own_generator
-from surgery.verbs.checkpoint import PLAN_FILE
+from surgery.spec.saved import PLAN_FILE
 
 
 def net() -> nn.Sequential:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import surgery.transforms
 from surgery import (
     apply_dropconnect,
+    bake_dropconnect,
     hold_masks,
     load_dropconnect,
     mc_predict,
@@ -117,7 +118,7 @@ def form(model: nn.Module, own: list[nn.Parameter]) -> Any:
                 name,
                 cls,
                 sorted(vars(module)),
-                [(key, number.get(id(p))) for key, p in module._parameters.items()],
+                [(key, number.get(id(p)), total(p)) for key, p in module._parameters.items()],
                 [(key, b.tolist()) for key, b in module._buffers.items() if b is not None],
                 module.training,
                 len(list(live_masks(module))),
@@ -141,6 +142,11 @@ def form(model: nn.Module, own: list[nn.Parameter]) -> Any:
         if isinstance(m, torch.fx.GraphModule)
     ]
     return modules, states, graphs
+
+
+def total(parameter: Tensor | None) -> float | None:
+    """Of its values, which a verb may change."""
+    return None if parameter is None else parameter.detach().double().sum().item()
 
 
 class Verb:
@@ -225,6 +231,7 @@ def _laws(model: nn.Module) -> None:
 VERBS = {
     "apply": Verb(net, _nothing, operate),
     "strip": Verb(net, operate, strip_dropconnect),
+    "bake": Verb(net, operate, lambda m: bake_dropconnect(m, 1)),
     "save": Verb(net, operate, lambda m: m.save_pretrained(FOLDER)),
     "resize": Verb(net, operate, lambda m: m.resize_token_embeddings(9), retry=False),
     "set_inference": Verb(Mlp, _linear_sites, lambda m: set_inference(m, "moments")),
@@ -246,6 +253,7 @@ VERBS = {
     "pickle": Verb(net, operate, lambda m: pickle.loads(pickle.dumps(m))),
     "graph: apply": Verb(graph, _nothing, operate),
     "graph: strip": Verb(graph, operate, strip_dropconnect),
+    "graph: bake": Verb(graph, operate, lambda m: bake_dropconnect(m, 1)),
     "graph: step": Verb(graph, operate, _step),
     "find": Verb(net, operate, lambda m: surgery.transforms.find(m, WORDS)),
 }

@@ -32,6 +32,7 @@ SPARSE = {
     "save": 3001,
     "graph: apply": 2003,
     "graph: strip": 1009,
+    "graph: bake": 1009,
 }
 """Instructions from one interrupt to the next: about ten interrupts for each verb."""
 

@@ -222,16 +222,3 @@ def test_fsdp_marks_what_it_holds() -> None:
     assert net.__dict__[modules.MANAGED] is True
     source = Path(inspect.unwrap(fully_shard).__code__.co_filename).read_text()
     assert f".{modules.MANAGED} = True" in source
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@canary(modules, "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-def test_wrappers_keep_the_module_under_these_names() -> None:
-    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
-    from torch.distributed.fsdp import _common_utils
-
-    net = Net()
-    compiled: Any = torch.compile(net)
-    checkpointed = checkpoint_wrapper.checkpoint_wrapper(net)
-    found = {name for one in (compiled, checkpointed) for name, _ in one.named_children()}
-    assert found | {_common_utils.FSDP_WRAPPED_MODULE} == modules.WRAPPED

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from surgery.verbs.checkpoint import PLAN_FILE, digest
+from surgery.spec.saved import PLAN_FILE
+from surgery.verbs.checkpoint import digest
 
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2**31, 2**63, -(2**64), 10**400, 0.5, -0.5, 1.5, 1e308),

@@ -22,7 +22,8 @@ from surgery import (
     set_p,
     strip_dropconnect,
 )
-from surgery.verbs.checkpoint import PLAN_FILE, anchors
+from surgery.spec.saved import PLAN_FILE
+from surgery.verbs.checkpoint import anchors
 
 from ..helpers import Snapshot, bits_of
 from ..zoo.kinds import Case, every_case

@@ -28,7 +28,7 @@ from surgery import (
     save_dropconnect,
     strip_dropconnect,
 )
-from surgery.verbs.checkpoint import PLAN_FILE
+from surgery.spec.saved import PLAN_FILE
 
 from ..helpers import Snapshot
 from ..internals import set_constant

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from surgery import apply_dropconnect, dropconnect_sites, load_dropconnect, save_dropconnect
-from surgery.verbs.checkpoint import PLAN_FILE, anchors
+from surgery.spec.saved import PLAN_FILE
+from surgery.verbs.checkpoint import anchors
 
 from ..killing import kills
 
