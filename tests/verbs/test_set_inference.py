@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -212,3 +213,27 @@ def test_one_context_manager_entered_twice() -> None:
         with sampling:
             assert not torch.equal(model(x), plain)
         assert torch.equal(model(x), plain)
+
+
+class Around(nn.Linear):
+    """Has a weight of its own, and in its forward the moments of its child go through a relu."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 3)
+        self.inner = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.inner(x).relu())
+
+
+@pytest.mark.parametrize("targets", [("inner", "weight"), ("weight", "inner")])
+def test_what_follows_its_forward_may_be_operated_too(x: Tensor, targets: tuple[str, ...]) -> None:
+    """Before or after the site inside, whose moments go on to where the forward around it ends."""
+    model = Around().eval()
+    both, plain = copy.deepcopy(model), model(x)
+    expected = apply_dropconnect(model, "inner", p=0.4, inference="moments")(x)
+    for target in targets:
+        inference = "moments" if target == "inner" else "mean"
+        apply_dropconnect(both, target, p=0.4, inference=inference)
+    assert torch.equal(both(x), expected)
+    assert not torch.allclose(plain, expected)
