@@ -181,7 +181,7 @@ def _block(raws: list[Tensor]) -> Block | None:
     """Where weights lie in their storage; None if they do not share one, two of them overlap, or over
     half of it is something else."""
     storage = raws[0].untyped_storage()
-    if any(identity(raw.untyped_storage()) != identity(storage) for raw in raws[1:]):
+    if any(identity(raw.untyped_storage()) != identity(storage) for raw in raws):
         return None
     whole = storage.nbytes() // raws[0].element_size()
     parts = sorted((int(raw.storage_offset()), raw.numel()) for raw in raws)
