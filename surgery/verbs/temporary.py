@@ -64,7 +64,7 @@ class dropconnect(Reversible, Generic[Model]):
         )
 
     def enter(self) -> tuple[Step, Step]:
-        if next(carriers(named_modules(self._model)), None) is not None:
+        if carriers(named_modules(self._model)):
             raise SurgeryError(
                 f"{type(self._model).__name__} has DropConnect in place, which the end of this block "
                 "would take out too: add sites to it with apply_dropconnect, or strip it first"
