@@ -152,7 +152,7 @@ def strip_dropconnect(model: Model, *, missing_ok: bool = False) -> Model:
     not use them, or uses them in a way that the plan did not see.
     """
     modules = named_modules(model)
-    if missing_ok and next(carriers(modules), None) is None:
+    if missing_ok and not carriers(modules):
         return model
     unused = unused_sites(model) if was_trained(modules) else []
     undo(model, modules)
