@@ -24,7 +24,8 @@ from .verbs.apply import (
 from .verbs.bake import bake_dropconnect
 from .verbs.checkpoint import load_dropconnect, save_dropconnect
 from .verbs.inference import set_inference
-from .verbs.predict import MCPrediction, mc_predict
+from .verbs.predict import mc_predict
+from .verbs.prediction import MCPrediction
 from .verbs.temporary import dropconnect
 
 __all__ = [

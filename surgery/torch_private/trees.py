@@ -20,3 +20,6 @@ tree_leaves_with_path: Callable[[Any], Iterable[tuple[Any, Any]]] = _pytree.tree
 
 keystr: Callable[[Any], str] = _pytree.keystr
 """Such a path as Python writes it: `[0]['ids']`."""
+
+tree_map: Callable[[Callable[[Any], Any], Any], Any] = _pytree.tree_map
+"""The same containers, with what a function makes of each thing in them."""

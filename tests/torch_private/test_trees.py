@@ -26,3 +26,10 @@ def test_paths_are_written_as_in_python() -> None:
         ("[1][0]", 2),
         ("[1][1]['key']", 3),
     ]
+
+
+@canary(trees, "torch.utils._pytree.tree_map")
+def test_containers_stay_what_they_are() -> None:
+    found = trees.tree_map(lambda leaf: leaf + 1, {"a": [1, Pair(2, 3)], "b": ()})
+    assert found == {"a": [2, Pair(3, 4)], "b": ()}
+    assert type(found["a"][1]) is Pair

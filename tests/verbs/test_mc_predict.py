@@ -238,9 +238,11 @@ def test_wrong_arguments() -> None:
 
 def test_wrong_outputs() -> None:
     x = torch.randn(5, 6)
-    words = nn.Sequential(classifier(), Returns(lambda u: {"y": u}))
-    with pytest.raises(SurgeryError, match="returned a dict; mc_predict needs a tensor"):
+    words = nn.Sequential(classifier(), Returns(lambda u: {"y": "words"}))
+    with pytest.raises(SurgeryError, match="returned a dict, in which there is no tensor to look"):
         mc_predict(words, x)
+    with pytest.raises(SurgeryError, match="returned a dict without 'z'; output= names one of its"):
+        mc_predict(words, x, output="z")
     summed = nn.Sequential(classifier(), Returns(lambda u: u.sum(0)))
     with pytest.raises(
         SurgeryError, match=r"the output has shape \(4,\), but the batch has 5 rows"

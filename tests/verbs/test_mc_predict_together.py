@@ -94,11 +94,11 @@ def test_falls_back_to_one_by_one_where_sizes_are_fixed() -> None:
             super().__init__()
             self.inner = inner
 
-        def forward(self, x: Tensor, extra: list[Tensor]) -> Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             seen.append(len(x))
-            return self.inner(x) + extra[0]
+            return self.inner(x) + torch.ones(3, 1)
 
-    found = mc_predict(Outer(), (torch.randn(3, 6), [torch.ones(3, 1)]), 8)
+    found = mc_predict(Outer(), torch.randn(3, 6), 8)
     assert found.mean.shape == (3, 2)
     assert seen == [3, 9, *[3] * 8]
 
