@@ -44,6 +44,8 @@ examples: demo
 	$(BIN)/python examples/train_lstm.py --epochs 1 --articles 20 --output $(SHORT)/lstm
 	$(BIN)/python examples/paper_mlp.py --quick --output $(SHORT)/paper_mlp
 	$(BIN)/python examples/uncertainty.py --steps 8 --samples 4 --test-size 30 --output $(SHORT)/uncertainty
+	$(BIN)/python examples/lora.py --steps 8 --test-size 100 --output $(SHORT)/lora
+	$(BIN)/python examples/vision.py --seeds 2 --pretraining 100 --steps 50 --output $(SHORT)/vision
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/finetune_ddp.py --steps 8 --output $(SHORT)/ddp
 
 # One thread a worker: threads that wait for each other cost more than they bring on small models.

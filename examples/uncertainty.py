@@ -9,7 +9,8 @@ was held out, articles with their words shuffled, and articles with the letters 
 An uncertainty is good if it is higher there: measured by the AUROC, the chance that a random foreign
 text gets a higher one than a random article. Compared are the entropy of a plain softmax, of the
 plainly trained model and of the other, and the mutual information and predictive entropy of many
-forwards with masks (`mc_predict`). Prints tables and draws a picture.
+forwards with masks: `mc_predict`, which takes the `DataLoader` of a test set as it is. Prints tables
+and draws a picture.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from bbc import Texts, load_bbc, stratified_split
 from minilm import load_classifier, minilm, quiet
 from report import compare, estimate, written_whole
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers import default_data_collator as collate
 
 from surgery import apply_dropconnect, mc_predict
 
@@ -43,6 +46,9 @@ INSIDE = "articles"
 PLAIN, MEAN = "softmax, plain training", "softmax, DropConnect training"
 ENTROPY, INFORMATION = "MC entropy", "MC mutual information"
 COLOURS = {PLAIN: "#555555", MEAN: "#009e73", ENTROPY: "#56b4e9", INFORMATION: "#d55e00"}
+
+TOGETHER = 64
+"""Texts that are read together."""
 
 Scores = dict[str, np.ndarray]
 """Uncertainty of every text, in nats, by kind of text."""
@@ -84,10 +90,12 @@ def run(seed: int, options: argparse.Namespace) -> Run:
         accuracy[name] = accuracy_of(softmax[INSIDE], labels)
 
     # ---- many forwards with masks: mutual information is what they disagree about --------------
-    found = {
-        kind: mc_predict(model, own, options.samples, seed=seed)
-        for kind, own in tqdm(inputs.items(), desc=f"sampling, seed {seed}", unit="kind")
-    }
+    found = {}
+    for kind, own in inputs.items():
+        loader = DataLoader(examples(own, texts[kind].labels), TOGETHER, collate_fn=collate)
+        found[kind] = mc_predict(
+            model, loader, options.samples, seed=seed, batch_size=TOGETHER, progress=True
+        )
     # --------------------------------------------------------------------------------------------
 
     scores[ENTROPY] = {kind: known(own.entropy).numpy() for kind, own in found.items()}
@@ -172,6 +180,12 @@ def fine_tune(
     return model.eval()
 
 
+def examples(inputs: dict[str, Tensor], labels: list[int]) -> Any:
+    """A data set as those of the `datasets` package: a dict for each text, with the label in it."""
+    rows = zip(*inputs.values(), labels)
+    return [dict(zip((*inputs, "labels"), row)) for row in rows]
+
+
 def batches_of(count: int, size: int) -> Iterator[Tensor]:
     """Random batches without end; every example comes once an epoch."""
     while True:
@@ -181,7 +195,7 @@ def batches_of(count: int, size: int) -> Iterator[Tensor]:
 @torch.no_grad()
 def predict(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """Probabilities of one forward in eval mode."""
-    parts = zip(*(value.split(64) for value in inputs.values()))
+    parts = zip(*(value.split(TOGETHER) for value in inputs.values()))
     logits = [model(**dict(zip(inputs, part))).logits for part in parts]
     return torch.cat(logits).softmax(-1)
 

@@ -16,6 +16,8 @@ import torch
 import uncertainty
 from bbc import Texts
 from scipy import stats
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
 from uncertainty import (
     ENTROPY,
     INFORMATION,
@@ -131,6 +133,15 @@ def test_batches_go_through_all_examples_before_they_repeat() -> None:
     for _ in range(2):
         epoch = torch.cat([next(batches) for _ in range(3)])
         assert sorted(epoch.tolist()) == list(range(10))
+
+
+def test_a_loader_of_the_examples_gives_the_inputs_again() -> None:
+    inputs = {"input_ids": torch.arange(12).view(4, 3), "attention_mask": torch.ones(4, 3).long()}
+    rows = uncertainty.examples(inputs, [0, 1, 2, 3])
+    batches = list(DataLoader(rows, 3, collate_fn=default_data_collator))
+    assert [len(batch["labels"]) for batch in batches] == [3, 1]
+    for name, value in {**inputs, "labels": torch.arange(4)}.items():
+        assert torch.equal(torch.cat([batch[name] for batch in batches]), value)
 
 
 def test_defaults_are_the_documented_run() -> None:
