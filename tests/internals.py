@@ -86,6 +86,18 @@ def replace_draw_key(patch: Patch, draw: Callable[..., Any]) -> Callable[..., An
     return before
 
 
+def note_keys(patch: Patch, note: Callable[[str, Tensor], None]) -> None:
+    """`note(site, key)` is called with every key that a forward draws; `site` is a dotted plain name."""
+    new_key = state.SiteState.new_key
+
+    def noted(self: state.SiteState, device: Any) -> Any:
+        key = new_key(self, device)
+        note(self.site, hash.key_tensor(key))
+        return key
+
+    patch.setattr(state.SiteState, "new_key", noted)
+
+
 def give_bits(patch: Patch, words: Tensor) -> None:
     """Let the generator give these two words for each key."""
     patch.setattr(hash, "drawn", lambda *args, **options: words)
