@@ -189,8 +189,9 @@ def while_sampling(
     def sample() -> None:
         now.make()
         torch.set_grad_enabled(False)
-        for generator in generators:
-            generator.manual_seed(seed)
+        if seed is not None:
+            for generator in generators:
+                generator.manual_seed(seed)
         call()
 
     restoring(put_back, sample)

@@ -88,15 +88,20 @@ def class_of(case: Case) -> Any:
             importlib.import_module("transformers"), first
         )
         return found
-    own: list[Any] = []
-    for cls in vars(module).values():
-        if not inspect.isclass(cls) or cls.__module__ != module.__name__:
-            continue
-        if issubclass(cls, PreTrainedModel) and cls.config_class is config:
-            own += [cls] if cls.forward is not nn.Module.forward else []
+    own: list[Any] = [found for found in vars(module).values() if _is_of(found, module, config)]
     if not own:
         raise NotBuilt("the type is of a part that has no PreTrainedModel of its own")
     return own[0]
+
+
+def _is_of(found: Any, module: Any, config: Any) -> bool:
+    """Whether something in a module is a class of model for a config, with a forward."""
+    if not inspect.isclass(found) or found.__module__ != module.__name__:
+        return False
+    cls: Any = found
+    if not issubclass(cls, PreTrainedModel) or cls.config_class is not config:
+        return False
+    return cls.forward is not nn.Module.forward
 
 
 @dataclass(frozen=True)
