@@ -87,7 +87,7 @@ def replace_draw_key(patch: Patch, draw: Callable[..., Any]) -> Callable[..., An
 
 
 def note_keys(patch: Patch, note: Callable[[str, Tensor], None]) -> None:
-    """`note(site, key)` is called with every key that a forward draws; `site` is a dotted plain name."""
+    """`note(site, key)` is called with every key that a forward draws; `site` is a plain name."""
     new_key = state.SiteState.new_key
 
     def noted(self: state.SiteState, device: Any) -> Any:

@@ -79,7 +79,10 @@ def class_of(case: Case) -> Any:
         NotBuilt: there is none.
     """
     config = CONFIG_MAPPING[case.model_type]
-    module = importlib.import_module(config.__module__.replace("configuration_", "modeling_"))
+    try:
+        module = importlib.import_module(config.__module__.replace("configuration_", "modeling_"))
+    except ModuleNotFoundError:
+        raise NotBuilt("the type has no model of its own") from None
     names = _families()[case.head] if case.head else modeling_auto.MODEL_MAPPING_NAMES
     name = names.get(case.model_type)
     if name is not None:
@@ -90,7 +93,7 @@ def class_of(case: Case) -> Any:
         return found
     own: list[Any] = [found for found in vars(module).values() if _is_of(found, module, config)]
     if not own:
-        raise NotBuilt("the type is of a part that has no PreTrainedModel of its own")
+        raise NotBuilt("the type has no PreTrainedModel of its own")
     return own[0]
 
 

@@ -45,7 +45,7 @@ cannot be dropped: the plan names them with the reason, and all of the above hol
 """
 
 REASONS = {
-    r"no PreTrainedModel of its own": "a part of another model, without a model class of its own",
+    r"of its own": "a config or a part of another model, without a PreTrainedModel of its own",
     r"requires the \w+ library|No module named|ImportError": "needs a library that is not there",
     r"^too large": "too large with widths that suit its other settings",
     r"took too long|process died": "took too long, or too much memory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -60,6 +61,8 @@ def result_of(case: Case) -> Result:
 
 def results(cases: Iterable[Case], workers: int = 1) -> Iterator[Result]:
     """The results of cases, so many at a time, as they come."""
+    gc.collect()
+    gc.freeze()  # what is there by now is not looked at, and so not copied, in each process
     running: dict[int, tuple[Case, Any]] = {}
     waiting = iter(cases)
     while True:
