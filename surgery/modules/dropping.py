@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.part_mask import is_sharded
 from ..torch_private.modules import REPLICA
 from .flat import flat_of, open_flat
 from .fused import fused_forward
 from .live import Open, check_unwritten, close, is_of_another_thread, watched
-from .masking import Operand, draw_keys, is_sharded, masked_weight
+from .masking import Operand, draw_keys, is_managed, masked_weight
 from .product_forward import drops_in_product, product_forward, replaced_product
 from .recompute import call_recomputing
 from .state import SiteState
@@ -87,7 +88,7 @@ def _open(module: Any, opened: list[Open]) -> None:
     for child in drawn_children(module):
         weights = [getattr(child, state.raw) for state in child._dropconnect.values()]
         # Those that FSDP has sharded are gathered in the child's own forward, which draws.
-        if not any(map(is_sharded, weights)):
+        if not (any(map(is_sharded, weights)) and is_managed(child)):
             _open_own(child, opened, outside=True)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ops import Law, drop_weight
 from ..ops.hash import Key
 from ..ops.linear import as_if_trained
+from ..ops.part_mask import is_sharded
 from ..torch_private.modules import MANAGED
 from ..torch_private.tensors import identity, version_of
 from ..torch_private.tracing import is_traced
@@ -37,7 +38,9 @@ def draw_keys(operands: Sequence[Operand]) -> list[Key]:
         key: Key | None = state.held_key
         if key is None and state.follows is not None:
             key = keys.get(state.follows)
-        keys[state.name] = state.new_key(raw.device) if key is None else key
+        if key is None:
+            key = state.new_shared_key(raw) if is_sharded(raw) else state.new_key(raw.device)
+        keys[state.name] = key
     return list(keys.values())
 
 
@@ -52,36 +55,32 @@ def masked_weight(
         keep_law: whether the law may be kept in the state.
 
     Raises:
-        RuntimeError: the weight is sharded, or its shape is no longer that of its anchor.
+        RuntimeError: its shape is no longer that of its anchor.
     """
     raw, state, anchor = operand
-    if is_sharded(raw):
-        raise RuntimeError(
-            f"{state.raw!r} (the site {state.site}) is sharded (a DTensor) while a forward reads "
-            "it. Masks need the whole weight: shard with fully_shard on the module whose forward "
-            "reads the weight, or on one that contains it; tensor parallelism is not supported."
-        )
     check_anchor(state, raw, anchor)
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():  # with a version, see `live.py`
             return masked_weight(operand, key, keep_law)
-    law = state.law_for(raw, keep=keep_law)
+    law, layout = state.law_for(raw, keep=keep_law), state.layout_for(raw)
     if state.held_key is not None and not torch.compiler.is_compiling():
         return _held(state, raw, key, law, anchor), None
-    used = drop_weight(raw, key, law, state.layout, anchor)
+    used = drop_weight(raw, key, law, layout, anchor)
     address = address_of(used) if can_recompute() else None
     if address is None:
         return requiring_as(used, raw), None
 
     def rebuild() -> Tensor:
-        return drop_weight(raw.detach(), key, law, state.layout, anchor)
+        return drop_weight(raw.detach(), key, law, layout, anchor)
 
     return used, Recipe(address, raw, version_of(raw), rebuild, state.name, version_of(used))
 
 
 def check_anchor(state: SiteState, raw: Tensor, anchor: Tensor | None) -> None:
     """Raise `RuntimeError` if the weight was resized and its anchor was not."""
-    if anchor is not None and anchor.shape != raw.shape:
+    if anchor is None or anchor.shape == raw.shape:
+        return
+    if state.part is None or tuple(raw.shape) != state.part.shape:
         raise RuntimeError(
             f"{state.name!r} has shape {tuple(raw.shape)} but its pretrained anchor has "
             f"{tuple(anchor.shape)}: the weight was resized after apply_dropconnect. Strip first, "
@@ -96,11 +95,6 @@ def is_managed(module: Any) -> bool:
 
 
 AFTER_FSDP = "FSDP holds the parameters of the module; apply before FSDP wraps the model"
-
-
-def is_sharded(weight: Any) -> bool:
-    """Whether it is a DTensor; told by the name because importing that class is slow."""
-    return type(weight).__name__ == "DTensor"
 
 
 def requiring_as(used: Tensor, raw: Tensor) -> Tensor:
@@ -139,12 +133,13 @@ def _held(state: SiteState, raw: Tensor, key: Key, law: Law, anchor: Tensor | No
     """The masked weight while masks are held. It is kept until what it was computed from changes: a
     loop over a cell computes it once, and autograd masks the sum of its gradients once. A backward ends
     that too, because the optimiser that follows may write without a new version (`p.data.add_`)."""
+    layout = state.layout_for(raw)
     if is_traced():
-        return drop_weight(raw, key, law, state.layout, anchor)
+        return drop_weight(raw, key, law, layout, anchor)
     held: Held | None = state.held  # once: replicas in other threads share the state
     source = _source(raw, anchor, law)
     if held is None or held.made_from != source:
-        used = drop_weight(raw, key, law, state.layout, anchor)
+        used = drop_weight(raw, key, law, layout, anchor)
         alive = raw, raw.detach(), law, anchor, None if anchor is None else anchor.detach()
         state.held = held = Held(requiring_as(used, raw), source, alive)
         if used.grad_fn is not None:

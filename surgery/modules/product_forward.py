@@ -22,8 +22,11 @@ from ..moments.scope import in_scope, scope_shapes, settle
 from ..ops import Law, Layout, drop_weight
 from ..ops.hash import Key
 from ..ops.ordinary import is_dense
+from ..ops.part import Part, part_of
+from ..ops.part_mask import is_sharded, local_anchor
+from .cut import Cut
 from .masking import Operand, check_anchor, draw_keys
-from .state import NotGrouped, SiteState
+from .state import NotGrouped, SiteState, refusal_to_cut
 
 
 def replaced_product(states: Collection[SiteState], training: bool) -> tuple[SiteState, str] | None:
@@ -86,6 +89,9 @@ def product_forward(
         return call.probe()
     if mode == "example":
         return call.per_example()
+    if state.part is not None or is_sharded(weight.raw):
+        option = "inference='moments'" if mode == "moments" else f"sampling={mode!r}"
+        raise RuntimeError(f"{state.site}: {refusal_to_cut(option)}")
     if mode == "gaussian":
         return call.noisy()
     return call.travelling()
@@ -133,7 +139,7 @@ class ProductCall(NamedTuple):
         group, features = self.weight.state.group, self.product.features
         assert group is not None
         leading = self.x.ndim + features
-        if leading < 1:
+        if leading < 1 or self.weight.state.part is not None or is_sharded(self.weight.raw):
             raise NotGrouped(self.weight.state.site)
         self.check_group()
         u = self.run(self.x, self.weight.raw, self.added())
@@ -206,7 +212,28 @@ class ProductCall(NamedTuple):
         """The pre-activation with masks of its own for each example."""
         (key,) = draw_keys([self.weight])
         dim = self.example_dim()
+        if is_sharded(self.weight.raw):
+            return self.in_parts(key, dim)
         return self.by_rows(key, dim) if self.product.is_matrix else self.by_channels(key)
+
+    def in_parts(self, key: Key, dim: int | None) -> Tensor:
+        """The same for a weight that processes share: each computes with what it has."""
+        raw, state, anchor = self.weight
+        if not self.product.is_matrix:
+            option = "sampling='example' of a convolution"
+            raise RuntimeError(f"{state.site}: {refusal_to_cut(option)}")
+        cut = Cut.of(raw, self.product.columns, self.x, dim, state.site)
+        state.part = part_of(raw)
+        bias: Operand | Tensor | None = self.bias
+        if isinstance(bias, Operand):
+            towards = None if bias.anchor is None else cut.bias(bias.anchor)
+            bias = Operand(cut.bias(bias.raw), bias.state, towards)
+        elif bias is not None:
+            bias = cut.bias(bias)
+        weight = Operand(cut.weight(raw), state, local_anchor(anchor, state.part))
+        here = self._replace(x=cut.input(self.x), weight=weight, bias=bias)
+        u: Tensor = cut.output(here.by_rows(key, dim))
+        return u
 
     def example_dim(self) -> int | None:
         """The dimension of the examples, counted from the start; None for all but the features.
@@ -225,13 +252,16 @@ class ProductCall(NamedTuple):
     def by_rows(self, key: Key, dim: int | None) -> Tensor:
         """A matrix product. `dim`: of the examples in the input; None for all but the features."""
         matrix, state, anchor = self.weight
-        law = state.law_for(matrix)
+        law, part = state.law_for(matrix), state.layout_for(matrix).part
+        if part is not None:
+            anchor = local_anchor(anchor, part)
         if self.product.columns:
             matrix, anchor = matrix.t(), None if anchor is None else anchor.t()
+            part = None if part is None else part.transposed()
         rows, leading = _rows(self.x, dim, _groups(state))
-        u = ops.example_linear(rows, matrix, key, law, state.unit, anchor)
+        u = ops.example_linear(rows, matrix, key, law, state.unit, anchor, part)
         if self.bias is not None:
-            u = u + self.bias_of_examples(key, len(rows)).unsqueeze(1).to(u.dtype)
+            u = u + self.bias_of_examples(key, len(rows), part).unsqueeze(1).to(u.dtype)
         u = u.reshape(*leading, u.shape[-1])
         return u if dim is None else u.movedim(0, dim)
 
@@ -262,15 +292,15 @@ class ProductCall(NamedTuple):
         added = added.repeat_interleave(len(x) // max(len(added), 1), 0)
         return u + added.reshape(len(x), u.shape[1], *(1,) * (u.ndim - 2)).to(u.dtype)
 
-    def bias_of_examples(self, key: Key, examples: int) -> Tensor:
-        """(examples, out), or (1, out) if it is not dropped. `key`: of the weight."""
+    def bias_of_examples(self, key: Key, examples: int, part: Part | None = None) -> Tensor:
+        """(examples, out), or (1, out) if it is not dropped. `key`, `part`: of the weight."""
         if not isinstance(self.bias, Operand):
             assert self.bias is not None
             return self.bias.unsqueeze(0)
         raw, state, anchor = self.bias
         (own,) = [key] if state.follows is not None else draw_keys([self.bias])
         law = state.law_for(raw)
-        return ops.example_vector(raw, own, law, state.unit, examples, anchor)
+        return ops.example_vector(raw, own, law, state.unit, examples, anchor, part)
 
 
 def tilt(samples: int, features: int, device: torch.device, dtype: torch.dtype) -> Tensor:

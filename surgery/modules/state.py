@@ -11,11 +11,13 @@ from torch import Tensor
 from ..kinds.product import Demand, Product
 from ..ops import Layout, draw_key
 from ..ops.hash import Key
+from ..ops.part import Part
 from ..spec.config import DropConnectConfig, Inference, Sampling, check_p
 from ..spec.errors import SurgeryError
 from ..spec.names import anchor_name, raw_name
-from ..torch_private.tracing import is_capturing, is_scripted
+from ..torch_private.tracing import is_capturing, is_scripted, is_traced
 from .laws import HasLaw, change_laws, give_laws
+from .ranks import check_alike, note_mesh, replica
 
 
 def live_name(name: str) -> str:
@@ -30,6 +32,15 @@ def refusal_to_script(name: str, function: str) -> str:
         f"{name} is masked, and {function} would make the masks constants, or cannot read them; call "
         "strip_dropconnect first"
         + (", or trace in eval()" if function == "torch.jit.trace" else "")
+    )
+
+
+def refusal_to_cut(option: str) -> str:
+    """The message for an option that a weight cannot have which processes share. `option`: as the user
+    writes it."""
+    return (
+        f"{option} needs the whole weight, and this one is cut across processes (tensor parallelism); "
+        "use sampling='batch' (or 'example', for a Linear) with inference='mean' or 'sample' for it"
     )
 
 
@@ -61,6 +72,10 @@ class SiteState(HasLaw):
     """Whether a parameter of the model had a gradient already when surgery was done."""
     written = False
     """Whether a trace has seen a forward write to the masked weight."""
+    part: Part | None = None
+    """Which part of the weight this process has, if a mesh shares it (tensor parallelism)."""
+    drawn_together = 0
+    """How often the processes of a mesh have drawn a key for it together."""
     held: Any = None
     """While masks are held: the masked weight, as `masking.Held`."""
 
@@ -136,10 +151,33 @@ class SiteState(HasLaw):
 
     def new_key(self, device: torch.device) -> Key:
         """The key of one forward call, from the generator of the weight's device. The rank of the
-        process is mixed in; it is 0 outside of distributed training."""
+        process is mixed in, or of the first one that has parts of the same weights."""
         dist = torch.distributed
         ranked = self.independent and dist.is_available() and dist.is_initialized()
-        return draw_key(device, dist.get_rank() if ranked else 0)
+        return draw_key(device, replica() if ranked else 0)
+
+    def new_shared_key(self, weight: Any) -> Key:
+        """The same for a weight that the processes of a mesh share (a DTensor): one key for all.
+
+        Raises:
+            RuntimeError: their generators differ. They ask each other at every call whose number is a
+                power of two, which costs little and finds out sooner or later.
+        """
+        note_mesh(weight.device_mesh)
+        key = self.new_key(weight.device)
+        if is_traced():
+            return key
+        self.drawn_together += 1
+        if self.drawn_together & (self.drawn_together - 1) == 0:
+            check_alike(key, weight.device_mesh, self.site)
+        return key
+
+    def layout_for(self, raw: Tensor) -> Layout:
+        """Which weights share a mask entry: of the part that this process has, where only that is
+        here, as a plain tensor (transformers runs some forwards so)."""
+        if self.part is None or tuple(raw.shape) == self.part.whole:
+            return self.layout
+        return self.layout.of_part(self.part)
 
     def with_inference(self, inference: Inference, samples: int | None) -> dict[str, Any]:
         """The attributes that change with what `eval()` does."""

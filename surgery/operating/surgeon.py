@@ -18,6 +18,7 @@ from ..modules.operated import DropConnectModule
 from ..modules.places import carriers, plain_parameters, states_of
 from ..modules.takers import taken
 from ..modules.walk import Modules, named_modules
+from ..ops.part_mask import spread_as
 from ..planning.graphs import GraphSurgeon, Nodes, Survey, graph_surgeon
 from ..planning.prepare import Change, Prepared
 from ..spec.errors import NotOperatedError, SurgeryError, raise_all
@@ -59,8 +60,7 @@ def _kept_anchors(prepared: Prepared, kept: Anchors) -> dict[int, Tensor]:
                 f"no anchor was saved for {site.names[0]!r}, which is toward='pretrained'; the model "
                 "is unchanged"
             )
-        weight = site.parameter
-        known[id(weight)] = weight.detach().clone().copy_(saved)  # with the strides of the weight
+        known[id(site.parameter)] = spread_as(site.parameter, saved)
     return known
 
 

@@ -13,6 +13,7 @@ from ..base.journal import Changes
 from ..modules.operated import DropConnectModule
 from ..modules.places import plain_parameters
 from ..modules.state import SiteState, live_name
+from ..modules.wrapped import original, rewired
 from ..planning.prepare import Change
 from ..spec.names import raw_name
 from ..torch_private.recurrent import FLAT_WEIGHTS, flat_lists, names_of
@@ -51,6 +52,9 @@ def _swap_class(changes: Changes, change: Change) -> None:
     }
     for state in change.states.values():
         items[state.live] = None
+    forward = rewired(module) if "forward" in held else None
+    if forward is not None:
+        items["forward"] = forward
     changes.put(held, items)
     if FLAT_WEIGHTS in held:
         changes.drop(held, FLAT_WEIGHTS)
@@ -84,6 +88,9 @@ def unswap(changes: Changes, modules: Sequence[DropConnectModule]) -> None:
         _rename(changes, module, plain)
         if module._buffers:
             _drop_anchors(changes, module, module._dropconnect)
+        forward = original(module) if "forward" in module.__dict__ else None
+        if forward is not None:
+            changes.put(module.__dict__, {"forward": forward})
     if issubclass(cls, nn.RNNBase):
         for module in modules:
             changes.put(module.__dict__, _flat_weights(module))

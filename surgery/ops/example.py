@@ -6,15 +6,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec.config import Unit
-from .example_operators import example_product
+from .example_operators import example_product, part_product
 from .hash import Key
 from .law import Law, Layout
 from .linear import autocast
 from .mask import drop_weight
+from .part import Part
 
 
 def example_linear(
-    x: Tensor, weight: Tensor, key: Key, law: Law, unit: Unit, anchor: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    key: Key,
+    law: Law,
+    unit: Unit,
+    anchor: Tensor | None = None,
+    part: Part | None = None,
 ) -> Tensor:
     """`x_e @ W_e^T` for each example e, where `W_e = A + m_e * (W - A) / (1 - p)`.
 
@@ -29,6 +36,8 @@ def example_linear(
             result. These three never make a weight for an example; with an anchor they cost two
             products.
         anchor: where dropped weights go, like `weight`; None is zero. Gets no gradient.
+        part: which part of a whole matrix the weight is, if it is not all: its masks are that part of
+            those of the whole. Then `x` has the features of the part, and it is differentiable once.
 
     Returns:
         (examples, rows, out), differentiable any number of times in x and weight.
@@ -39,19 +48,32 @@ def example_linear(
     x, weight, anchor = autocast(x, weight, anchor)
     _check(x, weight, anchor)
     if unit == "element":
+        if part is not None:
+            return part_product(x, weight, anchor, key, law, part)
         return example_product(x, weight, anchor, key, law)
     examples, rows, width = x.shape
     if unit == "input":
-        layout = Layout.shared((examples, rows, width), (0, 2))
+        layout = _shared((examples, rows, width), (0, 2), part, 1)
         kept = drop_weight(x, key, law, layout)
         product = F.linear(kept, weight)
         return product if anchor is None else product + F.linear(x - kept, anchor)
-    layout = Layout.shared((examples, rows, weight.shape[0]), (0, 2) if unit == "output" else (0,))
+    own = (0, 2) if unit == "output" else (0,)
+    layout = _shared((examples, rows, weight.shape[0]), own, part, 0)
     kept = drop_weight(F.linear(x, weight), key, law, layout)
     if anchor is None:
         return kept
     towards = F.linear(x, anchor)
     return kept + (towards - drop_weight(towards, key, law, layout))
+
+
+def _shared(view: tuple[int, ...], own: tuple[int, ...], part: Part | None, dim: int) -> Layout:
+    """`Layout.shared` for a view whose last dimension is one of a matrix, of which there is a part."""
+    if part is None:
+        return Layout.shared(view, own)
+    *leading, _ = view
+    runs = *(((0, size),) for size in leading), part.runs[dim]
+    whole = *leading, part.whole[dim]
+    return Layout.shared(whole, own).of_part(Part(whole, runs))
 
 
 def example_vector(
@@ -61,6 +83,7 @@ def example_vector(
     unit: Unit,
     examples: int,
     anchor: Tensor | None = None,
+    part: Part | None = None,
 ) -> Tensor:
     """A bias masked for each example.
 
@@ -71,12 +94,13 @@ def example_vector(
             gives the mask of the weight's rows. "input" and "tensor": one entry, since a bias is the
             weight of one constant input.
         examples: their number.
+        part: of the matrix, as in `example_linear`.
 
     Returns:
         (examples, out).
     """
     shape = (examples, bias.shape[0])
-    layout = Layout.shared(shape, (0, 1) if unit in ("element", "output") else (0,))
+    layout = _shared(shape, (0, 1) if unit in ("element", "output") else (0,), part, 0)
     towards = None if anchor is None else anchor.expand(shape)
     return drop_weight(bias.expand(shape).contiguous(), key, law, layout, towards)
 

@@ -8,17 +8,20 @@ work takes.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..torch_private.tracing import is_traced
 from . import gpu
 from .example_product import gradients, product
 from .hash import Key, key_tensor
 from .law import Law, Layout, Mask
+from .part import Part
 
 
 def example_product(x: Tensor, weight: Tensor, anchor: Tensor | None, key: Key, law: Law) -> Tensor:
@@ -30,6 +33,37 @@ def example_product(x: Tensor, weight: Tensor, anchor: Tensor | None, key: Key, 
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return cast(Tensor, _Eager.apply(x, weight, anchor, mask))  # type: ignore[no-untyped-call]
     return product(x, weight, anchor, mask, taken=True)
+
+
+def part_product(
+    x: Tensor, weight: Tensor, anchor: Tensor | None, key: Key, law: Law, part: Part
+) -> Tensor:
+    """The same for a weight that is a part of a whole one: in eager code, differentiable once."""
+    if is_traced():
+        raise RuntimeError(
+            "a mask for each example of a weight that processes share (tensor parallelism) is for "
+            "eager code; use sampling='batch' where torch.compile or torch.func follows it"
+        )
+    mask = Mask(key_tensor(key, weight.device), law, _elements(math.prod(part.whole)))
+    return cast(Tensor, _OfPart.apply(x, weight, (anchor, mask, part)))  # type: ignore[no-untyped-call]
+
+
+class _OfPart(torch.autograd.Function):
+    """The product with a part of a weight. Keeps x, W and the key."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rest: Any) -> Tensor:
+        anchor, mask, part = ctx.rest = rest
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, anchor, mask, taken=False, part=part)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (anchor, mask, part), (x, weight) = ctx.rest, ctx.saved_tensors
+        want_x, want_weight, _ = ctx.needs_input_grad
+        given = grads[0], x, weight, anchor, mask, want_x, want_weight
+        return *gradients(*given, taken=False, part=part), None
 
 
 def _mask_of(weight: Tensor, key: Key, law: Law) -> Mask:

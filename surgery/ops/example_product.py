@@ -24,8 +24,9 @@ from . import gpu
 from .cpu import native
 from .engine import CHUNK, has_kernels
 from .formula import apply_mask, keep_masks
-from .hash import key_tensor, multipliers, spread
-from .law import Mask
+from .hash import advance_key, key_tensor, multipliers, spread
+from .law import Layout, Mask
+from .part import Part, Rows
 
 BLOCK = 1 << 20
 """Masked weights made at a time, where examples have many rows: 4 MB. Without a compiler a CPU makes
@@ -72,19 +73,40 @@ class _Masks:
         x: (examples, rows, in).
         weight, anchor: (out, in), any strides; the anchor may be None.
         mask: of example 0, by element.
+        part: which part of a whole matrix, which the mask is of, the weight is; None is all of it.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, anchor: Tensor | None, mask: Mask) -> None:
+    def __init__(
+        self, x: Tensor, weight: Tensor, anchor: Tensor | None, mask: Mask, part: Part | None = None
+    ) -> None:
         self.weight = weight.detach().contiguous()
         self.anchor = None if anchor is None else anchor.detach().contiguous()
         self.examples, self.rows = x.shape[:2]
         self.key, self.law = key_tensor(mask.key, weight.device), mask.law
         self.mask = Mask(self.key, mask.law, mask.layout)
+        self.part = part
+        self.places = None if part is None else part.rows()
+        """Where the rows of the part lie in the whole matrix."""
+
+    def counted(self) -> Mask | None:
+        """A mask whose entries kernels count from the first of the weight; None if the weight is a part
+        that they cannot count so."""
+        if self.part is None:
+            return self.mask
+        if self.places is None or self.places.stride != self.weight.shape[1]:
+            return None
+        key = advance_key(self.key, self.places.start)
+        return Mask(key, self.law, Layout.elements(self.weight.numel()))
 
     @functools.cached_property
     def last(self) -> Tensor:
         """The multiplier of each example in round 3 of the hash: int32, (examples,)."""
         return multipliers(self.examples, self.key)
+
+    @property
+    def library(self) -> str:
+        """Which kernels draw the masks of a block."""
+        return "example_masks" if self.part is None else "parts"
 
     def each_row(self) -> Tensor:
         """The multiplier of each row of the input: int32, (examples * rows,)."""
@@ -104,7 +126,7 @@ class _Masks:
 
     def blocks(self) -> Iterator[_Block]:
         """The blocks of masked weights, one after the other."""
-        large = self.weight.device.type != "cpu" or self.kernels("example_masks")
+        large = self.weight.device.type != "cpu" or self.kernels(self.library)
         return _blocks(self.examples, self.weight, BLOCK if large else CHUNK)
 
     def of_block(self, block: _Block, want_used: bool, outer: Tensor | None) -> _Pair:
@@ -117,7 +139,7 @@ class _Masks:
         """
         examples, rows = block
         weight, anchor, last = self.weight[rows], _part(self.anchor, rows), self.last[examples]
-        if not self.kernels("example_masks", outer):
+        if not self.kernels(self.library, outer) or (self.part and self.places is None):
             keep, scale = self._keep(rows, last), self.law.scale
             used = apply_mask(keep, weight, anchor, scale) if want_used else None
             return used, None if outer is None else apply_mask(keep, outer, None, scale)
@@ -126,14 +148,25 @@ class _Masks:
         values = (_flat(weight), _flat(anchor)) if want_used else (None, None)
         for example, multiplier in enumerate(last.tolist()):
             grad = _flat(outer, example)
-            native.drop(*values, grad, _flat(used, example), grad, self.mask, multiplier, start)
+            tensors = *values, grad, _flat(used, example), grad
+            if self.places is None:
+                native.drop(*tensors, self.mask, multiplier, start)
+            else:
+                first, width, stride = self.places
+                moved = Rows(first + (rows.start or 0) * stride, width, stride)
+                native.drop_rows(*tensors, self.mask, moved, multiplier)
         return used, outer
 
     def _keep(self, rows: slice, last: Tensor) -> Tensor:
         """The keep masks of some rows for some examples, by the formula."""
         outputs, inputs = self.weight.shape
-        index = torch.arange(max(outputs, inputs), dtype=torch.int64, device=self.weight.device)
-        first, columns = spread(index[:outputs] * inputs)[rows], spread(index[:inputs])
+        if self.part is None:
+            index = torch.arange(max(outputs, inputs), dtype=torch.int64, device=self.weight.device)
+            of_rows, of_columns = index[:outputs] * inputs, index[:inputs]
+        else:
+            of_rows, of_columns = (self.part.indices(dim, self.weight.device) for dim in range(2))
+            of_rows = of_rows * self.part.whole[1]
+        first, columns = spread(of_rows)[rows], spread(of_columns)
         return keep_masks(first, columns, self.key, self.law.threshold, last)
 
 
@@ -143,6 +176,7 @@ def product(
     anchor: Tensor | None,
     mask: Mask,
     taken: bool | None = None,
+    part: Part | None = None,
 ) -> Tensor:
     """`x_e @ W_e^T` for each example e, in eager code that autograd does not record.
 
@@ -150,7 +184,8 @@ def product(
         x: (examples, rows, in).
         weight, anchor: (out, in), any strides; the anchor may be None.
         mask: of example 0, by element; its key is on the host, on the CPU, or where the weight is.
-        taken: whether the kernels of the GPU take these tensors, if that is known.
+        taken: whether the kernels of the GPU take these tensors, if that is known; they take no part.
+        part: see `_Masks`.
 
     Returns:
         (examples, rows, out), no view.
@@ -160,7 +195,7 @@ def product(
         if done is not None:
             return done
     x = x.detach()
-    masks = _Masks(x, weight, anchor, mask)
+    masks = _Masks(x, weight, anchor, mask, part)
     fused = _fused_product(masks, x.flatten(0, 1)) if masks.rows <= FEW_ROWS else None
     if fused is not None:
         return unviewed(fused.view(*x.shape[:2], weight.shape[0]))
@@ -181,12 +216,13 @@ def gradients(
     want_x: bool,
     want_weight: bool,
     taken: bool | None = None,
+    part: Part | None = None,
 ) -> _Pair:
     """The gradients of x and of the weight, in eager code that autograd does not record.
 
     Args:
         grad: (examples, rows, out), of the product.
-        x, weight, anchor, mask, taken: see `product`.
+        x, weight, anchor, mask, taken, part: see `product`.
 
     Returns:
         both, no views, in the dtypes of x and of the weight; None where not wanted.
@@ -197,7 +233,7 @@ def gradients(
         if done is not None:
             return done
     grad, x = grad.detach(), x.detach()
-    masks = _Masks(x, weight, anchor, mask)
+    masks = _Masks(x, weight, anchor, mask, part)
     both = _fused_gradients(masks, grad, x, want_x, want_weight)
     if both is None:
         both = _block_gradients(masks, grad, x, want_x, want_weight)
@@ -210,9 +246,10 @@ def gradients(
 
 def _fused_product(masks: _Masks, rows: Tensor) -> Tensor | None:
     """The product with masks drawn inside of it; None where no kernel does it."""
-    if rows.dtype != torch.float32 or not masks.kernels("products", rows):
+    counted = masks.counted()
+    if counted is None or rows.dtype != torch.float32 or not masks.kernels("products", rows):
         return None
-    return native.example_product(rows.contiguous(), *masks.factors(), masks.mask, masks.each_row())
+    return native.example_product(rows.contiguous(), *masks.factors(), counted, masks.each_row())
 
 
 def _fused_gradients(
@@ -222,9 +259,12 @@ def _fused_gradients(
     if masks.rows > FEW_ROWS:
         return None
     rows, inputs = grad.flatten(0, 1).contiguous(), x.flatten(0, 1).contiguous()
-    if rows.dtype != torch.float32 or not masks.kernels("products", rows, inputs):
+    counted = masks.counted()
+    if counted is None or rows.dtype != torch.float32:
         return None
-    args = (*masks.factors(), masks.mask, masks.each_row())
+    if not masks.kernels("products", rows, inputs):
+        return None
+    args = (*masks.factors(), counted, masks.each_row())
     return native.example_gradients(rows, inputs, *args, want_x, want_weight)
 
 

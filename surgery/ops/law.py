@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .hash import Key
+from .part import Part
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,17 @@ class Layout:
 
     view: tuple[int, ...]
     mask: tuple[int, ...]
+    part: Part | None = None
+    """Which part of the weight the mask is for; None is all of it."""
     is_elementwise: bool = field(init=False, compare=False, repr=False)
-    """Whether every weight has its own entry."""
+    """Whether every weight has its own entry, and all are there: then kernels count them."""
     entries: int = field(init=False, compare=False, repr=False)
     """Number of mask entries."""
 
     def __post_init__(self) -> None:
         # Once, and not at each forward; set as dataclasses do it, which torch 2.9 traces.
-        object.__setattr__(self, "is_elementwise", self.mask == self.view)
+        is_whole = self.mask == self.view and self.part is None
+        object.__setattr__(self, "is_elementwise", is_whole)
         object.__setattr__(self, "entries", math.prod(self.mask))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -42,6 +46,10 @@ class Layout:
     def elements(cls, numel: int) -> Layout:
         """Every weight has its own entry."""
         return cls((numel,), (numel,))
+
+    def of_part(self, part: Part) -> Layout:
+        """The same for a part of the weight."""
+        return Layout(self.view, self.mask, part)
 
     @classmethod
     def shared(cls, view: tuple[int, ...], own: tuple[int, ...]) -> Layout:

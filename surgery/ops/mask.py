@@ -21,6 +21,16 @@ from .engine import by_formula, by_kernel
 from .formula import masked_formula, spread_indices
 from .hash import SEGMENT, Key, advance_key, key_tensor
 from .law import Law, Layout, Mask
+from .part_mask import (
+    drop_part,
+    is_sharded,
+    local_anchor,
+    local_mask,
+    local_part,
+    part_places,
+    sharded_as,
+    traced_part,
+)
 
 Rest = tuple[Tensor | None, Mask, torch.dtype | None]
 """Anchor, mask, and the dtype of the result: one argument of an autograd Function, as each costs time
@@ -79,6 +89,11 @@ def _evaluate(
     if dtype is not None and dtype != weight.dtype:  # rounded once
         wide = weight.to(mask.law.scale.dtype)
         return _evaluate(wide, anchor, mask).to(dtype)
+    if is_sharded(weight):
+        local = local_mask(weight, mask)
+        return sharded_as(weight, _evaluate(local_part(weight), anchor, local))
+    if layout.part is not None:
+        return drop_part(weight, local_anchor(anchor, layout.part), mask)
     view = (layout.entries,) if layout.is_elementwise else layout.view
     flat = weight.reshape(view)
     towards = None if anchor is None else anchor.reshape(view)
@@ -145,9 +160,13 @@ def _in_graph(weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor:
     """
     law, layout = mask.law, mask.layout
     key = key_tensor(mask.key, weight.device)  # one that is held was drawn in eager code
+    if layout.part is not None:
+        anchor = local_anchor(anchor, layout.part)
     args: tuple[Any, ...] = (weight, anchor, key, law.threshold, law.scale)
     compute: Any = _drop_op
-    if weight.device.type != "cpu" or not layout.is_elementwise:
+    if layout.part is not None:
+        compute, args = traced_part, (*args, part_places(layout, weight.device))
+    elif weight.device.type != "cpu" or not layout.is_elementwise:
         indices = spread_indices(layout.entries, weight.device)
         compute, args = _traced_formula, (*args, layout, indices)
     if not torch.is_grad_enabled():
@@ -205,6 +224,9 @@ def drop(
         if is_batch(weight):
             return _evaluate(weight, anchor, mask, dtype)
         return drop_eagerly(weight, (anchor, mask, dtype))
+    if is_sharded(weight):
+        local = drop(local_part(weight), anchor, local_mask(weight, mask), dtype)
+        return sharded_as(weight, local)
     compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
     if compiling and dtype is None and mask.layout.entries <= SEGMENT:
         return _in_graph(weight, anchor, mask)

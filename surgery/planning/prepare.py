@@ -11,10 +11,14 @@ from torch import Tensor, nn
 from ..kinds.kind import follows_weight
 from ..kinds.product import Demand
 from ..modules.laws import give_laws
+from ..modules.masking import is_managed
 from ..modules.operated import DropConnectModule, operated_class, plain_class
 from ..modules.places import plain_parameters, states_of
+from ..modules.ranks import note_mesh
 from ..modules.state import SiteState
 from ..moments.scope import needs_scope
+from ..ops.part import part_of
+from ..ops.part_mask import is_sharded
 from ..spec.config import DropConnectConfig
 from ..spec.errors import raise_all
 from ..spec.plan import Plan, Site, Use
@@ -189,7 +193,10 @@ def _state(one: Candidate) -> SiteState:
     if follows_weight(user.config.unit):
         weights = (name for name in owner.parameters if owner.kind.bias(name) == user.name)
         follows = next(weights, None)
-    return SiteState(user.name, one.kind, user.config, layout, follows, user.full, one.product)
+    state = SiteState(user.name, one.kind, user.config, layout, follows, user.full, one.product)
+    if is_sharded(one.parameter):
+        state.part = part_of(one.parameter)
+    return state
 
 
 def _complete(
@@ -202,9 +209,18 @@ def _complete(
         for one in candidates
     ]
     give_laws(new)
+    for owner in catalogue:
+        note_meshes(owner.module)
     if have_gradients(owner.module for owner in catalogue):
         for state, _ in new:
             state.had_gradients = True
+
+
+def note_meshes(module: nn.Module) -> None:
+    """Let the processes that share weights of a module draw alike, for weights beside these too."""
+    for one in module._parameters.values():
+        if is_sharded(one) and not is_managed(module):
+            note_mesh(one.device_mesh)  # type: ignore[union-attr]
 
 
 def have_gradients(modules: Iterable[nn.Module]) -> bool:

@@ -14,7 +14,10 @@ from ..kinds.product import Demand, Product
 from ..kinds.torch_kinds import SEPARATE_PROJECTIONS
 from ..modules.masking import AFTER_FSDP, is_managed
 from ..modules.operated import DropConnectModule
-from ..modules.state import live_name
+from ..modules.state import live_name, refusal_to_cut
+from ..modules.wrapped import rewired
+from ..ops.part import part_of
+from ..ops.part_mask import is_sharded
 from ..spec.names import anchor_name, raw_name
 from .catalogue import Catalogue, Owner
 from .known import Known
@@ -88,7 +91,7 @@ def _scripted(one: Candidate) -> str | None:
 
 def _forward_replaced(one: Candidate) -> str | None:
     for module in (one.user.module, *[drawer for drawer, _ in one.drawers]):
-        if "forward" in module.__dict__:
+        if "forward" in module.__dict__ and rewired(module) is None:
             return (
                 f"the forward of {type(module).__name__} has been replaced on the instance, so masks "
                 "would never act; apply before accelerate hooks (device_map) or wrappers are added"
@@ -96,15 +99,39 @@ def _forward_replaced(one: Candidate) -> str | None:
     return None
 
 
+def _bias_in_wrapper(one: Candidate) -> str | None:
+    """transformers takes a bias out while it runs a forward whose inputs are cut, by its plain name."""
+    owner = one.user.owner
+    if "forward" not in owner.module.__dict__ or owner.kind.bias("weight") != one.user.name:
+        return None
+    return (
+        f"a function around the forward of {type(owner.module).__name__} may look for the bias by its "
+        "name; use bias=False, or exclude it"
+    )
+
+
 def _no_plain_tensor(one: Candidate) -> str | None:
     if type(one.parameter) in (nn.Parameter, Tensor):
         return None
     if isinstance(one.parameter, nn.parameter.UninitializedParameter):
         return "the parameter is lazy and has no shape yet; run the model once, then apply"
+    if is_sharded(one.parameter):
+        return _unlike_shards(one)
     return (
         f"the weight is a {type(one.parameter).__name__} (sharded or quantised); apply before "
-        "fully_shard, tensor parallelism or quantisation"
+        "fully_shard or quantisation"
     )
+
+
+def _unlike_shards(one: Candidate) -> str | None:
+    """Of a DTensor: why it is none that tensor parallelism has cut."""
+    if is_managed(one.user.module):
+        return "FSDP has sharded the weight; apply before fully_shard"
+    try:
+        part_of(one.parameter)
+    except RuntimeError as error:
+        return f"{error}; exclude it"
+    return None
 
 
 def _managed(one: Candidate) -> str | None:
@@ -184,6 +211,16 @@ def _refused_by_product(one: Candidate) -> str | None:
     return demand.refused(one.product, otherwise, bias=bias)
 
 
+def _product_that_is_cut(one: Candidate) -> str | None:
+    """Of a weight that processes share, only what each can do with its part."""
+    if not is_sharded(one.parameter) or one.product is None:
+        return None
+    demand = Demand.of(one.user.config)
+    if demand.sampling == "example" and demand.inference != "moments" and one.product.is_matrix:
+        return None
+    return refusal_to_cut(str(demand.mode))
+
+
 def _unit_without_meaning(one: Candidate) -> str | None:
     user, unit = one.user, one.user.config.unit
     if user.owner.kind.axes(user.module, user.name, one.parameter) is not None:
@@ -233,6 +270,7 @@ RULES: tuple[tuple[Rule, Callable[[Candidate], bool]], ...] = (
     (_in_place, _always),
     (_scripted, _always),
     (_forward_replaced, _always),
+    (_bias_in_wrapper, _always),
     (_no_plain_tensor, _always),
     (_managed, _always),
     (_not_strided, _always),
@@ -243,6 +281,7 @@ RULES: tuple[tuple[Rule, Callable[[Candidate], bool]], ...] = (
     (_refused_by_kind, _always),
     (_refused_by_graphs, lambda one: one.catalogue.graphs is not None),
     (_refused_by_product, _needs_product),
+    (_product_that_is_cut, _needs_product),
     (_unit_without_meaning, lambda one: needs_axes(one.user.config.unit)),
     (_packed_bias, lambda one: one.user.config.bias and follows_weight(one.user.config.unit)),
     (_never_read, _always),

@@ -24,7 +24,9 @@ from ..base.files import sync_folder, whole_file
 from ..base.plugins import load_plugins
 from ..modules.keys import plain_keys
 from ..modules.places import places
+from ..modules.ranks import replica
 from ..operating.surgeon import operate
+from ..ops.part_mask import is_sharded, spread_as, whole
 from ..planning.catalogue import Catalogue
 from ..planning.in_place import current_plan
 from ..planning.prepare import prepare
@@ -49,6 +51,11 @@ def anchors(model: nn.Module) -> dict[str, Tensor]:
     return {name: one for name, one in by_name.items() if name in sites and one is not None}
 
 
+def shares_anchors(model: nn.Module) -> bool:
+    """Whether processes have parts of the anchors, so that all of them are needed to write these."""
+    return any(map(is_sharded, anchors(model).values()))
+
+
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, shapes, dtypes and bytes: equal if and only if the tensors are."""
     total = hashlib.sha256()
@@ -62,6 +69,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the plan, and the anchors and the state of generators if there are any, into `directory`.
 
+    Anchors that processes share (tensor parallelism) are gathered: all of these processes have to call
+    this, and the first of them writes.
+
     Whenever this is cut off, the files are those of the last save or of this one: anchors lie under a
     name that says what they are, and the plan, which names them, is replaced in one step.
 
@@ -72,9 +82,12 @@ def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> Non
     plan = current_plan(model)
     if not plan.sites:
         raise NotOperatedError.none_in(model, " to save")
+    shared = shares_anchors(model)
+    kept = {name: whole(anchor) for name, anchor in anchors(model).items()}
+    if shared and torch.distributed.get_rank() != replica():
+        return
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = anchors(model)
     form: dict[str, Any] = {"version": FORMAT_VERSION, "plan": plan.to_json(), "anchors": None}
     if kept:
         content = digest(kept)
@@ -158,7 +171,7 @@ def set_anchors(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
     if missing:
         raise SurgeryError(f"no anchor was saved for {missing[0]!r} ({len(missing)} in all)")
     for name, anchor in own.items():
-        anchor.copy_(kept[name])
+        anchor.copy_(spread_as(anchor, kept[name]))
 
 
 class Saved(NamedTuple):

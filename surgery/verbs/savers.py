@@ -30,7 +30,7 @@ from ..modules.walk import unwrapped
 from ..operating.surgeon import can_undo
 from ..operating.suspend import reapplied, suspended
 from ..torch_private.modules import hooks_after_saving
-from .checkpoint import open_tensors, save_dropconnect
+from .checkpoint import open_tensors, save_dropconnect, shares_anchors
 
 Method = Callable[..., Any]
 
@@ -129,7 +129,8 @@ def writes_plain(save: Method, model_at: int = 0) -> Method:
         directory = _argument(signature, model_at + 1, args, kwargs)
         saver = next(iter(call.arguments.values()))
         main = getattr(saver, "is_main_process", True) if model_at else True
-        if call.arguments.get("is_main_process", main) and not os.path.isfile(directory):
+        writes = call.arguments.get("is_main_process", main) or shares_anchors(model)
+        if writes and not os.path.isfile(directory):
             save_dropconnect(unwrapped(model), directory)  # weights are never without their plan
         return with_plain_names(model, partial(save, *call.args, **call.kwargs))
 

@@ -1,4 +1,5 @@
-"""One rank of a two-process job: `python distributed_worker.py RANK STORE RESULT`.
+"""One rank of a two-process job: `python distributed_worker.py RANK STORE RESULT`, with the folder of
+checkpoints in the environment variable CHECKPOINTS.
 
 Each case returns tensors, which go to a file; the tests compare the files of both ranks. gloo aborts
 at shutdown in a few percent of runs, unmodified models too, so the exit status says nothing.
@@ -36,6 +37,7 @@ from surgery import (
 )
 
 sys.path.append(str(Path(__file__).parents[1] / "zoo"))  # after the installed packages
+import mesh_cases  # type: ignore[import-not-found]
 from subjects import BY_NAME  # type: ignore[import-not-found]
 
 SUBJECT = BY_NAME["transformer"]
@@ -240,6 +242,7 @@ CASES = (
     plain_keys,
     fsdp_checkpointing,
     fsdp1,
+    *mesh_cases.CASES,
 )
 
 

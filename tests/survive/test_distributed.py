@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,44 +21,8 @@ from ..steps import anchor, assert_same, raw, tensors
 from ..zoo.subjects import BY_NAME
 
 SUBJECT = BY_NAME["transformer"]
-WORKER = Path(__file__).with_name("distributed_worker.py")
 
 Ranks = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """What each rank wrote."""
-    folder = tmp_path_factory.mktemp("job")
-    logs = [open(folder / f"log{rank}", "w+") for rank in range(2)]  # noqa: SIM115
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(WORKER),
-                str(rank),
-                str(folder / "store"),
-                str(folder / f"{rank}.pt"),
-            ],
-            stdout=logs[rank],
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        try:
-            process.wait(timeout=150)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    found = []
-    for rank, log in enumerate(logs):
-        log.seek(0)
-        text = log.read()
-        log.close()
-        assert (folder / f"{rank}.pt").exists(), f"rank {rank} failed:\n{text[-4000:]}"
-        found.append(torch.load(folder / f"{rank}.pt"))
-    return found
 
 
 def single_process(steps: int = 2, p_after: float | None = None) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from surgery.modules.masking import is_sharded
+from surgery.ops.part_mask import is_sharded
 from surgery.planning.runs import Run
 
 from ..capture.capture import CaptureError, capture, first_of, inputs_for, symbolic

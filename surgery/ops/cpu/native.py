@@ -16,19 +16,23 @@ import torch
 from torch import Tensor
 
 from ...base.journal import Lock
-from ..hash import key_tensor
+from ..hash import ROUND3, key_tensor
 from ..law import Mask
 from ..ordinary import is_ordinary
+from ..part import Rows
 from .build import load
 
 _POINTER, _INT, _SIZE, _WORD = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
 DROP_ARGUMENTS: list[Any] = [*[_POINTER] * 8, _SIZE, _WORD, _SIZE, _INT]
 """Of the functions that `DROP` in `kernels/drop.h` makes."""
 
-_DROP = {f"drop_{name}": DROP_ARGUMENTS for name in ("float32", "float64", "bfloat16")}
+_FLOATS = ("float32", "float64", "bfloat16")
+_DROP = {f"drop_{name}": DROP_ARGUMENTS for name in _FLOATS}
+_DROP_ROWS = {f"drop_rows_{name}": [*DROP_ARGUMENTS[:-1], *[_SIZE] * 2, _INT] for name in _FLOATS}
 _SIGNATURES: dict[str, dict[str, list[Any]]] = {
     "masks": _DROP,
     "example_masks": _DROP,
+    "parts": _DROP_ROWS,
     "products": {
         "example_product": [_POINTER] * 8 + [_SIZE] * 3 + [_INT],
         "example_gradients": [_POINTER] * 10 + [_SIZE] * 3 + [_INT],
@@ -118,6 +122,31 @@ def drop(
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     threads = torch.get_num_threads()
     function(*addresses, start, (multiplier or 0) & 0xFFFFFFFF, some.numel(), threads)
+
+
+def drop_rows(
+    weight: Tensor | None,
+    anchor: Tensor | None,
+    grad: Tensor | None,
+    used: Tensor | None,
+    masked_grad: Tensor | None,
+    mask: Mask,
+    rows: Rows,
+    multiplier: int = ROUND3,
+) -> None:
+    """`drop` for a part of a weight: rows that lie elsewhere in the whole.
+
+    Args:
+        mask: by element, of the whole.
+        rows: where they lie.
+        multiplier: that of an example in round 3 of the hash; else it is the mask of a batch.
+    """
+    some = weight if weight is not None else grad
+    assert some is not None
+    function = getattr(library("parts"), f"drop_rows_{_NAMES[some.dtype]}")
+    tensors = (weight, anchor, grad, used, masked_grad, *_tensors_of(mask))
+    sizes = (rows.start, multiplier & 0xFFFFFFFF, some.numel(), rows.width, rows.stride)
+    _run(function, tensors, *sizes)
 
 
 def example_product(

@@ -80,12 +80,15 @@ template <class T, class Hash> struct Drop {
     }
   }
 
+  /// The same with what there is.
+  void part(int64_t begin, int64_t end) const {
+    if (!grad) return anchor ? part<true, true, false>(begin, end) : part<false, true, false>(begin, end);
+    if (!used) return part<false, false, true>(begin, end);
+    return anchor ? part<true, true, true>(begin, end) : part<false, true, true>(begin, end);
+  }
+
   void run(int64_t count, int threads) const {
-    in_parallel(count, 1 << 13, threads, [&](int64_t begin, int64_t end) {
-      if (!grad) return anchor ? part<true, true, false>(begin, end) : part<false, true, false>(begin, end);
-      if (!used) return part<false, false, true>(begin, end);
-      return anchor ? part<true, true, true>(begin, end) : part<false, true, true>(begin, end);
-    });
+    in_parallel(count, 1 << 13, threads, [&](int64_t begin, int64_t end) { part(begin, end); });
   }
 };
 
