@@ -5,7 +5,6 @@ Loaded through the entry point `surgery.plugins` once `peft` models can exist.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ from peft.peft_model import PeftModel
 from peft.tuners.adalora import AdaLoraModel
 from peft.utils import hotswap, save_and_load
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
-from torch import nn
 
 import surgery.adapters.conventions  # noqa: F401  it says what "all-linear" leaves out
 from surgery.modules.keys import plain_state_dict
-from surgery.modules.places import places
 from surgery.verbs.savers import (
+    Method,
     holds,
     resizes_plain,
+    takes_raw,
     teach,
     teach_function,
     works_plain,
@@ -41,34 +40,9 @@ def holds_adapters(folder: Path, model: Any) -> bool:
     return True
 
 
-def _loads_adapter(load: Callable[..., Any]) -> Callable[..., Any]:
-    """For `set_peft_model_state_dict`, whose keys lack the name of the adapter: a raw key is known by
-    its last part."""
-    taught = works_plain(load)
-
-    def with_plain_keys(model: Any, peft_model_state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(model, nn.Module):
-            peft_model_state_dict = _plain_adapter(model, peft_model_state_dict)
-        return taught(model, peft_model_state_dict, *args, **kwargs)
-
-    return with_plain_keys
-
-
-def _plain_adapter(model: nn.Module, adapter: Mapping[str, Any]) -> Mapping[str, Any]:
-    leaves: dict[str, str | None] = {}
-    for place in places(model):
-        leaves[place.state.raw] = place.state.name
-        if place.state.anchor is not None:
-            leaves[place.state.anchor] = None
-    if not leaves:
-        return adapter
-    plain = {}
-    for key, value in adapter.items():
-        module, dot, leaf = key.rpartition(".")
-        name = leaves.get(leaf, leaf)
-        if name is not None:
-            plain[f"{module}{dot}{name}"] = value
-    return plain
+def _loads_adapter(load: Method) -> Method:
+    """For `set_peft_model_state_dict`, whose keys lack the name of the adapter."""
+    return takes_raw(works_plain(load))
 
 
 teach(PeftModel, "save_pretrained", writes_plain)

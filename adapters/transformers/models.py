@@ -3,6 +3,7 @@ or read an adapter."""
 
 from __future__ import annotations
 
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +16,7 @@ from surgery.kinds.torch_kinds import LINEAR, columns
 from surgery.verbs.savers import (
     reads_file,
     resizes_plain,
+    takes_raw,
     teach,
     teach_function,
     works_plain,
@@ -25,6 +27,7 @@ teach(PreTrainedModel, "save_pretrained", writes_plain)
 teach(PreTrainedModel, "resize_token_embeddings", resizes_plain)
 teach(PeftAdapterMixin, "load_adapter", works_plain)
 teach_function(load_sharded_checkpoint, reads_file)
+teach_function(convert_and_load_state_dict_in_model, takes_raw)  # in `from_pretrained`
 product = product_of(Conv1D, product=COLUMN_PRODUCT)
 reads = reads_of(Conv1D, names=("weight", "bias"))
 conv1d = {"classes": (Conv1D,), "axes": columns, "product": product, "reads": reads}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..spec.plan import join
 from ..torch_private.wrappers import WRAPPED
 from .places import Place, places
-from .state import SiteState
+from .state import SiteState, anchor_name, raw_name
 from .walk import WRAPPERS
 
 Value = TypeVar("Value")
@@ -69,6 +69,33 @@ def raw_state_dict(model: nn.Module, state_dict: Mapping[str, Value]) -> dict[st
         if place.state.anchor is not None and join(name, place.state.anchor) not in state_dict:
             raw[join(name, place.state.anchor)] = place.anchor
     return raw
+
+
+def keys_made_plain(keys: Iterable[str], own: Iterable[str]) -> dict[str, str | None]:
+    """The plain name of every raw key of a checkpoint that goes into a plain model; None for anchors.
+
+    Nobody knows which sites it was written of, so this is told by names: `weight_raw` is raw if the
+    model has a `weight` somewhere and nothing that is called `weight_raw`.
+
+    Args:
+        keys: of the checkpoint. They may have another prefix than those of the model.
+        own: the keys of the model.
+    """
+    there, ends = set(keys), {_end(key) for key in own}
+    plain: dict[str, str | None] = {}
+    for key in there:
+        name = key.removesuffix(raw_name(""))
+        if name != key and name not in there and _end(name) in ends and _end(key) not in ends:
+            plain[key] = name
+    for key in there:
+        name = key.removesuffix(anchor_name(""))
+        if name != key and raw_name(name) in plain and _end(key) not in ends:
+            plain[key] = None
+    return plain
+
+
+def _end(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def take_plain_keys(

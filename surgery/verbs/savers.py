@@ -14,17 +14,17 @@ import itertools
 import json
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from ..base.journal import at_once, content, restoring
-from ..modules.keys import plain_keys, plain_state_dict
+from ..modules.keys import keys_made_plain, plain_keys, plain_state_dict
 from ..modules.places import places
 from ..modules.walk import unwrapped
 from ..operating.surgeon import can_undo
@@ -33,16 +33,25 @@ from ..torch_private.modules import hooks_after_saving
 from .checkpoint import open_tensors, save_dropconnect, shares_anchors
 
 Method = Callable[..., Any]
+Result = TypeVar("Result")
+
+
+taught: dict[str, None] = {}
+"""The full names of what was taught in this process, in order."""
 
 
 def teach(owner: type, name: str, how: Callable[[Method], Method]) -> None:
-    """Replace the method `owner.name` by `how(method)`, once."""
-    method = owner.__dict__[name]
+    """Replace the method `owner.name` by `how(method)`, once. A class method or a static one stays one,
+    and `how` gets the function in it."""
+    found = owner.__dict__[name]
+    kind = type(found) if isinstance(found, (classmethod, staticmethod)) else None
+    method: Any = found if kind is None else found.__func__
     if getattr(method, "taught_by_surgery", False):
         return
-    taught = functools.wraps(method)(how(method))
-    taught.taught_by_surgery = True  # type: ignore[attr-defined]
-    setattr(owner, name, taught)
+    better = functools.wraps(method)(how(method))
+    better.taught_by_surgery = True  # type: ignore[attr-defined]
+    setattr(owner, name, better if kind is None else kind(better))
+    taught[f"{owner.__module__}.{owner.__qualname__}.{name}"] = None
 
 
 def is_taught(thing: Any, name: str) -> bool:
@@ -63,15 +72,16 @@ def teach_function(function: Any, how: Callable[[Method], Method]) -> None:
     )
     original.__kwdefaults__ = function.__kwdefaults__
     original.__annotations__ = function.__annotations__
-    taught = how(original)
+    better = how(original)
 
     def body(*args: Any, _taught: Method, **kwargs: Any) -> Any:
         return _taught(*args, **kwargs)
 
     function.__code__, function.__defaults__ = body.__code__, None
-    function.__kwdefaults__ = {"_taught": taught}
+    function.__kwdefaults__ = {"_taught": better}
     function.__wrapped__ = original  # the signature that others see
     function.taught_by_surgery = True
+    taught[f"{function.__module__}.{function.__qualname__}"] = None
 
 
 def works_plain(function: Method) -> Method:
@@ -83,14 +93,15 @@ def works_plain(function: Method) -> Method:
     """
     signature = inspect.signature(function)
 
-    def taught(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(function)
+    def better(*args: Any, **kwargs: Any) -> Any:
         model = _argument(signature, 0, args, kwargs)
         if not is_operated(model):
             return function(*args, **kwargs)
         call = _renamed(signature.bind(*args, **kwargs), model)
         return with_plain_names(model, partial(function, *call.args, **call.kwargs))
 
-    return taught
+    return better
 
 
 def reads_file(load: Method) -> Method:
@@ -98,7 +109,8 @@ def reads_file(load: Method) -> Method:
     the plain model, as by `works_plain`, and one with raw keys into the operated model as it is."""
     signature, plain = inspect.signature(load), works_plain(load)
 
-    def taught(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(load)
+    def better(*args: Any, **kwargs: Any) -> Any:
         model = _argument(signature, 0, args, kwargs)
         if is_operated(model):
             path = _argument(signature, 1, args, kwargs)
@@ -106,7 +118,7 @@ def reads_file(load: Method) -> Method:
                 return load(*args, **kwargs)
         return plain(*args, **kwargs)
 
-    return taught
+    return better
 
 
 def writes_plain(save: Method, model_at: int = 0) -> Method:
@@ -121,7 +133,8 @@ def writes_plain(save: Method, model_at: int = 0) -> Method:
     """
     signature = inspect.signature(save)
 
-    def taught(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(save)
+    def better(*args: Any, **kwargs: Any) -> Any:
         model = _argument(signature, model_at, args, kwargs)
         if not is_operated(model):
             return save(*args, **kwargs)
@@ -134,7 +147,7 @@ def writes_plain(save: Method, model_at: int = 0) -> Method:
             save_dropconnect(unwrapped(model), directory)  # weights are never without their plan
         return with_plain_names(model, partial(save, *call.args, **call.kwargs))
 
-    return taught
+    return better
 
 
 def resizes_plain(resize: Method) -> Method:
@@ -142,13 +155,72 @@ def resizes_plain(resize: Method) -> Method:
     where a module was replaced."""
     signature = inspect.signature(resize)
 
-    def taught(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(resize)
+    def better(*args: Any, **kwargs: Any) -> Any:
         model = _argument(signature, 0, args, kwargs)
         if not is_operated(model):
             return resize(*args, **kwargs)
         return reapplied(model, partial(resize, *args, **kwargs))
 
-    return taught
+    return better
+
+
+def takes_raw(load: Method, model_at: int = 0) -> Method:
+    """For `load(model, state_dict, ...)` that drops keys which the plain model does not have: raw keys
+    are loaded under their plain names.
+
+    Args:
+        model_at: which argument is the model; the state dict comes next.
+    """
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def better(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        model, state = [*call.signature.parameters][model_at : model_at + 2]
+        given = call.arguments[state]
+        plain = keys_made_plain(given, plain_state_dict(call.arguments[model]))
+        call.arguments[state] = {
+            plain.get(key, key): value
+            for key, value in given.items()
+            if plain.get(key, key) is not None
+        }
+        return load(*call.args, **call.kwargs)
+
+    return better
+
+
+def pairs_tensors(function: Method) -> Method:
+    """For `update(average, model)`, which pairs the tensors of two models by their order: anchors are
+    left out of both, since one of the two may not have them, and they are nothing to average."""
+
+    @functools.wraps(function)
+    def better(*args: Any, **kwargs: Any) -> Any:
+        models = [one for one in (*args, *kwargs.values()) if isinstance(one, nn.Module)]
+        return without_anchors(models, partial(function, *args, **kwargs))
+
+    return better
+
+
+def without_anchors(models: Iterable[nn.Module], call: Callable[[], Result]) -> Result:
+    """What `call` returns, with no anchor among the buffers of these models meanwhile. No forward may
+    run."""
+    anchored = [
+        (place.owner._buffers, place.state.anchor)
+        for model in models
+        for place in places(model)
+        if place.state.anchor is not None
+    ]
+    if not anchored:
+        return call()
+
+    def while_without() -> Result:
+        for buffers, name in anchored:
+            buffers.pop(name, None)
+        return call()
+
+    before = [content(buffers) for buffers, _ in anchored]
+    return restoring(at_once(itertools.chain.from_iterable(before)), while_without)
 
 
 def _argument(signature: inspect.Signature, index: int, args: Any, kwargs: Any) -> Any:
