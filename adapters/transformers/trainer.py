@@ -15,6 +15,7 @@ from transformers.trainer import Trainer
 from surgery.modules.keys import plain_state_dict
 from surgery.verbs.checkpoint import save_dropconnect
 from surgery.verbs.savers import Method, is_operated, is_taught, teach, with_plain_names
+from surgery.verbs.training import rates
 
 
 def _saves_plain(save: Method) -> Method:
@@ -44,5 +45,19 @@ def _renames(save: Method) -> Method:
     return taught
 
 
+def _logs_rates(log: Method) -> Method:
+    """For `Trainer.log`: p and what is dropped beside each loss, before anybody reports it. (Callbacks
+    that report are called before those of users.)"""
+
+    @wraps(log)
+    def taught(trainer: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        if "loss" in logs:
+            logs = {**logs, **rates(trainer.model)}
+        return log(trainer, logs, *args, **kwargs)
+
+    return taught
+
+
+teach(Trainer, "log", _logs_rates)
 teach(Trainer, "save_model", _saves_plain)
 teach(Trainer, "_save", _renames)

@@ -19,7 +19,11 @@ TARGETS = {
     "bert": ["all-linear"],
     "gpt2": ["all-linear", "*.wte"],  # tied
     "t5": ["all-linear", "shared"],  # tied three times
-    "mixtral": ["*.self_attn.*", "*.gate_up_proj", "*.down_proj"],  # files have each expert by itself
+    "mixtral": [
+        "*.self_attn.*",
+        "*.gate_up_proj",
+        "*.down_proj",
+    ],  # files have each expert by itself
 }
 
 

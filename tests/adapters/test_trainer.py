@@ -193,9 +193,9 @@ def test_schedules_do_not_compound(tiny: Any, trainer: Any) -> None:
 
 
 def test_config_brings_its_own_p() -> None:
-    assert DropConnectCallback().config.p == 0.1
-    assert DropConnectCallback(config=DropConnectConfig(p=0.3)).config.p == 0.3
-    assert DropConnectCallback(p=0.2, config=DropConnectConfig(p=0.3)).config.p == 0.2
+    assert DropConnectCallback().training.config.p == 0.1
+    assert DropConnectCallback(config=DropConnectConfig(p=0.3)).training.config.p == 0.3
+    assert DropConnectCallback(p=0.2, config=DropConnectConfig(p=0.3)).training.config.p == 0.2
 
 
 def test_bf16_then_strip(tiny: Any, trainer: Any) -> None:
