@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from surgery.modules.own_generator import own_generators
 from surgery.spec.config import DropConnectConfig
 from surgery.spec.errors import SurgeryError
 from surgery.verbs.apply import dropconnect_sites
@@ -31,8 +32,9 @@ class DropConnectCallback(Callback):  # type: ignore[misc]
     `dropconnect_fraction` are logged at every step (see `surgery.verbs.training.rates`).
 
     Checkpoints hold plain weights, which a module without DropConnect loads (`load_from_checkpoint`).
-    Beside them, under "dropconnect", lie the anchors of `toward="pretrained"` and the state of torch's
-    generators, from which masks are drawn: a run that resumes goes on exactly, as far as its data does.
+    Beside them, under "dropconnect", lie the anchors of `toward="pretrained"` and the states of the
+    generators from which masks are drawn (torch's own too, which Lightning does not keep): a run that
+    resumes goes on exactly, as far as its data does.
 
     Args:
         targets, p, exclude, config, **options: as for `surgery.apply_dropconnect`; p is 0.1 unless
@@ -43,6 +45,8 @@ class DropConnectCallback(Callback):  # type: ignore[misc]
             without an end has progress 0.
         warmup: fraction of training, in [0, 1), over which p rises from 0.
         strip_at_end: take DropConnect out when training ends.
+        generator: as for `surgery.apply_dropconnect`. A run that resumes takes its state from the
+            checkpoint.
 
     Raises:
         ValueError, TypeError: an option has a wrong value. What is wrong with `targets` shows when
@@ -60,10 +64,11 @@ class DropConnectCallback(Callback):  # type: ignore[misc]
         schedule: str | Schedule = "constant",
         warmup: float = 0.0,
         strip_at_end: bool = False,
+        generator: torch.Generator | int | None = None,
         **options: Any,
     ) -> None:
         self.training = Training(
-            targets, p, exclude, config, schedule, warmup, strip_at_end, options
+            targets, p, exclude, config, schedule, warmup, strip_at_end, generator, options
         )
         self._resumed: dict[str, Any] | None = None
         """What the checkpoint has for a run that goes on; none once that has begun."""
@@ -94,7 +99,7 @@ class DropConnectCallback(Callback):  # type: ignore[misc]
                 "without DropConnect, so the pretrained values are unknown; load the pretrained "
                 "weights and call apply_dropconnect on the module before fit"
             )
-        self._draw_from_there()
+        self._draw_from_there(pl_module)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -102,7 +107,7 @@ class DropConnectCallback(Callback):  # type: ignore[misc]
         """Move p, and log it."""
         if self._resumed is not None:
             if batch_idx > 0:  # in the midst of an epoch; making the loader has drawn numbers since
-                self._draw_from_there()
+                self._draw_from_there(pl_module)
             self._resumed = None
         steps = trainer.estimated_stepping_batches
         self.training.move_p(pl_module, min(trainer.global_step / max(steps - 1, 1), 1.0))
@@ -119,7 +124,8 @@ class DropConnectCallback(Callback):  # type: ignore[misc]
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add what a run needs that goes on."""
         if dropconnect_sites(pl_module):
-            checkpoint[KEY] = {"generators": _generators()}
+            own = [generator.get_state() for generator in own_generators(pl_module)]
+            checkpoint[KEY] = {"generators": _generators(), "own_generators": own}
             kept = anchors(pl_module)
             if kept:
                 checkpoint[KEY]["anchors"] = kept
@@ -128,9 +134,13 @@ class DropConnectCallback(Callback):  # type: ignore[misc]
         """Give every site its full p again; strip, if asked to."""
         self.training.end(pl_module)
 
-    def _draw_from_there(self) -> None:
+    def _draw_from_there(self, pl_module: Any) -> None:
+        """Put generators into the state of the checkpoint, if that has any."""
         if self._resumed:
-            _set_generators(self._resumed.get("generators", {}))
+            _set_generators(self._resumed["generators"])
+            kept = self._resumed["own_generators"]
+            for generator, state in zip(own_generators(pl_module), kept):
+                generator.set_state(state.cpu())
 
 
 def _makes_layers_later(module: Any) -> bool:

@@ -29,8 +29,9 @@ def _plain(get: Method) -> Method:
 
 
 def _average(callback: Any) -> list[nn.Module]:
+    """The module that averages, as a copy of the one that is trained; none before `fit`."""
     model = callback._average_model
-    return [] if model is None else [model]
+    return [] if model is None else [model.module]
 
 
 def _writes_plain(save: Method) -> Method:
@@ -40,7 +41,7 @@ def _writes_plain(save: Method) -> Method:
     def better(callback: Any, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> Any:
         result = save(callback, trainer, pl_module, checkpoint)
         for model in _average(callback):
-            checkpoint["state_dict"] = plain_state_dict(model.module, checkpoint["state_dict"])
+            checkpoint["state_dict"] = plain_state_dict(model, checkpoint["state_dict"])
         return result
 
     return better

@@ -6,18 +6,19 @@ saved under the names that they have in what was saved, so `load_dropconnect` fi
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from surgery.verbs.savers import teach, works_plain, writes_plain
 
-try:  # what modules of a model are made of, since version 5
+try:
     from sentence_transformers.base.modules import Module
-except ImportError:  # pragma: no cover
-    from sentence_transformers.models import Module  # type: ignore[no-redef]
+except ImportError:  # before version 5.4
+    from sentence_transformers.models import Module
 
 
-def _with_subclasses(kind: type) -> Iterator[type]:
+def _with_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
     yield kind
     for one in kind.__subclasses__():
         yield from _with_subclasses(one)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from transformers import TrainingArguments
 from transformers.trainer import Trainer
 
 from surgery.adapters.transformers.callback import DropConnectCallback
 from surgery.verbs.savers import Method, teach
-
-Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 @dataclass
@@ -55,7 +52,7 @@ class DropConnectFields:
 
 
 @functools.cache
-def with_dropconnect(arguments: type[Arguments]) -> type[Arguments]:
+def with_dropconnect(arguments: type[Any]) -> type[Any]:
     """A class of training arguments that takes DropConnect along.
 
         args = with_dropconnect(TrainingArguments)("out", dropconnect_p=0.1)
@@ -70,13 +67,14 @@ def with_dropconnect(arguments: type[Arguments]) -> type[Arguments]:
     """
     name = f"DropConnect{arguments.__name__}"
     bases = (DropConnectFields, arguments)
-    made = dataclass(type(name, bases, {"__module__": __name__, "__doc__": arguments.__doc__}))
-    return made  # type: ignore[return-value]
+    own = {"__module__": __name__, "__doc__": arguments.__doc__}
+    made: type[Any] = dataclass(type(name, bases, own))
+    return made
 
 
-def _rebuilt(arguments: type[Arguments], values: dict[str, Any]) -> Arguments:
-    kind = with_dropconnect(arguments)
-    made = kind.__new__(kind)
+def _rebuilt(arguments: Any, values: dict[str, Any]) -> Any:
+    """Arguments from a pickle, which are not checked again."""
+    made = object.__new__(with_dropconnect(arguments))
     made.__dict__.update(values)
     return made
 

@@ -32,8 +32,8 @@ class Training:
 
     Args:
         targets, p, exclude, config, generator, options: as for `apply_dropconnect`; p is 0.1 unless
-            given here or by `config`. None for targets means the sites that are in place, and `"all-linear"` if there
-            are none.
+            given here or by `config`. None for targets means the sites that are in place, and
+            `"all-linear"` if there are none.
         schedule, warmup: see `make_schedule`.
         strip_at_end: take DropConnect out when training ends.
     """

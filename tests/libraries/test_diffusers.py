@@ -20,7 +20,7 @@ BASE = ["*.to_q.base_layer", "*.to_v"]
 """The same where `to_q` has an adapter."""
 
 
-def make(seed: int = 0) -> nn.Module:
+def make(seed: int = 0) -> Any:
     """A conditional UNet of one block."""
     torch.manual_seed(seed)
     return diffusers.UNet2DConditionModel(

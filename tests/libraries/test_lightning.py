@@ -200,6 +200,18 @@ def test_resumes_bit_for_bit(tmp_path: Path, toward: str, when: str) -> None:
         assert_same(anchors(resumed), anchors(whole))
 
 
+def test_resumes_with_a_generator(tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+
+    def run(start: int, *callbacks: Callback, **settings: Any) -> Any:
+        drop = DropConnectCallback("net.*", p=0.4, generator=11)
+        return fit(tmp_path, Module(start), drop, *callbacks, max_epochs=3, **settings)
+
+    whole = run(0, save)
+    resumed = run(7, resume=tmp_path / "epoch=0.ckpt", seed=8)
+    assert_same(weights(resumed), weights(whole))
+
+
 def test_resume_without_known_anchors_is_an_error(tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, filename="plain")
     fit(tmp_path, Module(), save)
