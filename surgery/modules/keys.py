@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from ..spec.names import ANCHOR, RAW, raw_name
 from ..spec.plan import join
 from ..torch_private.wrappers import WRAPPED
 from .places import Place, places
-from .state import SiteState, anchor_name, raw_name
+from .state import SiteState
 from .walk import WRAPPERS
 
 Value = TypeVar("Value")
@@ -84,11 +85,11 @@ def keys_made_plain(keys: Iterable[str], own: Iterable[str]) -> dict[str, str | 
     there, ends = set(keys), {_end(key) for key in own}
     plain: dict[str, str | None] = {}
     for key in there:
-        name = key.removesuffix(raw_name(""))
+        name = key.removesuffix(RAW)
         if name != key and name not in there and _end(name) in ends and _end(key) not in ends:
             plain[key] = name
     for key in there:
-        name = key.removesuffix(anchor_name(""))
+        name = key.removesuffix(ANCHOR)
         if name != key and raw_name(name) in plain and _end(key) not in ends:
             plain[key] = None
     return plain

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from surgery import apply_dropconnect, dropconnect_sites, load_dropconnect, plain_state_dict
-from surgery.verbs.checkpoint import PLAN_FILE, anchors
+from surgery.spec.saved import PLAN_FILE
+from surgery.verbs.checkpoint import anchors
 
 diffusers = pytest.importorskip("diffusers")
 diffusers.utils.logging.set_verbosity_error()
