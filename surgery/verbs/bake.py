@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..modules.masking import check_anchor, is_sharded
+from ..modules.masking import check_anchor
 from ..modules.places import Place, places
 from ..operating.surgeon import undo
 from ..ops import drop_weight, release
 from ..ops.hash import key_from_seed
+from ..ops.part_mask import is_sharded
 from ..spec.errors import NotOperatedError, raise_all
 from ..spec.plan import join
 
