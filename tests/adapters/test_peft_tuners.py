@@ -162,6 +162,34 @@ def test_named_as_peft_names_them(tuner: str, name: str) -> None:
     assert Snapshot(model) == before
 
 
+PROMPTS = {
+    "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": lambda: peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_learned_prompts(tiny: Any, inputs: Any, prompt: str) -> None:
+    """They are no layers, but what goes in before the text."""
+    model = peft.get_peft_model(tiny("gpt2"), PROMPTS[prompt]()).train()
+    before, batch = Snapshot(model), inputs(model)
+    names = [site.name for site in plan_dropconnect(model, "*prompt_encoder*")]
+    assert names
+    assert all(name.startswith("prompt_encoder.default.") for name in names)
+    apply_dropconnect(model, "*prompt_encoder*", p=0.5)
+    losses = {float(model(**batch).loss.detach()) for _ in range(4)}
+    assert len(losses) > 1
+    model(**batch).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if n.endswith("_raw"))
+    model.zero_grad(set_to_none=True)
+    strip_dropconnect(model)
+    assert Snapshot(model) == before
+
+
 @pytest.mark.parametrize("tuner", ["lora", "ia3", "adalora"])
 def test_everything_dropped_is_the_model_without_the_adapter(tuner: str) -> None:
     """p = 1 of what is added to a layer; an IA3 vector multiplies, and leaves nothing."""

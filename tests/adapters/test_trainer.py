@@ -79,6 +79,17 @@ def test_resumes_with_the_generator_of_the_checkpoint(
         elsewhere.train(resume_from_checkpoint=str(where))
 
 
+def test_targets_may_be_a_predicate(tiny: Any, trainer: Any) -> None:
+    """Asked anew when training begins, also of a model that has some of the sites."""
+    callback = DropConnectCallback(lambda name, module: name.endswith("query"), p=0.3)
+    model = tiny("bert")
+    first = next(name for name, _ in model.named_modules() if name.endswith("query"))
+    apply_dropconnect(model, first, p=0.3)
+    trainer(model, [callback], max_steps=1).train()
+    assert len(dropconnect_sites(model)) > 1
+    assert all(site.module.endswith("query") for site in dropconnect_sites(model))
+
+
 def whole_dir(trainer: Any, model: nn.Module) -> str:
     return str(trainer(model).args.output_dir)
 

@@ -357,6 +357,16 @@ class TestCompiled:
         eager(X).sum().backward()
         torch.testing.assert_close(model[0].weight.grad, eager[0].weight.grad)
 
+    def test_with_activation_checkpoints(self) -> None:
+        torch._dynamo.reset()
+        found = []
+        for way in (None, False):
+            model = apply_dropconnect(Repeats(way), nn.Linear, generator=7)
+            run = model if way is None else torch.compile(model, backend="aot_eager")
+            run(X).square().sum().backward()
+            found.append([p.grad for p in model.parameters()])
+        check(found[1], found[0], True)
+
     def test_fullgraph_says_why(self) -> None:
         torch._dynamo.reset()
         model = apply_dropconnect(net()[:2], nn.Linear, generator=7)
