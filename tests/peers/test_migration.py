@@ -141,7 +141,7 @@ class TestSpikingJelly:
         old = theirs.DropConnectLinear(4, 5, p=P, samples_num=4000, activation=nn.ReLU())
         new = nn.Sequential(nn.Linear(4, 5), nn.ReLU())
         new[0].load_state_dict(from_page("scaled")(old.state_dict(), P))
-        options = {"sampling": "example", "bias": True, "inference": "moments"}
+        options: dict[str, Any] = {"sampling": "example", "bias": True, "inference": "moments"}
         return old, apply_dropconnect(new, "0", p=P, samples=samples, **options)
 
     def test_training(self, check_same: Any) -> None:
