@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed -o -path '*/kernels/*')
 
 .PHONY: help setup demo examples test test-all test-no-compiler test-oldest test-oldest-quick test-newest \
-	bench bench-quick bench-page bench-gpu mutants docs lint wheel release-check clean
+	bench bench-quick bench-page bench-strip bench-gpu mutants docs lint wheel release-check clean
 .NOTPARALLEL:  # targets share build/, dist/ and the cores
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 15 minutes)"
 	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
 	@echo "make bench-page   make bench, into docs/performance.md"
+	@echo "make bench-strip   surgery strip on 5 GB beside cp, into docs/command-line.md (2 minutes, 15 GB of disk)"
 	@echo "make bench-gpu    the same on a GPU, into out/bench-gpu.md (under 4 minutes); nothing without one"
 	@echo "make docs      the site, into out/site (open out/site/index.html)"
 	@echo "make lint      ruff and mypy"
@@ -119,6 +120,9 @@ bench-page: OPTIONS := --page docs/performance.md
 bench bench-quick bench-page:
 	$(MAKE) VENV=$(BENCH) $(BENCH)/.peers
 	$(BENCH)/bin/python -m benchmarks $(OPTIONS)
+
+bench-strip: $(VENV)/.wheel
+	$(BIN)/python -m benchmarks.strip --page docs/command-line.md
 
 HAS_GPU := -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 

@@ -1,5 +1,5 @@
-"""Checkpoints of others: their keys become those of the plain modules, and these compute what theirs did
-in `eval()`.
+"""Checkpoints of others: their keys become those of the plain modules, and these compute what theirs
+did in `eval()`.
 
 State dicts are made here, key by key, as the source of each library makes them; where one is installed,
 its own modules are saved too.
