@@ -54,8 +54,7 @@ def bake_dropconnect(
     if not at:
         raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place to bake")
     raise_all(_no_masks(at), "bake")
-    with torch.no_grad():
-        undo(model, values=list(_baked(at, seed)))
+    undo(model, values=list(_baked(at, seed)))
     release()
     return model
 
