@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from surgery import (
     NoMatchError,
@@ -104,6 +105,8 @@ def targets_of(model: nn.Module) -> list[Any]:
             targets.append(cls)
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, ParametrizationList):
+            continue  # the weight that is computed from it is named with its module
         if kind_of(owner).name == "other" and parameter.ndim >= 2:
             targets.append(f"re:{re.escape(name)}")
     return targets
@@ -139,7 +142,16 @@ def _accepted(verb: Callable[..., Any], model: nn.Module, found: Found) -> Any:
             for site, cls, rule in problems:
                 found.refused[site] = f"{cls}: {rule}"
                 exclude.append(_exclusion(model, site))
+            if any("is parametrized" in rule for _, _, rule in problems):
+                exclude += _parametrized(model, found, problems[0][2])
     raise Failed("refusals without end")
+
+
+def _parametrized(model: nn.Module, found: Found, rule: str) -> list[str]:
+    """Exclusions of all that is refused for the same reason: an error names eight."""
+    names = [name for name, one in model.named_modules() if is_parametrized(one)]
+    found.refused |= {f"{name}.weight": f": {rule}" for name in names}
+    return [f"re:{re.escape(name)}" for name in names]
 
 
 def _exclusion(model: nn.Module, site: str) -> str:

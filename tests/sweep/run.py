@@ -18,7 +18,7 @@ from typing import Any
 from .check import Failed, check, line_of
 from .models import Case, NotBuilt, build
 
-SECONDS = 30
+SECONDS = 20
 """Of computing; and five times as many by the clock."""
 MEMORY = 10 * 2**30
 
