@@ -18,7 +18,7 @@ from .check import line_of
 from .inputs import guesses
 from .shrink import factors, shrink
 
-LARGEST = 100_000_000
+LARGEST = 40_000_000
 """Parameters; a model that is not smaller is not made."""
 
 COMMON = (
@@ -130,7 +130,11 @@ def build(case: Case) -> Built:
     cls = class_of(case)
     reasons: list[str] = []
     failures = 0
-    for factor in factors(CONFIG_MAPPING[case.model_type]()):
+    try:
+        smaller = factors(CONFIG_MAPPING[case.model_type]())
+    except Exception as error:
+        raise NotBuilt(f"not made: {line_of(error)}") from error
+    for factor in smaller:
         try:
             model = _made(cls, case.model_type, factor)
         except NotBuilt as error:

@@ -24,7 +24,7 @@ DEEPEST = 9
 SHALLOW = 2
 
 _WIDTH = re.compile(
-    r"hidden_size|intermediate_size|embedding_size|projection_size|proj_size|output_size|output_dim"
+    r"hidden_size|mamba_d_head|intermediate_size|embedding_size|projection_size|proj_size|output_size|output_dim"
     r"|(^|_)dims?($|_)|^d_(model|ff|kv|inner|head|rel)$|^dff$|n_embd|n_inner|_channels|_rank$|planes|upsample_groups"
     r"|width|units|filters|head_size|kv_channels|num_pos_feats|coordinate_size|shape_size|input_size"
     r"|hidden_sizes|embed_dims|feedforward|ffn_dim|hidden_channels|_features$|d_state_size|n_hidden"
@@ -61,7 +61,7 @@ def factors(config: Any) -> list[int]:
     queue, widths = [config], []
     for one in queue:
         queue += parts(one)
-        widths += [v for v in (getattr(one, n, None) for n in names) if type(v) is int]
+        widths += [v for v in (vars(one).get(n) for n in names) if type(v) is int]
     widest = max(widths, default=768)
     return [f for f in FACTORS if f == 1 or widest // f >= NARROWEST]
 
@@ -119,14 +119,29 @@ class _Shrinking:
                 changed = _among(value, max(_depth_of(d) for d in layers.values()))
             if changed is not value and changed != value:
                 _put(config, name, changed)
+        self._layers_that_differ(config, patch if isinstance(patch, int) else 16)
         _split_positions(config)
         if stages:
             _fewer_stages(config, values, layers["num_hidden_layers"])
 
+    def _layers_that_differ(self, config: Any, patch: int) -> None:
+        """Settings of single layers, of those that are left."""
+        spec = vars(config).get("_heterogeneity_spec")
+        if spec is not None:
+            layers = dict(spec.per_layer_overrides)
+            config.per_layer_config = None
+            config.per_layer_config = {
+                index: {name: self._value(name, one, patch) for name, one in layer.items()}
+                for index, layer in layers.items()
+                if index < config.num_hidden_layers
+            }
+
     def _complete(self, config: Any) -> None:
         """Give values to settings that a model needs and that have none by default."""
-        heads = getattr(config, "num_attention_heads", None)
-        hidden = getattr(config, "hidden_size", None)
+        set_now = vars(
+            config
+        )  # attributes that differ from layer to layer raise when they are read
+        heads, hidden = set_now.get("num_attention_heads"), set_now.get("hidden_size")
         missing: dict[str, Any] = {
             "vocab_size": VOCABULARY,
             "num_key_value_heads": heads,
@@ -136,11 +151,11 @@ class _Shrinking:
             "pad_token_id": 0,
         }
         for name, value in missing.items():
-            if value is not None and name in vars(config) and getattr(config, name) is None:
+            if value is not None and name in set_now and set_now[name] is None:
                 _put(config, name, value)
-        if getattr(config, "use_cache", None):
+        if set_now.get("use_cache"):
             _put(config, "use_cache", False)
-        for name in [name for name in vars(config) if name.endswith("layerdrop")]:
+        for name in [name for name in set_now if name.endswith("layerdrop")]:
             _put(config, name, 0.0)  # which layers run must not depend on the draws before
 
     def _of_layers(self, before: Any, changed: Any, depths: Any, layers: Any) -> Any:
@@ -184,12 +199,13 @@ class _Shrinking:
 
 def _split_positions(config: Any) -> None:
     """Rotary positions of time, height and width share the dimensions of a head."""
-    rope = getattr(config, "rope_parameters", None)
+    rope = vars(config).get("rope_parameters")
     if not isinstance(rope, dict) or "mrope_section" not in getattr(
         type(config), "ignore_keys_at_rope_validation", ()
     ):
         return
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    set_now = vars(config)
+    width = set_now.get("head_dim") or set_now["hidden_size"] // set_now["num_attention_heads"]
     half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
     first = half // 4
     rope["mrope_section"] = [first, (half - first + 1) // 2, (half - first) // 2]
