@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed -o -path '*/kernels/*')
 
 .PHONY: help setup demo examples test test-all test-no-compiler test-oldest test-oldest-quick test-newest \
-	bench bench-quick bench-page bench-strip bench-gpu mutants docs lint wheel release-check clean
+	bench bench-quick bench-page bench-strip bench-gpu mutants sweep docs lint wheel release-check clean
 .NOTPARALLEL:  # targets share build/, dist/ and the cores
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make test-oldest  the tests with the oldest torch, transformers and Python that are supported"
 	@echo "make test-oldest-quick  those of them that are nearest to torch and transformers"
 	@echo "make test-newest  the tests with the newest releases of all dependencies, and the newest Python here"
+	@echo "make sweep     every architecture of transformers, into docs/architectures.md (half an hour)"
 	@echo "make mutants   change the code of ROOM (planning) here and there, list what no test notices"
 	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 15 minutes)"
 	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
@@ -102,6 +103,13 @@ test-newest:
 	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager torch "$$(ls dist/*.whl)[test]"
 	$(NEWEST)/bin/pytest -n auto -m "not slow" tests --ignore tests/examples --ignore tests/benchmarks
 
+# Models of timm need a torchvision that was built for the torch that is there, so they come together.
+SWEEP := .venv-sweep
+
+sweep:
+	$(MAKE) VENV=$(SWEEP) TORCH="$(TORCH) torchvision timm" $(SWEEP)/.test
+	OMP_NUM_THREADS=1 $(SWEEP)/bin/python -m tests.sweep --workers 2
+
 # A change takes as long as the tests that notice it: a sample of 100 takes half an hour or more.
 ROOM := planning
 SAMPLE := 100
@@ -155,7 +163,7 @@ wheel: $(VENV)/.torch
 release-check: wheel lint docs test-all test-no-compiler examples test-oldest test-newest
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(OLDEST) $(NEWEST) $(DOCS) build dist out *.egg-info
+	rm -rf $(VENV) $(BENCH) $(OLDEST) $(NEWEST) $(SWEEP) $(DOCS) build dist out *.egg-info
 
 # A virtual environment with torch, then the wheel with one set of extras. The wheel is installed, and
 # not the folders, so that what is tested is what is shipped.

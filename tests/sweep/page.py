@@ -154,8 +154,10 @@ def _section(title: str, groups: dict[str, list[str]], what: str = "") -> str:
         return ""
     lines = [f"## {title}", ""]
     for reason, cases in sorted(groups.items(), key=lambda group: -len(group[1])):
+        if not cases:
+            continue
         many = f"{len(cases)}, {what}" if what else f"{len(cases)}"
-        lines += [f"**{_plain(reason)}** ({many}): ", *_wrapped(cases), ""]
+        lines += [f"**{_plain(reason)}** ({many}):", *_wrapped(cases), ""]
     return "\n".join(lines)
 
 

@@ -63,17 +63,23 @@ def results(cases: Iterable[Case], workers: int = 1) -> Iterator[Result]:
     """The results of cases, so many at a time, as they come."""
     gc.collect()
     gc.freeze()  # what is there by now is not looked at, and so not copied, in each process
+    try:
+        yield from _results(iter(cases), workers)
+    finally:
+        gc.unfreeze()
+
+
+def _results(waiting: Iterator[Case], workers: int) -> Iterator[Result]:
     running: dict[int, tuple[Case, Any]] = {}
-    waiting = iter(cases)
     while True:
-        for case in waiting:
+        while len(running) < workers and (case := next(waiting, None)) is not None:
             pid, pipe = _start(case)
             running[pid] = case, pipe
-            if len(running) >= workers:
-                break
         if not running:
             return
         pid, status = os.wait()
+        if pid not in running:
+            continue  # a child of somebody else
         case, pipe = running.pop(pid)
         with pipe:
             pipe.seek(0)

@@ -105,11 +105,11 @@ def test_the_page_groups_what_it_is_told() -> None:
     text = page(RESULTS)
     assert "| model types | 3 | 2 | 1 | 1 | 0 | 0 | 1 |" in text
     assert "| classes with heads | 2 | 1 | 0 | 0 | 1 | 0 | 1 |" in text
-    assert "**is odd** (1, with how many of their weights): \nc (2 of 5)." in text
-    assert "**it broke** (1): \ne/lm." in text
-    assert "**too large with widths that suit its other settings** (2): \nd, d/lm." in text
-    assert "**it is not saved** (1): \nc." in text
-    assert "**model types** (1): \na\\_b." in text
+    assert "**is odd** (1, with how many of their weights):\nc (2 of 5)." in text
+    assert "**it broke** (1):\ne/lm." in text
+    assert "**too large with widths that suit its other settings** (2):\nd, d/lm." in text
+    assert "**it is not saved** (1):\nc." in text
+    assert "**model types** (1):\na\\_b." in text
 
 
 def test_the_page_that_is_there_tells_of_no_failure() -> None:
@@ -121,7 +121,7 @@ def test_the_page_that_is_there_tells_of_no_failure() -> None:
         assert total == built + not_built
         assert built == passed + refused + failed + empty
         assert failed == 0
-    listed = re.findall(r"^\*\*(.*)\*\* \((\d+)[^)]*\): \n((?:.+\n)+)", text, re.M)
+    listed = re.findall(r"^\*\*(.*)\*\* \((\d+)[^)]*\):\n((?:.+\n)+)", text, re.M)
     assert listed
     for _, count, names in listed:
         assert names.count(",") + 1 == int(count)
