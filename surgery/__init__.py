@@ -8,11 +8,13 @@ strip_dropconnect(model)                             # the plain model again, bi
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .aliases import old_attributes, understand_old_names
+from .base.plugins import Watch
 
 if TYPE_CHECKING:
     from .public import *  # noqa: F403
@@ -51,5 +53,12 @@ def __dir__() -> list[str]:
     return sorted(globals())
 
 
-if "torch" in sys.modules:  # else later: the command line does not need it
+def _with_torch(fullname: str) -> Sequence[Callable[[], object]]:
+    """What is done when a module has been imported: files of torch may name our operators."""
+    return [_take_public] if fullname == "torch" and f"{__name__}.public" not in sys.modules else []
+
+
+if "torch" in sys.modules:
     _take_public()
+else:  # later: the command line does not need it
+    sys.meta_path.insert(0, Watch(_with_torch))

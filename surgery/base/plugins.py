@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
@@ -57,34 +58,47 @@ def _load(entry: EntryPoint) -> None:
         _loading.discard(entry.value)
 
 
-class _Watch(MetaPathFinder):
-    """Finds what others find: a module that a plugin waits for loads the plugin when it has run."""
+class Watch(MetaPathFinder):
+    """Finds what other finders find, and has something done when certain modules have been imported."""
+
+    def __init__(self, calls_for: Callable[[str], Sequence[Callable[[], object]]]) -> None:
+        """
+        Args:
+            calls_for: from the name of a module to what is called once that has run.
+        """
+        self._calls_for = calls_for
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        entries = [entry for entry in _waiting() if entry.name == fullname]
-        if not entries:
+        calls = self._calls_for(fullname)
+        if not calls:
             return None
         for finder in sys.meta_path:
             find = getattr(finder, "find_spec", None)
             spec: Any = find(fullname, path, target) if find and finder is not self else None
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
-                    spec.loader.exec_module = _then_load(spec.loader.exec_module, entries)
+                    spec.loader.exec_module = _then(spec.loader.exec_module, calls)
                 return cast(ModuleSpec, spec)
         return None
 
 
-def _then_load(run: Callable[[ModuleType], Any], entries: list[EntryPoint]) -> Callable[..., None]:
+def _then(
+    run: Callable[[ModuleType], Any], calls: Sequence[Callable[[], object]]
+) -> Callable[..., None]:
     def exec_module(module: ModuleType) -> None:
         run(module)
-        for entry in entries:
+        for call in calls:
             # The library is not at fault if its plugin fails: the next verb will say what is wrong.
             with contextlib.suppress(Exception):
-                _load(entry)
+                call()
 
     return exec_module
 
 
-_watch = _Watch()
+def _loads(fullname: str) -> list[Callable[[], object]]:
+    return [partial(_load, entry) for entry in _waiting() if entry.name == fullname]
+
+
+_watch = Watch(_loads)

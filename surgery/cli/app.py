@@ -67,6 +67,8 @@ def refusals() -> Iterator[None]:
         yield
     except (WrongUse, NoMatchError, ImportError) as error:
         _exit(error, WRONG_USE)
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        raise
     except (SurgeryError, OSError) as error:
         _exit(error, REFUSED)
     except (ValueError, TypeError) as error:

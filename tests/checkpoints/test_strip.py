@@ -95,6 +95,15 @@ def test_the_index_is_of_the_new_files(toward: str, tmp_path: Path) -> None:
     assert set(form["weight_map"]) == set(plain)
 
 
+def test_an_index_may_be_named_in_place_of_its_folder(tmp_path: Path) -> None:
+    folder = write(operated(), tmp_path / "raw", shards=2)
+    index = folder / "model.safetensors.index.json"
+    strip_checkpoint(index, tmp_path / "out")
+    strip_checkpoint(index)
+    assert same(read(folder), expected(operated()))
+    assert same(read(tmp_path / "out"), read(folder))
+
+
 def test_without_anchors_the_data_stay_where_they_were(tmp_path: Path) -> None:
     """Only the header differs, in the same room: file systems that share blocks share these."""
     path = write(operated("zero"), tmp_path / "raw") / "model.safetensors"

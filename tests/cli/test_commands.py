@@ -201,6 +201,18 @@ def test_python_m_surgery(tmp_path: Path) -> None:
     assert module("strip").returncode == 2
 
 
+def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({f"layer.{number}.weight": torch.ones(1) for number in range(5000)}, path)
+    command = [sys.executable, "-m", "surgery", "inspect", str(path)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout.readline().startswith("key")
+    run.stdout.close()
+    assert run.stderr.read() == ""
+    run.stderr.close()
+    assert run.wait() == 1
+
+
 def test_without_typer_the_base_install_names_the_extra() -> None:
     code = "import sys; sys.modules['typer'] = None; from surgery.cli import main; main()"
     result = cold(code)
@@ -243,6 +255,19 @@ def test_bake_and_convert_import_no_transformers(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "torch" in result.stderr.split()
     assert "transformers" not in result.stderr.split()
+
+
+def test_import_surgery_before_torch_knows_its_operators() -> None:
+    """`torch.export.load` of a program with one of them must find it."""
+    code = """
+import surgery, sys
+assert "surgery.ops" not in sys.modules
+import torch
+assert "apply_dropconnect" in vars(surgery)
+print(torch.ops.surgery.example_product.default)
+"""
+    result = cold(code)
+    assert result.stdout == "surgery.example_product.default\n", result.stderr
 
 
 def test_import_surgery_has_its_names_when_they_are_asked_for() -> None:
