@@ -134,6 +134,16 @@ def _unlike_shards(one: Candidate) -> str | None:
     return None
 
 
+def _partitioned(one: Candidate) -> str | None:
+    """DeepSpeed's ZeRO-3 empties parameters, and marks them; between forwards they have no values."""
+    if not hasattr(one.parameter, "ds_id"):
+        return None
+    return (
+        "DeepSpeed ZeRO-3 holds the parameter; apply before deepspeed.initialize, to a model that was "
+        "not made inside deepspeed.zero.Init"
+    )
+
+
 def _managed(one: Candidate) -> str | None:
     return AFTER_FSDP if is_managed(one.user.module) else None
 
@@ -273,6 +283,7 @@ RULES: tuple[tuple[Rule, Callable[[Candidate], bool]], ...] = (
     (_bias_in_wrapper, _always),
     (_no_plain_tensor, _always),
     (_managed, _always),
+    (_partitioned, _always),
     (_not_strided, _always),
     (_no_float, _always),
     (_computed_from, _always),

@@ -1,4 +1,4 @@
-"""The mask of a part of a weight is that part of the mask of the whole, by the kernel and by the formula."""
+"""The mask of a part of a weight is that part of the mask of the whole, by kernels and by the formula."""
 
 from __future__ import annotations
 

@@ -87,6 +87,14 @@ def special() -> nn.Module:
     return layer
 
 
+def partitioned() -> nn.Module:
+    """As DeepSpeed's ZeRO-3 leaves a parameter between forwards: marked, and empty."""
+    layer = nn.Linear(3, 3)
+    layer.weight.ds_id = 0  # type: ignore[attr-defined]
+    layer.weight.data = torch.empty(0)
+    return layer
+
+
 def taken() -> nn.Module:
     layer = nn.Linear(3, 3)
     layer.weight_raw = 1  # type: ignore[assignment]
@@ -121,6 +129,7 @@ REFUSALS = {
     "replaced-forward": Refusal(replaced_forward, "replaced on the instance", "apply before"),
     "lazy": Refusal(lambda: nn.LazyLinear(3), "has no shape yet", "run the model once"),
     "subclass": Refusal(special, "the weight is a Wrapped", "apply before fully_shard"),
+    "zero-3": Refusal(partitioned, "DeepSpeed ZeRO-3 holds", "apply before deepspeed.initialize"),
     "integer": Refusal(integer, "torch.int8", "only floating-point"),
     "taken": Refusal(taken, "'weight_raw'", "rename that first"),
     "frozen": Refusal(frozen, "it is frozen", "exclude it or unfreeze it", options=PRETRAINED),
