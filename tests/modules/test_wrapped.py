@@ -22,7 +22,7 @@ def wrap(module: nn.Module, factor: int = 3) -> Callable[..., Any]:
     def forward(x: torch.Tensor, *, shift: int = 1) -> Any:
         return inner(x) * factor + shift
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     return forward
 
 
@@ -61,19 +61,19 @@ def test_a_function_that_was_kept_drops_no_more_after_strip() -> None:
     apply_dropconnect(layer, "", p=0.5)
     kept = layer.forward
     strip_dropconnect(layer)
-    layer.forward = kept  # type: ignore[method-assign]
+    layer.forward = kept
     assert torch.equal(output(layer), before)
 
 
 def test_sites_that_are_added_later() -> None:
     """The function is made again once."""
-    attention = nn.MultiheadAttention(4, 2)
+    attention: Any = nn.MultiheadAttention(4, 2)
     inner = attention.forward
 
     def forward(x: torch.Tensor) -> Any:
         return inner(x, x, x)[0]
 
-    attention.forward = forward  # type: ignore[method-assign, assignment]
+    attention.forward = forward
     apply_dropconnect(attention, "in_proj_weight", p=0.5)
     once = attention.forward
     apply_dropconnect(attention, "out_proj", p=0.5)
@@ -94,12 +94,12 @@ def test_a_bias_is_refused() -> None:
 def test_what_does_not_keep_the_forward_in_a_closure_is_refused(way: str) -> None:
     layer, other = nn.Linear(4, 4), nn.Linear(4, 4)
     if way == "partial":  # as accelerate's hooks do
-        layer.forward = functools.partial(layer.forward)  # type: ignore[method-assign]
+        layer.forward = functools.partial(layer.forward)
     elif way == "other":
         wrap(other)
-        layer.forward = other.forward  # type: ignore[method-assign]
+        layer.forward = other.forward
     else:
-        layer.forward = other.forward  # type: ignore[method-assign]
+        layer.forward = other.forward
     with pytest.raises(SurgeryError, match="has been replaced on the instance"):
         apply_dropconnect(layer, "", p=0.5)
 

@@ -1,4 +1,4 @@
-"""The mask of a part of a weight is that part of the mask of the whole, by kernels and by the formula."""
+"""The mask of a part of a weight is that part of the mask of the whole, for kernels and formulas."""
 
 from __future__ import annotations
 
