@@ -31,7 +31,7 @@ def package_of(folder: Path) -> str:
     return ".".join([FOLDERS[first], *rest])
 
 
-HEAVY = ("transformers", "peft", "triton", "accelerate", "datasets", "torch._dynamo")
+HEAVY = ("transformers", "peft", "triton", "accelerate", "datasets", "torch._dynamo", "typer")
 
 
 def test_import_is_light() -> None:

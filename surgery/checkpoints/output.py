@@ -130,8 +130,12 @@ def in_place(weights: Weights) -> Iterator[tuple[Path, dict[str, Any]]]:
     index, to be changed; they take the place of the old ones when the block ends.
 
     The old files of which there is no new one are removed.
+
+    Raises:
+        WrongUse: the checkpoint is a part of another.
     """
     home = weights.folder
+    _refuse_part(weights)
     modes = {name: stat.S_IMODE(os.stat(home / name).st_mode) for name in weights.headers}
     with unfinished_folder(home) as folder:
         form = json.loads(json.dumps(weights.index))
@@ -151,6 +155,14 @@ def in_place(weights: Weights) -> Iterator[tuple[Path, dict[str, Any]]]:
         _usual_names(path, form, own)
         for name in weights.headers.keys() - own.keys():
             (home / name).unlink()
+
+
+def _refuse_part(weights: Weights) -> None:
+    """Raise `WrongUse` for a file that is a part of a checkpoint: its index would be wrong."""
+    for index in weights.folder.glob(f"*{INDEX}") if weights.index is None else ():
+        parts = read_index(index)["weight_map"].values()
+        if not weights.headers.keys().isdisjoint(parts):
+            raise WrongUse(f"{weights.path} is a part of {index}; name that, or the folder")
 
 
 def _own_name(name: str) -> str:

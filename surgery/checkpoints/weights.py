@@ -19,8 +19,8 @@ SAFETENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """What `torch.save` writes."""
-OTHER_WEIGHTS = (*PICKLES, SAFETENSORS, ".index.json", ".h5", ".msgpack", ".gguf", ".onnx")
-"""How names of files end that hold weights or say where these are."""
+OTHER_WEIGHTS = (*PICKLES, SAFETENSORS, ".index.json", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl")
+"""How names of files end that hold weights, or say where these are, or hold states of a run."""
 
 
 class WrongUse(SurgeryError):

@@ -203,6 +203,21 @@ def test_keys_of_graphs(tmp_path: Path) -> None:
     assert same(load_file(path), dict(plain_state_dict(graph)))
 
 
+def test_what_accelerate_keeps_for_itself(tmp_path: Path) -> None:
+    """`save_state` writes raw keys, beside states of optimizers and generators."""
+    accelerate = pytest.importorskip("accelerate")
+    model = apply_dropconnect(nn.Sequential(nn.Linear(3, 3)), "0", p=0.5, toward="pretrained")
+    accelerator = accelerate.Accelerator(cpu=True)
+    prepared = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    accelerator.save_state(str(tmp_path / "state"))
+    assert "0.weight_raw" in read(tmp_path / "state")
+    plain = dict(plain_state_dict(prepared[0]))
+    strip_checkpoint(tmp_path / "state", tmp_path / "plain")
+    strip_checkpoint(tmp_path / "state")
+    assert same(read(tmp_path / "state"), plain)
+    assert same(read(tmp_path / "plain"), plain)
+
+
 def refused(source: Path, words: str, out: Path | None = None, kind: Any = SurgeryError) -> None:
     before = {path: path.read_bytes() for path in source.parent.rglob("*") if path.is_file()}
     with pytest.raises(kind, match=words):
@@ -226,6 +241,8 @@ def test_wrong_use_is_told_from_bad_files(tmp_path: Path) -> None:
     refused(folder, "is there already", out=folder, kind=WrongUse)
     refused(folder, "is several files; name a folder", tmp_path / "x.safetensors", WrongUse)
     refused(folder, "there is no folder", tmp_path / "no" / "out", WrongUse)
+    part = folder / "model-00001-of-00002.safetensors"
+    refused(part, r"is a part of .*; name that, or the folder", kind=WrongUse)
     (folder / "more.safetensors.index.json").write_text("{}")
     refused(folder, "holds 2 checkpoints", kind=WrongUse)
     empty = tmp_path / "empty"
