@@ -11,8 +11,6 @@ import inspect
 import io
 import pickle
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -272,16 +270,6 @@ class TestCheckpoints:
         assert not found.unexpected_keys
         assert {re.sub("^dropped.module", "rnn", key) for key in found.missing_keys} == set(saved)
         assert all(map(torch.equal, model.parameters(), other.parameters()))
-
-    def test_in_a_fresh_process(self) -> None:
-        code = (
-            "import torch, sys; from surgery.compat.torchnlp import WeightDropLSTM;"
-            "m = WeightDropLSTM(3, 3, weight_dropout=0.5); m.load_state_dict(m.state_dict());"
-            "m.eval()(torch.ones(2, 1, 3)); m.train()(torch.ones(2, 1, 3));"
-            "print('transformers' in sys.modules, 'torchnlp' in sys.modules)"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.stdout.split() == ["False", "False"], done.stderr[-2000:]
 
 
 def test_what_is_wrong_is_refused() -> None:
