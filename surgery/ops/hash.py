@@ -210,27 +210,23 @@ def draw_key(device: torch.device, rank: int = 0) -> Key:
     if seed is not None:
         drawn_words = _words_of(seed)
         return drawn_words if rank == 0 else _derived_words(*drawn_words, rank)
-    return _of_rank(drawn(torch.randint, *_WORDS, dtype=torch.int32, device=device), rank)
+    key = drawn(torch.randint, -(2**31), 2**31, (2,), dtype=torch.int32, device=device)
+    return key if rank == 0 else _of_rank(key, rank)
 
 
 def draw_key_from(generator: torch.Generator, device: torch.device, rank: int = 0) -> Key:
     """A fresh key for a weight on `device` from any generator: seeded alike, the generator of the CPU
     gives the keys that the default one gives there."""
     where = generator.device
-    key = drawn(torch.randint, *_WORDS, dtype=torch.int32, device=where, generator=generator)
-    key = _of_rank(key, rank)
+    options = {"dtype": torch.int32, "device": where, "generator": generator}
+    key = drawn(torch.randint, -(2**31), 2**31, (2,), **options)
+    key = key if rank == 0 else _of_rank(key, rank)
     if device.type == "cpu" or where.type != "cpu" or is_traced():
         return key.to(device)
     return words(key)
 
 
-_WORDS = -(2**31), 2**31, (2,)
-"""Arguments of `torch.randint`: two words of 32 bits."""
-
-
 def _of_rank(key: Tensor, rank: int) -> Tensor:
-    if rank == 0:
-        return key
     if key.device.type == "cpu" and not is_traced():
         return key_tensor(_derived_words(*words(key), rank))
     return _derived(key, rank)
