@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 AttributeChain = tuple[str, ...]
 """The names in an expression that starts at `self`: `("proj", "weight")` for `self.proj.weight`. `self`
@@ -41,6 +41,9 @@ _FORM = frozenset(
 
 _OF_QUANTISED = frozenset({"SCB", "quant_state"})
 """What bitsandbytes hangs on a weight."""
+
+_KNOWN = (Tensor, nn.Module, nn.ModuleList, nn.ModuleDict, str)
+"""A method that one of these has is taken for theirs: it reads no weight, or calls the forward."""
 
 Bindings = frozenset[tuple[str, AttributeChain]]
 """What the arguments of a function stand for inside: (name, chain) pairs."""
@@ -117,6 +120,8 @@ class Visitor(ast.NodeVisitor):
     def _forget(self) -> None:
         self.chains: set[AttributeChain] = set()
         self.calls: list[Call] = []
+        self.methods: set[AttributeChain] = set()
+        """Methods of children that are called, other than the forward."""
         self.computed = False
 
     def look_at(self, tree: ast.AST) -> None:
@@ -272,6 +277,10 @@ class Visitor(ast.NodeVisitor):
                 self.computed = True
             case ast.Attribute(value=owner, attr="parameters" | "named_parameters"):
                 self.computed = self.computed or bool(self.chains_of(owner))
+            case ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr=name):
+                self.chains.add((name,))  # a method of self, whatever it is called from
+            case ast.Attribute(attr=name) if not any(hasattr(cls, name) for cls in _KNOWN):
+                self.methods |= {chain for chain in self.chains_of(node.func) if len(chain) > 1}
         self._note_call(node)
         self.generic_visit(node)
 

@@ -49,6 +49,10 @@ class Forward:
     passed: frozenset[tuple[AttributeChain, int | str, AttributeChain]] = frozenset()
     """What it gives to calls of children: (the child, position or name of the argument, what)."""
 
+    methods: frozenset[AttributeChain] = frozenset()
+    """Methods of children that it calls, other than their forward: `("embed", "look_up")`. These may
+    read what the child's forward reads, outside of it."""
+
     def reads(self, path: AttributeChain) -> bool:
         """Whether it uses the value of the parameter at `path`, as `("proj", "weight")`."""
         return any(
@@ -59,7 +63,9 @@ class Forward:
 
     def concerns(self, depth: int) -> bool:
         """Whether anything that it reads, hands out or passes on may be found at a path so long."""
-        return bool(self.handed or self.passed) or any(len(chain) >= depth for chain in self.chains)
+        return bool(self.handed or self.passed or self.methods) or any(
+            len(chain) >= depth for chain in self.chains
+        )
 
     def hands_out(self, path: AttributeChain) -> bool:
         """Whether it gives the module at `path`, or one that contains it, to a call that the source
@@ -101,7 +107,11 @@ def forward_in_source(
     walk = _Walk(cls)
     walk.run(method, () if argument is None else ((argument, ARGUMENT),))
     return Forward(
-        frozenset(walk.chains), walk.complete, frozenset(walk.handed), frozenset(walk.passed)
+        frozenset(walk.chains),
+        walk.complete,
+        frozenset(walk.handed),
+        frozenset(walk.passed),
+        frozenset(walk.methods),
     )
 
 
@@ -116,6 +126,7 @@ class _Walk:
         self.chains: set[AttributeChain] = set()
         self.handed: set[AttributeChain] = set()
         self.passed: set[tuple[AttributeChain, int | str, AttributeChain]] = set()
+        self.methods: set[AttributeChain] = set()
         self.complete = True
 
     def run(self, method: str, given: Given) -> None:
@@ -134,6 +145,7 @@ class _Walk:
                 continue
             self.complete = self.complete and not source.computed
             self.chains |= source.chains
+            self.methods |= source.methods
             for chain in source.chains:
                 self._mention(chain[0])
             for call in source.calls:

@@ -19,6 +19,8 @@ class Source(NamedTuple):
 
     chains: frozenset[AttributeChain]
     calls: tuple[Call, ...]
+    methods: frozenset[AttributeChain]
+    """Methods of children that it calls, other than the forward."""
     computed: bool
     """Whether it reads attributes whose names are computed."""
 
@@ -31,7 +33,8 @@ def source_of(function: Callable[..., Any], bindings: Bindings) -> Source | None
         return None
     visitor = Visitor(function, bindings)
     visitor.look_at(definition)
-    return Source(frozenset(visitor.chains), tuple(visitor.calls), visitor.computed)
+    chains, methods = frozenset(visitor.chains), frozenset(visitor.methods)
+    return Source(chains, tuple(visitor.calls), methods, visitor.computed)
 
 
 def bound(function: Callable[..., Any], given: Given) -> Bindings:

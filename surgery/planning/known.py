@@ -76,6 +76,16 @@ class _Ancestor(NamedTuple):
                 yield None, rest
             for cls, name in known:
                 yield forward_in_source(cls, key, name), rest
+        yield from self._methods(path)
+
+    def _methods(self, path: AttributeChain) -> Iterator[tuple[Forward, AttributeChain]]:
+        """Methods of children that its forward calls, as `self.emb.look_up(x)`, which may read what is
+        at `path` inside of the child."""
+        for *chain, name in self.forward.methods:
+            if len(chain) <= len(path) and is_at(tuple(chain), path):
+                for cls in map(plain_class, _at(self.module, tuple(chain))):
+                    if inspect.isfunction(getattr(cls, name, None)):
+                        yield forward_in_source(cls, None, name), path[len(chain) :]
 
 
 def _at(module: nn.Module, chain: AttributeChain) -> list[nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import apply_dropconnect, dropconnect_sites
+from surgery import apply_dropconnect, dropconnect_sites, plan_dropconnect
 from surgery.kinds.reads import forward_in_source, forward_of
 
 from ..expected import keep, masked
@@ -53,6 +54,45 @@ class InMethod(Base):
 class Inherited(InMethod):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 1
+
+
+class Positions(nn.Embedding):
+    """Has a second way to its forward."""
+
+    def look_up(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class CallsMethodOfChild(nn.Module):
+    """Its child's forward reads the weight, and so does a method that is called beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = Positions(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.positions(x) - self.positions.look_up(x)
+
+
+def test_a_method_of_a_child_reads_under_the_mask_of_its_forward(keys: list[Tensor]) -> None:
+    model = CallsMethodOfChild()
+    (site,) = plan_dropconnect(model, "positions", p=0.5)
+    assert site.drawn_by == ("",)
+    apply_dropconnect(model, "positions", p=0.5).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = model(torch.arange(5))
+    assert len(keys) == 1
+    assert torch.equal(out, torch.zeros(5, 4))  # two masks, or none in one of them, would differ
+
+
+def test_methods_that_every_module_has_are_no_readers() -> None:
+    class Calls(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            self.proj.requires_grad_(True)
+            return self.proj(x) + self.proj.weight.sum().detach() + len(self.items.extra_repr())
+
+    assert forward_in_source(Calls).methods == frozenset()
 
 
 class InLoop(Base):

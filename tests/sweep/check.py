@@ -53,6 +53,8 @@ class Found:
     """Sites that the training forward used, so that their gradient was compared with the mask."""
     refused: dict[str, str] = field(default_factory=dict)
     """By site: the rule."""
+    refused_linear: int = 0
+    """How many of these `"all-linear"` means."""
     left_out: list[str] = field(default_factory=list)
     """Checks that the plain model does not pass by itself."""
 
@@ -77,6 +79,7 @@ def check(model: nn.Module, inputs: Inputs) -> Found:
     if _applied(model, "all-linear", found):
         _evaluates(model, inputs, expected if repeats else None)
         strip_dropconnect(model)
+    found.refused_linear = len(found.refused)
     plan = _planned(model, every, found)
     if plan is None:
         return found

@@ -190,6 +190,15 @@ GUESSES: tuple[tuple[str, tuple[Guess, ...]], ...] = (
         ),
     ),
     (
+        r"^(input_features_mask|feature_attention_mask)$",
+        (
+            lambda s: torch.ones(ROWS, _positions(s), dtype=torch.long),
+            lambda s: torch.ones(ROWS, 64, dtype=torch.long),
+        ),
+    ),
+    (r"^visual_feats$", (lambda s: _numbers(ROWS, 4, s.number("visual_feat_dim", default=64)),)),
+    (r"^visual_pos$", (lambda s: _numbers(ROWS, 4, s.number("visual_pos_dim", default=4)),)),
+    (
         r"grid_thw$",
         (lambda s: torch.tensor([[1, 4, 4]]), lambda s: torch.tensor([[1, 2, 4], [1, 2, 4]])),
     ),
@@ -259,7 +268,15 @@ ANYTHING: tuple[Guess, ...] = (
 )
 """For a name of which nothing is known."""
 
-OTHERS = ("pixel_values", "input_features", "input_values", "bbox", "visual_feats", "visual_pos")
+OTHERS = (
+    "pixel_values",
+    "input_features",
+    "input_values",
+    "bbox",
+    "visual_feats",
+    "visual_pos",
+    "input_features_mask",
+)
 
 
 def guesses(model: nn.Module) -> Iterator[dict[str, Any]]:

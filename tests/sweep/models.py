@@ -78,19 +78,18 @@ def class_of(case: Case) -> Any:
     Raises:
         NotBuilt: there is none.
     """
+    names = _families()[case.head] if case.head else modeling_auto.MODEL_MAPPING_NAMES
+    name = names.get(case.model_type)
+    if name is not None:
+        first = name if isinstance(name, str) else name[0]
+        cls: Any = getattr(importlib.import_module("transformers"), first, None)
+        if cls is not None and getattr(cls, "forward", None) is not nn.Module.forward:
+            return cls
     config = CONFIG_MAPPING[case.model_type]
     try:
         module = importlib.import_module(config.__module__.replace("configuration_", "modeling_"))
     except ModuleNotFoundError:
         raise NotBuilt("the type has no model of its own") from None
-    names = _families()[case.head] if case.head else modeling_auto.MODEL_MAPPING_NAMES
-    name = names.get(case.model_type)
-    if name is not None:
-        first = name if isinstance(name, str) else name[0]
-        found = getattr(module, first, None) or getattr(
-            importlib.import_module("transformers"), first
-        )
-        return found
     own: list[Any] = [found for found in vars(module).values() if _is_of(found, module, config)]
     if not own:
         raise NotBuilt("the type has no PreTrainedModel of its own")

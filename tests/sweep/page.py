@@ -100,12 +100,14 @@ def _summary(types: Sequence[Result], heads: Sequence[Result]) -> str:
 
 def _refused(results: Sequence[Result]) -> str:
     groups: dict[str, list[str]] = defaultdict(list)
+    linear = [one["case"] for one in results if one.get("refused_linear")]
     for one in results:
         if one["status"] == REFUSED:
             rules = Counter(_rule(rule) for rule in one["refused"].values())
             for rule, count in rules.items():
                 groups[rule].append(f"{one['case']} ({count} of {count + one['sites']})")
-    return _section("Refused", groups, "with how many of their weights")
+    note = f'Of the weights that `"all-linear"` means: {", ".join(linear) or "none"}.\n'
+    return _section("Refused", groups, "with how many of their weights", note)
 
 
 def _rule(text: str) -> str:
@@ -148,11 +150,13 @@ def _passed(types: Sequence[Result], heads: Sequence[Result]) -> str:
     return _section("Passed", groups)
 
 
-def _section(title: str, groups: dict[str, list[str]], what: str = "") -> str:
+def _section(
+    title: str, groups: dict[str, list[str]], what: str = "", note: str | None = None
+) -> str:
     """Cases by reason, the commonest first."""
     if not any(groups.values()):
         return ""
-    lines = [f"## {title}", ""]
+    lines = [f"## {title}", "", *([note] if note else [])]
     for reason, cases in sorted(groups.items(), key=lambda group: -len(group[1])):
         if not cases:
             continue

@@ -44,6 +44,7 @@ def result_of(case: Case) -> Result:
             "sites": found.sites,
             "drew": found.drew,
             "refused": found.refused,
+            "refused_linear": found.refused_linear,
             "left_out": found.left_out,
         }
     except NotBuilt as error:

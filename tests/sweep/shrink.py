@@ -6,6 +6,7 @@ divided by one factor, so that they still fit.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -52,7 +53,7 @@ _PLACES = re.compile(
 )
 _TYPES = ("layers_block_type", "layer_types", "mlp_layer_types", "layer_type_list")
 """Names of what may be computed from other settings: the kind of each layer."""
-_LAST = re.compile(r"first_k_dense|num_dense_layers|moe_layer_start|max_window_layers|kv_shared")
+_LAST = re.compile(r"first_k_dense|num_dense_layers|moe_layer_start|max_window_layers")
 
 
 def factors(config: Any) -> list[int]:
@@ -120,6 +121,7 @@ class _Shrinking:
             if changed is not value and changed != value:
                 _put(config, name, changed)
         self._layers_that_differ(config, patch if isinstance(patch, int) else 16)
+        _fit_heads(config)
         _split_positions(config)
         if stages:
             _fewer_stages(config, values, layers["num_hidden_layers"])
@@ -148,6 +150,7 @@ class _Shrinking:
             "head_dim": hidden // heads if type(hidden) is type(heads) is int else None,
             "num_experts_per_tok": 2,
             "prediction_length": 4,
+            "context_length": 8,
             "pad_token_id": 0,
         }
         for name, value in missing.items():
@@ -170,6 +173,10 @@ class _Shrinking:
         if isinstance(value, float) and name in ("depth_coefficient", "width_coefficient"):
             return min(value, 0.5)
         if isinstance(value, (list, tuple)):
+            of_layers = (
+                name == "in_channels" and len(value) > 2
+            )  # the channels of an image are one number
+            name = "hidden_channels" if of_layers else name
             return type(value)(self._value(name, item, patch) for item in value)
         if isinstance(value, dict):
             return {key: self._value(str(key), item, patch) for key, item in value.items()}
@@ -186,6 +193,8 @@ class _Shrinking:
             return min(value, 2)
         if name in ("n_group", "num_expert_group"):
             return min(value, 2)
+        if "kv_shared" in name:
+            return 0
         if name == "topk_group" or _LAST.search(name):
             return min(value, 1)
         if name == "max_source_positions" and self._factor > 1:
@@ -195,6 +204,14 @@ class _Shrinking:
         if _WIDTH.search(name) and not _NO_WIDTH.search(name) and value >= 2 * self._factor:
             return value // self._factor
         return value
+
+
+def _fit_heads(config: Any) -> None:
+    """Fewer heads, where they do not divide the width any more."""
+    set_now = vars(config)
+    heads, width = set_now.get("num_attention_heads"), set_now.get("hidden_size")
+    if type(heads) is int and type(width) is int and width % heads and not set_now.get("head_dim"):
+        _put(config, "num_attention_heads", math.gcd(heads, width))
 
 
 def _split_positions(config: Any) -> None:
