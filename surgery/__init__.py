@@ -32,8 +32,10 @@ understand_old_names()
 
 
 def _take_public() -> None:
-    """Import the rooms, and have their public names here."""
+    """Import the rooms, and have their public names here; and let libraries that come later be
+    adapted."""
     public = import_module(f"{__name__}.public")
+    public.watch_imports()
     globals().update({name: getattr(public, name) for name in ("__all__", *public.__all__)})
 
 

@@ -4,6 +4,7 @@ The rooms are imported here and not in `surgery/__init__.py`: the command line w
 longer than the memory, in less memory than `import torch` takes.
 """
 
+from .base.plugins import watch_imports as watch_imports
 from .checkpoints.bake import bake_checkpoint
 from .checkpoints.convert import convert_checkpoint
 from .checkpoints.inspection import Inspection, inspect_checkpoint

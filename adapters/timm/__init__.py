@@ -14,6 +14,7 @@ from timm.models import _helpers, _hub
 from timm.utils import CheckpointSaver, ModelEma, ModelEmaV2, ModelEmaV3
 from timm.utils import model as of_utils
 
+from surgery.modules.keys import plain_state_dict
 from surgery.modules.walk import unwrapped
 from surgery.verbs.checkpoint import save_dropconnect
 from surgery.verbs.savers import (
@@ -25,6 +26,17 @@ from surgery.verbs.savers import (
     works_plain,
     writes_plain,
 )
+
+
+def _plain(get: Method) -> Method:
+    """For `get_state_dict(model, unwrap_fn)`; a `ModelEma` is no module, but has one."""
+
+    @functools.wraps(get)
+    def better(model: Any, unwrap_fn: Any = of_utils.unwrap_model) -> Any:
+        state, inner = get(model, unwrap_fn), unwrap_fn(model)
+        return plain_state_dict(inner, state) if is_operated(inner) else state
+
+    return better
 
 
 def _with_plan(save: Method, folder: str) -> Method:
@@ -71,7 +83,7 @@ def _updates_by_name(update: Method) -> Method:
     return better
 
 
-teach_function(of_utils.get_state_dict, works_plain)
+teach_function(of_utils.get_state_dict, _plain)
 teach(CheckpointSaver, "save_checkpoint", functools.partial(_with_plan, folder="checkpoint_dir"))
 teach(CheckpointSaver, "save_recovery", functools.partial(_with_plan, folder="recovery_dir"))
 teach_function(_hub.save_for_hf, writes_plain)

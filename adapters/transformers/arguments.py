@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers.trainer import Trainer
 
 from surgery.adapters.transformers.callback import DropConnectCallback
+from surgery.base.caching import cached
 from surgery.verbs.savers import Method, teach
 
 
@@ -51,7 +52,7 @@ class DropConnectFields:
         return super().__reduce_ex__(protocol)  # somebody's own subclass
 
 
-@functools.cache
+@cached
 def with_dropconnect(arguments: type[Any]) -> type[Any]:
     """A class of training arguments that takes DropConnect along.
 

@@ -3,8 +3,8 @@
 An entry point is named after a module of the library it adapts and points to a module of the adapter,
 which registers kinds (`surgery.modules.register_kind`) and teaches savers (`surgery.verbs.savers`)
 when imported. It is imported only once the module it is named after has been, so `import surgery` stays
-light: with the next plan, or from then on as soon as that module is, since a library that is imported
-after surgery saves and loads operated models too.
+light: as soon as that module is, if it is imported after surgery, and else with the next plan. So a
+process that begins by loading what another has saved loads it right.
 """
 
 from __future__ import annotations
@@ -34,11 +34,16 @@ def _entries() -> tuple[EntryPoint, ...]:
 
 
 def load_plugins() -> None:
-    """Import the plugins of every library that is imported by now, and of others when they are."""
+    """Import the plugins of every library that is imported by now."""
     for entry in _waiting():
         if entry.name in sys.modules:
             _load(entry)
-    if _watch not in sys.meta_path and any(_waiting()):
+
+
+def watch_imports() -> None:
+    """From now on import the plugins of a library when it is imported. What these are is not looked up
+    before something is."""
+    if _watch not in sys.meta_path:
         sys.meta_path.insert(0, _watch)
 
 
@@ -67,11 +72,19 @@ class Watch(MetaPathFinder):
             calls_for: from the name of a module to what is called once that has run.
         """
         self._calls_for = calls_for
+        self._looks_up = False
+        """Whether that is being asked, for which Python may import something."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        calls = self._calls_for(fullname)
+        if self._looks_up:
+            return None
+        self._looks_up = True
+        try:
+            calls = self._calls_for(fullname)
+        finally:
+            self._looks_up = False
         if not calls:
             return None
         for finder in sys.meta_path:

@@ -31,6 +31,7 @@ from torch import nn
 from ..base.journal import Changes
 from ..spec.names import raw_name
 from ..verbs.apply import apply_dropconnect
+from ..verbs.raw_files import forget
 
 
 class WeightDrop(nn.Module):
@@ -127,6 +128,7 @@ def _drop(
     if not names:
         return
     apply_dropconnect(module, [f"re:{re.escape(name)}" for name in [*names, *in_place]], p)
+    forget(module)  # PyTorch-NLP's files have raw keys
     own = dict(module._parameters)
     own.update({raw: own.pop(raw) for raw in map(raw_name, names) if raw in own})
     changes = Changes()

@@ -27,6 +27,7 @@ from ..planning.runs import RunOnce
 from ..spec.config import DropConnectConfig, check_p
 from ..spec.errors import NotOperatedError, SurgeryError
 from ..spec.plan import Plan
+from .raw_files import remember
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -127,6 +128,7 @@ def apply_dropconnect(
     run = RunOnce(model, example_inputs)
     prepared = _prepare(model, targets, p, exclude, config, generator, options, run)
     operate(prepared)
+    remember(model)
     return model
 
 

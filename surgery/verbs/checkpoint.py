@@ -38,6 +38,7 @@ from ..spec.forms import FORMAT_VERSION, Reader, check_regular, each, read_json
 from ..spec.plan import Plan, join
 from ..spec.saved import ANCHORS_FILE, PLAN_FILE, are_anchors, read_saved
 from .generators import Kept, generators_form, give_generators, read_generator
+from .raw_files import remember
 
 _GENERATORS: dict[str, Reader[Any]] = {"generators": each(read_generator)}
 
@@ -157,6 +158,7 @@ def load_dropconnect(model: Model, directory: str | os.PathLike[str]) -> Model:
     prepared = prepare(model, plan, None, DropConnectConfig(), RunOnce(model, None))
     give_generators(prepared.states(), generators)
     operate(prepared, kept)
+    remember(model)
     return model
 
 

@@ -15,6 +15,8 @@ from torch import nn
 
 from surgery import apply_dropconnect, plain_state_dict
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*gets raw keys:UserWarning")  # as it should
+
 TARGETS = {
     "bert": ["all-linear"],
     "gpt2": ["all-linear", "*.wte"],  # tied

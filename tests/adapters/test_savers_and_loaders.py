@@ -26,6 +26,7 @@ from surgery.verbs.checkpoint import anchors
 
 accelerate = pytest.importorskip("accelerate")
 SITES = ["embed", "first"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*gets raw keys:UserWarning")  # files for loaders
 
 
 class Net(nn.Module):
@@ -144,6 +145,7 @@ class TestAccelerate:
         assert model.head.weight is model.embed.weight
         assert_same(anchors(model), before if keys == "plain" else anchors(source))
 
+    @pytest.mark.filterwarnings("error")
     def test_state_of_a_run(self, tmp_path: Path) -> None:
         """Of use to the run alone: raw keys, anchors with them."""
         run = accelerate.Accelerator(cpu=True)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from surgery import apply_dropconnect, plain_state_dict, save_dropconnect
+from surgery.verbs.raw_files import quiet
 
 
 class Net(nn.Module):
@@ -61,6 +62,7 @@ def expected(model: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in apart(plain_state_dict(model))[0].items()}
 
 
+@quiet()
 def write(model: nn.Module, folder: Path, shards: int = 1, plan: bool = True) -> Path:
     """Write the raw state dict; returns the folder."""
     folder.mkdir(exist_ok=True)

@@ -16,6 +16,7 @@ from surgery.verbs.checkpoint import anchors
 
 diffusers = pytest.importorskip("diffusers")
 diffusers.utils.logging.set_verbosity_error()
+pytestmark = pytest.mark.filterwarnings("ignore:.*gets raw keys:UserWarning")  # files for loaders
 TARGETS = ["*.to_q", "*.to_v"]
 BASE = ["*.to_q.base_layer", "*.to_v"]
 """The same where `to_q` has an adapter."""
