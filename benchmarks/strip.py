@@ -91,6 +91,7 @@ def measure(folder: Path, size: int, rounds: int) -> list[str]:
     for _ in range(rounds):
         for way in WAYS:
             found[way.name].append(run(way, folder))
+    load = os.getloadavg()[0]
     rows = [
         f"| {size / 1e9:g} GB | seconds, best of {rounds} (median) | peak memory |",
         "|---|---|---|",
@@ -100,7 +101,12 @@ def measure(folder: Path, size: int, rounds: int) -> list[str]:
         peaks = [peak for _, peak in runs if peak is not None]
         memory = f"{max(peaks) * 1024 / 1e6:.0f} MB" if peaks else "–"
         rows.append(f"| {name} | {min(times):.1f} ({statistics.median(times):.1f}) | {memory} |")
-    return rows
+    busy = f"{os.cpu_count()} cores, which had {load:.0f} processes to run on average"
+    return [
+        *rows,
+        "",
+        f"(Linux, {busy}. To compare takes time of a core, to copy that of the disk.)",
+    ]
 
 
 def into_page(page: Path, rows: list[str]) -> None:
