@@ -35,11 +35,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def flattened(rnn: nn.Module) -> nn.Module:
+def flattened(rnn: nn.Module, room: int = 7) -> nn.Module:
     """The weights in one piece, in an order that is not theirs, with room at the end. Sizes here are
     multiples of 16, since products may round otherwise at other addresses."""
     weights = list(rnn.parameters())[::-1]
-    whole = torch.zeros(sum(weight.numel() for weight in weights) + 7, dtype=weights[0].dtype)
+    whole = torch.zeros(sum(weight.numel() for weight in weights) + room, dtype=weights[0].dtype)
     start = 0
     for weight in weights:
         part = whole[start : start + weight.numel()].view_as(weight)
@@ -161,13 +161,28 @@ def test_weights_that_do_not_lie_in_one_piece_are_masked_as_ever(memories, monke
     on(monkeypatch, "cpu")
     tied = flattened(nn.RNN(4, 4, num_layers=2))
     tied.weight_hh_l1 = tied.weight_hh_l0
-    part = flattened(nn.LSTM(6, 16))
-    part.weight_hh_l0.data = part.weight_hh_l0.detach().clone()
-    for model, size in ((nn.LSTM(6, 16), 6), (tied, 4), (part, 6)):
+    models = [(nn.LSTM(6, 16), 6), (tied, 4)]
+    for i in range(4):
+        part = flattened(nn.LSTM(6, 16))
+        weight = list(part.parameters())[i]
+        elsewhere = weight.untyped_storage().clone()
+        where = weight.storage_offset(), weight.size(), weight.stride()
+        weight.data = torch.empty(0).set_(elsewhere, *where)
+        models.append((part, 6))
+    for model, size in models:
         apply_dropconnect(model, "*", p=0.4)
         model(torch.randn(5, 3, size))[0].sum().backward()
         assert model.weight_hh_l0_raw.grad is not None
     assert memories == []
+
+
+def test_a_piece_of_which_over_half_is_something_else_is_not_copied(memories, monkeypatch) -> None:
+    on(monkeypatch, "cpu")
+    size = sum(weight.numel() for weight in nn.LSTM(6, 16).parameters())
+    for room, count in ((size + 1, 0), (size, 1)):
+        model = apply_dropconnect(flattened(nn.LSTM(6, 16), room), "*", p=0.4)
+        model(torch.randn(5, 3, 6))
+        assert len(memories) == count
 
 
 def test_frozen_weights_get_no_gradient(monkeypatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from itertools import compress
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from surgery.ops import (
 )
 from surgery.spec.config import Unit
 
-from .test_example import KEY, law, tensors, towards, units
+from .test_example import KEY, law, naive, tensors, towards, units
 
 
 @pytest.mark.parametrize("rows", [1, 6])
@@ -166,6 +167,40 @@ def test_functional_transforms(unit: Unit, anchored: bool) -> None:
     gradients = torch.func.vmap(torch.func.grad(loss))(both)
     torch.testing.assert_close(gradients[0], expected)
     torch.testing.assert_close(gradients[1], torch.func.grad(loss)(2 * weight))
+
+
+MOVES = {"x": (True, False, False), "weight": (False, True, False), "grad": (False, False, True)}
+WANTED = {"x": (True, False), "weight": (False, True), "both": (True, True)}
+
+
+@towards
+@pytest.mark.parametrize("moves", [*MOVES.values(), (True,) * 3], ids=[*MOVES, "all"])
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=[f"of-{name}" for name in WANTED])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of `torch.func.jvp`
+def test_tangents_of_gradients(wanted, moves, anchored: bool) -> None:
+    """Forward over reverse: gradients of x and of the weight, where some of x, the weight and the
+    gradient of the product move."""
+    x, weight, anchor = tensors((3, 2, 4, 5), anchored)
+    at = x.detach(), weight.detach(), torch.randn(3, 2, 5).double()
+    start, along = (tuple(compress(of, moves)) for of in (at, map(torch.randn_like, at)))
+
+    def tangents(product):
+        def gradients(*moved):
+            rest = iter(moved)
+            x, weight, grad = (next(rest) if m else fixed for m, fixed in zip(moves, at))
+
+            def of_wanted(*ours):
+                given = iter(ours)
+                return product(*(next(given) if w else t for w, t in zip(wanted, (x, weight))))
+
+            return torch.func.vjp(of_wanted, *compress((x, weight), wanted))[1](grad)
+
+        return torch.func.jvp(gradients, start, along)[1]
+
+    found = tangents(lambda x, weight: example_linear(x, weight, KEY, law(0.3), "element", anchor))
+    expected = tangents(lambda x, weight: naive(x, weight, 0.3, "element", anchor))
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other)
 
 
 def test_meta_tensors() -> None:
