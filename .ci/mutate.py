@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,7 @@ TESTS = {
     "tests/survive/test_state_dict.py tests/survive/test_functional.py "
     "tests/transforms/operating/test_insert.py",
     "ops": "tests/ops tests/modules/test_family.py tests/modules/test_fused_linear.py",
+    "ops/gpu": "tests/ops/gpu",
 }
 """By room: its near tests."""
 
@@ -104,6 +106,15 @@ class Trials:
         self.given, self.folder, self.kept = given, folder, reached
         self.seconds: dict[str, float] = {}
         self.survived = 0
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Keep some cases of each test."""
+        cases: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        draw, most = random.Random(self.given.seed), self.given.cases or len(items)
+        kept = {one for of in cases.values() for one in draw.sample(of, min(most, len(of)))}
+        items[:] = [item for item in items if item in kept]
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Try all changes that are drawn."""
@@ -168,7 +179,9 @@ class Trials:
             quiet = os.open(os.devnull, os.O_WRONLY)
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
-            if not patched(path, changed) or "/gpu/" in one.path:  # triton has read its source
+            if "/gpu/" in one.path:  # triton has read its source
+                return afresh("ops/gpu")
+            if not patched(path, changed):
                 return afresh(self.given.room)
             return self.run(session, [by_name[test] for test in tests])
 
@@ -209,14 +222,20 @@ def afresh(room: str) -> int:
 
 def forked(body: Callable[[], int], seconds: float) -> int | None:
     """Exit code of a fork of this process that does this; None if it took too long."""
-    process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(body()))
+
+    def group() -> None:
+        os.setpgrp()  # so that what tests start ends with it
+        os._exit(body())
+
+    process = multiprocessing.get_context("fork").Process(target=group)
     process.start()
-    process.join(seconds)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        return None
-    return process.exitcode
+    try:
+        process.join(seconds)
+        return process.exitcode
+    finally:
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
 
 
 def mutants(room: str) -> list[Mutant]:
@@ -238,6 +257,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=100, help="how many changes; 0 for all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for each change")
+    parser.add_argument("--cases", type=int, default=0, help="of each test, at most; 0 for all")
     parser.add_argument("--at", default="", help="only in files and lines that begin so")
     parser.add_argument("--map", type=Path, help="file that keeps which tests reach which line")
     given = parser.parse_args()

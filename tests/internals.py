@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from surgery import DropConnectModule
 from surgery.base.caching import PerObject
 from surgery.kinds import kind as kinds
-from surgery.modules import dropping, flat, masking, state
+from surgery.modules import dropping, flat, masking, product_forward, state
 from surgery.ops import engine, example_product, expect, hash, linear, mask, random, switch
 from surgery.ops.cpu import build, cache, native, workspace
 from surgery.ops.gpu import launch, products
@@ -32,6 +32,7 @@ derived_words = hash._derived_words
 signed = hash._signed
 shift_right = hash._shift_right
 STEP = hash._STEP
+tilt = product_forward.tilt
 
 CONSTANTS = {
     "chunk": (engine, "CHUNK"),

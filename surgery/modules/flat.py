@@ -174,7 +174,7 @@ def flat_of(module: Any) -> Flat | None:
 
 def _are_alike(first: Tensor, other: Tensor) -> bool:
     alike = first.dtype == other.dtype and first.device == other.device
-    return alike and other.is_contiguous() and other.numel() > 0
+    return alike and other.is_contiguous()
 
 
 def _block(raws: list[Tensor]) -> Block | None:

@@ -22,6 +22,10 @@ def linear(**options) -> nn.Linear:
     return apply_dropconnect(nn.Linear(IN, OUT), nn.Linear, **{"p": P, **options})
 
 
+ways = pytest.mark.parametrize("unit", ["element", "input"])
+"""By element, a Linear is one function of autograd; else it is found by hooks what to compute again."""
+
+
 def batch() -> Tensor:
     return torch.randn(BATCH, IN, requires_grad=True)
 
@@ -70,7 +74,7 @@ def saved_sizes(layer: nn.Module) -> list[int]:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(batch())
+        layer(batch().to(layer.bias.device))
     return sizes
 
 
@@ -80,6 +84,12 @@ def test_saves_what_the_plain_module_saves_without_the_weight(options) -> None:
     ours = saved_sizes(linear(**options))
     assert WEIGHT in plain
     assert sorted(ours) == sorted([size for size in plain if size != WEIGHT])
+
+
+def test_tensors_without_memory_are_all_saved() -> None:
+    """They have one address, so that none can be told to be the masked weight."""
+    sizes = saved_sizes(linear(unit="input").to("meta"))
+    assert sorted(sizes) == sorted(saved_sizes(nn.Linear(IN, OUT)))
 
 
 @pytest.mark.parametrize("name", modules())
@@ -110,9 +120,10 @@ def test_gradients_are_those_of_the_masked_weights(name, toward, unit, keys) -> 
     assert torch.equal(raw.grad, masked(target.grad, mask, P))
 
 
-def test_stale_weight_is_named() -> None:
+@ways
+def test_stale_weight_is_named(unit: str) -> None:
     """The optimizer's step between forward and backward is caught, as without DropConnect."""
-    layer = linear()
+    layer = linear(unit=unit)
     output = layer(batch())
     with torch.no_grad():
         layer.weight.add_(1)
@@ -121,9 +132,10 @@ def test_stale_weight_is_named() -> None:
         output.sum().backward()
 
 
-def test_stale_input_is_caught() -> None:
+@ways
+def test_stale_input_is_caught(unit: str) -> None:
     """What the outer scope would have checked is still checked."""
-    layer = linear()
+    layer = linear(unit=unit)
     x = torch.randn(BATCH, IN)
     output = layer(x)
     x.mul_(2)
@@ -131,8 +143,9 @@ def test_stale_input_is_caught() -> None:
         output.sum().backward()
 
 
-def test_backward_twice() -> None:
-    layer, x = linear(), batch()
+@ways
+def test_backward_twice(unit: str) -> None:
+    layer, x = linear(unit=unit), batch()
     output = layer(x).sum()
     output.backward(retain_graph=True)
     once = layer.weight.grad.clone(), x.grad.clone()
@@ -165,8 +178,9 @@ def halve() -> saved_tensors_hooks:
     ],
     ids=["save_on_cpu", "clone", "hooks disabled"],
 )
-def test_outer_scopes_compose(scope) -> None:
-    layer = linear(toward="pretrained")
+@ways
+def test_outer_scopes_compose(scope, unit: str) -> None:
+    layer = linear(toward="pretrained", unit=unit)
     with torch.no_grad():
         layer.weight.add_(0.1)
     plain = gradients(layer, torch.enable_grad())

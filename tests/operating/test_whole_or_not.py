@@ -6,6 +6,7 @@ import abc
 import copy
 import gc
 import pickle
+import threading
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -278,9 +279,6 @@ def test_the_next_forward_replaces_all_masks_of_a_killed_one() -> None:
 
 
 def test_strip_in_a_running_forward_is_refused() -> None:
-    layer = apply_dropconnect(nn.Conv1d(4, 4, 3), "weight", p=0.5)
-    layer.register_forward_hook(lambda *_: None)
-
     class Inside(nn.Conv1d):
         def forward(self, x: Tensor) -> Tensor:
             with pytest.raises(SurgeryError, match=r"\(root\): its forward is running"):
@@ -288,6 +286,38 @@ def test_strip_in_a_running_forward_is_refused() -> None:
             return super().forward(x)
 
     apply_dropconnect(Inside(4, 4, 3), "weight", p=0.5)(torch.randn(2, 4, 6))
+
+
+def test_a_forward_in_another_thread_is_left_alone() -> None:
+    inside, asked = threading.Event(), threading.Event()
+
+    class Waits(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            inside.set()
+            asked.wait(20)
+            return super().forward(x)
+
+    layer = apply_dropconnect(Waits(4, 4, 3), "weight", p=1.0)
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(layer(torch.ones(2, 4, 6))))
+    thread.start()
+    try:
+        assert inside.wait(20)
+        with pytest.raises(SurgeryError, match=r"\(root\): its forward is running"):
+            strip_dropconnect(layer)
+        layer.train()  # which removes what a killed forward has left
+    finally:
+        asked.set()
+        thread.join()
+    assert torch.equal(found[0], layer.bias[:, None].expand(2, 4, 4))
+    assert type(strip_dropconnect(layer)) is Waits
+
+
+def test_an_operated_class_is_an_ordinary_one() -> None:
+    """Where Python allows it: of the metaclass of the plain one, and before it in the order of bases."""
+    layer = apply_dropconnect(nn.Conv1d(4, 4, 3), "weight", p=0.5)
+    assert type(type(layer)) is type
+    assert type(layer).__bases__ == (DropConnectModule, nn.Conv1d)
 
 
 def test_classes_defined_in_a_function_are_freed() -> None:
