@@ -22,7 +22,7 @@ from ..torch_private.tracing import backward_number
 from .state import SiteState
 
 _INNER = {CALL, *(code for code in CALL.co_consts if isinstance(code, CodeType))}
-"""What runs hooks and the forward when a module is called."""
+"""What runs hooks and the forward when a module is called. Each knows it as `self`."""
 
 
 def notice(state: SiteState) -> None:
@@ -70,8 +70,6 @@ def _reader(frame: FrameType | None) -> str | None:
     recomputed = False
     while frame is not None:
         if frame.f_code in _INNER:
-            while frame.f_code is not CALL and frame.f_back is not None:
-                frame = frame.f_back
             module: Any = frame.f_locals.get("self")
             if below is not None and below.f_code in map(_code, forward_hooks(module)):
                 return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,4 +19,4 @@ def test_neighbours_differ_and_the_middle_is_as_one_alone(samples: int) -> None:
     assert torch.equal(found[samples // 2], tilt(1, 9, found.device, found.dtype)[0])
     assert torch.equal(found[2:], found[:-2])
     for seen in (found, F.layer_norm(found, (9,)), F.rms_norm(found, (9,)), F.normalize(found)):
-        assert not any(torch.allclose(one, other) for one, other in zip(seen, seen[1:]))
+        assert not any(torch.allclose(one, other) for one, other in itertools.pairwise(seen))

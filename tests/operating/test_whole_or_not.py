@@ -314,7 +314,7 @@ def test_a_forward_in_another_thread_is_left_alone() -> None:
 
 
 def test_an_operated_class_is_an_ordinary_one() -> None:
-    """Where Python allows it: of the metaclass of the plain one, and before it in the order of bases."""
+    """Where Python allows it: its metaclass is that of the plain one."""
     layer = apply_dropconnect(nn.Conv1d(4, 4, 3), "weight", p=0.5)
     assert type(type(layer)) is type
     assert type(layer).__bases__ == (DropConnectModule, nn.Conv1d)
