@@ -303,6 +303,20 @@ def replicas(rank: int) -> dict[str, Any]:
     return found
 
 
+def compiled(rank: int) -> dict[str, Any]:
+    """A model that is cut, compiled, against itself in eager mode."""
+    from mesh_cases import LINEARS, cut
+
+    found: dict[str, Any] = {}
+    for toward in ("zero", "pretrained"):
+        model = apply_dropconnect(cut(integers.net()), LINEARS, p=0.5, toward=toward)
+        integers.train_a_little(model)
+        found[f"{toward} eager"] = integers.step(model)
+        model.compile(backend="aot_eager")
+        found[f"{toward} compiled"] = integers.step(model)
+    return found
+
+
 def main() -> None:
     rank, store, result = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)

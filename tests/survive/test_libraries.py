@@ -114,6 +114,12 @@ def test_zero3_of_deepspeed(tmp_path: Path, monkeypatch) -> None:
             assert "apply before deepspeed.initialize" in found[when]
 
 
+def test_compiled(tmp_path: Path, monkeypatch) -> None:
+    for found in run(tmp_path, monkeypatch, "compiled"):
+        for toward in ("zero", "pretrained"):
+            assert_equal(found[f"{toward} compiled"], found[f"{toward} eager"])
+
+
 def test_replicas_differ_and_the_processes_of_one_do_not(tmp_path: Path, monkeypatch) -> None:
     ranks = run(tmp_path, monkeypatch, "replicas", ranks=4)
     for toward in ("zero", "pretrained"):
