@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed -o -path '*/kernels/*')
 
-.PHONY: help setup demo examples test test-all test-no-compiler test-oldest test-oldest-quick test-newest \
+.PHONY: help setup demo examples test test-all test-no-compiler test-oldest test-oldest-quick test-newest test-libraries \
 	bench bench-quick bench-page bench-strip bench-gpu mutants sweep docs lint wheel release-check clean
 .NOTPARALLEL:  # targets share build/, dist/ and the cores
 
@@ -32,6 +32,7 @@ help:
 	@echo "make docs      the site, into out/site (open out/site/index.html)"
 	@echo "make lint      ruff and mypy"
 	@echo "make wheel     build the wheel and check what is in it"
+	@echo "make test-libraries  the tests with real libraries: timm, diffusers, Lightning, TRL, ... (10 minutes and more)"
 	@echo "make release-check  all that must pass before a release (an hour and more on 2 cores)"
 	@echo "make clean     remove what the others have made"
 
@@ -51,7 +52,7 @@ examples: demo
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/finetune_ddp.py --steps 8 --output $(SHORT)/ddp
 
 # One thread a worker: threads that wait for each other cost more than they bring on small models.
-test test-all test-no-compiler test-oldest test-oldest-quick test-newest: export OMP_NUM_THREADS := 1
+test test-all test-no-compiler test-oldest test-oldest-quick test-newest test-libraries: export OMP_NUM_THREADS := 1
 test-no-compiler: export CXX := no-such-compiler
 
 test: $(VENV)/.test $(VENV)/.examples
@@ -110,6 +111,15 @@ sweep:
 	$(MAKE) VENV=$(SWEEP) TORCH="$(TORCH) torchvision timm" $(SWEEP)/.test
 	OMP_NUM_THREADS=1 $(SWEEP)/bin/python -m tests.sweep --workers 2
 
+# Libraries that pin and pull in much, in an environment of their own. PyPI's torch is gigabytes, so this is
+# for releases. A torchvision that was built for another torch breaks transformers: then the tests go
+# without it, and without timm.
+LIBRARIES := .venv-libraries
+
+test-libraries:
+	$(MAKE) VENV=$(LIBRARIES) TORCH="torch torchvision" $(LIBRARIES)/.libraries
+	$(LIBRARIES)/bin/pytest tests/libraries
+
 # A change takes as long as the tests that notice it: a sample of 100 takes half an hour or more.
 ROOM := planning
 SAMPLE := 100
@@ -160,10 +170,10 @@ wheel: $(VENV)/.torch
 	$(BIN)/python .ci/check_wheel.py dist/*.whl
 
 # Cheap before dear, so that what is wrong is soon known.
-release-check: wheel lint docs test-all test-no-compiler examples test-oldest test-newest
+release-check: wheel lint docs test-all test-no-compiler examples test-oldest test-newest test-libraries
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(OLDEST) $(NEWEST) $(SWEEP) $(DOCS) build dist out *.egg-info
+	rm -rf $(VENV) $(BENCH) $(OLDEST) $(NEWEST) $(LIBRARIES) $(SWEEP) $(DOCS) build dist out *.egg-info
 
 # A virtual environment with torch, then the wheel with one set of extras. The wheel is installed, and
 # not the folders, so that what is tested is what is shipped.
@@ -179,6 +189,11 @@ $(VENV)/.wheel: $(VENV)/.torch $(SOURCES) README.md LICENSE
 
 $(VENV)/.test $(VENV)/.examples $(VENV)/.dev: $(VENV)/.%: $(VENV)/.wheel
 	$(BIN)/pip install --quiet "$$(ls dist/*.whl)[$*]"
+	touch $@
+
+$(VENV)/.libraries: $(VENV)/.test tests/libraries/requirements.txt
+	$(BIN)/pip install --quiet -r tests/libraries/requirements.txt
+	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision
 	touch $@
 
 $(VENV)/.peers: $(VENV)/.examples benchmarks/peers.txt benchmarks/peers-need.txt

@@ -112,3 +112,15 @@ def test_lora(tmp_path: Path, drops: str) -> None:
     )
     assert_same(plain_state_dict(fresh), plain.state_dict())
     assert bool(dropconnect_sites(fresh)) == (drops == "base")
+
+
+def test_the_private_name() -> None:
+    """adapters/diffusers stands on it, and on these arguments."""
+    import inspect
+
+    from diffusers.models.modeling_utils import ModelMixin
+
+    load = inspect.signature(ModelMixin._load_pretrained_model)
+    wanted = ["model", "state_dict", "resolved_model_file"]
+    assert [*load.parameters][:3] == wanted
+    assert "loaded_keys" in load.parameters

@@ -354,3 +354,9 @@ def test_ddp(tmp_path: Path) -> None:
                 assert torch.equal(value, other[key]), (name, key)
     stored = torch.load(tmp_path / "epoch=0.ckpt")["state_dict"]
     assert list(stored) == list(whole) == list(Module().state_dict())
+
+
+def test_the_private_name() -> None:
+    """adapters/lightning stands on it."""
+    average = EMAWeightAveraging()
+    assert average._average_model is None
