@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ops.part_mask import is_sharded
 from ..torch_private.modules import REPLICA
 from .flat import flat_of, open_flat
-from .fused import fused_forward
+from .fused import fused_forward, traced_forward
 from .live import Open, check_unwritten, close, is_of_another_thread, watched
 from .masking import Operand, draw_keys, is_managed, masked_weight
 from .product_forward import drops_in_product, product_forward, replaced_product
@@ -32,7 +32,10 @@ def dropping(base: type[nn.Module], module: Any, *args: Any, **kwargs: Any) -> A
         SurgeryError: the forward has written to a masked weight.
     """
     if len(args) == 1 and not kwargs:
-        fused = fused_forward(module, args[0])
+        if torch.compiler.is_dynamo_compiling():
+            fused = traced_forward(module, args[0])
+        else:
+            fused = fused_forward(module, args[0])
         if fused is not None:
             return fused
     opened: list[Open] = []

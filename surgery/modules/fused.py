@@ -1,7 +1,8 @@
-"""The forward of a Linear whose weight is masked by element, in eager training.
+"""The forward of a Linear whose weight is masked by element.
 
-This is the most common case, and the one in which the time of Python counts most. One autograd Function
-(`surgery.ops.masked_linear`) draws the mask, multiplies, and computes the gradients.
+This is the most common case, and the one in which the time of Python counts most. In eager training one
+autograd Function (`surgery.ops.masked_linear`) draws the mask, multiplies, and computes the gradients.
+In a trace, each line and each attribute that is read takes time to compile, at each site.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kinds.product import LINEAR_PRODUCT
 from ..ops import masked_linear
+from ..ops.law import law_dtype
+from ..ops.linear_operators import linear_in_graph
+from ..ops.mask import HAS_OPERATORS, drop_in_graph
 from ..ops.ordinary import is_dense
-from ..torch_private.tracing import is_scripted, is_traced
+from ..torch_private.compiler import look_in_trace, object_of
+from ..torch_private.tracing import is_scripted, is_traced, is_transformed
 from .masking import check_anchor
 from .state import SiteState
 
@@ -53,13 +58,58 @@ def fused_forward(module: Any, x: Any) -> Tensor | None:
     return masked_linear(x, raw, bias, key, law, state.layout, anchor, state.name)
 
 
+def traced_forward(module: Any, x: Any) -> Tensor | None:
+    """`fused_forward` for a trace; also while p is 0, since that may change. None while exporting.
+
+    Where operators stand for the formula, the whole product is one, and one more its backward.
+    """
+    states = module._dropconnect
+    if len(states) != 1 or type(x) is not Tensor or torch.compiler.is_exporting():
+        return None
+    (state,) = states.values()
+    if not state.fusible or state.sampling != "batch" or module._dropconnect_draws:
+        return None
+    if state.held_key is not None or state.group is not None:
+        return None
+    if not (module.training or state.inference == "sample"):
+        return None
+    raw, row = getattr(module, state.raw), state.row
+    if row is None or type(raw) is not nn.Parameter or getattr(module, state.live) is not None:
+        return None
+    thresholds, scales = row.values()
+    if scales.device != raw.device or scales.dtype != law_dtype(raw.dtype):
+        return None
+    if x.ndim < 2 or x.layout is not torch.strided or is_transformed():
+        return None
+    anchor = None if state.anchor is None else getattr(module, state.anchor)
+    if anchor is not None and anchor.shape != raw.shape:
+        return None
+    look_in_trace(_note, _note_now, None, state, None, 0)
+    key, kind = state.new_key(raw.device), raw.device.type
+    if kind in HAS_OPERATORS and x.dtype == raw.dtype and not torch.is_autocast_enabled(kind):
+        law = key, thresholds, scales, row.index
+        product: Tensor = linear_in_graph(x, raw, module.bias, anchor, *law)
+        return product
+    threshold, scale = thresholds.index_select(0, row.index), scales.index_select(0, row.index)
+    used = drop_in_graph(raw, anchor, key, threshold, scale, state.layout)
+    return F.linear(x, used, module.bias)
+
+
+def _note(context: Any) -> None:
+    object_of(context, "state").drawn = True  # here, and not by each call of the compiled code
+
+
+def _note_now(reader: Any, state: SiteState, used: Any, version: int) -> None:
+    state.drawn = True
+
+
 def _asks_for_a_mask(state: SiteState, own: dict[str, Any]) -> bool:
     """Whether this call draws one mask, by element, for the weight of a Linear, and nothing else.
     `own`: the `__dict__` of the module, which is faster to read than its attributes."""
-    if state.product is not LINEAR_PRODUCT or state.sampling != "batch":
+    if not state.fusible or state.sampling != "batch":
         return False
     if state.held_key is not None or state.group is not None or own[state.live] is not None:
         return False
     if own["_dropconnect_draws"] or state.rate * state.factor == 0.0 or is_scripted():
         return False
-    return (own["training"] or state.inference == "sample") and state.layout.is_elementwise
+    return own["training"] or state.inference == "sample"

@@ -10,10 +10,12 @@ take several times as long.)
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from array import array
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -47,18 +49,36 @@ def _indices(device: torch.device) -> tuple[Tensor, ...]:
         return torch.arange(LawTable.SIZE, device=device).view(-1, 1).unbind()
 
 
+class Published:
+    """What compiled graphs read of all tables: an attribute for each, `(thresholds, scales)`.
+
+    If each site led to its table by a reference of its own, then dynamo would guard, for each, that all
+    of them are one object, at several times the cost of any other guard.
+    """
+
+
+_published = Published()
+_numbers = itertools.count()
+
+
+class Values(NamedTuple):
+    """The numbers of a table."""
+
+    thresholds: array[int]
+    scales: array[float]
+    tensors: tuple[Tensor, Tensor]
+    """The same: int32, and float32 or float64, shape (SIZE,) each."""
+
+
 class LawTable:
     """The laws of up to `SIZE` sites whose weights are on one device."""
 
     SIZE = 1024
 
-    thresholds: Tensor
-    """int32, shape (SIZE,)."""
-    scales: Tensor
-    """float32 or float64, shape (SIZE,)."""
-
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self._dtype = device, dtype
+        self.name = f"table{next(_numbers)}"
+        weakref.finalize(self, vars(_published).pop, self.name, None)
         self._thresholds = array("i", [0]) * self.SIZE
         self._scales = array("d" if dtype == torch.float64 else "f", [1.0]) * self.SIZE
         self._indices = _indices(device)
@@ -71,6 +91,18 @@ class LawTable:
         if device.type != "cpu":  # now, because no tensor can be made while a graph is captured
             with lasting():
                 self._captured = [self.thresholds.clone(), self.scales.clone()]
+
+    @property
+    def thresholds(self) -> Tensor:
+        """int32, shape (SIZE,)."""
+        found: Tensor = getattr(_published, self.name)[0]
+        return found
+
+    @property
+    def scales(self) -> Tensor:
+        """float32 or float64, shape (SIZE,)."""
+        found: Tensor = getattr(_published, self.name)[1]
+        return found
 
     def fits(self, weight: Tensor) -> bool:
         """Whether the laws can be used with `weight`."""
@@ -97,7 +129,12 @@ class LawTable:
 
     def publish(self) -> None:
         """Let graphs read what the arrays say."""
-        self.__dict__.update(self.published(self._thresholds, self._scales))
+        self.put(self.published(self._thresholds, self._scales))
+
+    def put(self, values: Values) -> None:
+        """Let graphs read these."""
+        self._thresholds, self._scales, tensors = values
+        setattr(_published, self.name, tensors)
 
     def show(self) -> None:
         """Let captured CUDA graphs read what is published."""
@@ -109,15 +146,14 @@ class LawTable:
         thresholds, scales = self._captured
         return Law(thresholds[number], scales[number])
 
-    def published(self, thresholds: array[int], scales: array[float]) -> dict[str, Any]:
-        """The attributes of a table with these numbers."""
+    def published(self, thresholds: array[int], scales: array[float]) -> Values:
+        """These numbers as a table has them."""
         with lasting():
-            return {
-                "_thresholds": thresholds,
-                "_scales": scales,
-                "thresholds": torch.frombuffer(thresholds, dtype=torch.int32).to(self.device),
-                "scales": torch.frombuffer(scales, dtype=self._dtype).to(self.device),
-            }
+            tensors = (
+                torch.frombuffer(thresholds, dtype=torch.int32).to(self.device),
+                torch.frombuffer(scales, dtype=self._dtype).to(self.device),
+            )
+        return Values(thresholds, scales, tensors)
 
 
 class Row:
@@ -125,18 +161,22 @@ class Row:
 
     def __init__(self, table: LawTable, number: int, index: Tensor) -> None:
         self.table = table
+        self.name = table.name
         self.number = number
         self.index = index
         """The number as a tensor, int64, shape (1,). An int would be compiled into the graph, which
         layers that are compiled one by one share."""
 
+    def values(self) -> tuple[Tensor, Tensor]:
+        """Thresholds and scales of the table, for the graph that is being traced."""
+        tensors: tuple[Tensor, Tensor] = getattr(_published, self.name)
+        return tensors
+
     def law(self) -> Law:
         """The law, read in the graph that is being traced: its tensors are 0-d."""
-        threshold, scale = (
-            values.index_select(0, self.index).squeeze(0)
-            for values in (self.table.thresholds, self.table.scales)
-        )
-        return Law(threshold, scale)
+        thresholds, scales = self.values()
+        threshold = thresholds.index_select(0, self.index).squeeze(0)
+        return Law(threshold, scales.index_select(0, self.index).squeeze(0))
 
 
 class HasLaw:
@@ -188,9 +228,12 @@ class HasLaw:
         return self.row.table.captured(self.row.number)
 
     def _law_in_trace(self, raw: Tensor, keep: bool) -> Law:
-        row, law = self.row, self.law
-        if row is not None and row.table.fits(raw):
-            return row.law()
+        row = self.row
+        if row is not None:
+            _, scales = row.values()
+            if scales.device == raw.device and scales.dtype == law_dtype(raw.dtype):
+                return row.law()
+        law = self.law
         if law is None or not law.fits(raw):  # the weight was moved by hand
             law = Law.of(self.p, raw.device, raw.dtype)
             if keep:
@@ -284,7 +327,7 @@ def _change_laws(states: Iterable[HasLaw], p: float | None, factor: float) -> No
 
     def put() -> None:
         for table, new in news:
-            table.__dict__.update(new)
+            table.put(new)
             table.show()
         for run, rate, law in runs:
             for state in run:

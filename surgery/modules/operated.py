@@ -262,7 +262,7 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Somebody may have kept the bound method from before strip_dropconnect (accelerate does).
-        if "_dropconnect" not in self.__dict__:
+        if not isinstance(self, DropConnectModule):
             return base.forward(self, *args, **kwargs)
         if self._dropconnect_scope:
             return run_in_scope(functools.partial(dropping, base, self), args, kwargs)

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kinds.product import Demand, Product
+from ..kinds.product import LINEAR_PRODUCT, Demand, Product
 from ..ops import Layout, draw_key
-from ..ops.hash import Key
+from ..ops.hash import SEGMENT, Key
 from ..ops.part import Part
 from ..spec.config import DropConnectConfig, Inference, Sampling, check_p
 from ..spec.errors import SurgeryError
@@ -117,6 +117,9 @@ class SiteState(HasLaw):
         self.independent = config.ranks == "independent"
         self.product = product
         """How the module computes its pre-activation, if that is a product and this its weight."""
+        self.fusible = self._is_fusible()
+        """Whether it is the weight of a Linear, masked by element and in one piece: see
+        `surgery.modules.fused`."""
         self.with_weight = config.bias and "bias" in name
         """Whether this is a bias that is dropped with its weight."""
         self.settled = False
@@ -128,6 +131,11 @@ class SiteState(HasLaw):
         wrong about how the weight is used. A trace writes it and never reads it: no guard."""
         self.held_key: Tensor | None = None
         """Set while masks are held."""
+
+    def _is_fusible(self) -> bool:
+        layout = self.layout
+        in_one = layout.is_elementwise and layout.entries <= SEGMENT
+        return self.product is LINEAR_PRODUCT and in_one
 
     @property
     def config(self) -> DropConnectConfig:
@@ -146,6 +154,7 @@ class SiteState(HasLaw):
         if "draws" in state:  # the name that files from before the rooms have
             state["samples"] = state.pop("draws")
         self.__dict__.update(state)
+        self.fusible = self._is_fusible()
         if self.law is not None:
             give_laws([(self, self.law.scale)])
 

@@ -8,6 +8,7 @@ it (`surgery.modules.recompute`, for all other modules). Here backward draws it 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -39,45 +40,83 @@ class _MaskedLinear(torch.autograd.Function):
         mask, anchor, _ = rest
         # On a GPU, kernels convert to the dtype of the product; on the CPU, memory is used again.
         ctx.on_gpu = mask.layout.is_elementwise and gpu.takes(weight, anchor)
-        masked = block = None
         if ctx.on_gpu:
             masked = gpu.masked(weight, anchor, None, mask, x.dtype, taken=True)
-        if masked is None:
-            block = borrow(weight)
-            masked = drop_both(weight, anchor, None, mask, block)
-        used = masked[0]
-        if bias is None and weight.requires_grad:
-            used = as_if_trained(used)
-        product = unviewed(F.linear(x, used, bias))
-        give_back(block)
-        return product
+            if masked is not None:
+                return unviewed(_linear(x, masked[0], bias, weight.requires_grad))
+        return unviewed(product(x, weight, bias, mask, anchor, weight.requires_grad))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,) = ctx.saved_tensors
-        (grad,), weight = grads, ctx.weight
+        weight = ctx.weight
         mask, anchor, name = ctx.rest
         check_unmodified(name, weight, ctx.version)
-        want_x, want_weight, want_bias, _ = ctx.needs_input_grad
-        rows = matrix(grad)
-        of_x = of_weight = masked = block = None
-        if want_weight:
-            of_weight = rows.t().mm(matrix(x))
-        if want_x:
-            if ctx.on_gpu and not torch.is_grad_enabled() and gpu.takes(rows):
-                masked = gpu.masked(weight, anchor, of_weight, mask, rows.dtype, taken=True)
-            if masked is None:
-                block = borrow(weight)
-                of_weight = None if of_weight is None else _as(weight, of_weight)
-                masked = drop_both(weight, anchor, of_weight, mask, block)
-            used, of_weight = masked
-            of_x = rows.mm(_as(rows, used))
-            give_back(block)
-            if grad.dim() > 2:
-                of_x = of_x.view(*grad.shape[:-1], weight.shape[1])
-        elif of_weight is not None:
-            of_weight = drop(of_weight, None, mask, weight.dtype)
-        return of_x, of_weight, rows.sum(0) if want_bias else None, None
+        want = ctx.needs_input_grad
+        return *gradients(grads[0], x, weight, mask, anchor, want, ctx.on_gpu), None
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Mask,
+    anchor: Tensor | None,
+    trained: bool,
+) -> Tensor:
+    """`F.linear(x, W_used, bias)`, with the masked weight in memory that is used again.
+
+    Args:
+        trained: whether a gradient of the weight will be wanted.
+    """
+    block = borrow(weight)
+    used, _ = drop_both(weight, anchor, None, mask, block)
+    found = _linear(x, used, bias, trained)
+    give_back(block)
+    return found
+
+
+def _linear(x: Tensor, used: Tensor, bias: Tensor | None, trained: bool) -> Tensor:
+    return F.linear(x, as_if_trained(used) if bias is None and trained else used, bias)
+
+
+def gradients(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    mask: Mask,
+    anchor: Tensor | None,
+    want: Sequence[bool],
+    on_gpu: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias; each None where it is not wanted.
+
+    Args:
+        grad: (..., out), of the product.
+        x: (..., in); None where the gradient of the weight is not wanted.
+        want: of x, weight and bias.
+        on_gpu: whether the kernels of the GPU take the weight.
+    """
+    rows = matrix(grad)
+    of_x = of_weight = masked = block = None
+    if want[1]:
+        assert x is not None
+        of_weight = rows.t().mm(matrix(x))
+    if want[0]:
+        if on_gpu and not torch.is_grad_enabled() and gpu.takes(rows):
+            masked = gpu.masked(weight, anchor, of_weight, mask, rows.dtype, taken=True)
+        if masked is None:
+            block = borrow(weight)
+            of_weight = None if of_weight is None else _as(weight, of_weight)
+            masked = drop_both(weight, anchor, of_weight, mask, block)
+        used, of_weight = masked
+        of_x = rows.mm(_as(rows, used))
+        give_back(block)
+        if grad.dim() > 2:
+            of_x = of_x.view(*grad.shape[:-1], weight.shape[1])
+    elif of_weight is not None:
+        of_weight = drop(of_weight, None, mask, weight.dtype)
+    return of_x, of_weight, rows.sum(0) if want[2] else None
 
 
 def as_if_trained(used: Tensor) -> Tensor:

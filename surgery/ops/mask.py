@@ -7,6 +7,7 @@ weight and also mask a gradient. What they compute is defined in `formula.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -125,11 +126,7 @@ def _in_segments(weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor:
 def _drop_op(
     weight: Tensor, anchor: Tensor | None, key: Tensor, threshold: Tensor, scale: Tensor
 ) -> Tensor:
-    """The formula by element as one operation of a compiled graph.
-
-    On the CPU only: what inductor makes of the formula there takes several times as long as the kernel,
-    see `docs/performance.md`.
-    """
+    """The formula by element as one operation of a compiled graph."""
     mask = Mask(key, Law(threshold, scale), Layout.elements(weight.numel()))
     return unviewed(_evaluate(weight, anchor, mask))
 
@@ -150,45 +147,79 @@ def _drop_op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _drop_op.register_autograd(_drop_op_backward, setup_context=_keep_law)
 
 
-def _in_graph(weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor:
-    """The masked weight as part of a compiled graph.
-
-    If there will be a backward, it does what `surgery.modules.recompute` does in eager mode: the keep
-    mask and the masked weight are not kept for backward but computed again. The spread indices are
-    computed outside of that: they do not depend on the key, so sites of one size would share them, and
-    what is shared would be kept.
-    """
-    law, layout = mask.law, mask.layout
-    key = key_tensor(mask.key, weight.device)  # one that is held was drawn in eager code
-    if layout.part is not None:
-        anchor = local_anchor(anchor, layout.part)
-    args: tuple[Any, ...] = (weight, anchor, key, law.threshold, law.scale)
-    compute: Any = _drop_op
-    if layout.part is not None:
-        compute, args = traced_part, (*args, part_places(layout, weight.device))
-    elif weight.device.type != "cpu" or not layout.is_elementwise:
-        indices = spread_indices(layout.entries, weight.device)
-        compute, args = _traced_formula, (*args, layout, indices)
-    if not torch.is_grad_enabled():
-        return cast(Tensor, compute(*args))
-    used: Tensor = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
-    return used
+_library = torch.library.Library("surgery", "FRAGMENT")
+"""Operators that are made of others: dynamo, which takes a millisecond for each step of a formula, sees
+one, and what compiles the graph sees the steps."""
 
 
-def _traced_formula(
+def _composite(schema: str, formula: Callable[..., Tensor]) -> Any:
+    name = _library.define(schema, tags=())
+    _library.impl(name, formula, "CompositeImplicitAutograd")
+    return getattr(torch.ops.surgery, name).default
+
+
+def _indices_for(like: Tensor, entries: int) -> Tensor:
+    return spread_indices(entries, like.device)
+
+
+def _by_view(
+    weight: Tensor,
+    anchor: Tensor | None,
+    key: Tensor,
+    threshold: Tensor,
+    scale: Tensor,
+    view: Sequence[int],
+    mask: Sequence[int],
+    indices: Tensor,
+) -> Tensor:
+    """`masked_formula` for a weight of any shape. `view`, `mask`: see `Layout`."""
+    viewed = weight.reshape(view)
+    towards = None if anchor is None else anchor.reshape(view)
+    args = viewed, towards, key, threshold, scale, tuple(mask), indices
+    return masked_formula(*args).view(weight.shape)
+
+
+_indices_op = _composite("spread_indices(Tensor like, int entries) -> Tensor", _indices_for)
+_formula_op = _composite(
+    "drop_by_formula(Tensor weight, Tensor? anchor, Tensor key, Tensor threshold, Tensor scale,"
+    " SymInt[] view, SymInt[] mask, Tensor indices) -> Tensor",
+    _by_view,
+)
+
+
+HAS_OPERATORS = frozenset(("cpu",))
+"""Types of device on which operators of their own stand for the formula in a compiled graph: what
+inductor makes of it there takes several times as long as the kernel (`docs/performance.md`)."""
+
+
+def drop_in_graph(
     weight: Tensor,
     anchor: Tensor | None,
     key: Tensor,
     threshold: Tensor,
     scale: Tensor,
     layout: Layout,
-    indices: Tensor,
 ) -> Tensor:
-    """`masked_formula` for a weight of any shape: tensors in, as `checkpoint` wants them in a graph."""
-    viewed = weight.reshape(layout.view)
-    towards = None if anchor is None else anchor.reshape(layout.view)
-    args = viewed, towards, key, threshold, scale, layout.mask, indices
-    return masked_formula(*args).view(weight.shape)
+    """The masked weight as part of a compiled graph. Threshold and scale: of one entry.
+
+    If there will be a backward, it does what `surgery.modules.recompute` does in eager mode: the keep
+    mask and the masked weight are not kept for backward but computed again. The spread indices are
+    computed outside of that: they do not depend on the key, so sites of one size would share them, and
+    what is shared would be kept.
+    """
+    if layout.part is not None:
+        anchor = local_anchor(anchor, layout.part)
+    args: tuple[Any, ...] = (weight, anchor, key, threshold, scale)
+    compute: Any = _drop_op
+    if layout.part is not None:
+        compute, args = traced_part, (*args, part_places(layout, weight.device))
+    elif weight.device.type not in HAS_OPERATORS or not layout.is_elementwise:
+        indices = _indices_op(weight, layout.entries)
+        compute, args = _formula_op, (*args, layout.view, layout.mask, indices)
+    if not torch.is_grad_enabled():
+        return cast(Tensor, compute(*args))
+    used: Tensor = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
+    return used
 
 
 def drop_weight(
@@ -229,7 +260,9 @@ def drop(
         return sharded_as(weight, local)
     compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
     if compiling and dtype is None and mask.layout.entries <= SEGMENT:
-        return _in_graph(weight, anchor, mask)
+        law = mask.law
+        key = key_tensor(mask.key, weight.device)  # one that is held was drawn in eager code
+        return drop_in_graph(weight, anchor, key, law.threshold, law.scale, mask.layout)
     return _evaluate(weight, anchor, mask, dtype)
 
 

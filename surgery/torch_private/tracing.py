@@ -17,7 +17,11 @@ def is_traced() -> bool:
     """
     if forward_ad._current_level >= 0 or torch.compiler.is_compiling():
         return True
-    return torch._C._are_functorch_transforms_active()
+    return is_transformed()
+
+
+is_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Whether a transform of `torch.func` is under way; compiled code can ask it, too."""
 
 
 is_scripted: Callable[[], bool] = torch._C._is_tracing

@@ -14,7 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from surgery import apply_dropconnect, set_p, strip_dropconnect
-from surgery.ops import keep_mask, key_from_seed
+from surgery.modules import fused
+from surgery.ops import keep_mask, key_from_seed, mask
 
 from ..internals import live_masks, states_of
 from ..steps import assert_same, gradients, step, step_gradients
@@ -295,15 +296,73 @@ def kept_for_backward(model: nn.Module, x: Tensor) -> int:
 
 @pytest.mark.parametrize("toward", ["zero", "pretrained"])
 def test_a_compiled_graph_keeps_16_bytes_a_site(toward: str) -> None:
-    """Key, threshold and scale; with anchors also the anchors themselves, which exist anyway."""
+    """The key, and where its law is. Anchors, and the table of laws that all sites share, exist
+    anyway."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     x = torch.randn(16, 64, requires_grad=True)
     plain = kept_for_backward(model, x)
     apply_dropconnect(model, "*", p=0.3, toward=toward)
     torch._dynamo.reset()
     anchors = sum(buffer.nbytes for buffer in model.buffers())
+    table = states_of(model[0])[0].row.table
     kept = kept_for_backward(model, x) - plain - anchors
-    if torch.__version__ < "2.10":  # instead of what is read there, the table that all sites share
-        table = states_of(model[0])[0].row.table
-        kept -= table.thresholds.nbytes + table.scales.nbytes
-    assert kept <= 2 * 16
+    assert kept - table.thresholds.nbytes - table.scales.nbytes <= 2 * 16
+
+
+def targets(model: nn.Module, x: Tensor) -> list[list[str]]:
+    """The operators of ours in the compiled graphs of a step: forward, and backward."""
+    found: list[list[str]] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        names = (str(node.target) for node in graph.graph.nodes)
+        found.append([name for name in names if name.startswith("surgery")])
+        return make_boxed_func(graph.forward)
+
+    torch.compile(model, backend=aot_autograd(fw_compiler=note), fullgraph=True)(x).sum().backward()
+    return found
+
+
+@pytest.mark.parametrize("toward", ["zero", "pretrained"])
+def test_a_linear_is_one_operator_and_its_backward_is_one(toward: str) -> None:
+    model = apply_dropconnect(nn.Linear(6, 4), nn.Linear, p=0.5, toward=toward)
+    forward, backward = targets(model, torch.randn(3, 6, requires_grad=True))
+    assert forward == ["surgery.linear.default"]
+    assert backward == ["surgery.linear_backward.default"]
+
+
+@pytest.mark.parametrize("name", ["linear", "transformer"])
+@pytest.mark.parametrize("toward", ["zero", "pretrained"])
+def test_the_eager_bits_where_no_operator_stands_for_the_formula(
+    name: str, toward: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in graphs for a GPU."""
+    for module in (fused, mask):
+        monkeypatch.setattr(module, "HAS_OPERATORS", frozenset())
+    subject = BY_NAME[name]
+    model, x = subject.moved(toward=toward), subject.inputs()
+    assert targets(model, x)[0] == []
+    torch._dynamo.reset()
+    compiled = Compiled(model)
+    for seed, p in enumerate((0.5, 0.0, 1.0)):
+        set_p(model, p)
+        assert_same(compiled.step_gradients(x, seed), step_gradients(model, x, seed))
+    assert compiled.graphs == 1
+
+
+def test_a_linear_inside_a_transform_of_compiled_code() -> None:
+    layer = apply_dropconnect(nn.Linear(6, 4), nn.Linear, p=0.5)
+    x = torch.randn(3, 6)
+
+    def slopes(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: layer(x).square().sum())(x)
+
+    torch.manual_seed(0)
+    expected = slopes(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(torch.compile(slopes, backend="aot_eager")(x), expected)
+
+
+def test_what_a_linear_refuses_is_refused_in_its_graph() -> None:
+    run = torch.compile(apply_dropconnect(nn.Linear(6, 4), "*", p=0.5), backend="aot_eager")
+    with pytest.raises(RuntimeError, match="shape"):
+        run(torch.randn(3, 5))
