@@ -41,6 +41,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "apply": verbs.apply_and_strip,
     "set_p": verbs.change_p,
     "first": verbs.first_step,
+    "compiling": verbs.compiling,
 }
 GROWTH = "growth"
 

@@ -24,6 +24,7 @@ from . import peers
 from .conditions import ROOT
 from .layers import ours_of, training_work
 from .measure import Work
+from .models import LanguageModel
 
 P = 0.5
 KINDS = ("plain", "ours", "F.dropout(W)")
@@ -86,6 +87,20 @@ def first_use(kind: str, tokens: int, width: int) -> float:
     return time.perf_counter() - begun
 
 
+def first_compiled(kind: str, layers: int) -> float:
+    """Seconds of the first step of a small transformer that is compiled, without those of inductor and
+    the C++ compiler."""
+    torch.compile(nn.ReLU(), backend="aot_eager")(
+        torch.ones(1, requires_grad=True)
+    ).sum().backward()
+    model = _variant(LanguageModel(50, 16, layers, heads=2), kind, {})
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    tokens = torch.randint(50, (2, 9))
+    begun = time.perf_counter()
+    compiled(tokens).backward()
+    return time.perf_counter() - begun
+
+
 def _variant(model: nn.Module, kind: str, options: dict[str, Any]) -> nn.Module:
     if kind == "plain":
         return model
@@ -118,6 +133,7 @@ JOBS: dict[str, Callable[..., float]] = {
     "peak_deep": peak_deep,
     "peak_example": peak_example,
     "first_use": first_use,
+    "first_compiled": first_compiled,
 }
 
 if __name__ == "__main__":

@@ -104,6 +104,20 @@ def _recompiles() -> Row:
     return Row("verbs", work, "graphs", Goal(0.0, "value"), {OURS: Measured((again,))})
 
 
+def compiling(settings: Settings) -> list[Row]:
+    """What a site adds to the time that a model takes to compile, in fresh processes."""
+    layers = 12
+    work = f"first step of a transformer of {layers} layers, {4 * layers + 1} Linears, aot_eager"
+    goal = Goal(1.5)
+    if settings.quick or settings.divide > 1:
+        return [Row("verbs", work, "s", goal, skipped="left out of the quick run")]
+    times: dict[str, list[float]] = {kind: [] for kind in (PLAIN, OURS, peers.F_DROPOUT)}
+    for _ in range(3):
+        for kind, taken in times.items():
+            taken.append(in_child("first_compiled", kind=kind, layers=layers))
+    return [Row("verbs", work, "s", goal, {kind: Measured(tuple(t)) for kind, t in times.items()})]
+
+
 def first_step(settings: Settings) -> list[Row]:
     """The first forward and backward in a process, with no kernels in the cache, and with them."""
     tokens, width = settings.size(32), settings.size(768)

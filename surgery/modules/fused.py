@@ -69,7 +69,7 @@ def traced_forward(module: Any, x: Any) -> Tensor | None:
     (state,) = states.values()
     if not state.fusible or state.sampling != "batch" or module._dropconnect_draws:
         return None
-    if state.held_key is not None or state.group is not None:
+    if state.held_key is not None or state.group is not None or state.part is not None:
         return None
     if not (module.training or state.inference == "sample"):
         return None
@@ -79,14 +79,15 @@ def traced_forward(module: Any, x: Any) -> Tensor | None:
     thresholds, scales = row.values()
     if scales.device != raw.device or scales.dtype != law_dtype(raw.dtype):
         return None
-    if x.ndim < 2 or x.layout is not torch.strided or is_transformed():
+    if x.ndim < 2 or x.layout is not torch.strided:
         return None
     anchor = None if state.anchor is None else getattr(module, state.anchor)
     if anchor is not None and anchor.shape != raw.shape:
         return None
     look_in_trace(_note, _note_now, None, state, None, 0)
     key, kind = state.new_key(raw.device), raw.device.type
-    if kind in HAS_OPERATORS and x.dtype == raw.dtype and not torch.is_autocast_enabled(kind):
+    cast = x.dtype != raw.dtype or torch.is_autocast_enabled(kind)
+    if kind in HAS_OPERATORS and not cast and not is_transformed():
         law = key, thresholds, scales, row.index
         product: Tensor = linear_in_graph(x, raw, module.bias, anchor, *law)
         return product

@@ -19,6 +19,8 @@ from ..torch_private.tracing import is_capturing, is_scripted, is_traced
 from .laws import HasLaw, change_laws, give_laws
 from .ranks import check_alike, note_mesh, replica
 
+_DISTRIBUTED = torch.distributed.is_available()
+
 
 def live_name(name: str) -> str:
     """Name of the attribute that holds the masked weight while a forward runs, and else None."""
@@ -161,8 +163,7 @@ class SiteState(HasLaw):
     def new_key(self, device: torch.device) -> Key:
         """The key of one forward call, from the generator of the weight's device. The rank of the
         process is mixed in, or of the first one that has parts of the same weights."""
-        dist = torch.distributed
-        ranked = self.independent and dist.is_available() and dist.is_initialized()
+        ranked = self.independent and _DISTRIBUTED and torch.distributed.is_initialized()
         return draw_key(device, replica() if ranked else 0)
 
     def new_shared_key(self, weight: Any) -> Key:

@@ -186,8 +186,12 @@ def key_from_seed(seed: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def _words_of(seed: int) -> tuple[int, int]:
-    word = _scramble(seed)
-    return _signed(word), _signed(word >> 32)
+    # `_scramble`, and `_signed` of both halves, in one function: it is called for each mask on a GPU.
+    z = (seed + 0x9E3779B97F4A7C15) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    z ^= z >> 31
+    return ((z + 0x80000000) & 0xFFFFFFFF) - 0x80000000, (((z >> 32) ^ 0x80000000) - 0x80000000)
 
 
 def key_tensor(key: Key, device: torch.device | str | None = None) -> Tensor:

@@ -97,8 +97,9 @@ class Law:
 
     def fits(self, weight: Tensor) -> bool:
         """Whether the law can be used with `weight` as it is."""
-        dtype = law_dtype(weight.dtype)
-        return self.threshold.device == weight.device and self.scale.dtype == dtype
+        wide = weight.dtype == torch.float64
+        same = (self.scale.dtype == torch.float64) == wide  # `law_dtype`, asked at each forward
+        return same and self.threshold.device == weight.device
 
 
 class Mask(NamedTuple):

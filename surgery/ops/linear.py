@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..torch_private.compiler import constant_in_traces
+from ..torch_private.functional import apply_of
 from ..torch_private.modes import any_autocast
 from ..torch_private.tensors import unviewed, version_of
 from . import gpu
@@ -39,7 +40,9 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.weight, ctx.version, ctx.rest = weight, version_of(weight), rest
         mask, anchor, _ = rest
         # On a GPU, kernels convert to the dtype of the product; on the CPU, memory is used again.
-        ctx.on_gpu = mask.layout.is_elementwise and gpu.takes(weight, anchor)
+        ctx.on_gpu = (
+            gpu.is_there(weight) and mask.layout.is_elementwise and gpu.reads(weight, anchor)
+        )
         if ctx.on_gpu:
             masked = gpu.masked(weight, anchor, None, mask, x.dtype, taken=True)
             if masked is not None:
@@ -169,7 +172,11 @@ def masked_linear(
     if narrow is not None:
         x, bias = x.to(narrow), None if bias is None else bias.to(narrow)
     rest: Rest = mask, anchor, name
-    return cast(Tensor, _MaskedLinear.apply(x, weight, bias, rest))  # type: ignore[no-untyped-call]
+    found: Tensor = _apply(x, weight, bias, rest)
+    return found
+
+
+_apply = apply_of(_MaskedLinear)
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..torch_private.tensors import is_batch, is_batched, unviewed
-from ..torch_private.tracing import is_traced
+from ..torch_private.tracing import is_traced, is_transformed
 from . import gpu
 from .cpu.workspace import Block
 from .engine import by_formula, by_kernel
@@ -211,12 +211,13 @@ def drop_in_graph(
         anchor = local_anchor(anchor, layout.part)
     args: tuple[Any, ...] = (weight, anchor, key, threshold, scale)
     compute: Any = _drop_op
+    transformed = is_transformed()  # by `torch.func`, in the compiled code
     if layout.part is not None:
         compute, args = traced_part, (*args, part_places(layout, weight.device))
-    elif weight.device.type not in HAS_OPERATORS or not layout.is_elementwise:
+    elif weight.device.type not in HAS_OPERATORS or not layout.is_elementwise or transformed:
         indices = _indices_op(weight, layout.entries)
         compute, args = _formula_op, (*args, layout.view, layout.mask, indices)
-    if not torch.is_grad_enabled():
+    if transformed or not torch.is_grad_enabled():
         return cast(Tensor, compute(*args))
     used: Tensor = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
     return used

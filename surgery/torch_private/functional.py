@@ -1,10 +1,11 @@
-"""What stands behind `torch.func.functional_call`."""
+"""What stands behind `torch.func.functional_call`, and behind the `apply` of an autograd Function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.nn.utils import stateless
 
 
@@ -14,3 +15,12 @@ def wrap_functional_call(wrap: Callable[[Callable[..., Any]], Callable[..., Any]
     by whoever imports them. Without it, functional calls of operated models would take raw names only.
     """
     stateless._functional_call = wrap(stateless._functional_call)
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` for tensors outside of every transform of `torch.func`, and whose `forward` takes
+    `ctx`. That looks for transforms, and for what is left of past ones, by eight calls of Python; without
+    this, use it.
+    """
+    applied: Callable[..., Any] = super(torch.autograd.Function, function).apply
+    return applied

@@ -39,3 +39,25 @@ def test_every_functional_call_comes_by(monkeypatch: pytest.MonkeyPatch) -> None
     found = stateless.functional_call(layer, {"weight": torch.ones(2, 2)}, (x,))
     assert found.tolist() == [[2, 2], [2, 2]]
     assert seen == [(layer, {"weight"})] * 2
+
+
+@canary(functional, "super(torch.autograd.Function, _).apply")
+def test_a_function_is_applied_without_questions() -> None:
+    """It is what the public way ends with."""
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.factor = 2
+            return x * ctx.factor
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return ctx.factor * grads[0]
+
+    x = torch.ones(3, requires_grad=True)
+    for apply in (Twice.apply, functional.apply_of(Twice)):
+        found = apply(x)
+        (grad,) = torch.autograd.grad(found.sum(), x)
+        assert found.tolist() == grad.tolist() == [2, 2, 2]
+        assert type(found.grad_fn).__name__ == "TwiceBackward"

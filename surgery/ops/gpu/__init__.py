@@ -16,7 +16,7 @@ compile them for GPUs of NVIDIA and AMD.
 
 from .expectations import expect
 from .gaussians import add_twice, draw, factors
-from .launch import is_there, takes
+from .launch import is_there, reads, takes
 from .masks import drop_shared, masked
 from .products import example_gradients, example_product
 
@@ -30,5 +30,6 @@ __all__ = [
     "factors",
     "is_there",
     "masked",
+    "reads",
     "takes",
 ]

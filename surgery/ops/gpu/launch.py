@@ -42,7 +42,12 @@ def is_there(tensor: Tensor) -> bool:
 def takes(first: Tensor, *others: Tensor | None, strided: bool = False) -> bool:
     """Whether kernels can read tensors together: dense ones on one GPU, of floating dtypes, while
     nothing follows each operation. With `strided`, whether they could read contiguous copies."""
-    if not is_there(first) or is_traced() or not (compile_enabled("gpu") and has_triton()):
+    return is_there(first) and not is_traced() and reads(first, *others, strided=strided)
+
+
+def reads(first: Tensor, *others: Tensor | None, strided: bool = False) -> bool:
+    """`takes` for tensors on a GPU, in code that is not traced."""
+    if not (compile_enabled("gpu") and has_triton()):
         return False
     for tensor in (first, *others):
         if tensor is None:
@@ -71,7 +76,8 @@ class Kernel:
         self._file, self.name = file, name
         # Sums of products are rounded twice, as by the formulas.
         self._options = {"enable_fp_fusion": False, **options}
-        self._compiled: dict[Any, Any] = {}
+        self.compiled: dict[Any, Any] = {}
+        """How to launch what was compiled, by index of the device, key and constants: see `launch`."""
 
     def launch(
         self,
@@ -95,7 +101,7 @@ class Kernel:
             whether it runs; False where kernels cannot be compiled, of which a warning tells.
         """
         known = device.index, key, constants
-        run = self._compiled.get(known)
+        run = self.compiled.get(known)
         if run is not None and current_device() == device.index:
             run(grid, args + constants)
             return True
@@ -110,7 +116,7 @@ class Kernel:
                 give_up("gpu", error)
                 return False
         if device.type == "cuda" and is_compiled(compiled):
-            self._compiled[known] = runner(compiled, device.index)
+            self.compiled[known] = runner(compiled, device.index)
         return True
 
 

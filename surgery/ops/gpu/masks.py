@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..hash import SEGMENT, words
 from ..law import Layout, Mask
+from ...torch_private.gpu import current_device
 from .launch import Kernel, form, takes
 
 BLOCK = 1024
@@ -74,14 +75,28 @@ def masked(
         addresses |= grad.data_ptr()
     if anchor is not None:
         addresses |= anchor.data_ptr()
-    args = weight, anchor, grad, used, of_weight, *arguments(mask), size
-    constants = anchor is not None, grad is not None, mask.law.scale.dtype == torch.float64, BLOCK
+    key, law, _ = mask
+    numbers = law.numbers
+    if type(key) is tuple and numbers is not None:
+        threshold, scale = law.threshold, law.scale  # `arguments`, in eager code
+        args = (
+            *(weight, anchor, grad, used, of_weight, threshold, threshold, scale),
+            *(*key, 0, *numbers, 0, size),
+        )
+    else:
+        args = weight, anchor, grad, used, of_weight, *arguments(mask), size
+    constants = anchor is not None, grad is not None, law.scale.dtype == torch.float64, BLOCK
     kinds = weight.dtype, used.dtype, grad is not None and grad.dtype
     forms = *kinds, anchor is not None and anchor.dtype, size % 16 == 0, size == 1
     if addresses % 16:
         forms = *forms, *form(*args[:5])
-    done = _drop.launch((-(-size // BLOCK), 1, 1), weight.device, forms, args, constants)
-    return (used, of_weight) if done else None
+    grid, device = (-(-size // BLOCK), 1, 1), weight.device
+    run = _drop.compiled.get((device.index, forms, constants))
+    if run is not None and current_device() == device.index:
+        run(grid, args + constants)
+    elif not _drop.launch(grid, device, forms, args, constants):
+        return None
+    return used, of_weight
 
 
 Steps = tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
