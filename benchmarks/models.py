@@ -130,8 +130,8 @@ def _trainer_steps(folder: str) -> tuple[dict[str, Work], dict[str, str]]:
 
 
 def _baal_inside(base: nn.Module) -> nn.Module:
-    """baal replaces children, so the model itself stays what Trainer expects. It also sets the p of every
-    Dropout to 0, which saves what these take: here they stay, as in all other contenders."""
+    """baal replaces children, so the model itself stays what Trainer expects. It also sets the p of
+    each Dropout to 0, which saves what these take: here they stay, as in all other contenders."""
     patch = peers.load(peers.BAAL).patch_module
     model: nn.Module = patch(copy.deepcopy(base), ["Linear"], weight_dropout=P)
     for name, module in base.named_modules():

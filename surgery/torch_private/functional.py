@@ -18,9 +18,10 @@ def wrap_functional_call(wrap: Callable[[Callable[..., Any]], Callable[..., Any]
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` for tensors outside of every transform of `torch.func`, and whose `forward` takes
-    `ctx`. That looks for transforms, and for what is left of past ones, by eight calls of Python; without
+    """`function.apply` outside of every transform of `torch.func`, where `forward` takes `ctx`.
+
+    That one looks for transforms, and for what is left of past ones, by eight calls of Python; without
     this, use it.
     """
-    applied: Callable[..., Any] = super(torch.autograd.Function, function).apply
+    applied: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return applied

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...torch_private.gpu import current_device
 from ..hash import SEGMENT, words
 from ..law import Layout, Mask
-from ...torch_private.gpu import current_device
 from .launch import Kernel, form, takes
 
 BLOCK = 1024
