@@ -126,7 +126,10 @@ def build(case: Case) -> Built:
     Raises:
         NotBuilt: no size or no input suits; the reason of the first try.
     """
-    cls = class_of(case)
+    try:
+        cls = class_of(case)
+    except ImportError as error:
+        raise NotBuilt(f"not made: {line_of(error)}") from error
     reasons: list[str] = []
     failures = 0
     try:
