@@ -14,6 +14,7 @@ import transformers
 
 import surgery
 
+from .models import cases
 from .run import Result
 
 PASSED, REFUSED, FAILED, EMPTY, NOT_BUILT = (
@@ -55,8 +56,8 @@ REASONS = {
 """Groups of what was not built: what its reason says, and the name of the group."""
 
 
-def page(results: Iterable[Result]) -> str:
-    """The whole page, from the results of a sweep."""
+def page(results: Iterable[Result], missing: Sequence[str] = ()) -> str:
+    """The whole page, from the results of a sweep and the cases that it did not reach."""
     known = {str(one["case"]): one for one in results}
     types = [one for one in known.values() if not one["head"]]
     heads = [one for one in known.values() if one["head"]]
@@ -67,6 +68,7 @@ def page(results: Iterable[Result]) -> str:
         _refused([*types, *heads]),
         _failed([*types, *heads]),
         _not_built([*types, *heads]),
+        _section("Not reached", {"the sweep was cut off before": list(missing)}),
         _left_out([*types, *heads]),
         _passed(types, heads),
     ]
@@ -176,4 +178,7 @@ def _wrapped(cases: Sequence[str]) -> list[str]:
 
 def write(results: Iterable[Result], path: Path) -> None:
     """Write the page."""
-    path.write_text(page(results), encoding="utf-8")
+    found = list(results)
+    known = {one["case"] for one in found}
+    missing = [str(case) for case in cases() if str(case) not in known]
+    path.write_text(page(found, missing), encoding="utf-8")
