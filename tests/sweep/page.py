@@ -159,11 +159,11 @@ def _section(
     if not any(groups.values()):
         return ""
     lines = [f"## {title}", "", *([note] if note else [])]
-    for reason, cases in sorted(groups.items(), key=lambda group: -len(group[1])):
-        if not cases:
+    for reason, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+        if not names:
             continue
-        many = f"{len(cases)}, {what}" if what else f"{len(cases)}"
-        lines += [f"**{_plain(reason)}** ({many}):", *_wrapped(cases), ""]
+        many = f"{len(names)}, {what}" if what else f"{len(names)}"
+        lines += [f"**{_plain(reason)}** ({many}):", *_wrapped(names), ""]
     return "\n".join(lines)
 
 
