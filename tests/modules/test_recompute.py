@@ -86,6 +86,12 @@ def test_saves_what_the_plain_module_saves_without_the_weight(options) -> None:
     assert sorted(ours) == sorted([size for size in plain if size != WEIGHT])
 
 
+def test_saves_no_weight_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert WEIGHT in saved_sizes(nn.Linear(IN, OUT))
+        assert WEIGHT not in saved_sizes(linear())
+
+
 def test_tensors_without_memory_are_all_saved() -> None:
     """They have one address, so that none can be told to be the masked weight."""
     sizes = saved_sizes(linear(unit="input").to("meta"))
