@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..torch_private.modes import outside_of_inference
 from .hash import Key
 from .part import Part
 
@@ -81,7 +82,7 @@ class Law:
     def of(cls, p: float, device: torch.device, dtype: torch.dtype) -> Law:
         """The law of probability `p` for weights of that device and dtype."""
         threshold, scale = law_numbers(p)
-        with torch.inference_mode(False):  # a law made in inference serves training too
+        with outside_of_inference():  # a law made in inference serves training too
             return cls(
                 torch.tensor(threshold, dtype=torch.int32, device=device),
                 torch.tensor(scale, dtype=law_dtype(dtype), device=device),
@@ -92,7 +93,7 @@ class Law:
     def ratio(self) -> Tensor:
         """p / (1 - p), the variance of what multiplies a weight, or 0 if everything is dropped: for
         eager code."""
-        with torch.inference_mode(False), torch.no_grad():
+        with outside_of_inference():
             return torch.where(self.scale == 0, 0, self.scale - 1)
 
     def fits(self, weight: Tensor) -> bool:

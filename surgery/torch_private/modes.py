@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
+
+
+def outside_of_inference() -> AbstractContextManager[Any]:
+    """`torch.inference_mode(False)` where inference mode is on, and nothing elsewhere: an interrupt at
+    its end could leave autograd for the thread as it is inside of a function, switched off."""
+    on = torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if on else nullcontext()
 
 
 @contextmanager
@@ -18,7 +25,7 @@ def lasting() -> Iterator[None]:
     Without `_DisableFuncTorch` and `_disable_current_modes`, what is made once and kept could be a
     wrapper of a transform, or a fake tensor, which is worth nothing when that has ended.
     """
-    with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
+    with outside_of_inference(), torch._C._DisableFuncTorch(), _disable_current_modes():
         yield
 
 

@@ -39,11 +39,12 @@ class MCPrediction:
 
     def cpu(self) -> MCPrediction:
         """The same on the CPU."""
-        moved: Any = (one.cpu() if isinstance(one, Tensor) else one for one in self._values())
+        moved: Any = (one.cpu() if isinstance(one, Tensor) else one for one in _fields_of(self))
         return MCPrediction(*moved)
 
-    def _values(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, one.name) for one in fields(self))
+
+def _fields_of(prediction: MCPrediction) -> tuple[Any, ...]:
+    return tuple(getattr(prediction, one.name) for one in fields(prediction))
 
 
 def joined(parts: Sequence[MCPrediction]) -> MCPrediction:
@@ -60,7 +61,7 @@ def joined(parts: Sequence[MCPrediction]) -> MCPrediction:
             f"outputs of batches have different shapes after the rows: {sorted(shapes)}; pad all "
             "batches to one length, or call mc_predict for each batch"
         )
-    columns = zip(*(part._values() for part in parts))
+    columns = zip(*map(_fields_of, parts))
     whole: Any = (torch.cat(one) if isinstance(one[0], Tensor) else one[0] for one in columns)
     return MCPrediction(*whole)
 

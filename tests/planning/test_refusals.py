@@ -247,7 +247,11 @@ def test_not_a_module(bad: Any) -> None:
         ({"targets": {"0": 2.0}}, ValueError, "p in targets"),
         ({"targets": []}, SurgeryError, "targets must be a pattern, a module class"),
         ({"targets": 3}, SurgeryError, "targets must be a pattern, a module class"),
-        ({"targets": [None]}, SurgeryError, "targets: expected a pattern or a module class"),
+        (
+            {"targets": [None]},
+            SurgeryError,
+            "targets: expected a pattern, a module class or a function",
+        ),
         ({"targets": int}, SurgeryError, "int is not a torch.nn.Module class"),
         ({"targets": "re:("}, SurgeryError, "'re:(' is not a regular expression"),
         ({"targets": "0", "exclude": "0"}, NoMatchError, "nothing is left"),

@@ -114,6 +114,10 @@ def run_traced(call: Callable[[], Any], tracer: AtOpcode) -> bool:
         call()
     except KeyboardInterrupt:
         return True
+    except Exception:  # compiled code of a library may make another error of an interrupt
+        if tracer.left is None or tracer.seen < tracer.left:
+            raise
+        return True
     finally:
         sys.settrace(None)
     return False

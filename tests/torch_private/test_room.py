@@ -20,11 +20,11 @@ HOUSE = [
     if path.parent != ROOM
 ]
 
-OF_PYTHON = ("_getframe", "_is_owned", "_fields")
+OF_PYTHON = ("_getframe", "_is_owned", "_fields", "_replace")
 """Of `sys`, of locks and of named tuples."""
 
-OF_OTHERS = ("_save",)
-"""Of `transformers.Trainer`; its canary is in tests/adapters."""
+OF_OTHERS = ("_save", "_compiler_ctx", "_average_model")
+"""Of `transformers.Trainer` and of Lightning; canaries are in tests/adapters and tests/libraries."""
 
 ASKING = ("getattr", "hasattr", "setattr", "delattr", "attrgetter", "methodcaller")
 
