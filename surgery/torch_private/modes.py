@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 def outside_of_inference() -> AbstractContextManager[Any]:
     """`torch.inference_mode(False)` where inference mode is on, and nothing elsewhere: an interrupt at
     its end could leave autograd for the thread as it is inside of a function, switched off."""
-    on = torch.is_inference_mode_enabled()
+    on = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
     return torch.inference_mode(False) if on else nullcontext()
 
 

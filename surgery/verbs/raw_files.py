@@ -2,7 +2,7 @@
 
 A state dict that is written for others should have plain keys, and who writes it by hand or with a
 library that is not taught gets raw ones. Functions that write files see keys and no model, so a key
-counts as raw if a model that was operated on in this process has a parameter which is called so.
+counts as raw if a model that was operated on in this process has a parameter of that name and shape.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..modules.places import places
@@ -73,9 +74,13 @@ def quiet() -> Iterator[None]:
 
 
 def _warn(state_dict: Mapping[Any, Any], file: Any) -> None:
-    raw = [key for key, value in state_dict.items() if _may_be_raw(key, value)]
-    names = _raw_names() if raw else set()
-    raw = [key for key in raw if any(key == name or key.endswith(f".{name}") for name in names)]
+    like_raw = {key: value for key, value in state_dict.items() if _may_be_raw(key, value)}
+    known = _raw_shapes() if like_raw else set()
+    raw = [
+        key
+        for key, value in like_raw.items()
+        if any(value.shape == shape and f".{key}".endswith(f".{name}") for name, shape in known)
+    ]
     if raw:
         warnings.warn(
             f"{file if isinstance(file, str) else 'a file'} gets raw keys ({raw[0]!r}; {len(raw)} in "
@@ -90,11 +95,11 @@ def _may_be_raw(key: Any, value: Any) -> bool:
     return isinstance(key, str) and key.endswith(RAW) and isinstance(value, Tensor)
 
 
-def _raw_names() -> set[str]:
-    """The raw keys of the models that are operated now: with the last module of the name only, since
-    what is written may be a part of a model, or have it in a part."""
-    names = set()
-    for model in list(_operated):
-        for place in places(model):
-            names.add(join(place.name.rpartition(".")[2], place.state.raw))
-    return names
+def _raw_shapes() -> set[tuple[str, torch.Size]]:
+    """The raw keys of the models that are operated now, and shapes: with the last module of the name
+    only, since what is written may be a part of a model, or have it in a part."""
+    return {
+        (join(place.name.rpartition(".")[2], place.state.raw), place.raw.shape)
+        for model in list(_operated)
+        for place in places(model)
+    }

@@ -18,8 +18,8 @@ from surgery import apply_dropconnect, plain_state_dict, strip_dropconnect
 
 def operated(**options: Any) -> nn.Sequential:
     model = nn.Sequential()
-    model.add_module("fc", nn.Linear(3, 3))
-    return apply_dropconnect(model, "fc", p=0.3, **options)
+    model.add_module("part", nn.Linear(3, 3))
+    return apply_dropconnect(model, "part", p=0.3, **options)
 
 
 def own_copy(state: Any) -> dict[str, torch.Tensor]:
@@ -38,7 +38,7 @@ SAVERS: dict[str, Callable[[Any, Path], Any]] = {
 def test_raw_keys_warn(tmp_path: Path, way: str) -> None:
     model = operated()
     with pytest.warns(
-        UserWarning, match=r"raw keys \('fc.weight_raw'; 1 in all\).*plain_state_dict"
+        UserWarning, match=r"raw keys \('part.weight_raw'; 1 in all\).*plain_state_dict"
     ):
         SAVERS[way](own_copy(model.state_dict()), tmp_path / "file")
 
@@ -65,6 +65,7 @@ def test_no_warning(tmp_path: Path, way: str) -> None:
     model, file = operated(toward="pretrained"), tmp_path / "file"
     SAVERS[way](own_copy(plain_state_dict(model)), file)
     SAVERS[way]({"weight_raw": torch.ones(2), "other.weight_raw": torch.ones(2)}, file)
+    SAVERS[way]({"part.weight_raw": torch.ones(3, 5)}, file)
     state = own_copy(model.state_dict())
     strip_dropconnect(model)
     SAVERS[way](state, file)
