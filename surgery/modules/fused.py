@@ -18,7 +18,7 @@ from ..ops.law import law_dtype
 from ..ops.linear_operators import linear_in_graph
 from ..ops.mask import HAS_OPERATORS, drop_in_graph
 from ..ops.ordinary import is_dense
-from ..torch_private.compiler import look_in_trace, object_of
+from ..torch_private.compiler import is_exporting, look_in_trace, object_of
 from ..torch_private.tracing import is_scripted, is_traced, is_transformed
 from .masking import check_anchor
 from .state import SiteState
@@ -64,7 +64,7 @@ def traced_forward(module: Any, x: Any) -> Tensor | None:
     Where operators stand for the formula, the whole product is one, and one more its backward.
     """
     states = module._dropconnect
-    if len(states) != 1 or type(x) is not Tensor or torch.compiler.is_exporting():
+    if len(states) != 1 or type(x) is not Tensor or is_exporting():
         return None
     (state,) = states.values()
     if not state.fusible or state.sampling != "batch" or module._dropconnect_draws:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ops.hash import Key, draw_key_from, key_tensor
 from ..spec.errors import SurgeryError
 from ..torch_private.checkpoints import Around, around
-from ..torch_private.compiler import constant_in_traces
+from ..torch_private.compiler import constant_in_traces, is_exporting
 from ..torch_private.tracing import backward_number, is_capturing, is_traced
 from .places import places
 from .ranks import replica
@@ -57,7 +57,7 @@ class OwnGeneratorState(SiteState):
             SurgeryError: the model is exported.
         """
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting():
+            if is_exporting():
                 raise SurgeryError(_not_here(self.site, "torch.export would make it a constant"))
             _prepare_outside()
             return _outside_of_the_graph(self, device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..torch_private.compiler import is_exporting
 from ..torch_private.tensors import is_batch, is_batched, unviewed
 from ..torch_private.tracing import is_traced, is_transformed
 from . import gpu
@@ -259,7 +260,7 @@ def drop(
     if is_sharded(weight):
         local = drop(local_part(weight), anchor, local_mask(weight, mask), dtype)
         return sharded_as(weight, local)
-    compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    compiling = torch.compiler.is_dynamo_compiling() and not is_exporting()
     if compiling and dtype is None and mask.layout.entries <= SEGMENT:
         law = mask.law
         key = key_tensor(mask.key, weight.device)  # one that is held was drawn in eager code

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
+import torch
 from torch import Tensor, fx
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -19,6 +20,13 @@ def constant_in_traces(function: Function) -> Function:
     takes what it returns for a constant. That one imports dynamo."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant_in_traces
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting()`, to which the dynamo of torch 2.9 answers yes in all compiled
+    code."""
+    return torch.compiler.is_exporting()
 
 
 def has_dynamo() -> bool:
