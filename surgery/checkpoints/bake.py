@@ -18,7 +18,7 @@ from ..spec.errors import NoMatchError, SurgeryError
 from ..spec.forms import shown
 from ..spec.names import anchor_name
 from ..spec.saved import PLAN_FILE
-from ..verbs.bake import baked_key
+from ..verbs.bake import baked_key, check_seed
 from ..verbs.checkpoint import digest
 from .copying import Progress, Range, copy, nobody, write_all
 from .header import Header
@@ -115,7 +115,7 @@ def bake_checkpoint(
         OSError: a file cannot be read or written.
     """
     path, target = Path(source), Path(out)
-    seed = secrets.randbits(63) if seed is None else seed
+    seed = secrets.randbits(63) if seed is None else check_seed(seed)
     weights = read_weights(path)
     roles = Roles(weights.tensors(), weights.plan)
     roles.check()

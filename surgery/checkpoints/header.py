@@ -179,7 +179,12 @@ def encoded(
     Args:
         entries, metadata: see `Header`.
         data_at: where the data shall begin, if that is possible; None is as early as they can.
+
+    Raises:
+        SurgeryError: a tensor has the name that the format keeps for metadata.
     """
+    if _METADATA in entries:
+        raise SurgeryError(f"a tensor is called {_METADATA!r}, which safetensors keeps for itself")
     form: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
     for key, entry in entries.items():
         places = [entry.start, entry.end]

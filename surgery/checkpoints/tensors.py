@@ -173,7 +173,10 @@ def write_tensor(file: BinaryIO, tensor: Tensor) -> None:
 
 def _parts(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor, so many at a time. numpy may not be there."""
-    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    whole = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    flat = whole.as_strided((whole.numel(),), (1,)).view(
+        torch.uint8
+    )  # strides of one entry are any
     block = bytearray(BLOCK)
     as_tensor = torch.frombuffer(block, dtype=torch.uint8)
     for part in flat.split(BLOCK):

@@ -22,6 +22,7 @@ from ..ops.part_mask import spread_as
 from ..planning.graphs import GraphSurgeon, Nodes, Survey, graph_surgeon
 from ..planning.prepare import Change, Prepared
 from ..spec.errors import NotOperatedError, SurgeryError, raise_all
+from ..torch_private.modes import outside_of_inference
 from .swap import plain_names, swap, unswap
 
 Anchors = Mapping[str, Tensor]
@@ -96,7 +97,8 @@ def _anchors(change: Change, known: dict[int, Tensor]) -> dict[str, Tensor]:
         parameter = plain_parameters(change.module)[name]
         if parameter is not None:
             if id(parameter) not in known:
-                known[id(parameter)] = parameter.detach().clone()
+                with outside_of_inference():
+                    known[id(parameter)] = parameter.detach().clone()
             anchors[state.anchor] = known[id(parameter)]
     return anchors
 

@@ -17,6 +17,7 @@ from ..ops.hash import key_from_seed
 from ..ops.part_mask import is_sharded
 from ..spec.errors import NotOperatedError, raise_all
 from ..spec.plan import join
+from ..torch_private.modes import outside_of_inference
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -45,18 +46,29 @@ def bake_dropconnect(
         SurgeryError: a site has `sampling="gaussian"`, which draws no masks, or cannot be made plain
             now (see `strip_dropconnect`); the model is as it was.
         ValueError: both a seed and a generator are given.
+        TypeError: the seed is no integer.
     """
     if seed is not None and generator is not None:
         raise ValueError("give a seed or a generator, not both")
     if seed is None:
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=_device(generator)))
+    check_seed(seed)
     at = list(places(model))
     if not at:
         raise NotOperatedError(f"{type(model).__name__} has no DropConnect in place to bake")
     raise_all(_no_masks(at), "bake")
-    undo(model, values=list(_baked(at, seed)))
+    with outside_of_inference():  # the model can be trained afterwards
+        values = list(_baked(at, seed))
+    undo(model, values=values)
     release()
     return model
+
+
+def check_seed(seed: Any) -> int:
+    """The seed, or a `TypeError`: of what is no integer another process would make other masks."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer; got {type(seed).__name__}")
+    return seed
 
 
 def baked_key(seed: int, name: str) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modules.walk import unwrapped
 from ..spec.errors import SurgeryError
 from ..torch_private.trees import keystr, tree_leaves_with_path, tree_map
 
@@ -96,7 +97,7 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _taken(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """As many positional arguments as the forward takes: of `(x, y)` only `x` where it has no second
     one."""
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = inspect.signature(unwrapped(model).forward).parameters.values()
     if any(one.kind is one.VAR_POSITIONAL for one in parameters):
         return args
     places = [
@@ -107,7 +108,7 @@ def _taken(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _without_labels(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Without labels, but for those that the forward cannot do without."""
-    parameters = inspect.signature(model.forward).parameters
+    parameters = inspect.signature(unwrapped(model).forward).parameters
     needed = {name for name, one in parameters.items() if one.default is one.empty}
     return {k: v for k, v in kwargs.items() if k not in LABELS or k in needed}
 

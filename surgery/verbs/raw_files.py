@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..modules.places import places
 from ..spec.names import RAW
@@ -92,7 +93,9 @@ def _warn(state_dict: Mapping[Any, Any], file: Any) -> None:
 
 
 def _may_be_raw(key: Any, value: Any) -> bool:
-    return isinstance(key, str) and key.endswith(RAW) and isinstance(value, Tensor)
+    if not (isinstance(key, str) and key.endswith(RAW) and isinstance(value, Tensor)):
+        return False
+    return not (value.is_nested or is_lazy(value))  # these have no shape
 
 
 def _raw_shapes() -> set[tuple[str, torch.Size]]:

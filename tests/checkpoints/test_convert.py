@@ -284,3 +284,26 @@ def test_wrong_use(tmp_path: Path) -> None:
 def test_the_help_and_the_page_name_every_convention() -> None:
     page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
     assert all(f"`{name}`" in page for name in CONVENTIONS)
+
+
+def test_views_arrive_as_their_values(tmp_path: Path) -> None:
+    long = torch.arange(6.0)
+    views = {
+        "strided": long[::2],
+        "one": long[::2][:1],
+        "expanded": torch.ones(1).expand(5),
+        "column": torch.randn(3, 2)[:, 0],
+        "turned": torch.randn(2, 3).T,
+        "conjugate": torch.randn(2, dtype=torch.complex64).conj(),
+    }
+    torch.save({"l.weight_raw": torch.randn(2, 3), **views}, tmp_path / "in.pt")
+    convert_checkpoint(tmp_path / "in.pt", tmp_path / "out.safetensors", "surgery")
+    found = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in views.items())
+
+
+def test_a_tensor_with_the_name_of_the_metadata_is_refused(tmp_path: Path) -> None:
+    torch.save({"w_raw": torch.ones(2), "__metadata__": torch.ones(2)}, tmp_path / "in.pt")
+    with pytest.raises(SurgeryError, match="'__metadata__', which safetensors keeps"):
+        convert_checkpoint(tmp_path / "in.pt", tmp_path / "out.safetensors", "surgery")
+    assert not (tmp_path / "out.safetensors").exists()

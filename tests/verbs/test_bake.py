@@ -174,3 +174,25 @@ def test_what_cannot_be_baked_is_refused_and_left_alone() -> None:
     with pytest.raises(SurgeryError, match="its class was changed to Changed"):
         bake_dropconnect(inner, 0)
     assert Snapshot(inner) == before
+
+
+@pytest.mark.parametrize("seed", [torch.Generator(), "1", 1.0, True], ids=lambda seed: type(seed).__name__)
+def test_a_seed_is_an_integer(seed) -> None:
+    model = apply_dropconnect(nn.Sequential(nn.Linear(3, 3)), "0", p=0.5)
+    before = Snapshot(model)
+    with pytest.raises(TypeError, match="seed must be an integer"):
+        bake_dropconnect(model, seed)
+    assert Snapshot(model) == before
+
+
+def test_in_inference_mode() -> None:
+    """What surgery makes there (anchors, baked weights) can be trained afterwards."""
+    baked, mixed = (nn.Sequential(nn.Linear(3, 3)) for _ in range(2))
+    apply_dropconnect(baked, "0", p=0.5)
+    with torch.inference_mode():
+        bake_dropconnect(baked, 1)
+        apply_dropconnect(mixed, "0", p=0.5, toward="pretrained")
+    for model in (baked, mixed):
+        model(torch.randn(2, 3)).sum().backward()
+        model.load_state_dict(model.state_dict())
+        assert not any(tensor.is_inference() for tensor in model.state_dict().values())

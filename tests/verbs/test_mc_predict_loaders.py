@@ -273,3 +273,11 @@ def test_a_model_of_transformers_and_its_collator(tiny: Any) -> None:
     whole = transformers.default_data_collator(rows)
     del whole["labels"]
     assert_equal(mc_predict(model, data, 4, seed=0), mc_predict(model, whole, 4, seed=0), rtol=1e-4)
+
+
+def test_labels_are_left_out_of_a_wrapped_model_too() -> None:
+    model, x = classifier(), torch.randn(4, 6)
+    wrapped: Any = torch.compile(model, backend="eager")
+    for one in (model, wrapped):
+        found = mc_predict(one, iter([(x, torch.zeros(4))]), samples=2, seed=0)
+        assert found.mean.shape[0] == 4

@@ -83,3 +83,9 @@ def test_models_are_not_kept() -> None:
     del model
     gc.collect()
     assert there() is None
+
+
+def test_tensors_without_a_shape_are_left_alone(tmp_path: Path) -> None:
+    model = operated()
+    torch.save({"part.weight_raw": nn.UninitializedParameter()}, tmp_path / "lazy.pt")
+    assert model.training
