@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from ..base.torch_names import WRITERS, canonical
+from ..torch_private.modes import outside_of_inference
 from ..torch_private.tensors import version_of
 from .pieces import Piece, disjoint
 from .scope import Deferred
@@ -216,7 +217,7 @@ class Gaussian(Deferred):
         if self.shown is None:
             value = self.expectation()
             if value.is_inference():  # such a tensor does not count writes
-                with torch.inference_mode(False):
+                with outside_of_inference():
                     value = value.clone()
             self.shown = value, version_of(value)
         return self.shown[0]

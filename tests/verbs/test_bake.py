@@ -176,7 +176,9 @@ def test_what_cannot_be_baked_is_refused_and_left_alone() -> None:
     assert Snapshot(inner) == before
 
 
-@pytest.mark.parametrize("seed", [torch.Generator(), "1", 1.0, True], ids=lambda seed: type(seed).__name__)
+@pytest.mark.parametrize(
+    "seed", [torch.Generator(), "1", 1.0, True], ids=lambda seed: type(seed).__name__
+)
 def test_a_seed_is_an_integer(seed) -> None:
     model = apply_dropconnect(nn.Sequential(nn.Linear(3, 3)), "0", p=0.5)
     before = Snapshot(model)
