@@ -8,6 +8,7 @@ activations where one is assumed: so the mesh is remembered for the process.
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -19,12 +20,23 @@ from ..torch_private.tracing import is_traced
 _known: list[tuple[int, int]] = []
 """Of the largest mesh that shares a model with this process: how many processes, and the first one."""
 
+_world: list[Any] = []
+"""The process group in which that is so, as a weak reference: ranks mean something else in another."""
+
 
 def note_mesh(mesh: Any) -> None:
     """Remember that the processes of a mesh share a model."""
     size, first = _of_mesh(mesh)
-    if not _known or _known[0][0] < size:
+    if size > (_known[0][0] if _is_known() else 1):
         _known[:] = [(size, first)]
+        _world[:] = [weakref.ref(torch.distributed.group.WORLD)]
+
+
+def _is_known() -> bool:
+    if not _known or torch.compiler.is_compiling():  # no graph is compiled anew for another group
+        return bool(_known)
+    world = _world[0]()
+    return world is not None and world is torch.distributed.group.WORLD
 
 
 @functools.lru_cache(maxsize=256)
@@ -36,7 +48,7 @@ def _of_mesh(mesh: Any) -> tuple[int, int]:
 def replica() -> int:
     """In distributed training, a number that processes have in common if they share a model, and no
     others have: the rank of the first of them."""
-    return _known[0][1] if _known else torch.distributed.get_rank()
+    return _known[0][1] if _is_known() else torch.distributed.get_rank()
 
 
 def check_alike(key: Key, mesh: Any, site: str) -> None:
