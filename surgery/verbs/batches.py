@@ -3,7 +3,6 @@ tensors that have the batch as their first dimension."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -11,12 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules.walk import unwrapped
 from ..spec.errors import SurgeryError
 from ..torch_private.trees import keystr, tree_leaves_with_path, tree_map
-
-LABELS = ("labels", "label", "label_ids")
-"""What batches of training sets have beside the inputs."""
+from .arguments import Arguments, Forward
 
 Select = str | Callable[[Any], Any] | None
 """Which part of an output is looked at: its name, a function of the output, or None."""
@@ -32,14 +28,13 @@ class Batch:
     """Examples: the first size of the tensors."""
 
     @classmethod
-    def of(cls, inputs: Any) -> Batch:
-        """A tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+    def of(cls, arguments: Arguments) -> Batch:
+        """The arguments that a forward is given.
 
         Raises:
             SurgeryError: the first sizes of the tensors differ, or there is no tensor.
         """
-        args, kwargs = _arguments(inputs)
-        return cls(args, kwargs, _rows_of(args, kwargs))
+        return cls(*arguments, _rows_of(*arguments))
 
     def call(self, model: nn.Module, count: int = 1) -> Any:
         """What the model returns for so many repetitions of the batch, one after the other."""
@@ -67,50 +62,22 @@ def is_loader(inputs: Any) -> bool:
     )
 
 
-def batches_of(loader: Iterable[Any], model: nn.Module, device: torch.device) -> Iterator[Batch]:
-    """The batches of a loader, on a device, without what the forward does not need: labels, and what
-    comes after its last positional argument.
+def batches_of(loader: Iterable[Any], forward: Forward, device: torch.device) -> Iterator[Batch]:
+    """The batches of a loader, on a device, without what the forward does not need.
 
     Raises:
-        SurgeryError: a batch has sizes that differ; the message says which batch.
+        SurgeryError: the forward does not take a batch, or it has sizes that differ; the message says
+            which batch.
     """
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
     for index, inputs in enumerate(loader):
-        args, kwargs = _arguments(inputs)
-        args, kwargs = tree_map(
-            lambda value: value.to(device) if isinstance(value, Tensor) else value,
-            (_taken(model, args), _without_labels(model, kwargs)),
-        )
         try:
-            yield Batch(args, kwargs, _rows_of(args, kwargs))
+            yield Batch.of(tree_map(moved, forward.taken(inputs)))
         except SurgeryError as error:
             raise SurgeryError(f"batch {index} of the loader: {error}") from None
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, (tuple, list)):
-        return tuple(inputs), {}
-    return (inputs,), {}
-
-
-def _taken(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """As many positional arguments as the forward takes: of `(x, y)` only `x` where it has no second
-    one."""
-    parameters = inspect.signature(unwrapped(model).forward).parameters.values()
-    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
-        return args
-    places = [
-        one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
-    ]
-    return args[: len(places)]
-
-
-def _without_labels(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Without labels, but for those that the forward cannot do without."""
-    parameters = inspect.signature(unwrapped(model).forward).parameters
-    needed = {name for name, one in parameters.items() if one.default is one.empty}
-    return {k: v for k, v in kwargs.items() if k not in LABELS or k in needed}
 
 
 def _rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -129,8 +96,14 @@ def _rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
                 inside[f"{name}{keystr(path)}"] = tuple(leaf.shape)
     shapes = found or inside
     sizes = {shape[0] for shape in shapes.values()}
+    if not shapes:
+        types = ", ".join(type(value).__name__ for value in (*args, *kwargs.values()))
+        raise SurgeryError(
+            f"got no tensor, but ({types}). Arrays become tensors by torch.as_tensor, a data set comes "
+            "in a DataLoader"
+        )
     if len(sizes) != 1 or 0 in sizes:
-        described = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "no tensor"
+        described = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise SurgeryError(
             f"every input tensor must have the batch as its first dimension; got {described}. Move the "
             "batch there, or expand what all examples share"
@@ -142,7 +115,7 @@ def tensor_of(outputs: Any, rows: int, select: Select) -> Tensor:
     """The tensor of an output that is looked at: what `select` says, else `logits`, else the first one.
 
     Raises:
-        SurgeryError: there is none, or it has not one row for each example.
+        SurgeryError: there is none, it has not one row for each example, or it holds no real numbers.
     """
     if callable(select):
         chosen = select(outputs)
@@ -156,8 +129,8 @@ def tensor_of(outputs: Any, rows: int, select: Select) -> Tensor:
     else:
         logits = _named(outputs, "logits")
         found = list(_tensors_in(outputs if logits is None else logits))
-        chosen = next((one for one in found if one.ndim and len(one) == rows), None)
-        chosen = next(iter(found), None) if chosen is None else chosen
+        rowed = [one for one in found if one.ndim and len(one) == rows] or found
+        chosen = next((one for one in rowed if one.is_floating_point()), next(iter(rowed), None))
     if not isinstance(chosen, Tensor):
         raise SurgeryError(
             f"the model returned a {type(outputs).__name__}, in which there is no tensor to look at; "
@@ -167,6 +140,12 @@ def tensor_of(outputs: Any, rows: int, select: Select) -> Tensor:
         raise SurgeryError(
             f"the output has shape {tuple(chosen.shape)}, but the batch has {rows} rows; it must "
             "come first"
+        )
+    if not chosen.is_floating_point():
+        raise SurgeryError(
+            f"the output has {chosen.dtype}: of decisions neither mean nor entropy says anything. Give "
+            "output=, the name of the logits or a function that returns them; for shares of votes, one "
+            "that returns one_hot(...).float(), with class_dim=None"
         )
     return chosen
 

@@ -80,7 +80,7 @@ class Totals:
 
     def add(self, outputs: Tensor) -> None:
         """`outputs` is (samples, batch, ...)."""
-        outputs = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         n, mean = len(outputs), outputs.mean(0)
         total = self.count + n
         gap = mean - self.mean

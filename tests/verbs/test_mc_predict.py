@@ -229,11 +229,17 @@ def test_wrong_arguments() -> None:
         mc_predict(model, x, batch_size=0)
     with pytest.raises(NotOperatedError, match="Linear has no DropConnect in place to sample"):
         mc_predict(nn.Linear(6, 2), x)
-    message = r"batch as its first dimension; got inputs\[0\] \(5, 6\), inputs\[1\] \(4,\). Move"
+    message = r"batch as its first dimension; got inputs\[0\] \(5, 6\), inputs\[1\] \(4, 6\). Move"
     with pytest.raises(SurgeryError, match=message):
-        mc_predict(model, (x, torch.randn(4)))
+        mc_predict(apply_dropconnect(nn.Bilinear(6, 6, 2), "weight"), (x, torch.randn(4, 6)))
     with pytest.raises(SurgeryError, match="got no tensor"):
-        mc_predict(model, {"a": 1})
+        mc_predict(model, {"input": 1})
+    for seed in (2**64, -(2**63) - 1):
+        with pytest.raises(ValueError, match=r"seed must lie in \[-2\*\*63, 2\*\*64\)"):
+            mc_predict(model, x, seed=seed)
+    for no_integer in (1.0, True, "1"):
+        with pytest.raises(TypeError, match="seed must be an integer"):
+            mc_predict(model, x, seed=no_integer)  # type: ignore[arg-type]
 
 
 def test_wrong_outputs() -> None:
@@ -248,6 +254,35 @@ def test_wrong_outputs() -> None:
         SurgeryError, match=r"the output has shape \(4,\), but the batch has 5 rows"
     ):
         mc_predict(summed, x, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    "decide", [lambda u: u.argmax(-1), lambda u: u > 0, lambda u: {"logits": u.argmax(-1)}]
+)
+@pytest.mark.parametrize("samples", [2, 9])
+def test_decisions_have_no_mean(decide: Any, samples: int) -> None:
+    model, x = nn.Sequential(classifier(), Returns(decide)), torch.randn(5, 6)
+    with pytest.raises(
+        SurgeryError, match=r"the output has torch\.(int64|bool): of decisions neither"
+    ):
+        mc_predict(model, x, samples)
+
+
+def test_shares_of_votes() -> None:
+    """What the error says to do instead."""
+    inner, x = classifier(), torch.randn(5, 6)
+    model = nn.Sequential(inner, Returns(lambda u: (u.argmax(-1), u)))
+    assert torch.equal(
+        mc_predict(model, x, 9, seed=1).mean, mc_predict(inner, x, 9, seed=1).mean
+    )  # of both, the real numbers
+    stack = Stack(inner)
+    mc_predict(stack, x, 9, seed=1)
+    votes = nn.functional.one_hot(stack.samples(5).argmax(-1), 4).double().mean(0)
+    found = mc_predict(
+        model, x, 9, seed=1, class_dim=None,
+        output=lambda out: nn.functional.one_hot(out[0], 4).float(),
+    )  # fmt: skip
+    torch.testing.assert_close(found.mean.double(), votes)
 
 
 class Returns(nn.Module):
