@@ -54,7 +54,7 @@ def fused_forward(module: Any, x: Any) -> Tensor | None:
     bias = parameters.get("bias")
     if bias is None:  # there is none, or it is an attribute: pruned or parametrized
         bias = module.bias
-    law, key = state.law_for(raw), state.new_key(raw.device)
+    law, key = state.law_now(raw), state.new_key(raw.device)
     return masked_linear(x, raw, bias, key, law, state.layout, anchor, state.name)
 
 

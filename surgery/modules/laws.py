@@ -26,7 +26,7 @@ from ..base.journal import Lock, restoring
 from ..ops import Law
 from ..ops.law import law_dtype, law_numbers
 from ..torch_private.modes import lasting
-from ..torch_private.tracing import is_capturing
+from ..torch_private.tracing import is_capturing, is_graphed
 
 _shared: WeakValueDictionary[tuple[float, torch.device, torch.dtype], Law] = WeakValueDictionary()
 
@@ -207,8 +207,12 @@ class HasLaw:
         Raises:
             RuntimeError: it has to be made, and a CUDA graph is being captured.
         """
-        if torch.compiler.is_dynamo_compiling():
+        if is_graphed():
             return self._law_in_trace(raw, keep)
+        return self.law_now(raw, keep)
+
+    def law_now(self, raw: Tensor, keep: bool = True) -> Law:
+        """`law_for` in code that nothing traces."""
         law = self.law
         if raw.is_cuda and is_capturing():
             return self._law_in_capture(raw)
@@ -228,6 +232,8 @@ class HasLaw:
         return self.row.table.captured(self.row.number)
 
     def _law_in_trace(self, raw: Tensor, keep: bool) -> Law:
+        if not torch.compiler.is_dynamo_compiling():
+            return Law.of(self.p, raw.device, raw.dtype)  # constants of the graph
         row = self.row
         if row is not None:
             _, scales = row.values()

@@ -28,6 +28,7 @@ from ..torch_private.compiler import (
     result_of,
 )
 from ..torch_private.tensors import counter, identity, no_torch_function, version_of
+from ..torch_private.tracing import is_graphed
 from .recompute import Recipe
 from .state import SiteState
 
@@ -101,7 +102,7 @@ def watched(owner: Any, state: SiteState, used: Tensor, recipe: Recipe | None) -
         look_in_trace(_mark, _check_now, None, state, used, 0)
         return Open(owner, state, used, 0, recipe)
     live = used
-    if type(used) is Tensor and not torch.compiler.is_compiling():
+    if type(used) is Tensor and not is_graphed():
         live = LiveWeight.of(used, [])
     return Open(owner, state, live, version_of(live), recipe)
 

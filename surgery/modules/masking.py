@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from ..ops.linear import as_if_trained
 from ..ops.part_mask import is_sharded
 from ..torch_private.modules import MANAGED
 from ..torch_private.tensors import identity, version_of
-from ..torch_private.tracing import is_traced
+from ..torch_private.tracing import is_graphed, is_traced
 from .recompute import Recipe, address_of, can_recompute
 from .state import SiteState
 
@@ -36,12 +36,19 @@ def draw_keys(operands: Sequence[Operand]) -> list[Key]:
     keys: dict[str, Key] = {}
     for raw, state, _ in operands:
         key: Key | None = state.held_key
+        if key is not None and not torch.compiler.is_compiling() and is_graphed():
+            key = _lifted(key)
         if key is None and state.follows is not None:
             key = keys.get(state.follows)
         if key is None:
             key = state.new_shared_key(raw) if is_sharded(raw) else state.new_key(raw.device)
         keys[state.name] = key
     return list(keys.values())
+
+
+_lifted: Callable[[Any], Tensor] = torch.ops.aten.lift_fresh_copy.default
+"""What `torch.tensor` ends with: a tensor from outside becomes a constant of a graph, and among fake
+ones a fake one."""
 
 
 def masked_weight(

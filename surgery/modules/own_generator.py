@@ -54,7 +54,7 @@ class OwnGeneratorState(SiteState):
         Raises:
             RuntimeError: a CUDA graph is captured, or a backward runs the forward again without an
                 activation checkpoint of torch.
-            SurgeryError: the model is exported.
+            SurgeryError: the model is exported, or torch makes no graph of a generator.
         """
         if torch.compiler.is_compiling():
             if is_exporting():
@@ -66,7 +66,10 @@ class OwnGeneratorState(SiteState):
                 _not_here(self.site, "each replay of a CUDA graph would have it again")
             )
         if is_traced():  # vmap says itself what it does with random numbers
-            return self._drawn(device)
+            try:
+                return self._drawn(device)
+            except NotImplementedError as error:  # of `make_fx` in torch 2.9
+                raise SurgeryError(_not_here(self.site, _NO_GENERATOR)) from error
         found = around()
         key = self._drawn(device) if found.again is None else _again(self.site, found)
         if found.again is None and not found.first:
@@ -100,6 +103,9 @@ def _again(site: str, found: Around) -> Key:
 
 
 _NO_CHECKPOINT = "a backward runs its forward again, by no checkpoint of torch.utils.checkpoint"
+
+
+_NO_GENERATOR = "this version of torch puts no generator into a graph"
 
 
 def _not_here(site: str, why: str) -> str:

@@ -24,6 +24,7 @@ from ..ops.hash import Key
 from ..ops.ordinary import is_dense
 from ..ops.part import Part, part_of
 from ..ops.part_mask import is_sharded, local_anchor
+from ..torch_private.tracing import is_graphed
 from .cut import Cut
 from .masking import Operand, check_anchor, draw_keys
 from .state import NotGrouped, SiteState, refusal_to_cut
@@ -243,7 +244,7 @@ class ProductCall(NamedTuple):
         """
         self.check_group()
         state, features = self.weight.state, self.product.features
-        given = () if torch.compiler.is_compiling() else scope_shapes()
+        given = () if is_graphed() else scope_shapes()
         dim, problem = where_examples_lie(tuple(self.x.shape), state.example_dim, features, given)
         if problem is not None:
             raise RuntimeError(f"{state.site}: {problem}")

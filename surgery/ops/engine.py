@@ -59,7 +59,7 @@ def by_kernel(
     if not (known and has_kernels("masks")):
         return None
     used = torch.empty_like(weight) if block is None else block.view(weight)
-    if block is None and not native.takes(used):  # a mode that makes tensors of its own
+    if type(used) is not Tensor:  # a mode makes tensors of its own
         return None
     native.drop(weight, anchor, grad, used, grad, mask)
     return used, grad

@@ -119,16 +119,17 @@ def _plus_twice(total: Tensor, one: Tensor, other: Tensor, in_place: bool) -> Te
 
 
 def _drawn(mean: Tensor, var: Tensor, noise: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """mean + sd * noise with sd^2 = ratio * var, and its derivative by var; in place."""
+    """mean + sd * noise with sd^2 = ratio * var, and its derivative by var; in place by kernels."""
     if gpu.takes(mean, var, noise) and gpu.draw(mean, var, noise, mean, var, ratio):
         return mean, var
     known = mean.dtype == torch.float32 and native.takes(mean, var, noise)
     if known and has_kernels("activations"):
         native.sample(mean, var, noise, ratio)
         return mean, var
-    sd = var.to(noise.dtype).mul_(ratio).sqrt_()
+    # A mode that looks on may keep what products give: selective activation checkpoints do.
+    sd = (var.to(noise.dtype) * ratio).sqrt()
     slope = torch.where(sd > 0, noise * (0.5 * ratio) / sd, 0).to(mean.dtype)
-    return mean.addcmul_(sd, noise), slope
+    return torch.addcmul(mean, sd, noise).to(mean.dtype), slope
 
 
 def _factors(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..torch_private.compiler import is_exporting
+from ..torch_private.modes import dispatch_modes
 from ..torch_private.tensors import is_batch, is_batched, unviewed
 from ..torch_private.tracing import is_traced, is_transformed
 from . import gpu
@@ -23,6 +24,7 @@ from .engine import by_formula, by_kernel
 from .formula import masked_formula, spread_indices
 from .hash import SEGMENT, Key, advance_key, key_tensor
 from .law import Law, Layout, Mask
+from .ordinary import is_ordinary_there
 from .part_mask import (
     drop_part,
     is_sharded,
@@ -75,11 +77,14 @@ def _masked(weight: Tensor, rest: Rest) -> Tensor:
     anchor, mask, dtype = rest
     layout = mask.layout
     fit = weight.numel() == layout.entries and (anchor is None or anchor.shape == weight.shape)
+    evaluate = _evaluate
     if fit and layout.is_elementwise and layout.entries <= SEGMENT:  # else `_evaluate` complains
         masked = by_kernel(weight, anchor, None, mask, dtype=dtype)
         if masked is not None:
             return masked[0]
-    used = _evaluate(weight.detach(), anchor, mask, dtype)
+        if dispatch_modes() and is_ordinary_there(weight):
+            evaluate = _as_operator
+    used = evaluate(weight.detach(), anchor, mask, dtype)
     return used if weight.is_contiguous() else torch.empty_like(weight, dtype=dtype).copy_(used)
 
 
@@ -146,6 +151,16 @@ def _drop_op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _drop_op.register_autograd(_drop_op_backward, setup_context=_keep_law)
+
+
+def _as_operator(
+    weight: Tensor, anchor: Tensor | None, mask: Mask, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The formula by element as one operation, which a mode sees whole: inside, kernels do it."""
+    law, key = mask.law, key_tensor(mask.key, weight.device)
+    given = weight if dtype in (None, weight.dtype) else weight.to(law.scale.dtype)
+    used: Tensor = _drop_op(given, anchor, key, law.threshold, law.scale)
+    return used if dtype is None else used.to(dtype)
 
 
 _library = torch.library.Library("surgery", "FRAGMENT")

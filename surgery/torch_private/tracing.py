@@ -1,23 +1,57 @@
-"""What follows the calling code: a compiler, a transform, a tracer, a CUDA graph, a backward pass."""
+"""What follows the calling code: a compiler, a graph, a transform, a CUDA graph, a backward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from torch import compiler
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace as fx
+
+from .modes import dispatch_modes
 
 
 def is_traced() -> bool:
     """Whether the calling code must be plain tensor operations, because something follows each of them:
-    `torch.compile`, a `torch.func` transform, or forward-mode AD.
+    what makes a graph (see `is_graphed`), a `torch.func` transform, or forward-mode AD.
 
     torch has no public question for the last two. Without an answer, the kernels, and functions that
     keep a key instead of a tensor, would give a transform values that it does not know.
     """
-    if forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling() or compiler._is_compiling_flag:
         return True
-    return is_transformed()
+    if forward_ad._current_level >= 0 or fx._is_fx_tracing_flag or is_transformed():
+        return True
+    return dispatch_modes() > 0 and _has_graphing_mode()
+
+
+def is_graphed() -> bool:
+    """Whether operations become nodes of a graph instead of being done, or are done on fake tensors:
+    `torch.compile`, `torch.export`, `make_fx`, AOTAutograd, `FakeTensorMode`.
+
+    The public `torch.compiler.is_compiling` asks for the first two, by two calls of Python functions.
+    The flag of torch.fx, that a tracer runs, is all that tells of `make_fx(..., pre_dispatch=True)`.
+    Without these, a graph would have tensors that nothing fills, or masks that never change.
+    """
+    if (
+        torch.compiler.is_dynamo_compiling()
+        or compiler._is_compiling_flag
+        or fx._is_fx_tracing_flag
+    ):
+        return True
+    return dispatch_modes() > 0 and _has_graphing_mode()
+
+
+_mode_of = torch._C._get_dispatch_mode
+_GRAPHING = tuple(
+    getattr(torch._C._TorchDispatchModeKey, k) for k in ("PROXY", "FUNCTIONAL", "FAKE")
+)
+
+
+def _has_graphing_mode() -> bool:
+    """Whether one of torch's own modes is on that stand for a graph. Modes of others only look on."""
+    return any(_mode_of(key) is not None for key in _GRAPHING)
 
 
 is_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active

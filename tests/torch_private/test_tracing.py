@@ -6,8 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from functorch.compile import aot_function, nop
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from surgery.torch_private import tracing
@@ -57,6 +61,60 @@ def test_forward_mode_is_seen() -> None:
     with forward_ad.dual_level():
         assert tracing.is_traced()
     assert not tracing.is_traced()
+
+
+def _on_fakes(f: Callable[[Tensor], Tensor]) -> None:
+    with FakeTensorMode() as mode:
+        f(mode.from_tensor(ONES))
+
+
+def _exported(f: Callable[[Tensor], Tensor]) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return f(x)
+
+    torch.export.export(Model(), (ONES,), strict=False)
+
+
+GRAPHS = {
+    "real": lambda f: make_fx(f)(ONES),
+    "symbolic": lambda f: make_fx(f, tracing_mode="symbolic")(ONES),
+    "before the dispatcher": lambda f: make_fx(f, pre_dispatch=True)(ONES),
+    "aot": lambda f: aot_function(f, fw_compiler=nop)(ONES),
+    "fakes": _on_fakes,
+    "export": _exported,
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@canary(
+    tracing,
+    "torch._C._get_dispatch_mode",
+    "torch._C._TorchDispatchModeKey",
+    "torch.fx._symbolic_trace._is_fx_tracing_flag",
+    "torch.compiler._is_compiling_flag",
+)
+def test_graphs_are_seen(name: str) -> None:
+    for question in (tracing.is_graphed, tracing.is_traced):
+        assert not question()
+        assert set(_asked_by(question, GRAPHS[name])) == {True}
+        assert not question()
+
+
+@canary(tracing, "torch._C._get_dispatch_mode")
+def test_a_mode_that_looks_on_makes_no_graph() -> None:
+    with TorchDispatchMode():
+        assert not tracing.is_graphed()
+        assert not tracing.is_traced()
+
+
+def test_compiled_code_is_seen() -> None:
+    compiled = torch.compile(
+        lambda x: x + tracing.is_graphed() + 2 * tracing.is_traced(),
+        backend="eager",
+        fullgraph=True,
+    )
+    assert torch.equal(compiled(ONES), ONES + 3)
 
 
 @canary(tracing, "torch._C._is_tracing")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...base.journal import Lock
+from ...torch_private.modes import dispatch_modes
 from ..hash import ROUND3, key_tensor
 from ..law import Mask
 from ..ordinary import is_ordinary
@@ -68,8 +69,9 @@ def _loaded(name: str) -> Any:
 
 def takes(first: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels can read tensors together: ordinary ones on the CPU, dense, all of one type,
-    which they know."""
-    if first.dtype not in _NAMES:
+    which they know, while no mode looks on, to which what they write would be memory that nobody has
+    filled."""
+    if first.dtype not in _NAMES or dispatch_modes():
         return False
     for tensor in (first, *others):
         if tensor is None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ...torch_private.gpu import current_device, is_compiled, runner
+from ...torch_private.modes import dispatch_modes
 from ...torch_private.tensors import is_batch, is_unwritten_zero
 from ...torch_private.tracing import is_traced
 from ..switch import compile_enabled, give_up
@@ -47,8 +48,8 @@ def takes(first: Tensor, *others: Tensor | None, strided: bool = False) -> bool:
 
 def reads(first: Tensor, *others: Tensor | None, strided: bool = False) -> bool:
     """`takes` for tensors on a GPU, in code that is not traced."""
-    if not (compile_enabled("gpu") and has_triton()):
-        return False
+    if not (compile_enabled("gpu") and has_triton()) or dispatch_modes():
+        return False  # to a mode, what kernels write would be memory that nobody has filled
     for tensor in (first, *others):
         if tensor is None:
             continue
