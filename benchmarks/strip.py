@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from surgery.checkpoints.header import encoded, placed
 from surgery.checkpoints.inspection import inspect_checkpoint
+from surgery.stored.header import TensorType, encoded, placed
 
 TENSORS = 200
 BEGIN, END = "<!-- strip -->", "<!-- end -->"
@@ -58,7 +58,8 @@ def write(path: Path, size: int, anchored: bool) -> None:
     keys = [f"layers.{number}.weight_raw" for number in range(TENSORS)]
     if anchored:
         keys = [key for raw in keys for key in (raw, raw.replace("_raw", "_anchor"))]
-    head = encoded(placed((key, "F32", (entries,)) for key in keys), {"format": "pt"})
+    types = dict.fromkeys(keys, TensorType("F32", (entries,)))
+    head = encoded(placed(types), {"format": "pt"})
     block = os.urandom(1 << 24)
     left = 4 * entries * len(keys)
     with open(path, "wb") as file:

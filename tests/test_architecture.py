@@ -15,6 +15,7 @@ CORE = (
     "base",
     "torch_private",
     "spec",
+    "stored",
     "ops",
     "moments",
     "kinds",

@@ -1,11 +1,10 @@
 """Checkpoints as files, without a model: looked at, made plain, converted, baked.
 
-    header        the header of a safetensors file
     weights       which files a checkpoint has, and which keys
     roles         which of its keys are raw, which are plain, which are anchors
     copying       bytes from file to file, and whether they arrived
     output        where the new files go, so that the old checkpoint or the new one is whole
     inspection, strip, convert, bake   one function each: what the command line calls
 
-None of the files but `pickles`, `tensors`, `convert` and `bake` imports torch.
+None of the files but `tensors`, `convert` and `bake` imports torch.
 """

@@ -18,14 +18,15 @@ from ..spec.errors import NoMatchError, SurgeryError
 from ..spec.forms import shown
 from ..spec.names import anchor_name
 from ..spec.saved import PLAN_FILE
+from ..stored.blocks import write_all
+from ..stored.header import Header
+from ..stored.tensors import digest, read_tensor, write_tensor
 from ..verbs.bake import baked_key, check_seed
-from ..verbs.checkpoint import digest
-from .copying import Progress, Range, copy, nobody, write_all
-from .header import Header
+from .copying import Progress, Range, copy, nobody
 from .output import new_checkpoint
 from .roles import Roles, missing_sites
 from .strip import PlainFile, Total, change_index, plain_file
-from .tensors import Stored, read_tensor, read_tensors, stored_tensors, write_tensor
+from .tensors import Stored, read_tensors, stored_tensors
 from .weights import Weights, WrongUse, opened, read_weights
 
 FLOATS = ("F64", "F32", "F16", "BF16")

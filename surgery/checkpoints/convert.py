@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from ..stored.tensors import write_tensors
 from .conventions import looks_raw, renaming
-from .copying import nobody, write_all
-from .header import encoded, placed
+from .copying import nobody
 from .output import copy_companions, new_file, new_folder
 from .strip import Total
-from .tensors import Stored, read_tensors, write_tensor
+from .tensors import Stored, read_tensors
 from .weights import SAFETENSORS, WrongUse
 
 
@@ -107,10 +107,6 @@ def _target(source: Path, out: Path) -> Iterator[Path]:
 
 
 def _write(path: Path, tensors: dict[str, Stored], progress: Total) -> None:
-    entries = placed((key, one.dtype, one.shape) for key, one in tensors.items())
-    done = progress(sum(entry.bytes for entry in entries.values()))
-    with open(path, "wb", buffering=0) as file:
-        write_all(file, encoded(entries, {"format": "pt"}))
-        for key, one in tensors.items():
-            write_tensor(file, one.read())
-            done(entries[key].bytes)
+    types = {key: one.type for key, one in tensors.items()}
+    done = progress(sum(one.bytes for one in types.values()))
+    write_tensors(path, types, lambda key: tensors[key].read(), {"format": "pt"}, done)

@@ -8,12 +8,10 @@ from contextlib import suppress
 from typing import BinaryIO, NamedTuple
 
 from ..spec.errors import SurgeryError
+from ..stored.blocks import BLOCK, read_into, write_all
 
 Progress = Callable[[int], object]
 """Is told how many more bytes are done."""
-
-BLOCK = 1 << 22
-"""Bytes that are in memory at a time."""
 
 STRIDE = 1 << 26
 """Bytes that the kernel copies between two reports of progress: a multiple of the blocks of any file
@@ -111,20 +109,3 @@ def _compare(
                 f"what was written is not what was read, near byte {part.source + done:,} of "
                 f"{source.name}: disk or memory is at fault; nothing was changed"
             )
-
-
-def write_all(target: BinaryIO, data: bytes | bytearray | memoryview) -> None:
-    """Write all of it to a file without a buffer."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[target.write(rest) :]
-
-
-def read_into(file: BinaryIO, at: int, block: memoryview) -> None:
-    """Fill a block with the bytes of a file from there on. Raises `OSError` if they are not there."""
-    file.seek(at)
-    while block:
-        count = file.readinto(block)  # type: ignore[attr-defined]
-        if not count:
-            raise OSError(f"a file ended early, at byte {file.tell():,}")
-        block = block[count:]

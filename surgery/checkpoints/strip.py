@@ -12,8 +12,9 @@ from typing import Any, BinaryIO
 from ..base.files import only_writer
 from ..spec.errors import NotOperatedError, SurgeryError
 from ..spec.names import RAW
-from .copying import Progress, Range, copy, nobody, write_all
-from .header import BITS, Entry, Header, encoded, placed, read_header
+from ..stored.blocks import write_all
+from ..stored.header import Entry, Header, TensorType, encoded, placed, read_header
+from .copying import Progress, Range, copy, nobody
 from .output import finish, in_place, new_checkpoint
 from .roles import Roles
 from .weights import Weights, find_weights, opened, read_weights
@@ -134,11 +135,10 @@ def plain_file(header: Header, roles: Roles) -> PlainFile:
             whole = Range(0, 0, header.data_at + header.bytes)
             return PlainFile(head, entries, names, [whole])
     else:
-        order = sorted(
-            names, key=lambda key: -BITS[header.entries[key].dtype]
-        )  # as they are aligned
-        old = [(names[key], header.entries[key]) for key in order]
-        entries = placed((name, entry.dtype, entry.shape) for name, entry in old)
+        old = {names[key]: header.entries[key] for key in names}
+        entries = placed(
+            {name: TensorType(entry.dtype, entry.shape) for name, entry in old.items()}
+        )
         head = encoded(entries, metadata)
     moved = [
         Range(header.data_at + old.start, len(head) + entries[names[key]].start, old.bytes)

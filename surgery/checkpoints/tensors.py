@@ -1,18 +1,18 @@
-"""Tensors from files and into files, one at a time."""
+"""Tensors of checkpoints of any form, one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..spec.errors import SurgeryError
-from ..spec.forms import check_regular, read_json, shown
-from .copying import BLOCK, read_into, write_all
-from .header import Header
+from ..spec.forms import check_regular, read_json, shown, text
+from ..stored.header import Header, TensorType
+from ..stored.tensors import read_tensor, type_of
 from .weights import (
     SAFETENSORS,
     Weights,
@@ -23,18 +23,6 @@ from .weights import (
     read_weights,
 )
 
-DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
-    **{"BOOL": torch.bool, "C64": torch.complex64},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
-    **{"F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz},
-}
-"""Those of `header.BITS` that torch has."""
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
 _NESTED = ("state_dict", "model_state_dict", "model", "module")
 """Under which name a checkpoint of a whole run has the state dict of its model."""
 
@@ -42,10 +30,18 @@ _NESTED = ("state_dict", "model_state_dict", "model", "module")
 class Stored(NamedTuple):
     """A tensor that can be read."""
 
-    dtype: str
-    """A key of `header.BITS`."""
-    shape: tuple[int, ...]
+    type: TensorType
     read: Callable[[], Tensor]
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors names it."""
+        return self.type.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As safetensors counts it."""
+        return self.type.shape
 
 
 def read_tensors(path: Path) -> dict[str, Stored]:
@@ -72,13 +68,15 @@ def read_tensors(path: Path) -> dict[str, Stored]:
     if path.is_dir():
         check_links(path, [file.name for file in files])
     tensors = {key: tensor for file in files for key, tensor in load_pickle(file).items()}
-    return {key: _stored(key, tensor) for key, tensor in tensors.items()}
+    return {text(key, "a key"): _stored(key, tensor) for key, tensor in tensors.items()}
 
 
 def stored_tensors(weights: Weights) -> dict[str, Stored]:
     """The tensors of safetensors files, by key."""
     return {
-        key: Stored(entry.dtype, entry.shape, _reader(weights.folder / name, header, key))
+        key: Stored(
+            TensorType(entry.dtype, entry.shape), _reader(weights.folder / name, header, key)
+        )
         for name, header in weights.headers.items()
         for key, entry in header.entries.items()
     }
@@ -97,10 +95,7 @@ def _reader(path: Path, header: Header, key: str) -> Callable[[], Tensor]:
 
 
 def _stored(key: str, tensor: Tensor) -> Stored:
-    if tensor.dtype not in _NAMES or tensor.layout != torch.strided:
-        kind = f"{tensor.dtype}, {tensor.layout}"
-        raise SurgeryError(f"{shown(key)} is {kind}, which safetensors does not hold")
-    return Stored(_NAMES[tensor.dtype], tuple(tensor.shape), lambda: tensor)
+    return Stored(type_of(key, tensor), lambda: tensor)
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
@@ -147,38 +142,3 @@ def _is_state_dict(form: Any) -> bool:
         return False
     nested = any(isinstance(value, Mapping) for value in form.values())
     return not nested and any(isinstance(value, Tensor) for value in form.values())
-
-
-def read_tensor(file: BinaryIO, header: Header, key: str) -> Tensor:
-    """One tensor of a safetensors file that is open; it has memory of its own.
-
-    Raises:
-        SurgeryError: torch has no such dtype.
-    """
-    entry = header.entries[key]
-    if entry.dtype not in DTYPES:
-        raise SurgeryError(f"{shown(key)} has dtype {entry.dtype}, which torch does not have")
-    if not entry.bytes:
-        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-    memory = bytearray(entry.bytes)
-    read_into(file, header.data_at + entry.start, memoryview(memory))
-    return torch.frombuffer(memory, dtype=DTYPES[entry.dtype]).view(entry.shape)
-
-
-def write_tensor(file: BinaryIO, tensor: Tensor) -> None:
-    """Write the bytes of a tensor at the place where a file is."""
-    for part in _parts(tensor):
-        write_all(file, part)
-
-
-def _parts(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor, so many at a time. numpy may not be there."""
-    whole = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    flat = whole.as_strided((whole.numel(),), (1,)).view(
-        torch.uint8
-    )  # strides of one entry are any
-    block = bytearray(BLOCK)
-    as_tensor = torch.frombuffer(block, dtype=torch.uint8)
-    for part in flat.split(BLOCK):
-        as_tensor[: len(part)].copy_(part)
-        yield memoryview(block)[: len(part)]

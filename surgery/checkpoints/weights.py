@@ -13,7 +13,7 @@ from ..spec.errors import SurgeryError
 from ..spec.forms import check_regular, fields, file_name, read_json, shown, text
 from ..spec.plan import Plan
 from ..spec.saved import PLAN_FILE, are_anchors, read_saved
-from .header import Entry, Header, read_header
+from ..stored.header import Entry, Header, read_header
 
 SAFETENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"

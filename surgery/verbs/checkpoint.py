@@ -8,7 +8,6 @@ and is written only if there are any.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..base.files import sync_folder, whole_file
@@ -37,6 +35,7 @@ from ..spec.errors import NotOperatedError, SurgeryError
 from ..spec.forms import FORMAT_VERSION, Reader, check_regular, each, read_json
 from ..spec.plan import Plan, join
 from ..spec.saved import ANCHORS_FILE, PLAN_FILE, are_anchors, read_saved
+from ..stored.tensors import digest, type_of, write_tensors
 from .generators import Kept, generators_form, give_generators, read_generator
 from .raw_files import remember
 
@@ -57,16 +56,6 @@ def shares_anchors(model: nn.Module) -> bool:
     return any(map(is_sharded, anchors(model).values()))
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes, dtypes and bytes: equal if and only if the tensors are."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-        total.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
 def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the plan, and the anchors and the state of generators if there are any, into `directory`.
 
@@ -78,13 +67,15 @@ def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> Non
 
     Raises:
         NotOperatedError: no DropConnect is in place.
+        SurgeryError: safetensors has no such dtype as an anchor.
         OSError: a file cannot be written; those of the last save are as they were.
     """
     plan = current_plan(model)
     if not plan.sites:
         raise NotOperatedError.none_in(model, " to save")
     shared = shares_anchors(model)
-    kept = {name: whole(anchor) for name, anchor in anchors(model).items()}
+    kept = {name: whole(anchor).detach() for name, anchor in anchors(model).items()}
+    types = {name: type_of(name, anchor) for name, anchor in kept.items()}
     if shared and torch.distributed.get_rank() != replica():
         return
     folder = Path(directory)
@@ -101,19 +92,11 @@ def save_dropconnect(model: nn.Module, directory: str | os.PathLike[str]) -> Non
     try:
         if kept:
             with whole_file(folder / file) as temporary:
-                _write_tensors(kept, temporary)
+                write_tensors(temporary, types, kept.__getitem__)
         with whole_file(folder / PLAN_FILE) as temporary:
             Path(temporary).write_text(written, encoding="utf-8")
     finally:
         _remove_unused_anchors(folder)
-
-
-def _write_tensors(tensors: Mapping[str, Tensor], path: str) -> None:
-    """Write a safetensors file. Raises `OSError` if it cannot be written."""
-    try:
-        save_file(_apart(tensors), path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def _remove_unused_anchors(folder: Path) -> None:
@@ -127,18 +110,6 @@ def _remove_unused_anchors(folder: Path) -> None:
             if are_anchors(name) and name != used:
                 (folder / name).unlink()
         sync_folder(folder)
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of which no two share memory, which safetensors does not write. Sites that were tied when
-    surgery was done share an anchor, and may be no longer."""
-    apart: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        shared = tensor.untyped_storage().data_ptr() in seen
-        apart[name] = tensor.clone() if shared else tensor.contiguous()
-        seen.add(tensor.untyped_storage().data_ptr())
-    return apart
 
 
 def load_dropconnect(model: Model, directory: str | os.PathLike[str]) -> Model:

@@ -16,6 +16,7 @@ from ..modules.state import SiteState
 from ..spec.errors import SurgeryError
 from ..spec.forms import each, fields, shown, text
 from ..spec.plan import join
+from ..stored.tensors import bytes_of
 
 _MAX_STATE = 1 << 16
 """Longest state that is read, in bytes: that of the CPU has 5,056."""
@@ -35,7 +36,7 @@ def generators_form(model: nn.Module) -> list[dict[str, Any]]:
     for place in places(model):
         generator = generator_of(place.state)
         if generator is not None:
-            state = base64.b64encode(generator.get_state().numpy().tobytes()).decode()
+            state = base64.b64encode(b"".join(map(bytes, bytes_of(generator.get_state())))).decode()
             new: dict[str, Any] = {"device": generator.device.type, "state": state, "sites": []}
             form = forms.setdefault(id(generator), new)
             form["sites"].append(join(place.name, place.state.name))

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from surgery import SurgeryError, bake_checkpoint, inspect_checkpoint, strip_checkpoint
-from surgery.checkpoints.header import encoded, read_header
 from surgery.spec.saved import PLAN_FILE
+from surgery.stored.header import encoded, read_header
 
 from ..verbs.hostile import TEXTS, VALUES, nodes
 from .raw import operated, write

@@ -16,7 +16,7 @@ from torch import nn
 
 import surgery
 from surgery import apply_dropconnect, plan_dropconnect, save_dropconnect
-from surgery.checkpoints.header import encoded, placed
+from surgery.stored.header import TensorType, encoded, placed
 
 from ..checkpoints.raw import expected, operated, read, same, write
 
@@ -308,7 +308,7 @@ print(peak.split()[1], file=sys.stderr)
 
 def sparse(path: Path, *tensors: tuple[str, int]) -> None:
     """A file of such (key, bytes) that takes no room on the disk."""
-    entries = placed((key, "U8", (size,)) for key, size in tensors)
+    entries = placed({key: TensorType("U8", (size,)) for key, size in tensors})
     head = encoded(entries, {"format": "pt"})
     with open(path, "wb") as file:
         file.write(head)

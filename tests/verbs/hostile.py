@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from surgery.spec.saved import PLAN_FILE
-from surgery.verbs.checkpoint import digest
+from surgery.stored.tensors import digest
 
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2**31, 2**63, -(2**64), 10**400, 0.5, -0.5, 1.5, 1e308),

@@ -243,7 +243,7 @@ def test_loading_twice_is_refused(tmp_path) -> None:
         load_dropconnect(load_dropconnect(model(), tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("step", ["save_file", "json.dumps", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("step", ["write_tensors", "json.dumps", "os.fsync", "os.replace"])
 def test_failure_while_writing_leaves_the_old_files(step: str, tmp_path, monkeypatch) -> None:
     """Each file appears whole or not at all, and the two are of one save."""
     save_dropconnect(operated(), tmp_path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -27,15 +27,35 @@ MAX_DIMENSIONS = 64
 ALIGNMENT = 8
 """The data begin at a multiple of so many bytes."""
 
-BITS = {
-    **{"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32},
-    **{"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8},
-    **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
-    **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+DTYPES: dict[str, tuple[int, str | None]] = {
+    **{"F64": (64, "float64"), "F32": (32, "float32"), "F16": (16, "float16")},
+    **{"BF16": (16, "bfloat16"), "C64": (64, "complex64"), "BOOL": (8, "bool")},
+    **{"I64": (64, "int64"), "I32": (32, "int32"), "I16": (16, "int16"), "I8": (8, "int8")},
+    **{"U64": (64, "uint64"), "U32": (32, "uint32"), "U16": (16, "uint16"), "U8": (8, "uint8")},
+    **{"F8_E4M3": (8, "float8_e4m3fn"), "F8_E4M3FNUZ": (8, "float8_e4m3fnuz")},
+    **{"F8_E5M2": (8, "float8_e5m2"), "F8_E5M2FNUZ": (8, "float8_e5m2fnuz")},
+    **{"F8_E8M0": (8, "float8_e8m0fnu"), "F4": (4, "float4_e2m1fn_x2")},
+    **{"F6_E2M3": (6, None), "F6_E3M2": (6, None)},
 }
-"""Of one entry of each dtype of the format."""
+"""Every dtype of the format: the bits of one entry, and what torch calls it, if it has such."""
+
+BITS = {name: bits for name, (bits, _) in DTYPES.items()}
+"""Of one entry of each dtype."""
 
 _METADATA = "__metadata__"
+
+
+class TensorType(NamedTuple):
+    """Dtype and shape of a tensor, as the format says them."""
+
+    dtype: str
+    """A key of `BITS`."""
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """How many it takes."""
+        return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 class Entry(NamedTuple):
@@ -157,17 +177,18 @@ def _check_places(header: Header, file_size: int, name: str) -> None:
         )
 
 
-def placed(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> dict[str, Entry]:
-    """Entries for tensors that lie one after the other.
+def placed(types: Mapping[str, TensorType]) -> dict[str, Entry]:
+    """Entries for tensors that lie one after the other, those of wide dtypes first: so each begins at
+    a multiple of its width, and a reader can map it.
 
     Args:
-        tensors: key, dtype and shape of each.
+        types: by key; those of one width stay in their order.
     """
     entries: dict[str, Entry] = {}
     end = 0
-    for key, dtype, shape in tensors:
-        start, end = end, end + math.prod(shape) * BITS[dtype] // 8
-        entries[key] = Entry(dtype, shape, start, end)
+    for key in sorted(types, key=lambda key: -BITS[types[key].dtype]):
+        start, end = end, end + types[key].bytes
+        entries[key] = Entry(*types[key], start, end)
     return entries
 
 
