@@ -22,6 +22,7 @@ from ..stored.blocks import write_all
 from ..stored.header import Header
 from ..stored.tensors import digest, read_tensor, write_tensor
 from ..verbs.bake import baked_key, check_seed
+from .copies import copies
 from .copying import Progress, Range, copy, nobody
 from .output import new_checkpoint
 from .roles import Roles, missing_sites
@@ -94,7 +95,8 @@ def bake_checkpoint(
     DARE (Yu et al. 2023, arXiv 2311.03099): of what fine-tuning changed a part is dropped, and the rest
     is rescaled.
 
-    One tensor at a time is in memory, with its anchor and the result.
+    One tensor at a time is in memory, with its anchor and the result. Weights that are stored twice
+    (the same dtype, shape and bytes), as tied ones can be, get one mask and stay equal.
 
     Args:
         source: a safetensors file, an index of several, or a folder with one checkpoint; raw or plain.
@@ -103,15 +105,18 @@ def bake_checkpoint(
         toward: the checkpoint that holds the anchors, in any of the forms of `convert_checkpoint`; None
             is zero, or what the plan says.
         p: probability of dropping, in [0, 1], of the weights that `targets` names.
-        targets: globs, or `"re:..."`, over plain keys (`"*.mlp.*.weight"`); None is every weight of
-            floating point, and with `toward` every one that both have.
-        exclude: the same, of weights that stay as they are.
+        targets: globs, or `"re:..."`, over plain keys (`"*.mlp.*.weight"`). None is every weight of
+            floating point that has two or more dimensions: as in `apply_dropconnect`, neither biases
+            nor norms. With `toward`, None is all that both checkpoints have, also biases and norms, as
+            DARE does it, but for the statistics of batch norms.
+        exclude: the same, of weights that stay as they are; of a tied weight, all its names.
         progress: see `strip_checkpoint`.
 
     Raises:
         NoMatchError: a pattern matches no key.
         SurgeryError: there is no plan and no `p`; a site needs the model (units but `"element"`,
-            Gaussian sampling); a weight does not fit its anchor; a file is damaged.
+            Gaussian sampling); a weight does not fit its anchor; `exclude` names a weight that is
+            stored twice, and one of its names only; a file is damaged.
         ValueError, TypeError: `p` is no probability.
         OSError: a file cannot be read or written.
     """
@@ -180,7 +185,20 @@ def _of_plan(weights: Weights, roles: Roles) -> dict[str, Place]:
             if anchor is None:
                 raise SurgeryError(f"there is no anchor for {shown(site.name)}, as the plan wants")
         places[key] = _place(key, one, site.name, config.p, anchor)
+    for names in _tied(weights, roles):  # in the model, a tied weight is baked under all its names
+        known = next((places[name] for name in names if name in places), None)
+        if known is not None:
+            places |= {name: known for name in names if name not in places}
     return places
+
+
+def _tied(weights: Weights, roles: Roles) -> list[list[str]]:
+    """The plain keys of each weight that is stored more than once."""
+    groups: dict[str, list[str]] = {}
+    for key, first in copies(weights).items():
+        groups.setdefault(first, [first]).append(key)
+    plain = ([roles.plain(key) for key in group] for group in groups.values())
+    return [[name for name in names if name is not None] for names in plain]
 
 
 class _Read(Mapping[str, Tensor]):
@@ -236,24 +254,55 @@ def _of_targets(
     stored = _by_plain_key(stored_tensors(weights), roles)
     left_out = _matching(stored, exclude, "exclude")
     named = _matching(stored, targets, "targets")
-    chosen = [key for key in stored if key not in left_out and (targets is None or key in named)]
+    if targets is None:
+        named = {key for key in stored if _by_default(key, stored[key], anchors is not None)}
+    first: dict[str, str] = {}
+    for names in _tied(weights, roles):
+        named |= _all_or_none(names, named, left_out)
+        first |= dict.fromkeys(names, min(names, default=""))
     places, unlike = {}, []
-    for key in chosen:
-        one = stored[key]
-        if targets is None and one.dtype not in FLOATS:
+    for key, one in stored.items():
+        if key not in named or key in left_out:
             continue
+        site = first.get(key, key)
         if anchors is None:
-            places[key] = _place(key, one, key, p, None)
-        elif key in anchors:
-            places[key] = _place(key, one, key, p, anchors[key])
+            places[key] = _place(key, one, site, p, None)
+            continue
+        ties = [key, *(other for other, its in first.items() if its == site)]
+        anchor = next((anchors[name] for name in ties if name in anchors), None)
+        if anchor is not None:
+            places[key] = _place(key, one, site, p, anchor)
         elif targets is None:
             unlike.append(key)
         else:
             raise SurgeryError(f"toward has no {shown(key)}, which targets names; exclude it")
     if not places:
-        why = ": toward has none of them" if unlike else ""
+        why = ": toward has none of them" if unlike else "; name it in targets"
         raise NoMatchError(f"no weight is left to be masked{why}")
     return places, unlike
+
+
+def _by_default(key: str, one: Stored, toward: bool) -> bool:
+    """Whether a weight is masked that nobody named."""
+    if one.dtype not in FLOATS:
+        return False
+    return not key.endswith(_STATISTICS) if toward else len(one.shape) > 1
+
+
+_STATISTICS = ("running_mean", "running_var")
+"""Of batch norms: what these have seen, and no parameters."""
+
+
+def _all_or_none(names: list[str], named: set[str], left_out: set[str]) -> set[str]:
+    """All names of a tied weight if one of them is named, or else none."""
+    kept = [name for name in names if name in left_out]
+    chosen = [name for name in names if name in named and name not in left_out]
+    if kept and chosen:
+        raise SurgeryError(
+            f"{shown(kept[0])} is excluded, and {shown(chosen[0])}, which has the same values (a tied "
+            "weight), is not: exclude both or none"
+        )
+    return set(names) if chosen else set()
 
 
 def _matching(keys: Iterable[str], patterns: Patterns, where: str) -> set[str]:

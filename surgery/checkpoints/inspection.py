@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..spec.forms import counted
 from ..spec.plan import Plan, as_text
 from .roles import Role, Roles, missing_sites
 from .weights import Weights, read_weights
@@ -83,7 +84,7 @@ class Inspection:
         kinds = [f"{self.count(role)} {role}" for role in ("raw", "plain", "anchor")]
         types = Counter(tensor.dtype for tensor in self.tensors)
         lines.append(
-            f"{len(self.tensors)} tensors ({', '.join(kinds)}), {human(self.bytes)}, "
+            f"{counted(len(self.tensors), 'tensor')} ({', '.join(kinds)}), {human(self.bytes)}, "
             f"{', '.join(sorted(types)) or 'no dtype'}"
         )
         lines += [f"metadata {printable(k)}: {printable(v)}" for k, v in self.metadata.items()]
@@ -131,12 +132,11 @@ def _notes(weights: Weights, roles: Roles) -> list[str]:
     if weights.plan is not None:
         missing = missing_sites(weights.plan, roles, keys)
         if missing:
-            notes.append(
-                f"the plan has {len(missing)} sites of which nothing is stored: {missing[:4]}"
-            )
+            lacks = counted(len(missing), "site")
+            notes.append(f"the plan has {lacks} of which nothing is stored: {missing[:4]}")
     taken = [key for key in roles.keys("raw") if roles.plain(key) in keys]
     if taken:
-        notes.append(f"{len(taken)} raw keys have their plain key beside them: {taken[:4]}")
+        notes.append(f"{counted(len(taken), 'raw key')} with the plain key beside: {taken[:4]}")
     return notes
 
 

@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import publish, sweep, sync_folder, unfinished_folder, whole_file
+from ..spec.errors import SurgeryError
 from ..spec.saved import PLAN_FILE, are_anchors
-from .weights import INDEX, OTHER_WEIGHTS, SAFETENSORS, Weights, WrongUse, read_index
+from .weights import SAFETENSORS, Weights, WrongUse, is_index, is_of_weights, read_index, real
 
 _OWN = re.compile(r"(.+)\.new-[0-9a-f]{8}\.safetensors")
 """New files under names of their own, until they have the usual ones."""
@@ -66,9 +67,9 @@ def new_file(out: Path) -> Iterator[Path]:
     """A folder in which to write a file of the name of `out`, which becomes `out` when the block ends.
 
     Raises:
-        WrongUse: there is such a file already, or no folder for it.
+        WrongUse: there is something already, or no folder for it.
     """
-    check_new(out)
+    _check_new(out, "file")
     with unfinished_folder(out.parent) as folder:
         yield folder
         publish(folder / out.name, out)
@@ -81,7 +82,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         WrongUse: there is something already, or no folder for it.
     """
-    check_new(out)
+    _check_new(out, "folder")
     with unfinished_folder(out.parent) as unfinished:
         folder = unfinished / out.name
         folder.mkdir()
@@ -94,13 +95,22 @@ def new_folder(out: Path) -> Iterator[Path]:
         sync_folder(out.parent)
 
 
-def check_new(out: Path) -> None:
-    """Raise `WrongUse` unless something new can be made there. An empty folder counts as nothing."""
-    taken = any(out.iterdir()) if out.is_dir() else out.exists() or out.is_symlink()
-    if taken:
+def _check_new(out: Path, kind: str) -> None:
+    """Raise `WrongUse` unless a new file or folder can be made there. An empty folder may become one
+    that is not."""
+    name = os.path.basename(out)
+    if name in ("", ".", ".."):
+        raise WrongUse(f"{out} names a folder that is there already; name a new one in it")
+    if out.is_symlink():
+        raise WrongUse(
+            f"{out} is a link, to {os.readlink(out)}; name a path that is none, or remove it"
+        )
+    if out.is_dir() and kind == "file":
+        raise WrongUse(f"{out} is a folder, and one file is written; name a file in it")
+    if any(out.iterdir()) if out.is_dir() else out.exists():
         raise WrongUse(f"{out} is there already; name one that is not, or remove it")
     if not out.parent.is_dir():
-        raise WrongUse(f"there is no folder {out.parent}")
+        raise WrongUse(f"there is no folder {out.parent}; make it first, or name another")
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
@@ -111,7 +121,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
         is_ours = path.name == PLAN_FILE or are_anchors(path.name)
         regular = (not path.is_symlink() and path.is_file()) or _is_cached(path)
         hidden = path.name.startswith(".")
-        if regular and not (is_ours or hidden or path.name.endswith(OTHER_WEIGHTS)):
+        if regular and not (is_ours or hidden or is_of_weights(path.name)):
             shutil.copyfile(path, target / path.name)
             names.append(path.name)
     return names
@@ -158,11 +168,20 @@ def in_place(weights: Weights) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _refuse_part(weights: Weights) -> None:
-    """Raise `WrongUse` for a file that is a part of a checkpoint: its index would be wrong."""
-    for index in weights.folder.glob(f"*{INDEX}") if weights.index is None else ():
-        parts = read_index(index)["weight_map"].values()
-        if not weights.headers.keys().isdisjoint(parts):
-            raise WrongUse(f"{weights.path} is a part of {index}; name that, or the folder")
+    """Raise `WrongUse` if another index names a file of the checkpoint: it would be wrong."""
+    home = weights.folder
+    own = {real(home / name) for name in weights.headers}
+    for other in sorted(home.iterdir()):
+        if not is_index(other.name) or other.name == weights.index_name:
+            continue
+        parts = {real(home / name) for name in read_index(other)["weight_map"].values()}
+        if own & parts and weights.index is None:
+            raise WrongUse(f"{weights.path} is a part of {other}; name that, or the folder")
+        if own & parts:
+            raise WrongUse(
+                f"{min(own & parts)} is also a part of {other}, whose keys would be wrong: write to a "
+                "new folder (OUT), or remove that index"
+            )
 
 
 def _own_name(name: str) -> str:
@@ -214,7 +233,7 @@ def finish(path: Path) -> bool:
         whether the index named new files by names of their own.
     """
     sweep(path.parent)
-    if not path.name.endswith(INDEX) or not path.is_file():
+    if not is_index(path.name) or not path.is_file():
         return False
     form = read_index(path)
     named = set(form["weight_map"].values())
@@ -223,8 +242,17 @@ def finish(path: Path) -> bool:
         usual = {its_own: name for name, its_own in own.items()}
         weight_map = {key: usual.get(name, name) for key, name in form["weight_map"].items()}
         _usual_names(path, {**form, "weight_map": weight_map}, own)
-    for other in path.parent.iterdir():
-        if _OWN.fullmatch(other.name) and other.name not in named:
-            with suppress(OSError):
-                other.unlink()
+    _remove_unnamed(path.parent)
     return bool(own)
+
+
+def _remove_unnamed(folder: Path) -> None:
+    """Remove new files under names of their own that no index names. One that cannot be read may name
+    any of them."""
+    files = list(folder.iterdir())
+    with suppress(SurgeryError, OSError):
+        indexes = [read_index(one) for one in files if is_index(one.name)]
+        named = {name for form in indexes for name in form["weight_map"].values()}
+        for one in files:
+            if _OWN.fullmatch(one.name) and one.name not in named:
+                one.unlink()

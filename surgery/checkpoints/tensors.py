@@ -19,6 +19,7 @@ from .weights import (
     WrongUse,
     check_links,
     find_weights,
+    is_pickled_index,
     opened,
     read_weights,
 )
@@ -59,7 +60,7 @@ def read_tensors(path: Path) -> dict[str, Stored]:
         weights = read_weights(path)
         return stored_tensors(weights)
     files = [main]
-    if main.name.endswith(".index.json"):
+    if is_pickled_index(main.name):
         form = read_json(main)
         named = form.get("weight_map") if isinstance(form, dict) else None
         if not isinstance(named, dict) or not all(_is_beside(name) for name in named.values()):

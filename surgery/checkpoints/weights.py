@@ -3,6 +3,8 @@ them, as transformers, diffusers and others write them."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,11 +18,28 @@ from ..spec.saved import PLAN_FILE, are_anchors, read_saved
 from ..stored.header import Entry, Header, read_header
 
 SAFETENSORS = ".safetensors"
-INDEX = ".safetensors.index.json"
+_INDEX = re.compile(r".*\.safetensors\.index(\.[\w-]+)?\.json", re.DOTALL)
+"""An index, also of a variant (`model.safetensors.index.fp16.json`)."""
+_PICKLED_INDEX = re.compile(r".*\.bin\.index(\.[\w-]+)?\.json", re.DOTALL)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """What `torch.save` writes."""
-OTHER_WEIGHTS = (*PICKLES, SAFETENSORS, ".index.json", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl")
-"""How names of files end that hold weights, or say where these are, or hold states of a run."""
+_OTHERS = (*PICKLES, SAFETENSORS, ".h5", ".msgpack", ".gguf", ".onnx", ".pkl")
+"""How names of files end that hold weights, or states of a run."""
+
+
+def is_index(name: str) -> bool:
+    """Whether a file of this name says which safetensors files are a checkpoint."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def is_pickled_index(name: str) -> bool:
+    """The same of pickles."""
+    return _PICKLED_INDEX.fullmatch(name) is not None
+
+
+def is_of_weights(name: str) -> bool:
+    """Whether a file of this name holds weights, or says where these are."""
+    return name.endswith(_OTHERS) or is_index(name) or is_pickled_index(name)
 
 
 class WrongUse(SurgeryError):
@@ -73,9 +92,9 @@ def find_weights(path: Path) -> Path:
         return path
     names = sorted(one.name for one in path.iterdir() if not are_anchors(one.name))
     kinds: tuple[Callable[[str], bool], ...] = (
-        lambda name: name.endswith(INDEX),
+        is_index,
         lambda name: name.endswith(SAFETENSORS),
-        lambda name: name.endswith(".bin.index.json"),
+        is_pickled_index,
         lambda name: name.endswith(PICKLES) and name not in _OF_TRAINERS,
     )
     for is_one in kinds:
@@ -105,12 +124,12 @@ def read_weights(path: Path) -> Weights:
     if not path.exists():
         raise WrongUse(f"there is no {path}")
     main = find_weights(path)
-    if main.name.endswith(PICKLES) or main.name.endswith(".bin.index.json"):
+    if main.name.endswith(PICKLES) or is_pickled_index(main.name):
         raise WrongUse(
             f"{main} is no safetensors file; `surgery convert` makes one of it (--from surgery, if "
             "surgery was used)"
         )
-    index = read_index(main) if main.name.endswith(INDEX) else None
+    index = read_index(main) if is_index(main.name) else None
     names = [main.name] if index is None else list(dict.fromkeys(index["weight_map"].values()))
     if path.is_dir():
         check_links(path, [main.name, *names])
@@ -149,16 +168,21 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 def check_links(folder: Path, names: list[str]) -> None:
     """Raise `SurgeryError` if a file in a folder is a link that leads out of it. In the cache of
     huggingface_hub, files of a snapshot lead to the blobs beside it."""
-    home = folder.resolve()
+    home = real(folder)
     homes = [home]
     if home.parent.name == "snapshots":
         homes.append(home.parent.parent / "blobs")
     for name in names:
-        target = (folder / name).resolve()
+        target = real(folder / name)
         if not any(target.is_relative_to(one) for one in homes):
             raise SurgeryError(
                 f"{folder / name} is a link that leads out of its folder, to {target}"
             )
+
+
+def real(path: Path) -> Path:
+    """Where a path leads, through all links; those that lead to themselves stay as they are."""
+    return Path(os.path.realpath(path))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The command line, on top of everything else: `surgery`, and `python -m surgery`."""
 
 import sys
+from io import TextIOWrapper
 
 MISSING = 'surgery: the command line needs typer: pip install "dropconnect-surgery[cli]"'
 
@@ -18,4 +19,7 @@ def main() -> None:
             raise
         print(MISSING, file=sys.stderr)
         sys.exit(2)
+    for stream in (sys.stdout, sys.stderr):  # the name of a file may be no text
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()

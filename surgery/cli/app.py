@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from ..checkpoints.inspection import human, inspect_checkpoint
+from ..checkpoints.inspection import human, inspect_checkpoint, printable
 from ..checkpoints.strip import strip_checkpoint
 from ..checkpoints.weights import WrongUse
 from ..spec.errors import NoMatchError, SurgeryError
+from ..spec.forms import counted
 from .progress import shown_on_terminals
 
 WRONG_USE, REFUSED = 2, 3
@@ -61,10 +62,17 @@ Bias = Annotated[bool, typer.Option("--bias", help="Drop biases with their weigh
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """Print an error that is no fault of ours as it is, and exit with its code."""
+def refusals(command: str = "") -> Iterator[None]:
+    """Print an error that is no fault of ours as it is, and exit with its code.
+
+    Args:
+        command: one that imports torch, which the command line itself does without.
+    """
     try:
         yield
+    except ModuleNotFoundError as error:
+        missing = f"{command} needs torch, which is not installed: pip install torch"
+        _exit(ImportError(missing) if error.name == "torch" else error, WRONG_USE)
     except (WrongUse, NoMatchError, ImportError) as error:
         _exit(error, WRONG_USE)
     except BrokenPipeError:  # whoever read what is printed has seen enough
@@ -137,8 +145,9 @@ def strip(
     """
     with refusals(), shown_on_terminals("strip") as progress:
         done = strip_checkpoint(source, out, verify=verify, progress=progress)
-        left = f", {done.anchors} anchors left out" if done.anchors else ""
-        text = f"{done.out}: {done.raw} raw keys are plain{left}, {human(done.bytes)} copied"
+        left = f", {counted(done.anchors, 'anchor')} left out" if done.anchors else ""
+        made = f"{done.out}: {counted(done.raw, 'raw key')} made plain{left}"
+        text = f"{made}, {human(done.bytes)} copied"
         _print(done, as_json, text + (" and compared" if done.verified else ""))
 
 
@@ -163,15 +172,15 @@ def convert(
     \b
     surgery convert awd.pt lstm.safetensors --from awd-lstm
     """
-    from ..checkpoints.convert import convert_checkpoint
+    with refusals("convert"), shown_on_terminals("convert") as progress:
+        from ..checkpoints.convert import convert_checkpoint
 
-    with refusals(), shown_on_terminals("convert") as progress:
         done = convert_checkpoint(source, out, convention, progress=progress)
         lines = [f"{key} -> {new}" for key, new in done.renamed.items()]
         lines += [f"{key} left out: {why}" for key, why in done.left_out.items()]
         lines += [f"{key} is as it was, and looks like no plain key" for key in done.unmatched]
-        lines.append(f"{done.out}: {done.tensors} tensors, {len(done.renamed)} renamed")
-        _print(done, as_json, "\n".join(lines))
+        lines.append(f"{done.out}: {counted(done.tensors, 'tensor')}, {len(done.renamed)} renamed")
+        _print(done, as_json, "\n".join(map(printable, lines)))
 
 
 @app.command()
@@ -189,13 +198,14 @@ def plan(
 ) -> None:
     """Print the sites that DropConnect would have in a model: what `plan_dropconnect` returns.
 
+    \b
     surgery plan --model bert/ --targets all-linear --p 0.1
     surgery plan --model gpt2/ -t "*.mlp.*" -x "*.c_proj" --toward pretrained
     """
-    from .models import planned
-
     options = dict(unit=unit, toward=toward, sampling=sampling, inference=inference, bias=bias)
-    with refusals():
+    with refusals("plan"):
+        from .models import planned
+
         _print(planned(model, targets, p, exclude, options)[1], as_json)
 
 
@@ -212,13 +222,14 @@ def draw(
 ) -> None:
     """Draw a model, with the sites marked that DropConnect would have.
 
+    \b
     surgery draw --model bert/ --targets all-linear bert.svg
     """
-    from .models import drawn
+    with refusals("draw"):
+        from .models import drawn
 
-    with refusals():
         sites = drawn(model, out, targets, p, exclude)
-        text = f"{out}: {sites} sites marked"
+        text = f"{out}: {counted(sites, 'site')} marked"
         print(json.dumps({"out": str(out), "sites": sites}, indent=2) if as_json else text)
 
 
@@ -233,24 +244,31 @@ def bake(
     p: Annotated[float | None, typer.Option("--p", "-p", help="Probability of dropping.")] = None,
     targets: Annotated[
         list[str] | None,
-        typer.Option("--targets", "-t", help="Globs over keys; without, all. Can be repeated."),
+        typer.Option(
+            "--targets",
+            "-t",
+            help="Globs over keys. Without: all of two or more dimensions, and with --toward all that "
+            "both have. Can be repeated.",
+        ),
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", "-x", help="Keys that stay as they are.")
+        list[str] | None,
+        typer.Option("--exclude", "-x", help="Keys that stay as they are, in the same forms."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Draw one mask and make it permanent. Without --p, the plan beside IN says where.
 
     With --toward this is DARE: of what fine-tuning changed a part is dropped, the rest is rescaled.
+    Weights that are stored twice (tied ones) get one mask, and stay equal.
 
     \b
     surgery bake out/ baked/ --seed 0
     surgery bake finetuned/ dare/ --toward pretrained/ --p 0.9 --seed 0
     """
-    from ..checkpoints.bake import bake_checkpoint
+    with refusals("bake"), shown_on_terminals("bake") as progress:
+        from ..checkpoints.bake import bake_checkpoint
 
-    with refusals(), shown_on_terminals("bake") as progress:
         done = bake_checkpoint(
             source,
             out,
@@ -262,5 +280,6 @@ def bake(
             progress=progress,
         )
         lines = [f"{key} is as it was: {toward} has none" for key in done.unlike]
-        lines.append(f"{out}: {len(done.baked)} of {done.tensors} tensors masked, seed {done.seed}")
-        _print(done, as_json, "\n".join(lines))
+        masked = f"{len(done.baked)} of {counted(done.tensors, 'tensor')} masked"
+        lines.append(f"{out}: {masked}, seed {done.seed}")
+        _print(done, as_json, "\n".join(map(printable, lines)))

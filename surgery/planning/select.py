@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..kinds.kind import OTHER
 from ..spec.config import DropConnectConfig, check_p
 from ..spec.errors import NoMatchError, SurgeryError
+from ..spec.forms import counted
 from ..spec.plan import Plan, join
 from .catalogue import Catalogue, Owner
 from .conventions import left_out
@@ -245,8 +246,9 @@ def _weights_of(catalogue: Catalogue, owners: list[Owner], target: str, where: s
         else f"To reach what is inside it, write {join(example, '*')!r}"
     )
     raise NoMatchError(
-        f"{where}: {target!r} matches {len(owners)} modules (the first is {example or '(root)'!r}, a "
-        f"{type(first.module).__name__}), but none has weights that are dropped by default. {advice}."
+        f"{where}: {target!r} matches {counted(len(owners), 'module')} (the first is "
+        f"{example or '(root)'!r}, a {type(first.module).__name__}), but none has weights that are "
+        f"dropped by default. {advice}."
     )
 
 

@@ -218,3 +218,8 @@ def shown(value: Any) -> str:
         return "an integer of more than 64 bits"
     form = repr(value)
     return form if len(form) <= _SHOWN else f"{form[:_SHOWN]}..."
+
+
+def counted(count: int, noun: str) -> str:
+    """How many of something there are, in a message: `1 site`, `2,000 sites`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

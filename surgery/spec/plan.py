@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from .config import DropConnectConfig
 from .errors import SurgeryError
-from .forms import FORMAT_VERSION, Reader, each, fields, maybe, migrated, size, text
+from .forms import FORMAT_VERSION, Reader, counted, each, fields, maybe, migrated, size, text
 
 
 def join(module: str, name: str) -> str:
@@ -175,7 +175,7 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * w for w in widths).rstrip())
-        lines.append(f"{len(self)} sites, {self.numel:,} weights")
+        lines.append(f"{counted(len(self), 'site')}, {counted(self.numel, 'weight')}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

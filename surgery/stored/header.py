@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from ..spec.errors import SurgeryError
-from ..spec.forms import each, fields, load_json, shown, size, text
+from ..spec.forms import counted, each, fields, load_json, shown, size, text
 
 MAX_HEADER = 100_000_000
 """The longest header that the format allows."""
@@ -135,7 +135,7 @@ def _entry(form: Any, where: str) -> Entry:
         raise SurgeryError(f"{where} has dtype {shown(dtype)}, which this release does not know")
     if len(shape) > MAX_DIMENSIONS:
         raise SurgeryError(
-            f"{where} has {len(shape):,} dimensions; no more than {MAX_DIMENSIONS} are read"
+            f"{where} has {counted(len(shape), 'dimension')}; no more than {MAX_DIMENSIONS} are read"
         )
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise SurgeryError(f"{where} has data_offsets {shown(offsets)}, which are no begin and end")

@@ -26,6 +26,7 @@ from ..planning.prepare import Prepared, prepare
 from ..planning.runs import RunOnce
 from ..spec.config import DropConnectConfig, check_p
 from ..spec.errors import NotOperatedError, SurgeryError
+from ..spec.forms import counted
 from ..spec.plan import Plan
 from .raw_files import remember
 
@@ -161,7 +162,7 @@ def strip_dropconnect(model: Model, *, missing_ok: bool = False) -> Model:
     release()
     if unused:
         warnings.warn(
-            f"{len(unused)} DropConnect sites never dropped anything, the first of them "
+            f"{counted(len(unused), 'DropConnect site')} never dropped anything, the first is "
             f"{unused[0]!r}: exclude them, or check how the model reads them",
             stacklevel=2,
         )

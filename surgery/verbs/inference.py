@@ -17,6 +17,7 @@ from ..planning.in_place import states_named
 from ..planning.refusals import not_followed
 from ..spec.config import Inference
 from ..spec.errors import SurgeryError
+from ..spec.forms import counted
 
 
 class set_inference(Reversible):
@@ -103,8 +104,9 @@ def _check_products(model: nn.Module, states: list[SiteState]) -> None:
     if without:
         raise SurgeryError(
             "inference='moments' needs a forward that is a product of input and weight, and for a "
-            f"convolution another unit than 'input'; {len(without)} sites are none, the first of them "
-            f"{without[0]!r}. Name the others in targets, or use 'sample'. The model is unchanged"
+            f"convolution another unit than 'input'; {counted(len(without), 'site')} without, the "
+            f"first is {without[0]!r}. Name the others in targets, or use 'sample'. The model is "
+            "unchanged"
         )
 
 

@@ -21,6 +21,7 @@ from ..operating.suspend import suspended
 from ..planning.in_place import unused_sites
 from ..spec.config import DropConnectConfig
 from ..spec.errors import SurgeryError
+from ..spec.forms import counted
 from ..spec.plan import Plan, Site
 from .apply import apply_dropconnect, dropconnect_sites, plan_dropconnect, strip_dropconnect
 from .checkpoint import anchors
@@ -119,8 +120,8 @@ class Training:
             unused = unused_sites(model, compiled=compiled)
             if unused:
                 warnings.warn(
-                    f"{len(unused)} DropConnect sites were not used by the first training step, the "
-                    f"first of them {unused[0]!r}: exclude them, or check that the model calls them",
+                    f"the first training step did not use {counted(len(unused), 'DropConnect site')}, "
+                    f"the first is {unused[0]!r}: exclude them, or check that the model calls them",
                     stacklevel=3,
                 )
 

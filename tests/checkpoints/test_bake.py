@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from surgery import (
     bake_dropconnect,
     save_dropconnect,
 )
-from surgery.checkpoints.weights import WrongUse
+from surgery.checkpoints.copies import copies
+from surgery.checkpoints.weights import WrongUse, read_weights
 from surgery.verbs.bake import baked_key
 
 from ..expected import keep, masked
@@ -139,6 +142,132 @@ def test_a_seed_is_drawn_and_told(tmp_path: Path) -> None:
     assert first.seed == again.seed != other.seed
     assert same(read(tmp_path / "a"), read(tmp_path / "c"))
     assert not same(read(tmp_path / "a"), read(tmp_path / "b"))
+
+
+def plain_model() -> dict[str, Tensor]:
+    """Weights of all sorts, the embedding stored twice, as a tied head is by `torch.save`."""
+    torch.manual_seed(5)
+    words = torch.randn(50, 8)
+    return {
+        "embed.weight": words,
+        "norm.weight": torch.ones(8),
+        "norm.bias": torch.zeros(8),
+        "bn.running_mean": torch.randn(8),
+        "bn.running_var": torch.rand(8),
+        "fc.weight": torch.randn(8, 8),
+        "fc.bias": torch.randn(8),
+        "conv.weight": torch.randn(3, 8, 2, 2),
+        "ids": torch.arange(8).view(2, 4),
+        "head.weight": words.clone(),
+    }
+
+
+WITH_DIMENSIONS = {"embed.weight", "fc.weight", "conv.weight", "head.weight"}
+
+
+def test_without_targets_neither_biases_nor_norms_are_masked(tmp_path: Path) -> None:
+    """As `apply_dropconnect` does by default."""
+    state = plain_model()
+    save_file(state, tmp_path / "in.safetensors")
+    done = bake_checkpoint(tmp_path / "in.safetensors", tmp_path / "out.safetensors", 2, p=0.5)
+    found = load_file(tmp_path / "out.safetensors")
+    assert set(done.baked) == WITH_DIMENSIONS
+    for key, value in state.items():
+        assert torch.equal(found[key], value) == (key not in done.baked)
+    targets = ["fc.bias", "norm.*"]
+    done = bake_checkpoint(
+        tmp_path / "in.safetensors", tmp_path / "some.safetensors", 2, p=0.5, targets=targets
+    )
+    assert set(done.baked) == {"fc.bias", "norm.weight", "norm.bias"}
+
+
+def test_dare_masks_all_parameters_and_no_statistics(tmp_path: Path) -> None:
+    state = plain_model()
+    save_file(state, tmp_path / "before.safetensors")
+    tuned = {key: value + 1 for key, value in state.items()}
+    save_file(tuned, tmp_path / "in.safetensors")
+    out, toward = tmp_path / "out.safetensors", tmp_path / "before.safetensors"
+    done = bake_checkpoint(tmp_path / "in.safetensors", out, 2, p=0.5, toward=toward)
+    assert set(done.baked) == WITH_DIMENSIONS | {"norm.weight", "norm.bias", "fc.bias"}
+    found = load_file(out)
+    for key in ("bn.running_mean", "bn.running_var", "ids"):
+        assert torch.equal(found[key], tuned[key])
+    for key in done.baked:
+        site = "embed.weight" if key == "head.weight" else key
+        mask = keep(baked_key(2, site), 0.5, *state[key].shape)
+        assert torch.equal(found[key], masked(tuned[key], mask, 0.5, state[key]))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("toward", [None, "both", "embed.weight", "head.weight"])
+@pytest.mark.parametrize("targets", [None, "embed.*", "head.*", "*.weight"])
+def test_what_is_stored_twice_stays_equal(
+    shards: int, toward: str | None, targets: str | None, tmp_path: Path
+) -> None:
+    state = plain_model()
+    before = {key: value * 0.5 for key, value in state.items() if value.is_floating_point()}
+    if toward not in (None, "both"):
+        del before[{"embed.weight": "head.weight", "head.weight": "embed.weight"}[toward]]
+    save_file(before, tmp_path / "before.safetensors")
+    source = tmp_path / "in"
+    source.mkdir()
+    weight_map = {}
+    for number, keys in enumerate([[*state]] if shards == 1 else [[*state][:5], [*state][5:]]):
+        name = f"model-{number}.safetensors"
+        save_file({key: state[key] for key in keys}, source / name)
+        weight_map |= dict.fromkeys(keys, name)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    options: dict[str, Any] = {"p": 0.5, "targets": targets}
+    if toward is not None:
+        options["toward"] = tmp_path / "before.safetensors"
+    done = bake_checkpoint(source, tmp_path / "out", 2, **options)
+    found = read(tmp_path / "out")
+    assert {"embed.weight", "head.weight"} <= set(done.baked)
+    assert torch.equal(found["embed.weight"], found["head.weight"])
+    mask = keep(baked_key(2, "embed.weight"), 0.5, 50, 8)
+    anchor = None if toward is None else state["embed.weight"] * 0.5
+    assert torch.equal(found["head.weight"], masked(state["head.weight"], mask, 0.5, anchor))
+    assert done.unlike == ()
+
+
+def test_a_part_of_a_tied_weight_cannot_be_excluded(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file(plain_model(), source)
+    words = r"'head\.weight' is excluded, and 'embed\.weight'.* \(a tied weight\).* both or none"
+    for targets in (None, "embed.*"):
+        with pytest.raises(SurgeryError, match=words):
+            bake_checkpoint(source, out, 0, p=0.5, targets=targets, exclude="head.*")
+        assert not out.exists()
+    exclude = ["head.*", "embed.*"]
+    assert set(bake_checkpoint(source, out, 0, p=0.5, exclude=exclude).baked) == {
+        "fc.weight",
+        "conv.weight",
+    }
+
+
+def test_the_users_of_a_tied_weight_that_do_not_drop_are_baked_too(tmp_path: Path) -> None:
+    """As in the model, in which the weight is one."""
+    model = nn.ModuleDict({"embed": nn.Embedding(50, 8), "head": nn.Linear(8, 50, bias=False)})
+    model["head"].weight = model["embed"].weight
+    apply_dropconnect(model, [nn.Embedding, nn.Linear], p=0.5, exclude="head")
+    save_dropconnect(model, tmp_path)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    assert set(state) == {"embed.weight_raw", "head.weight"}
+    save_file(state, tmp_path / "model.safetensors")
+    done = bake_checkpoint(tmp_path, tmp_path / "out", seed=7)
+    bake_dropconnect(model, seed=7)
+    assert same(read(tmp_path / "out"), dict(model.state_dict()))
+    assert set(done.baked) == {"embed.weight", "head.weight"}
+
+
+def test_copies_are_told_by_all_their_bytes(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("surgery.checkpoints.copies._BEGIN", 8)
+    monkeypatch.setattr("surgery.checkpoints.copies.BLOCK", 16)
+    one = torch.arange(12.0)
+    state = {"a": one, "b": one.clone(), "c": one.view(3, 4).clone(), "d": one.int()}
+    state |= {"e": torch.cat([one[:11], one[:1]]), "f": one.clone(), "g": torch.zeros(0)}
+    save_file({**state, "h": torch.zeros(0)}, tmp_path / "in.safetensors")
+    assert copies(read_weights(tmp_path / "in.safetensors")) == {"b": "a", "f": "a"}
 
 
 def test_what_cannot_be_baked_is_refused(tmp_path: Path) -> None:

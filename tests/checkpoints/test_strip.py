@@ -230,9 +230,7 @@ def test_both_names_of_one_weight_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"w_raw": torch.ones(3), "w": torch.zeros(3)}, path)
     refused(path, "both 'w' and 'w_raw' are there")
-    assert inspect_checkpoint(path).notes == (
-        "1 raw keys have their plain key beside them: ['w_raw']",
-    )
+    assert inspect_checkpoint(path).notes == ("1 raw key with the plain key beside: ['w_raw']",)
 
 
 def test_wrong_use_is_told_from_bad_files(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_strip_in_place_and_to_a_folder(tmp_path: Path) -> None:
     folder = write(operated(), tmp_path / "raw")
     result = call("strip", folder, tmp_path / "out")
     assert result.exit_code == 0
-    assert "4 raw keys are plain, 4 anchors left out" in result.output
+    assert "4 raw keys made plain, 4 anchors left out" in result.output
     assert result.output.rstrip().endswith("copied and compared")
     form = json.loads(call("strip", folder, "--json", "--no-verify").output)
     assert (form["raw"], form["anchors"], form["verified"]) == (4, 4, False)
@@ -98,7 +98,7 @@ def test_bake(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "is there already" in result.stderr
     (tmp_path / "out.safetensors").unlink()
-    assert "1 of 1 tensors masked, seed 3" in call(*args).output
+    assert "1 of 1 tensor masked, seed 3" in call(*args).output
 
 
 @pytest.fixture(scope="module")
@@ -353,4 +353,4 @@ def test_plans_of_saved_models_are_shown(tmp_path: Path) -> None:
     save_file({"0.bias": torch.ones(2)}, tmp_path / "model.safetensors")
     output = call("inspect", tmp_path).output
     assert "0.weight  linear  2x2    0.25" in output
-    assert "note: the plan has 1 sites of which nothing is stored: ['0.weight']" in output
+    assert "note: the plan has 1 site of which nothing is stored: ['0.weight']" in output

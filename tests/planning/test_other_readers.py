@@ -297,7 +297,7 @@ def test_a_read_that_only_training_shows_is_warned_of_once(read, sites: list[str
     assert all("is read by the forward of Watched where no mask is drawn" in text for text in words)
     assert all(one.filename == __file__ for one in caught)
     model(x).sum().backward()
-    with pytest.warns(UserWarning, match="never dropped anything, the first of them"):
+    with pytest.warns(UserWarning, match="never dropped anything, the first is"):
         strip_dropconnect(model)
 
 
@@ -326,7 +326,7 @@ class Spare(nn.Module):
 def test_strip_warns_if_no_site_at_all_dropped(target: str) -> None:
     model = apply_dropconnect(Spare(), target, p=0.5)
     model(torch.ones(2, 4)).sum().backward()
-    with pytest.warns(UserWarning, match=f"1 DropConnect sites never dropped.*{target}"):
+    with pytest.warns(UserWarning, match=f"1 DropConnect site never dropped.*{target}"):
         strip_dropconnect(model)
     # Gradients that were there before tell nothing, nor does a forward in eval().
     strip_dropconnect(apply_dropconnect(model, target, p=0.5))
@@ -341,7 +341,7 @@ def test_compiled_forwards_count() -> None:
     model.used.compile(backend="aot_eager", fullgraph=True)
     model(torch.ones(2, 4)).sum().backward()
     assert unused_sites(model) == ["spare.weight"]
-    with pytest.warns(UserWarning, match=r"1 DropConnect sites never dropped.*'spare\.weight'"):
+    with pytest.warns(UserWarning, match=r"1 DropConnect site never dropped.*'spare\.weight'"):
         strip_dropconnect(model)
 
 

@@ -194,7 +194,7 @@ def test_set_p_takes_a_predicate() -> None:
             "raised KeyError for 'blocks' (ModuleList): 'blocks'",
         ),
         (lambda name, module: False, "is true of no module of Model"),
-        (lambda name, module: name == "bn", "matches 1 modules (the first is 'bn', a BatchNorm1d)"),
+        (lambda name, module: name == "bn", "matches 1 module (the first is 'bn', a BatchNorm1d)"),
     ],
     ids=["one-argument", "three", "none", "string", "raises", "nowhere", "no-weights"],
 )

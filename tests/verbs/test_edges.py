@@ -130,6 +130,6 @@ def test_strip_warns_of_a_site_that_never_dropped() -> None:
 
     model = apply_dropconnect(Half(), nn.Linear, p=0.5)
     model(torch.randn(2, 4))
-    with pytest.warns(UserWarning, match=r"1 DropConnect sites never dropped.*'spare\.weight'"):
+    with pytest.warns(UserWarning, match=r"1 DropConnect site never dropped.*'spare\.weight'"):
         strip_dropconnect(model)
     assert not any(isinstance(module, DropConnectModule) for module in model.modules())

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from surgery import dropconnect_sites
+from surgery.spec.forms import counted
 from surgery.spec.plan import Plan
 
 from .outline import Part, Weight, outline
@@ -133,6 +134,5 @@ def _render(line: _Line, widths: list[int], color: bool) -> str:
 def _total(model: nn.Module, plan: Plan) -> str:
     every = sum(parameter.numel() for parameter in model.parameters())
     if not len(plan):
-        return f"no sites, {every:,} weights"
-    noun = "site" if len(plan) == 1 else "sites"
-    return f"{len(plan)} {noun}, {plan.numel:,} of {every:,} weights"
+        return f"no sites, {counted(every, 'weight')}"
+    return f"{counted(len(plan), 'site')}, {plan.numel:,} of {counted(every, 'weight')}"
