@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed -o -path '*/kernels/*')
 
 .PHONY: help setup demo examples test test-all test-no-compiler test-oldest test-oldest-quick test-newest test-libraries \
-	bench bench-quick bench-page bench-strip bench-gpu mutants sweep docs lint wheel release-check clean
+	bench bench-quick bench-page bench-strip bench-gpu mutants fuzz sweep docs lint wheel release-check clean
 .NOTPARALLEL:  # targets share build/, dist/ and the cores
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test-newest  the tests with the newest releases of all dependencies, and the newest Python here"
 	@echo "make sweep     every architecture of transformers, into docs/architectures.md (half an hour)"
 	@echo "make mutants   change the code of ROOM (planning) here and there, list what no test notices"
+	@echo "make fuzz      COUNT (10000) changed files given to inspect, strip, convert, bake and load (a minute)"
 	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 15 minutes)"
 	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
 	@echo "make bench-page   make bench, into docs/performance.md"
@@ -127,6 +128,12 @@ SAMPLE := 100
 mutants: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/pip install --quiet cosmic-ray coverage
 	OMP_NUM_THREADS=1 $(BIN)/python .ci/mutate.py $(ROOM) --sample $(SAMPLE)
+
+COUNT := 10000
+SEED := 0
+
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.checkpoints.fuzz --count $(COUNT) --seed $(SEED)
 
 # The peers pin old versions of what they need, so they have an environment of their own.
 BENCH := .venv-bench

@@ -30,8 +30,17 @@ from typing import Any
 
 from ..base.files import publish, sweep, sync_folder, unfinished_folder, whole_file
 from ..spec.errors import SurgeryError
+from ..spec.forms import is_cached, real
 from ..spec.saved import PLAN_FILE, are_anchors
-from .weights import SAFETENSORS, Weights, WrongUse, is_index, is_of_weights, read_index, real
+from .weights import (
+    SAFETENSORS,
+    Weights,
+    WrongUse,
+    is_index,
+    is_of_weights,
+    other_indexes,
+    read_index,
+)
 
 _OWN = re.compile(r"(.+)\.new-[0-9a-f]{8}\.safetensors")
 """New files under names of their own, until they have the usual ones."""
@@ -119,19 +128,12 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     names = []
     for path in sorted(source.iterdir()):
         is_ours = path.name == PLAN_FILE or are_anchors(path.name)
-        regular = (not path.is_symlink() and path.is_file()) or _is_cached(path)
+        regular = (not path.is_symlink() and path.is_file()) or is_cached(path)
         hidden = path.name.startswith(".")
         if regular and not (is_ours or hidden or is_of_weights(path.name)):
             shutil.copyfile(path, target / path.name)
             names.append(path.name)
     return names
-
-
-def _is_cached(path: Path) -> bool:
-    """Whether it is a link of the cache of huggingface_hub, which leads to a blob."""
-    snapshot = path.parent.resolve()
-    blobs = snapshot.parent.parent / "blobs"
-    return snapshot.parent.name == "snapshots" and path.resolve().parent == blobs
 
 
 @contextmanager
@@ -171,10 +173,8 @@ def _refuse_part(weights: Weights) -> None:
     """Raise `WrongUse` if another index names a file of the checkpoint: it would be wrong."""
     home = weights.folder
     own = {real(home / name) for name in weights.headers}
-    for other in sorted(home.iterdir()):
-        if not is_index(other.name) or other.name == weights.index_name:
-            continue
-        parts = {real(home / name) for name in read_index(other)["weight_map"].values()}
+    for other, form in other_indexes(home, weights.index_name):
+        parts = {real(home / name) for name in form["weight_map"].values()}
         if own & parts and weights.index is None:
             raise WrongUse(f"{weights.path} is a part of {other}; name that, or the folder")
         if own & parts:
@@ -249,10 +249,9 @@ def finish(path: Path) -> bool:
 def _remove_unnamed(folder: Path) -> None:
     """Remove new files under names of their own that no index names. One that cannot be read may name
     any of them."""
-    files = list(folder.iterdir())
     with suppress(SurgeryError, OSError):
-        indexes = [read_index(one) for one in files if is_index(one.name)]
-        named = {name for form in indexes for name in form["weight_map"].values()}
-        for one in files:
+        forms = [form for _, form in other_indexes(folder)]
+        named = {name for form in forms for name in form["weight_map"].values()}
+        for one in list(folder.iterdir()):
             if _OWN.fullmatch(one.name) and one.name not in named:
                 one.unlink()

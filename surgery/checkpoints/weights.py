@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..spec.errors import SurgeryError
-from ..spec.forms import check_regular, fields, file_name, read_json, shown, text
+from ..spec.forms import check_links, check_regular, fields, file_name, read_json, shown, text
 from ..spec.plan import Plan
 from ..spec.saved import PLAN_FILE, are_anchors, read_saved
 from ..stored.header import Entry, Header, read_header
@@ -87,6 +87,7 @@ def find_weights(path: Path) -> Path:
 
     Raises:
         WrongUse: there is none, or several.
+        SurgeryError: it is a link that leads out of the folder.
     """
     if not path.is_dir():
         return path
@@ -100,6 +101,7 @@ def find_weights(path: Path) -> Path:
     for is_one in kinds:
         found = [name for name in names if is_one(name)]
         if len(found) == 1:
+            check_links(path, found)
             return path / found[0]
         if found:
             raise WrongUse(
@@ -131,8 +133,7 @@ def read_weights(path: Path) -> Weights:
         )
     index = read_index(main) if is_index(main.name) else None
     names = [main.name] if index is None else list(dict.fromkeys(index["weight_map"].values()))
-    if path.is_dir():
-        check_links(path, [main.name, *names])
+    check_links(main.parent, [name for name in names if name != main.name])
     headers = {name: _header_of(main.parent / name) for name in names}
     if index is not None:
         _check_index(main, index["weight_map"], headers)
@@ -159,30 +160,22 @@ def read_index(path: Path) -> dict[str, Any]:
     return form
 
 
+def other_indexes(folder: Path, main: str = "") -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The indexes in a folder, but for that of a name, and what they say.
+
+    Raises:
+        SurgeryError: one is damaged, or a link that leads out of the folder.
+    """
+    for name in sorted(os.listdir(folder)):
+        if is_index(name) and name != main:
+            check_links(folder, [name])
+            yield folder / name, read_index(folder / name)
+
+
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SurgeryError(f"{where} must be an object; got {shown(value)}")
     return value
-
-
-def check_links(folder: Path, names: list[str]) -> None:
-    """Raise `SurgeryError` if a file in a folder is a link that leads out of it. In the cache of
-    huggingface_hub, files of a snapshot lead to the blobs beside it."""
-    home = real(folder)
-    homes = [home]
-    if home.parent.name == "snapshots":
-        homes.append(home.parent.parent / "blobs")
-    for name in names:
-        target = real(folder / name)
-        if not any(target.is_relative_to(one) for one in homes):
-            raise SurgeryError(
-                f"{folder / name} is a link that leads out of its folder, to {target}"
-            )
-
-
-def real(path: Path) -> Path:
-    """Where a path leads, through all links; those that lead to themselves stay as they are."""
-    return Path(os.path.realpath(path))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +67,28 @@ def check_regular(path: Path) -> None:
 def _check_regular(path: Path, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise SurgeryError(f"{path} is not a regular file")
+
+
+def check_links(folder: Path, names: Iterable[str]) -> None:
+    """Raise `SurgeryError` if a file in a folder is a link that leads out of it: who gave the folder
+    may not have meant that. Links in the cache of huggingface_hub lead to its blobs, as they should."""
+    for name in names:
+        target = real(folder / name)
+        if not target.is_relative_to(real(folder)) and not is_cached(folder / name):
+            raise SurgeryError(
+                f"{folder / name} is a link that leads out of its folder, to {target}: copy that"
+            )
+
+
+def is_cached(path: Path) -> bool:
+    """Whether a file is a link of a snapshot in the cache of huggingface_hub, to a blob of it."""
+    above = [folder.parent for folder in real(path.parent).parents if folder.name == "snapshots"]
+    return any(real(path).parent == folder / "blobs" for folder in above[:1])
+
+
+def real(path: Path) -> Path:
+    """Where a path leads, through all links; those that lead to themselves stay as they are."""
+    return Path(os.path.realpath(path))
 
 
 def read_json(path: Path) -> Any:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import SurgeryError
-from .forms import Reader, fields, file_name, maybe, migrated, read_json, text
+from .forms import Reader, check_links, fields, file_name, maybe, migrated, read_json, text
 from .plan import Plan
 
 PLAN_FILE = "dropconnect.json"
@@ -35,13 +35,18 @@ def read_saved(
 
     Raises:
         OSError: there is no file, or it cannot be read.
-        SurgeryError: it is damaged, or of a newer version.
+        SurgeryError: it is damaged, or of a newer version, or one of both is a link that leads out of
+            the folder.
     """
+    check_links(path.parent, [path.name])
     form = read_json(path)
     try:
-        return fields(migrated(form, "file", "it"), "it", _FILE, {**_MAY_BE, **more})
+        read = fields(migrated(form, "file", "it"), "it", _FILE, {**_MAY_BE, **more})
     except SurgeryError as error:
         raise SurgeryError(f"cannot read {path}: {error}") from error
+    if read["anchors"] is not None:
+        check_links(path.parent, [read["anchors"]["file"]])
+    return read
 
 
 def _record(form: Any, where: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch.nn.utils import parametrize
 from surgery import SurgeryError, apply_dropconnect, convert_checkpoint, plain_state_dict
 from surgery.checkpoints.conventions import CONVENTIONS
 from surgery.checkpoints.weights import WrongUse
+from surgery.stored.header import read_header
 
 from .raw import apart, names, operated, same
 
@@ -245,6 +247,76 @@ def test_files_that_hold_something_else(tmp_path: Path) -> None:
     ):
         torch.save(content, tmp_path / "in.pt")
         refused(tmp_path, words)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        (lambda: torch.ones(2, device="meta"), "'a' is a meta tensor, .* without values, which"),
+        (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "'a' is a nested"),
+        (lambda: torch.ones(2).to_sparse(), "'a' is a tensor of layout torch.sparse_coo, which"),
+        (lambda: torch.eye(2).to_sparse_csr(), "'a' is a tensor of layout torch.sparse_csr"),
+        (
+            lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+            r"'a' is quantized \(torch.qint8; dequantize\(\) it\), which safetensors",
+        ),
+        (lambda: torch.ones(2, dtype=torch.complex128), "'a' is torch.complex128, which"),
+        (lambda: torch.ones(1).expand(2**40), r"in\.pt: 'a' takes 4,398,046,511,104 bytes"),
+    ],
+    ids=["meta", "nested", "sparse", "csr", "quantized", "complex128", "expanded"],
+)
+def test_tensors_that_a_file_cannot_hold(odd: Any, words: str, tmp_path: Path) -> None:
+    torch.save({"w_raw": torch.ones(2), "a": odd()}, tmp_path / "in.pt")
+    refused(tmp_path, words, "surgery")
+
+
+@pytest.mark.parametrize("key", ["\ud800_raw", "a\udfff", "k" * 5000], ids=ascii)
+def test_keys_that_are_no_text(key: str, tmp_path: Path) -> None:
+    torch.save({"w_raw": torch.ones(2), key: torch.ones(2)}, tmp_path / "in.pt")
+    refused(tmp_path, r"in\.pt: a key is no name: too long, or not Unicode", "surgery")
+
+
+def test_a_file_of_two_state_dicts_is_refused(tmp_path: Path) -> None:
+    state = by_torchnlp(False)
+    torch.save({"model": state, "state_dict": state}, tmp_path / "in.pt")
+    refused(tmp_path, "a state dict under each of state_dict, model: save the one that is meant")
+
+
+def test_an_archive_that_is_longer_unpacked(tmp_path: Path) -> None:
+    torch.save({"w_raw": torch.zeros(100_000)}, tmp_path / "good.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "good.pt") as good,
+        zipfile.ZipFile(tmp_path / "in.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for record in good.infolist():
+            packed.writestr(record.filename, good.read(record))
+    refused(tmp_path, "its records are packed, as torch packs none")
+
+
+def test_what_torch_says_of_a_pickle_is_told_without_its_advice(tmp_path: Path) -> None:
+    torch.save({"w_raw": Evil()}, tmp_path / "in.pt")
+    refused(
+        tmp_path, r"\(UnpicklingError: Trying to load unsupported GLOBAL \w+\.system .* blocked"
+    )
+    torch.save(nn.Linear(2, 2), tmp_path / "in.pt")
+    refused(tmp_path, r"Unsupported global: GLOBAL torch\.nn\.modules\.linear\.Linear\)\. A model")
+
+
+def test_tensors_are_aligned(tmp_path: Path) -> None:
+    """Wide dtypes first, as safetensors has them: else a reader could not map the others."""
+    state = {"a_raw": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(1, dtype=torch.bool)}
+    state |= {"c": torch.randn(2), "d": torch.randn(3, dtype=torch.float64)}
+    torch.save(state, tmp_path / "in.pt")
+    out = tmp_path / "out.safetensors"
+    convert_checkpoint(tmp_path / "in.pt", out, "surgery")
+    with open(out, "rb") as file:
+        header = read_header(file, "it")
+    assert list(header.entries) == ["d", "c", "a", "b"]
+    assert header.data_at % 8 == 0
+    for key, entry in header.entries.items():
+        assert entry.start % {"d": 8, "c": 4, "a": 2, "b": 1}[key] == 0
+    assert same(load_file(out), moved(state, {"a_raw": "a"}))
 
 
 def test_keys_of_another_convention_are_told(tmp_path: Path) -> None:

@@ -15,12 +15,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from surgery import SurgeryError, bake_checkpoint, inspect_checkpoint, strip_checkpoint
+from surgery import (
+    SurgeryError,
+    bake_checkpoint,
+    inspect_checkpoint,
+    load_dropconnect,
+    strip_checkpoint,
+)
 from surgery.spec.saved import PLAN_FILE
 from surgery.stored.header import encoded, read_header
 
 from ..verbs.hostile import TEXTS, VALUES, nodes
-from .raw import operated, write
+from .raw import Net, operated, write
 
 GOOD: dict[str, Any] = {
     "__metadata__": {"format": "pt"},
@@ -214,6 +220,60 @@ def test_links_pipes_and_devices(tmp_path: Path) -> None:
         with pytest.raises(SurgeryError, match="is not a regular file"):
             inspect_checkpoint(path)
         path.unlink()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs links")
+@pytest.mark.parametrize("lead", ["plan", "anchors", "index", "shard", "other index"])
+def test_no_link_that_leads_out_is_followed(lead: str, tmp_path: Path) -> None:
+    """Whatever lies beside a checkpoint; also if its index is named, and not its folder."""
+    folder = write(operated(), tmp_path / "raw", shards=2)
+    index = folder / "model.safetensors.index.json"
+    path = {
+        "plan": folder / PLAN_FILE,
+        "anchors": next(folder.glob("dropconnect_anchors-*")),
+        "index": index,
+        "shard": folder / "model-00002-of-00002.safetensors",
+        "other index": folder / "other.safetensors.index.json",
+    }[lead]
+    outside = tmp_path / "outside"
+    if path.exists():
+        path.rename(outside)
+    else:
+        outside.write_bytes(index.read_bytes().replace(b"model-", b"other-"))
+    path.symlink_to(outside)
+    words = "is a link that leads out of its folder, to .*: copy that"
+    if lead != "other index":
+        with pytest.raises(SurgeryError, match=words):
+            strip_checkpoint(folder)
+        with pytest.raises(SurgeryError, match=words):
+            bake_checkpoint(folder, tmp_path / "out", 1)
+    if lead != "index":  # who names a link means what it leads to
+        with pytest.raises(SurgeryError, match=words):
+            strip_checkpoint(index)
+    if lead in ("plan", "anchors"):
+        with pytest.raises(SurgeryError, match=words):
+            load_dropconnect(Net(), folder)
+    assert not (tmp_path / "out").exists()
+    path.unlink()
+    outside.rename(path)
+    if lead != "other index":
+        load_dropconnect(Net(), folder)
+        strip_checkpoint(folder)
+
+
+@pytest.mark.parametrize("below", ["", "unet"])
+def test_links_of_the_cache_of_huggingface_are_followed(below: str, tmp_path: Path) -> None:
+    """Also in folders of a snapshot, which pipelines have."""
+    blobs, folder = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / "abc" / below
+    blobs.mkdir(parents=True)
+    folder.mkdir(parents=True)
+    for path in write(operated(), tmp_path / "raw", shards=2).iterdir():
+        path.rename(blobs / f"of {path.name}")
+        (folder / path.name).symlink_to(blobs / f"of {path.name}")
+    load_dropconnect(Net(), folder)
+    strip_checkpoint(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert inspect_checkpoint(tmp_path / "out").count("raw") == 0
 
 
 def test_a_damaged_plan_beside_it(tmp_path: Path) -> None:
