@@ -27,7 +27,7 @@ from ..torch_private.compiler import (
     object_of,
     result_of,
 )
-from ..torch_private.tensors import counter, identity, no_torch_function, version_of
+from ..torch_private.tensors import counter, memory_of, no_torch_function, version_of
 from ..torch_private.tracing import is_graphed
 from .recompute import Recipe
 from .state import SiteState
@@ -182,4 +182,4 @@ def _is_item_of(used: Tensor, node: Any) -> bool:
 def _is_alias(value: Any, used: Tensor) -> bool:
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return False
-    return bool(identity(value.untyped_storage()) == identity(used.untyped_storage()))
+    return memory_of(value) == memory_of(used)

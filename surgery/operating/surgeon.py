@@ -39,8 +39,9 @@ def operate(prepared: Prepared, kept: Anchors | None = None) -> None:
         prepared: see `prepare`.
         kept: values of anchors, by the name of their site; of others the weight's value is taken.
     """
-    known = {} if kept is None else _kept_anchors(prepared, kept)
-    todo = [(change, _anchors(change, known)) for change in prepared.changes]
+    with outside_of_inference():  # the model can be trained afterwards
+        known = {} if kept is None else _kept_anchors(prepared, kept)
+        todo = [(change, _anchors(change, known)) for change in prepared.changes]
     carry_out(todo, prepared.graphs)
 
 
@@ -97,8 +98,7 @@ def _anchors(change: Change, known: dict[int, Tensor]) -> dict[str, Tensor]:
         parameter = plain_parameters(change.module)[name]
         if parameter is not None:
             if id(parameter) not in known:
-                with outside_of_inference():
-                    known[id(parameter)] = parameter.detach().clone()
+                known[id(parameter)] = parameter.detach().clone()
             anchors[state.anchor] = known[id(parameter)]
     return anchors
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..torch_private.tracing import is_traced
+from ..torch_private.tracing import is_traced, is_transformed
 from . import gpu
-from .example_product import gradients, product
+from .example_product import formula, gradients, product
 from .hash import Key, key_tensor
 from .law import Law, Layout, Mask
 from .part import Part
@@ -26,6 +26,10 @@ from .part import Part
 
 def example_product(x: Tensor, weight: Tensor, anchor: Tensor | None, key: Key, law: Law) -> Tensor:
     """`x_e @ W_e^T` for x (examples, rows, in) and a weight (out, in): see `example_linear`."""
+    if (
+        torch.compiler.is_compiling() and is_transformed()
+    ):  # dynamo knows no rules for operators there
+        return formula(x, weight, anchor, key_tensor(key, weight.device), law)
     if not gpu.takes(x, weight, anchor, strided=True):
         given = x, weight, anchor, key_tensor(key), law.threshold, law.scale
         return cast(Tensor, _product(*given))

@@ -25,7 +25,7 @@ from .cpu import native
 from .engine import CHUNK, has_kernels
 from .formula import apply_mask, keep_masks
 from .hash import advance_key, key_tensor, multipliers, spread
-from .law import Layout, Mask
+from .law import Law, Layout, Mask
 from .part import Part, Rows
 
 BLOCK = 1 << 20
@@ -161,13 +161,28 @@ class _Masks:
         """The keep masks of some rows for some examples, by the formula."""
         outputs, inputs = self.weight.shape
         if self.part is None:
-            index = torch.arange(max(outputs, inputs), dtype=torch.int64, device=self.weight.device)
-            of_rows, of_columns = index[:outputs] * inputs, index[:inputs]
+            of_rows, of_columns = _indices(outputs, inputs, self.weight.device)
         else:
             of_rows, of_columns = (self.part.indices(dim, self.weight.device) for dim in range(2))
             of_rows = of_rows * self.part.whole[1]
         first, columns = spread(of_rows)[rows], spread(of_columns)
         return keep_masks(first, columns, self.key, self.law.threshold, last)
+
+
+def _indices(outputs: int, inputs: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The index of the first entry of each row of a weight, and of the entries of row 0."""
+    index = torch.arange(max(outputs, inputs), dtype=torch.int64, device=device)
+    return index[:outputs] * inputs, index[:inputs]
+
+
+def formula(x: Tensor, weight: Tensor, anchor: Tensor | None, key: Tensor, law: Law) -> Tensor:
+    """`product` as plain tensor operations, for traces that know no operator of ours. The masked
+    weights of all examples exist at once."""
+    outputs, inputs = weight.shape
+    of_rows, of_columns = _indices(outputs, inputs, weight.device)
+    rows, columns = spread(of_rows), spread(of_columns)
+    keep = keep_masks(rows, columns, key, law.threshold, multipliers(len(x), key))
+    return torch.bmm(x, apply_mask(keep, weight, anchor, law.scale).mT)
 
 
 def product(

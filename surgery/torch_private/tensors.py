@@ -27,6 +27,18 @@ the meta device, where `data_ptr()` raises or is 0. Without it, writes into a ma
 missed in traces, and RNNs on cuDNN would not find that their weights lie in one piece."""
 
 
+def memory_of(tensor: Tensor) -> int:
+    """`identity` of the memory that a tensor sees; what transforms of `torch.func` put around it has
+    none of its own, also in a trace."""
+    while _is_wrapped(tensor):
+        tensor = _inside(tensor)
+    return int(identity(tensor.untyped_storage()))
+
+
+_is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+_inside: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
+
+
 def dispatch_keys(tensor: Tensor) -> int:
     """A number that is the same for tensors that torch's dispatcher treats alike.
 

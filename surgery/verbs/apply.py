@@ -28,6 +28,7 @@ from ..spec.config import DropConnectConfig, check_p
 from ..spec.errors import NotOperatedError, SurgeryError
 from ..spec.forms import counted
 from ..spec.plan import Plan
+from ..torch_private.modes import outside_of_inference
 from .raw_files import remember
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -225,7 +226,9 @@ class hold_masks(Reversible, contextlib.ContextDecorator):
                 "hold_masks is already active on this model; leave that context first"
             )
         change, back = Changes(), Changes()
-        for place, key in zip(at, _keys_to_hold(at)):
+        with outside_of_inference():  # a backward may keep them
+            keys = list(_keys_to_hold(at))
+        for place, key in zip(at, keys):
             change.put(place.state.__dict__, {"held_key": key})
             back.put(place.state.__dict__, {"held_key": None, "held": None})
         return change.at_once(), back.at_once()

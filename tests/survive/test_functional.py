@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.func import functional_call, grad, jvp, stack_module_state, vjp, vmap
+from torch.utils._pytree import tree_leaves
 
 from surgery import SurgeryError, apply_dropconnect, strip_dropconnect
 
@@ -175,3 +176,67 @@ def test_an_ensemble_of_plain_models() -> None:
     for out, model in zip(found, plain):
         apply_dropconnect(model, list(subject.targets), p=0.5)
         torch.testing.assert_close(out, seeded(lambda model=model: model(x)))
+
+
+COMPILED: list[tuple[str, dict[str, str], str]] = [
+    *(("linear", {}, name) for name in ("grad", "jvp", "per example")),
+    *(("linear", {"sampling": "example", "toward": "pretrained"}, name) for name in ("vjp", "jvp")),
+    ("embedding", {}, "per example"),
+    ("attention", {}, "grad"),
+]
+
+Transformed = Callable[[dict[str, Tensor], Tensor], object]
+
+
+def transformed(model: nn.Module, name: str) -> Transformed:
+    """A transform of the model's loss, or output, by its parameters."""
+
+    def out(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        found: Tensor = functional_call(model, values, (x,))
+        return found
+
+    loss = loss_of(model)
+    known: dict[str, Transformed] = {
+        "grad": grad(loss),
+        "vjp": lambda values, x: vjp(lambda v: out(v, x), values)[0],
+        "jvp": lambda values, x: jvp(lambda v: out(v, x), (values,), (values,)),
+        "per example": lambda values, x: vmap(
+            lambda one: grad(loss)(values, one[None]), randomness="same"
+        )(x),
+    }
+    return known[name]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize(("name", "options", "transform"), COMPILED, ids=str)
+def test_transforms_compile(name: str, options: dict[str, str], transform: str) -> None:
+    """The first thing that is done with the model."""
+    model, x = BY_NAME[name].moved(**options), BY_NAME[name].inputs()
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    run = transformed(model, transform)
+    compiled = torch.compile(run, backend="eager", fullgraph=True)
+    torch.manual_seed(7)
+    found = compiled(values, x)
+    torch.manual_seed(7)
+    torch.testing.assert_close(found, run(values, x))
+    torch.manual_seed(8)
+    other = compiled(values, x)
+    assert not all(map(torch.equal, tree_leaves(other), tree_leaves(found)))
+
+
+class Halves(nn.Linear):
+    """Writes to the weight after it has read it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = x @ self.weight.t()
+        self.weight.mul_(0.5)
+        return u
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_write_is_refused_in_compiled_transforms() -> None:
+    model = apply_dropconnect(Halves(4, 3, bias=False), "*", p=0.5)
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    compiled = torch.compile(grad(loss_of(model)), backend="eager")
+    with pytest.raises(SurgeryError, match="the forward of Halves writes to it while it is masked"):
+        compiled(values, torch.randn(5, 4))

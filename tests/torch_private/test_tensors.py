@@ -53,6 +53,25 @@ def test_storages_have_an_identity(where: str) -> None:
         assert of(one) == of(one.view(2, 2)[1]) == of(one.detach()) == of(seen) != of(other)
 
 
+@canary(
+    tensors,
+    "torch._C._functorch.get_unwrapped",
+    "torch._C._functorch.is_functorch_wrapped_tensor",
+)
+def test_the_memory_of_what_a_transform_sees_is_that_of_the_tensor() -> None:
+    weight, other = torch.ones(3, 2), torch.ones(3, 2)
+    seen = []
+
+    def sees(row: Tensor) -> Tensor:
+        seen.append((tensors.memory_of(row), tensors.memory_of(row.view(2, 1).detach())))
+        return row.sum()
+
+    torch.func.vmap(torch.func.grad(sees))(weight)
+    torch.func.grad(sees)(weight[1])
+    assert set(seen) == {(tensors.memory_of(weight),) * 2}
+    assert tensors.memory_of(weight) != tensors.memory_of(other)
+
+
 def _tangent_of_nothing() -> Tensor:
     return torch._efficientzerotensor(2)
 
