@@ -121,7 +121,8 @@ def test_load(tmp_path: Path) -> None:
 def test_what_is_done_with_a_model(
     act: Callable[[nn.Module, Path], nn.Module], tmp_path: Path
 ) -> None:
-    options = {"toward": "pretrained", "sampling": "example" if act is held else "batch"}
+    options: dict[str, Any] = {"toward": "pretrained"}
+    options["sampling"] = "example" if act is held else "batch"
     model = LINEAR.operated(**options)
     with torch.inference_mode():
         act(model, tmp_path)
