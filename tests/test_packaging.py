@@ -117,3 +117,18 @@ print(len(surgery.plan_dropconnect(model, "all-linear")))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.split()[-1:] == ["4"], result.stderr[-2000:]
+
+
+def test_the_oldest_releases_are_those_that_are_tested() -> None:
+    """Every lower bound of what users install is a release that `make test-oldest` takes."""
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "tests" / "oldest.txt").read_text().split()
+        if "==" in line
+    )
+    extras = project()["project"]["optional-dependencies"]
+    needed = [*project()["project"]["dependencies"], *extras["hf"], *extras["cli"]]
+    bounds = dict(one.split(">=") for one in needed)
+    assert bounds.keys() >= {"torch", "safetensors", "transformers", "typer"}
+    for name, bound in bounds.items():
+        assert pinned[name].removesuffix(".0").removesuffix(".0") == bound, name

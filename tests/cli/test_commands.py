@@ -18,18 +18,12 @@ import surgery
 from surgery import apply_dropconnect, plan_dropconnect, save_dropconnect
 from surgery.stored.header import TensorType, encoded, placed
 
-from ..checkpoints.raw import expected, operated, read, same, write
+pytest.importorskip("typer")
 
-typer_testing = pytest.importorskip("typer.testing")
+from ..checkpoints.raw import expected, operated, read, same, write
+from .running import call
 
 ROOT = Path(__file__).parents[2]
-
-
-def call(*args: object) -> Any:
-    """A command in this process."""
-    from surgery.cli.app import app
-
-    return typer_testing.CliRunner().invoke(app, [*map(str, args)])
 
 
 def cold(code: str, *args: object, **options: Any) -> subprocess.CompletedProcess[str]:

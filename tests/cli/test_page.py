@@ -14,13 +14,12 @@ pytest.importorskip("transformers")
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from typer.testing import CliRunner
 
 from surgery import apply_dropconnect, save_dropconnect
-from surgery.cli.app import app
 
 from ..checkpoints.raw import operated, write
 from ..docs.given import bert_folder
+from .running import call
 
 PAGE = Path(__file__).parents[2] / "docs" / "command-line.md"
 BLOCKS = re.findall(r"^```(sh|text|python)\n(.*?)^```", PAGE.read_text(), re.M | re.S)
@@ -67,7 +66,7 @@ def test_commands_of_the_page(tmp_path: Path, monkeypatch) -> None:
             if args == ["strip", "out", "plain"]:
                 given_again = tmp_path / "out" / "model.safetensors"
                 save_file(dict(small().state_dict()), given_again)
-            result = CliRunner().invoke(app, args)
+            result = call(*args)
             assert result.exit_code == 0, (line, result.output, result.exception)
             printed += result.stdout
             ran.append(args[0])

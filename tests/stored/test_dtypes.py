@@ -27,43 +27,47 @@ def file_of(path: Path, dtype: str, shape: list[int], size: int) -> Path:
     return path
 
 
-def known_to_safetensors(path: Path) -> set[str]:
-    """The names that its parser lists when it is given another."""
-    with pytest.raises(SafetensorError) as caught, safe_open(file_of(path, "F1", [8], 1), "pt"):
-        pass
-    listed = re.search(r"expected one of (.*) at line", str(caught.value))
-    assert listed, caught.value
-    return set(re.findall(r"`(\w+)`", listed[1]))
+def opens(path: Path) -> bool:
+    """Whether safetensors takes a file."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except SafetensorError:
+        return False
+
+
+def is_known(dtype: str, folder: Path) -> bool:
+    """Whether the installed safetensors has a dtype."""
+    return opens(file_of(folder / "probe.safetensors", dtype, [8], BITS[dtype]))
 
 
 def test_the_table_has_all_that_safetensors_knows(tmp_path: Path) -> None:
-    known = known_to_safetensors(tmp_path / "unknown.safetensors")
-    assert len(known) > 12
-    assert known <= DTYPES.keys()
     assert theirs._TYPES.items() <= IN_TORCH.items()
     assert all(dtype in IN_TORCH.values() for dtype in theirs._SIZE if dtype is not None)
+    with pytest.raises(SafetensorError) as caught:
+        safe_open(file_of(tmp_path / "unknown.safetensors", "F1", [8], 1), "pt").__enter__()
+    listed = re.search(r"expected one of (.*) at line", str(caught.value))
+    if listed:  # older ones do not say
+        known = set(re.findall(r"`(\w+)`", listed[1]))
+        assert len(known) > 12
+        assert known <= DTYPES.keys()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_file_has_as_many_bytes_as_safetensors_wants(dtype: str, tmp_path: Path) -> None:
     """And is looked at and stripped, if torch has such tensors or not."""
     path = tmp_path / "a.safetensors"
-    for size, is_right in ((BITS[dtype], True), (BITS[dtype] + 1, False)):
-        file_of(path, dtype, [4, 2], size)
-        if dtype in known_to_safetensors(tmp_path / "unknown.safetensors"):
-            if is_right:
-                with safe_open(path, "pt") as file:
-                    assert file.get_slice("a_raw").get_dtype() == dtype
-            else:
-                with pytest.raises(SafetensorError), safe_open(path, "pt"):
-                    pass
-        if is_right:
-            assert inspect_checkpoint(path).tensors[0].dtype == dtype
-            strip_checkpoint(path)
-            assert path.read_bytes()[-size:] == bytes(range(size))
-        else:
-            with pytest.raises(SurgeryError, match="need another number"):
-                inspect_checkpoint(path)
+    file_of(path, dtype, [4, 2], BITS[dtype] + 1)
+    assert not opens(path)
+    with pytest.raises(SurgeryError, match="need another number"):
+        inspect_checkpoint(path)
+    file_of(path, dtype, [4, 2], BITS[dtype])
+    if is_known(dtype, tmp_path):
+        with safe_open(path, "pt") as file:
+            assert file.get_slice("a_raw").get_dtype() == dtype
+    assert inspect_checkpoint(path).tensors[0].dtype == dtype
+    strip_checkpoint(path)
+    assert path.read_bytes()[-BITS[dtype] :] == bytes(range(BITS[dtype]))
 
 
 @pytest.mark.parametrize("dtype", IN_TORCH)
@@ -81,7 +85,7 @@ def test_tensors_pass_as_by_safetensors(dtype: str, shape: Any, tmp_path: Path) 
         again = read_tensor(file, read_header(file, "it"), "a")
     assert (again.dtype, again.shape) == (kind, shape)
     assert not size or torch.equal(again.reshape(-1).view(torch.uint8), values)
-    if kind in theirs._SIZE and dtype in known_to_safetensors(tmp_path / "unknown.safetensors"):
+    if kind in theirs._SIZE and is_known(dtype, tmp_path):
         save_file({"a": tensor}, by_them)
         assert ours.read_bytes() == by_them.read_bytes()
         found = load_file(ours)["a"]
