@@ -43,6 +43,7 @@ from surgery import (
 )
 from surgery.checkpoints.conventions import CONVENTIONS
 from surgery.checkpoints.weights import is_index
+from surgery.stored.header import TensorType, encoded, placed, read_header
 
 from .mutations import MARK, MUTATIONS, Files, good
 from .raw import Net
@@ -137,11 +138,7 @@ def outsiders(folder: Path) -> Path:
             (folder / f"secret.{ending}").write_bytes(content)
             (folder / file).write_bytes(content)
     (folder / "secret.bin").write_bytes((folder / "secret.pt").read_bytes())
-    header = json.dumps(
-        {"secret_raw": {"dtype": "U8", "shape": [len(MARK)], "data_offsets": [0, len(MARK)]}}
-    )
-    padded = header + " " * (-len(header) % 8)
-    content = len(padded).to_bytes(8, "little") + padded.encode() + MARK
+    content = encoded(placed({"secret_raw": TensorType("U8", (len(MARK),))}), None) + MARK
     for name in ("secret.safetensors", "model.safetensors"):
         (folder / name).write_bytes(content)
     return folder
