@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed -o -path '*/kernels/*')
 
-.PHONY: help setup demo examples test test-all test-no-compiler test-oldest test-oldest-quick test-newest test-libraries \
+.PHONY: help setup demo examples test random test-all test-no-compiler test-oldest test-oldest-quick test-newest test-libraries \
 	bench bench-quick bench-page bench-strip bench-gpu mutants fuzz sweep docs lint wheel release-check clean
 .NOTPARALLEL:  # targets share build/, dist/ and the cores
 
@@ -23,6 +23,7 @@ help:
 	@echo "make test-oldest-quick  those of them that are nearest to torch and transformers"
 	@echo "make test-newest  the tests with the newest releases of all dependencies, and the newest Python here"
 	@echo "make sweep     every architecture of transformers, into docs/architectures.md (half an hour)"
+	@echo "make random    COUNT (10000) random sequences of what is done to models, and half as many to graphs"
 	@echo "make mutants   change the code of ROOM (planning) here and there, list what no test notices"
 	@echo "make fuzz      COUNT (10000) changed files given to inspect, strip, convert, bake and load (a minute)"
 	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 15 minutes)"
@@ -121,6 +122,14 @@ test-libraries:
 	$(MAKE) VENV=$(LIBRARIES) TORCH="torch torchvision" $(LIBRARIES)/.libraries
 	$(LIBRARIES)/bin/pytest tests/libraries
 
+# 45 ms each on one core; a fault prints the command that plays its sequence again.
+COUNT := 10000
+FIRST := 0
+
+random: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.random_surgery --count $(COUNT) --first $(FIRST) --workers $$(nproc)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.random_surgery --count $$(($(COUNT) / 2)) --first $(FIRST) --workers $$(nproc) --graphs
+
 # A change takes as long as the tests that notice it: a sample of 100 takes half an hour or more.
 ROOM := planning
 SAMPLE := 100
@@ -129,7 +138,6 @@ mutants: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/pip install --quiet cosmic-ray coverage
 	OMP_NUM_THREADS=1 $(BIN)/python .ci/mutate.py $(ROOM) --sample $(SAMPLE)
 
-COUNT := 10000
 SEED := 0
 
 fuzz: $(VENV)/.test

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -119,18 +118,10 @@ def register_kind(kind: Kind) -> None:
 _kind_of_class: PerObject[type[nn.Module], Kind | None] = PerObject()
 """What was found before; None for a class that no kind was registered for."""
 
-_kind_of_one: WeakKeyDictionary[nn.Module, Kind] = WeakKeyDictionary()
-
-
-def set_kind(module: nn.Module, kind: Kind) -> None:
-    """Set the kind of one module whose parameters only nodes of a graph read: its class does not
-    tell it. The kind must not refer to the module."""
-    _kind_of_one[module] = kind
-
 
 def kind_of(module: nn.Module) -> Kind:
     """The kind of a module; `OTHER` if none was registered for its class."""
-    return _kind_of_class.get(type(module), _registered) or _kind_of_one.get(module, OTHER)
+    return _kind_of_class.get(type(module), _registered) or OTHER
 
 
 def _registered(cls: type[nn.Module]) -> Kind | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..spec.names import ANCHOR, RAW, raw_name
 from ..spec.plan import join
+from ..torch_private.modules import as_state_dict_of
 from ..torch_private.wrappers import WRAPPED
 from .places import Place, places
 from .state import SiteState
@@ -40,7 +41,7 @@ def plain_state_dict(
     source: Mapping[str, Any] = model.state_dict() if state_dict is None else state_dict
     keys = plain_keys(model)
     plain = {keys.get(key, key): value for key, value in source.items()}
-    return {key: value for key, value in plain.items() if key is not None}
+    return as_state_dict_of(source, {key: v for key, v in plain.items() if key is not None})
 
 
 def raw_state_dict(model: nn.Module, state_dict: Mapping[str, Value]) -> dict[str, Tensor | Value]:
@@ -69,7 +70,7 @@ def raw_state_dict(model: nn.Module, state_dict: Mapping[str, Value]) -> dict[st
         raw[join(name, place.state.raw)] = value
         if place.state.anchor is not None and join(name, place.state.anchor) not in state_dict:
             raw[join(name, place.state.anchor)] = place.anchor
-    return raw
+    return as_state_dict_of(state_dict, raw)
 
 
 def keys_made_plain(keys: Iterable[str], own: Iterable[str]) -> dict[str, str | None]:

@@ -14,21 +14,21 @@ from ..modules.places import plain_parameters, states_of
 from ..modules.walk import WRAPPERS, named_modules
 from ..spec.plan import join
 from .conventions import Conventions
-from .graphs import graph_surgeon
+from .graphs import Survey, graph_surgeon
 
 
 class Owner:
     """A module of a model, as the owner of its parameters. What is asked of it is found out once."""
 
-    def __init__(self, module: nn.Module, name: str, in_graph: bool) -> None:
+    def __init__(self, module: nn.Module, name: str, graphs: Survey | None) -> None:
         self.module = module
         self.names = [name]
         """Its dotted names, in model order: a shared module has several."""
-        self.in_graph = in_graph
+        self.in_graph = graphs is not None and graphs.owns(module)
         """Whether only nodes of a graph read the parameters: its forward never runs."""
         self.cls = plain_class(module)
         """The class without DropConnect."""
-        self.kind = kind_of(module)
+        self.kind = graphs.kind_of(module) if graphs and self.in_graph else kind_of(module)
         """Which weights it drops, and what their dimensions mean."""
         self.states = states = states_of(module)
         """What is known of parameters that are operated already, by plain name."""
@@ -60,8 +60,7 @@ class Catalogue:
         for name, module in named:
             owner = self._owners.get(id(module))
             if owner is None:
-                in_graph = graphs is not None and graphs.owns(module)
-                owner = self._owners[id(module)] = Owner(module, name, in_graph)
+                owner = self._owners[id(module)] = Owner(module, name, graphs)
             else:
                 owner.names.append(name)
             self._named[name] = owner

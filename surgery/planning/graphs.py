@@ -14,6 +14,7 @@ from torch import nn
 
 from ..base.journal import Step
 from ..base.plugins import load_plugins
+from ..kinds.kind import Kind
 from ..kinds.product import Product
 from ..modules.node import DropConnectNode
 from ..modules.state import SiteState
@@ -35,6 +36,10 @@ class Survey(Protocol):
 
     def readers(self, module: nn.Module) -> list[nn.Module]:
         """The other modules whose graphs read a parameter of this one."""
+
+    def kind_of(self, module: nn.Module) -> Kind:
+        """The kind of a module that a graph owns: which of its weights are dropped by default, and what
+        their dimensions mean. Its class does not tell it."""
 
     def kind(self, module: nn.Module, name: str) -> str:
         """How the graph reads a parameter: name of a kind."""

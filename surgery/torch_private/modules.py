@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
@@ -62,6 +63,19 @@ def not_before_loading(owner: nn.Module, hook: Callable[..., Any]) -> None:
     hooks: dict[int, Any] = owner._load_state_dict_pre_hooks
     for key in [key for key, held in hooks.items() if held.hook == hook]:
         del hooks[key]
+
+
+def as_state_dict_of(source: Mapping[str, Any], items: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of these items, with the versions of modules that `source` has, if it has any.
+
+    Without them, a module class whose form changed once takes what it has just saved for the old form.
+    """
+    versions = getattr(source, "_metadata", None)
+    if versions is None:
+        return items
+    found: dict[str, Any] = OrderedDict(items)
+    found._metadata = versions  # type: ignore[attr-defined]
+    return found
 
 
 def hooks_after_saving(owner: nn.Module) -> dict[int, Any]:

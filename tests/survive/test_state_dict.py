@@ -36,6 +36,27 @@ def test_plain_state_dict_is_the_plain_models(subject: Subject) -> None:
     assert_same(plain_state_dict(subject.operated()), dict(subject.plain().state_dict()))
 
 
+class Versioned(nn.Linear):
+    """Whose weight lay transposed in files of its first form, which have no version."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, versions, *args) -> None:
+        if versions.get("version", 1) < 2:
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].T
+        super()._load_from_state_dict(state_dict, prefix, versions, *args)
+
+
+def test_renamed_state_dicts_tell_the_versions_of_modules() -> None:
+    """Else such a class takes what it has just saved for the old form."""
+    plain, operated = nn.Sequential(Versioned(3, 3)), nn.Sequential(Versioned(3, 3))
+    apply_dropconnect(operated, "0")
+    plain.load_state_dict(plain_state_dict(operated))
+    assert torch.equal(plain[0].weight, operated[0].weight)
+    operated.load_state_dict(raw_state_dict(operated, plain.state_dict()))
+    assert torch.equal(operated[0].weight, plain[0].weight)
+
+
 class TestRawStateDict:
     """`raw_state_dict`, the inverse of `plain_state_dict`."""
 

@@ -178,6 +178,27 @@ def test_a_hook_sees_what_is_loaded_and_goes_again() -> None:
     assert seen == ["0."]
 
 
+@canary(modules, "OrderedDict._metadata of a state dict")
+def test_a_state_dict_tells_the_versions_of_modules() -> None:
+    seen: list[Any] = []
+
+    class Versioned(nn.Linear):
+        _version = 7
+
+        def _load_from_state_dict(
+            self, state_dict: Any, prefix: str, versions: Any, *args: Any
+        ) -> None:
+            seen.append(versions.get("version"))
+            super()._load_from_state_dict(state_dict, prefix, versions, *args)
+
+    model = nn.Sequential(Versioned(2, 2))
+    saved = model.state_dict()
+    model.load_state_dict(saved)
+    model.load_state_dict(modules.as_state_dict_of(saved, dict(saved)))
+    model.load_state_dict(modules.as_state_dict_of(dict(saved), dict(saved)))
+    assert seen == [7, 7, None]
+
+
 @canary(modules, "nn.Module._state_dict_hooks")
 def test_hooks_after_saving_are_in_a_dict() -> None:
     net = Net()

@@ -110,6 +110,15 @@ def table(graph: fx.Graph) -> list[tuple[str, ...]]:
     return [(n.op, n.name, str(n.target), str(n.args), str(n.kwargs)) for n in graph.nodes]
 
 
+def unnamed(graph: fx.Graph) -> list[Any]:
+    """A graph without the names of its nodes, which unpickling makes anew."""
+    place = {node: i for i, node in enumerate(n for n in graph.nodes)}
+    return [
+        (n.op, str(n.target), str(fx.map_arg((n.args, n.kwargs), place.__getitem__)))
+        for n in graph.nodes
+    ]
+
+
 def whole(model: nn.Module) -> list[Any]:
     """Every graph in a model, and its code."""
     graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from surgery.kinds.kind import set_kind
+from surgery.kinds.kind import OTHER, Kind, kind_of
 from surgery.kinds.product import COLUMN_PRODUCT, LINEAR_PRODUCT, Product
 from surgery.modules.node import Call
 
@@ -41,7 +41,7 @@ class ModelGraphs:
         for graph_module in self.graphs:
             for node in graph_module.graph.nodes:
                 self._note(graph_module, node)
-        self._set_kinds()
+        self.roles = self._roles()
         self._replaced: dict[tuple[int, str], Replaced] = {}
         self._find_replaced()
 
@@ -67,16 +67,20 @@ class ModelGraphs:
             self.reads.setdefault(id(parameter), []).append(read)
             self._ids[read.key] = id(parameter)
 
-    def _set_kinds(self) -> None:
+    def _roles(self) -> dict[nn.Module, dict[str, Role]]:
+        """What the graphs make of the parameters of each module, by name."""
         roles: dict[nn.Module, dict[str, Role]] = {}
         for reads in self.reads.values():
             role = role_of(use for read in reads for use in uses(read))
             for read in reads:
                 roles.setdefault(read.owner, {})[read.name] = role
-        self.roles = roles
-        for module, named in roles.items():
-            if self.owns(module):
-                set_kind(module, kind_of_roles(named))
+        return roles
+
+    def kind_of(self, module: nn.Module) -> Kind:
+        """The kind of a module that a graph owns. It is known here alone: the same module, given
+        without its graph, is of the kind of its class."""
+        kind, roles = kind_of(module), self.roles.get(module)
+        return kind_of_roles(roles) if kind is OTHER and roles is not None else kind
 
     def owns(self, module: nn.Module) -> bool:
         """Whether only nodes of a graph read the module's parameters: its forward never runs."""

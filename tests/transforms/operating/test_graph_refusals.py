@@ -7,9 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from surgery import SurgeryError, apply_dropconnect, plan_dropconnect
+from surgery import (
+    NoMatchError,
+    SurgeryError,
+    apply_dropconnect,
+    dropconnect_sites,
+    plan_dropconnect,
+)
 
 from ..graphs import (
     Functional,
@@ -138,3 +144,26 @@ class _Classifier(nn.Module):
     def forward(self, x):
         u = self.fc(x) if self.leaf else F.linear(x, self.w)
         return F.log_softmax(u, dim=-1)
+
+
+def test_a_part_without_its_graph_is_not_what_it_was_in_it() -> None:
+    """Nobody reads its parameters then, whatever an earlier call has seen in the graph."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.fc = Functional(), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.inner(x))
+
+    model = fx.symbolic_trace(Outer())
+    apply_dropconnect(model, nn.Linear)
+    before = GraphSnapshot(model)
+    with pytest.raises(NoMatchError, match="none has weights that are dropped by default"):
+        apply_dropconnect(model.inner, nn.Module)
+    with pytest.raises(SurgeryError, match="nor a parent's reads it"):
+        apply_dropconnect(model.inner, "w")
+    assert GraphSnapshot(model) == before
+    apply_dropconnect(model, ["inner.w", "inner.v"])
+    assert len(dropconnect_sites(model)) == 3

@@ -1,0 +1,56 @@
+"""A part of the random sequences; `make random COUNT=50000` plays any number.
+
+A sequence that fails is played again, with the actions that its fault needs, by the command in its
+message.
+"""
+
+import pytest
+import torch
+
+from . import verbs
+from .play import command, many, play
+
+OFTEN, SELDOM = 50, 15
+"""Sequences of models and of graphs for each of the tests below."""
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """What a sequence does depends on no other."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("first", [0, OFTEN])
+def test_models_beside_their_plain_twins(first: int) -> None:
+    check(first, OFTEN, of_graphs=False)
+
+
+def test_graphs_beside_their_plain_twins() -> None:
+    check(0, 2 * SELDOM, of_graphs=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of_graphs", [False, True], ids=["models", "graphs"])
+def test_many_more(of_graphs: bool) -> None:
+    check(1000, 1000, of_graphs)
+
+
+def check(first: int, count: int, of_graphs: bool) -> None:
+    done, faults = many(first, count, of_graphs)
+    assert sum(done.values()) > 5 * count
+    assert not [(played.fault, command(played.seed, keep, of_graphs)) for played, keep in faults]
+
+
+def test_a_fault_is_found_and_its_sequence_made_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check itself: a strip that does nothing."""
+    monkeypatch.setattr(verbs, "strip_dropconnect", lambda model: model)
+    faults = many(0, 20, of_graphs=False)[1]
+    assert faults
+    played, keep = faults[0]
+    again = play(played.seed, keep=keep)
+    assert played.fault.startswith("Fault: nothing is left after strip")
+    assert again.fault.startswith("Fault: nothing is left after strip")
+    assert len(again.steps) <= len(played.steps)
+    assert f"--seed {played.seed} --keep" in command(played.seed, keep, of_graphs=False)

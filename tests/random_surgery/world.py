@@ -1,0 +1,287 @@
+"""A model, its plain twin to which the same things are done, and what has to hold between the two."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from surgery import SurgeryError, dropconnect_sites, plain_state_dict
+from surgery.modules.node import Settle
+from surgery.modules.operated import DropConnectModule, plain_class
+from surgery.modules.own_generator import generator_of
+from surgery.modules.places import SitesNode, places, plain_parameters, states_of
+
+from ..helpers import REBUILT, bits_of
+from ..internals import live_masks, own_notes
+from ..survive.interrupts import surroundings
+from . import parts
+
+OUTSIDE = (None, False, True)
+"""What `surroundings` returns when nothing of a verb is left in the thread."""
+
+
+class Fault(AssertionError):
+    """Something that was promised does not hold."""
+
+
+OF_GRAPHS = frozenset(
+    ("_graph", "_code", "_lineno_map", "_prologue_start", "_load_state_dict_pre_hooks")
+)
+"""Attributes that surgery changes of graph modules, and of those that hold parameters for them."""
+
+
+def require(holds: bool, promise: str, *details: Any) -> None:
+    if not holds:
+        raise Fault(" ".join([promise, *map(str, details)]))
+
+
+def children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The children of the plain module."""
+    return {k: m for k, m in module._modules.items() if not isinstance(m, (SitesNode, Settle))}
+
+
+def walk(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the plain model under all their names."""
+    yield name, model
+    for key, child in children(model).items():
+        if child is not None:
+            yield from walk(child, f"{name}.{key}" if name else key)
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    anchors = {state.anchor for state in states_of(module).values()}
+    return {name: value for name, value in module._buffers.items() if name not in anchors}
+
+
+def shape(model: nn.Module, buffers: bool = True) -> list[Any]:
+    """All that a plain model is, as the twin has it too: objects are numbers in order of appearance."""
+    numbers: dict[int, int] = {}
+
+    def number(thing: object) -> int:
+        return numbers.setdefault(id(thing), len(numbers))
+
+    found: list[Any] = []
+    for name, module in walk(model):
+        parameters = plain_parameters(module)
+        found.append((name, number(module), class_of(module), module.training))
+        found += [
+            (key, p if p is None else (number(p), type(p), p.requires_grad, bits_of(p)))
+            for key, p in parameters.items()
+        ]
+        for key, value in _buffers(module).items():
+            found.append((key, bits_of(value) if buffers else None))
+        found.append(sorted(_own_attributes(module)))
+    return found
+
+
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module without what surgery has put there."""
+    ours = {*DropConnectModule.OWN, *(state.live for state in states_of(module).values())}
+    in_graph = isinstance(module, fx.GraphModule) or type(module) is nn.Module
+    ours |= OF_GRAPHS if in_graph else REBUILT
+    return {key: value for key, value in vars(module).items() if key not in ours}
+
+
+def class_of(module: nn.Module) -> Any:
+    """The plain class; every graph module has one of its own."""
+    return "a graph" if isinstance(module, fx.GraphModule) else plain_class(module)
+
+
+def objects(model: nn.Module, values: bool = True) -> list[Any]:
+    """The same by identity: what stays when nothing has been done to the plain model."""
+    found: list[Any] = []
+    for name, module in walk(model):
+        parameters, kept = plain_parameters(module), _own_attributes(module)
+        held = ("_parameters", "_buffers", "_modules")
+        found.append((name, id(module), plain_class(module), module.training))
+        found += [
+            (key, id(value), _inside(value)) for key, value in kept.items() if key not in held
+        ]
+        found.append([(key, id(child)) for key, child in children(module).items()])
+        found.append([id(kept[key]) for key in held])
+        for key, p in (*parameters.items(), *_buffers(module).items()):
+            found.append((key, id(p), p is not None and p.requires_grad))
+            if values and p is not None:
+                found.append((bits_of(p), bits_of(p.grad)))
+    return found
+
+
+def _inside(value: Any) -> Any:
+    return [(key, id(item)) for key, item in value.items()] if isinstance(value, dict) else None
+
+
+def dropping(model: nn.Module) -> list[Any]:
+    """All that DropConnect is in a model, by identity."""
+    return _told(model, id)
+
+
+def signature(model: nn.Module) -> list[Any]:
+    """All that a model is, comparable with a copy of it. Buffers and gradients do not count: they are
+    what a forward may change."""
+    numbers: dict[int, int] = {}
+    told = _told(model, lambda thing: numbers.setdefault(id(thing), len(numbers)))
+    return [told, shape(model, buffers=False)]
+
+
+def _told(model: nn.Module, name_of: Callable[[Any], int]) -> list[Any]:
+    """Who carries DropConnect, and what every site is told."""
+    carried = [
+        (name, plain_class(module), sorted(states_of(module)), own_notes(module))
+        for name, module in walk(model)
+        if isinstance(module, DropConnectModule)
+    ]
+    return carried + [
+        (place.name, s.name, name_of(s), s.config, s.factor, s.inference, s.samples, s.follows,
+         s.site, s.group, s.held_key is None, name_of(generator_of(s)), name_of(place.raw),
+         name_of(place.anchor), bits_of(place.anchor))
+        for place in places(model)
+        for s in [place.state]
+    ]  # fmt: skip
+
+
+WAYS: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+"""Contexts in which a forward is run."""
+
+
+def backward(out: Tensor) -> Tensor:
+    """Gradients of some loss; the output."""
+    if out.requires_grad:
+        out.double().square().sum().backward()
+    return out.detach()
+
+
+def set_mode(model: nn.Module, mode: bool) -> None:
+    """Also of graphs from `torch.export`, which refuse `train` and `eval`."""
+    for module in model.modules():
+        module.training = mode
+
+
+class World:
+    """What one sequence of actions works on."""
+
+    def __init__(self, model: nn.Module, rng: Random) -> None:
+        self.model, self.twin = model, copy.deepcopy(model)
+        self.rng = rng
+        self.x = torch.randn(2, 3, 6, dtype=torch.float64)
+        self.log: list[str] = []
+        self.rebase()
+
+    def rebase(self) -> None:
+        """From now on, these are the parameters that must stay the same objects."""
+        self.own = list(self.model.parameters())
+        self.optimizer = self.rng.choice([torch.optim.SGD, torch.optim.Adam])(self.own, lr=0.01)
+
+    @property
+    def sites(self) -> list[str]:
+        return [site.name for site in dropconnect_sites(self.model)]
+
+    @property
+    def operated(self) -> bool:
+        return next(places(self.model), None) is not None
+
+    def run(self, model: nn.Module, width: int = 6, way: str = "plain") -> Tensor:
+        """The output of a model.
+
+        Args:
+            width: of the input; any but 6 is wrong.
+            way: how the forward is run.
+        """
+        x = self.x[..., :width]
+        with contextlib.ExitStack() as stack:
+            if way in WAYS:
+                stack.enter_context(WAYS[way]())
+            if way == "checkpoint":
+                return checkpoint(parts.called, model, x, use_reentrant=False)
+            if way == "reentrant":
+                return checkpoint(
+                    parts.called, model, x.clone().requires_grad_(), use_reentrant=True
+                )
+            return parts.called(model, x)
+
+    def trains(self, way: str = "plain") -> bool:
+        """Whether a step of the plain model, as it is now, ends without an error: torch does not have
+        everything in every type."""
+        twin = copy.deepcopy(self.twin)
+        try:
+            backward(self.run(twin, way=way))
+            return True
+        except (RuntimeError, NotImplementedError):
+            return False
+
+    def both(self, change: Callable[[nn.Module], Any]) -> None:
+        """Do something to the model and to its twin."""
+        change(self.model)
+        change(self.twin)
+
+    def follow(self) -> None:
+        """Give the twin the values of the model, whose training is not its own."""
+        with torch.no_grad():
+            for (_, one), (_, other) in zip(walk(self.model), walk(self.twin), strict=True):
+                pairs = (
+                    *zip(plain_parameters(one).values(), other._parameters.values()),
+                    *zip(_buffers(one).values(), other._buffers.values()),
+                )
+                for mine, its in pairs:
+                    if mine is not None:
+                        its.copy_(mine)
+
+    def attempt(self, call: Callable[[], Any], *refusals: type[Exception]) -> bool:
+        """Whether a verb did what it was asked for. If it refuses, nothing may have changed."""
+        before = objects(self.model), dropping(self.model)
+        try:
+            call()
+            return True
+        except (SurgeryError, *refusals) as error:
+            after = objects(self.model), dropping(self.model)
+            require(after == before, "a refusal leaves the model as it was:", repr(error))
+            return False
+
+    def unchanged(self, call: Callable[[], Any], values: bool = True) -> Any:
+        """What `call` returns, which may not change the plain model nor DropConnect."""
+        before = objects(self.model, values), dropping(self.model)
+        result = call()
+        after = objects(self.model, values), dropping(self.model)
+        require(after[0] == before[0], "what changes nothing changed the plain model")
+        require(after[1] == before[1], "what changes nothing changed DropConnect")
+        return result
+
+    def check(self) -> None:
+        """What holds after every action."""
+        require(surroundings() == OUTSIDE, "the thread is as it was:", surroundings())
+        own = [id(parameter) for parameter in self.own]
+        require([id(p) for p in self.model.parameters()] == own, "parameters are the same objects")
+        require(not list(live_masks(self.model)), "no mask outlives its forward")
+        require(shape(self.model) == shape(self.twin), "the model is its twin")
+        self.check_state_dict()
+
+    def check_state_dict(self) -> None:
+        """Raw keys in the plain order, anchors beside; and plain ones of the plain model."""
+        plain, twins = plain_state_dict(self.model), self.twin.state_dict()
+        require(list(plain) == list(twins), "plain keys are those of the plain model")
+        same = [
+            bits_of(one) == bits_of(other) for one, other in zip(plain.values(), twins.values())
+        ]
+        require(all(same), "plain values are those of the plain model")
+        renamed, anchors = {}, set()
+        for place in places(self.model, remove_duplicate=False):
+            prefix = f"{place.name}." if place.name else ""
+            renamed[prefix + place.state.raw] = prefix + place.state.name
+            if place.state.anchor is not None:
+                anchors.add(prefix + place.state.anchor)
+        found = list(self.model.state_dict())
+        require(anchors <= set(found), "anchors are in the state dict")
+        keys = [renamed.get(key, key) for key in found if key not in anchors]
+        require(keys == list(twins), "raw keys have the plain order")
+
+    def evaluated(self) -> bool:
+        """Whether `eval()` of the model has to be the twin's: what its sites do then is the mean."""
+        return all(place.state.inference == "mean" for place in places(self.model))
