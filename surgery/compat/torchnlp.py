@@ -141,5 +141,13 @@ def _forget_doubles(state_dict: dict[str, Any], prefix: str) -> None:
     evaluation, if they have the same values; others stay, and `strict` complains of them."""
     for raw in [key for key in state_dict if key.startswith(prefix) and key.endswith("_raw")]:
         plain = raw.removesuffix("_raw")
-        if plain in state_dict and torch.equal(state_dict[plain], state_dict[raw]):
+        if plain in state_dict and _is_equal(state_dict[plain], state_dict[raw]):
             del state_dict[plain]
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    """Whether these are tensors with the same values. torch says what is wrong with others."""
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return False
+    alike = one.dtype == other.dtype and one.device == other.device
+    return alike and torch.equal(one, other)

@@ -28,6 +28,9 @@ class dropconnect(Reversible, Generic[Model]):
     `as` gives the model. It is stripped of all that is in place at the end, also of what was put in
     inside; if nothing is any more, that is no error. The object can be entered again.
 
+    Entered by hand, hold the object: the block ends when Python frees it, so that an interrupt which
+    comes before the block begins leaves nothing behind. `contextlib.ExitStack` holds it.
+
     Args:
         model: a model without DropConnect.
         targets, p, exclude, config, example_inputs, generator, **options: as for

@@ -241,6 +241,16 @@ class TestCheckpoints:
         with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict"):
             BUILD[name](P).load_state_dict(saved)
 
+    @pytest.mark.parametrize("value", [3, None, "text", torch.ones(2), torch.ones(4, 4).double()])
+    def test_what_is_no_such_weight_is_refused_by_torch(self, name: str, value: Any) -> None:
+        """With the words that it has for a plain module, whichever of the two names has it."""
+        saved = dict(BUILD[name](P).state_dict())
+        raw = next(key for key in saved if key.endswith("_raw"))
+        for wrong in ({raw: value}, {raw.removesuffix("_raw"): value}):
+            both = {**saved, raw.removesuffix("_raw"): saved[raw], **wrong}
+            with pytest.raises(RuntimeError, match=r"Error\(s\) in loading state_dict for "):
+                BUILD[name](P).load_state_dict(both)
+
     def test_plain_ones_load_too(self, name: str) -> None:
         module, other = BUILD[name](P), BUILD[name](P)
         other.load_state_dict(plain_state_dict(module))

@@ -15,6 +15,7 @@ import surgery.transforms
 from surgery import (
     apply_dropconnect,
     bake_dropconnect,
+    dropconnect,
     hold_masks,
     load_dropconnect,
     mc_predict,
@@ -218,6 +219,11 @@ def _with_inference(model: nn.Module) -> None:
         pass
 
 
+def _with_dropconnect(model: nn.Module) -> None:
+    with dropconnect(model, nn.Linear, p=0.5):
+        pass
+
+
 def _linear_sites(model: nn.Module) -> None:
     apply_dropconnect(model, nn.Linear, p=0.5)
     model(FLOATS)
@@ -238,6 +244,7 @@ VERBS = {
     "with set_inference": Verb(
         Mlp, _linear_sites, _with_inference, between=lambda m: set_inference(m, "moments")
     ),
+    "with dropconnect": Verb(Mlp, _nothing, _with_dropconnect),
     "hold_masks": Verb(net, operate, _hold),
     "set_p": Verb(net, _laws, lambda m: set_p(m, 0.25)),
     "mc_predict": Verb(

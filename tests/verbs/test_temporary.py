@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -102,6 +104,19 @@ def test_an_object_that_was_left_does_nothing_when_it_is_freed() -> None:
     apply_dropconnect(net, nn.Linear)
     del block
     assert dropconnect_sites(net).sites
+
+
+def test_entered_by_hand_it_lasts_as_long_as_it_is_held() -> None:
+    """As where an interrupt comes between `__enter__` and the block: that cannot be told from this."""
+    net = model()
+    before = Snapshot(net)
+    with contextlib.ExitStack() as stack:
+        assert stack.enter_context(dropconnect(net, nn.Linear)) is net
+        gc.collect()
+        assert len(dropconnect_sites(net)) == 1
+    assert Snapshot(net) == before
+    assert dropconnect(net, nn.Linear).__enter__() is net
+    assert Snapshot(net) == before
 
 
 def test_what_is_refused_leaves_the_model_as_it_was() -> None:
