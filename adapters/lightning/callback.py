@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from surgery.adapters.lightning.packages import PACKAGES, imported_or_installed, part
 from surgery.modules.own_generator import own_generators
 from surgery.spec.config import DropConnectConfig
 from surgery.spec.errors import SurgeryError
@@ -21,10 +20,18 @@ KEY = "dropconnect"
 """Where a checkpoint of Lightning has what only a run needs that goes on."""
 
 
-class DropConnectCallback(Callback):  # type: ignore[misc]
+_CALLBACKS: tuple[Any, ...] = tuple(
+    part(package, "callbacks").Callback for package in imported_or_installed()
+)
+
+
+class DropConnectCallback(*_CALLBACKS):  # type: ignore[misc]
     """Puts DropConnect into the module that a Lightning Trainer fits, and moves p as training goes.
 
         Trainer(callbacks=[DropConnectCallback("all-linear", p=0.1)]).fit(module, data)
+
+    Of `lightning.pytorch` and `pytorch_lightning` it is for those that are imported when it is; where
+    none is, for the first one that is installed.
 
     DropConnect is applied when `fit` sets up, before optimizers are made; with a module that makes its
     layers in `configure_model`, when `fit` starts. A module that has it already is extended by the
@@ -72,11 +79,13 @@ class DropConnectCallback(Callback):  # type: ignore[misc]
         )
         self._resumed: dict[str, Any] | None = None
         """What the checkpoint has for a run that goes on; none once that has begun."""
+        self._begun = False
+        """Whether `fit` has: then the sites are in place."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Apply, before optimizers and wrappers are made."""
         if stage == "fit":
-            self._resumed = None
+            self._resumed, self._begun = None, False
             self._had_it = bool(dropconnect_sites(pl_module))
             if not _makes_layers_later(pl_module):
                 self.training.apply(pl_module)
@@ -84,13 +93,19 @@ class DropConnectCallback(Callback):  # type: ignore[misc]
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep what is there for a run that goes on. The weights are plain, and load by themselves."""
         self._resumed = checkpoint.get(KEY, {})
+        if self._begun:  # strategies that shard a module load when it is sharded
+            self._go_on(trainer, pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Apply if that is not done yet; after a resume take the anchors of the checkpoint, and draw as
-        the run did that wrote it."""
+        """Apply if that is not done yet; after a resume go on as the run did."""
         self.training.apply(pl_module)
-        if self._resumed is None:
-            return
+        self._begun = True
+        if self._resumed is not None:
+            self._go_on(trainer, pl_module)
+
+    def _go_on(self, trainer: Any, pl_module: Any) -> None:
+        """Take the anchors of the checkpoint, and draw as the run did that wrote it."""
+        assert self._resumed is not None
         if "anchors" in self._resumed:
             set_anchors(pl_module, self._resumed["anchors"])
         elif anchors(pl_module) and not self._had_it:
@@ -144,7 +159,9 @@ class DropConnectCallback(Callback):  # type: ignore[misc]
 
 
 def _makes_layers_later(module: Any) -> bool:
-    return type(module).configure_model is not LightningModule.configure_model
+    """Whether its class, or one of the user's above it, has a `configure_model` of its own."""
+    owner = next(cls for cls in type(module).__mro__ if "configure_model" in vars(cls))
+    return not owner.__module__.startswith(PACKAGES)
 
 
 def _generators() -> dict[str, Tensor]:

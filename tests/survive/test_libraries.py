@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from surgery import apply_dropconnect
+from surgery import apply_dropconnect, convert_checkpoint
 
 from ..zoo.integers import net, step, train_a_little
 from .conftest import run_ranks
@@ -86,21 +87,25 @@ def test_fsdp2_of_accelerate(tmp_path: Path, monkeypatch) -> None:
 def test_fsdp2_of_trainer(tmp_path: Path, monkeypatch, kind: str) -> None:
     pytest.importorskip("accelerate")
     pytest.importorskip("transformers")
-    for found in run(tmp_path, monkeypatch, "trainer_fsdp2", STATE_DICT_TYPE=kind):
+    ranks = run(tmp_path, monkeypatch, "trainer_fsdp2", STATE_DICT_TYPE=kind)
+    for rank, found in enumerate(ranks):
         assert_equal(found["again"], found["first"])
         assert found["sites"] == 14
         assert [one["dropconnect_p"] for one in found["history"] if "loss" in one] == [0.3] * 3
+        folder = tmp_path / "checkpoints" / "trainer" / "checkpoint-3"
         if kind == "FULL_STATE_DICT":
             assert {"model.safetensors", "dropconnect.json"} <= set(found["files"])
-            file = tmp_path / "checkpoints" / "trainer" / "checkpoint-3" / "model.safetensors"
-            expected = {
-                name.removesuffix("_raw"): value
-                for name, value in found["first"].items()
-                if not name.endswith("_anchor")
-            }
-            assert_equal(load_file(file), expected)
-        else:
-            assert "pytorch_model_fsdp_0" in found["files"]
+            file = folder / "model.safetensors"
+        else:  # as docs/many-processes.md says
+            file = tmp_path / f"plain{rank}.safetensors"
+            dcp_to_torch_save(folder / "pytorch_model_fsdp_0", file.with_suffix(".pt"))
+            convert_checkpoint(file.with_suffix(".pt"), file, "surgery")
+        expected = {
+            name.removesuffix("_raw"): value
+            for name, value in found["first"].items()
+            if not name.endswith("_anchor")
+        }
+        assert_equal(load_file(file), expected)
 
 
 def test_zero3_of_deepspeed(tmp_path: Path, monkeypatch) -> None:
