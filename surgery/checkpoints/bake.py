@@ -96,7 +96,8 @@ def bake_checkpoint(
     is rescaled.
 
     One tensor at a time is in memory, with its anchor and the result. Weights that are stored twice
-    (the same dtype, shape and bytes), as tied ones can be, get one mask and stay equal.
+    (the same dtype, shape and bytes, and not one number only), as tied ones can be, get one mask and
+    stay equal.
 
     Args:
         source: a safetensors file, an index of several, or a folder with one checkpoint; raw or plain.

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import partial
 
 from ..stored.blocks import BLOCK, read_into
-from ..stored.header import Entry, Header
+from ..stored.header import BITS, Entry, Header
 from .weights import Weights, opened
 
 _BEGIN = 4096
@@ -21,6 +21,8 @@ _Stored = tuple[str, str]
 
 def copies(weights: Weights) -> dict[str, str]:
     """From every key whose tensor has the dtype, shape and bytes of one before it, to the first such.
+    Those whose entries are all the same (biases that are zero, norms that are one) do not count: they
+    are so by chance.
 
     Raises:
         SurgeryError, OSError: a file cannot be read.
@@ -28,6 +30,7 @@ def copies(weights: Weights) -> dict[str, str]:
     found = [[(name, key) for name, key, entry in weights.entries() if entry.bytes]]
     for of in (_type, _begin, _content):
         found = [part for group in found for part in _alike(group, partial(of, weights))]
+    found = [group for group in found if not _is_constant(weights, group[0])]
     return {key: group[0][1] for group in found for _, key in group[1:]}
 
 
@@ -58,12 +61,31 @@ def _content(weights: Weights, one: _Stored) -> Hashable:
 
 def _digest(weights: Weights, one: _Stored, most: int) -> bytes:
     """Of the first bytes of a tensor."""
+    total = hashlib.sha256()
+    for part in _blocks(weights, one, most):
+        total.update(part)
+    return total.digest()
+
+
+def _is_constant(weights: Weights, one: _Stored) -> bool:
+    """Whether all entries of a tensor are the same."""
+    entry = _found(weights, one)[1]
+    width = max(BITS[entry.dtype] // 8, 1)
+    first = b""
+    for part in _blocks(weights, one, entry.bytes):
+        first = first or bytes(part[:width])
+        if part != first * (len(part) // width):
+            return False
+    return True
+
+
+def _blocks(weights: Weights, one: _Stored, most: int) -> Iterator[memoryview]:
+    """The first bytes of a tensor, so many at a time."""
     header, entry = _found(weights, one)
-    total, end = hashlib.sha256(), min(most, entry.bytes)
+    end = min(most, entry.bytes)
     block = memoryview(bytearray(min(BLOCK, end)))
     with opened(weights.folder / one[0]) as file:
         for at in range(0, end, BLOCK):
             part = block[: min(BLOCK, end - at)]
             read_into(file, header.data_at + entry.start + at, part)
-            total.update(part)
-    return total.digest()
+            yield part

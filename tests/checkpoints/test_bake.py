@@ -198,6 +198,18 @@ def test_dare_masks_all_parameters_and_no_statistics(tmp_path: Path) -> None:
         assert torch.equal(found[key], masked(tuned[key], mask, 0.5, state[key]))
 
 
+def test_a_new_bias_of_zeros_is_no_copy_of_another(tmp_path: Path) -> None:
+    """Else it would go toward what that one was."""
+    save_file({"fc.bias": torch.ones(4)}, tmp_path / "before.safetensors")
+    save_file({"fc.bias": torch.zeros(4), "new.bias": torch.zeros(4)}, tmp_path / "in.safetensors")
+    out, toward = tmp_path / "out.safetensors", tmp_path / "before.safetensors"
+    done = bake_checkpoint(tmp_path / "in.safetensors", out, 2, p=1.0, toward=toward)
+    assert (done.baked, done.unlike) == (("fc.bias",), ("new.bias",))
+    found = load_file(out)
+    assert torch.equal(found["fc.bias"], torch.ones(4))
+    assert torch.equal(found["new.bias"], torch.zeros(4))
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("toward", [None, "both", "embed.weight", "head.weight"])
 @pytest.mark.parametrize("targets", [None, "embed.*", "head.*", "*.weight"])
@@ -266,8 +278,14 @@ def test_copies_are_told_by_all_their_bytes(tmp_path: Path, monkeypatch) -> None
     one = torch.arange(12.0)
     state = {"a": one, "b": one.clone(), "c": one.view(3, 4).clone(), "d": one.int()}
     state |= {"e": torch.cat([one[:11], one[:1]]), "f": one.clone(), "g": torch.zeros(0)}
-    save_file({**state, "h": torch.zeros(0)}, tmp_path / "in.safetensors")
-    assert copies(read_weights(tmp_path / "in.safetensors")) == {"b": "a", "f": "a"}
+    state |= {"h": torch.zeros(0), "ones": torch.ones(9), "more ones": torch.ones(9)}
+    state |= {"near": torch.tensor([1.0, 1, 1, 1, 2]), "too": torch.tensor([1.0, 1, 1, 1, 2])}
+    save_file(state, tmp_path / "in.safetensors")
+    assert copies(read_weights(tmp_path / "in.safetensors")) == {
+        "b": "a",
+        "f": "a",
+        "too": "near",
+    }
 
 
 def test_what_cannot_be_baked_is_refused(tmp_path: Path) -> None:

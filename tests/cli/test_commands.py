@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -177,6 +178,7 @@ def test_exit_codes_and_one_line_on_stderr(bert: Path, tmp_path: Path) -> None:
 def test_help_of_every_command_has_examples() -> None:
     listed = call("--help").output
     assert "0 done, 2 wrong use, 3 a file was refused" in listed
+    assert len(re.findall(r"^ +surgery plan ", call("plan", "-h").output, re.M)) == 2
     for command in ("inspect", "strip", "convert", "plan", "draw", "bake"):
         assert re.search(rf"^ +{command} ", listed, re.M)
         shown = call(command, "-h").output
@@ -215,6 +217,64 @@ def test_without_typer_the_base_install_names_the_extra() -> None:
     assert result.stderr.splitlines() == [
         'surgery: the command line needs typer: pip install "dropconnect-surgery[cli]"'
     ]
+
+
+WITHOUT_TORCH = """
+import sys
+
+class Missing:
+    def find_spec(self, name, *args):
+        if name == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+sys.meta_path.insert(0, Missing())
+from surgery.cli import main
+main()
+"""
+
+
+def test_without_torch_the_commands_that_need_it_say_so(tmp_path: Path) -> None:
+    folder = write(operated(), tmp_path / "raw")
+    model = folder / "model.safetensors"
+    for command in (
+        ["convert", model, tmp_path / "x.safetensors", "--from", "surgery"],
+        ["bake", folder, tmp_path / "x"],
+        ["plan", "--model", folder, "-t", "*"],
+        ["draw", "--model", folder, tmp_path / "x.svg"],
+    ):
+        result = cold(WITHOUT_TORCH, *command)
+        assert (result.returncode, result.stdout) == (2, "")
+        words = f"surgery: {command[0]} needs torch, which is not installed: pip install torch\n"
+        assert result.stderr == words
+    for command in (["--help"], ["inspect", folder], ["strip", folder, tmp_path / "plain"]):
+        assert cold(WITHOUT_TORCH, *command).returncode == 0
+
+
+def test_names_from_files_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+    torch.save({"a.module.\x1b[2J\nw_raw": torch.ones(2)}, tmp_path / "in.pt")
+    out = tmp_path / "out.safetensors"
+    result = call("convert", tmp_path / "in.pt", out, "--from", "awd-lstm")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0] == r"a.module.\x1b[2J\nw_raw -> a.\x1b[2J\nw"
+    save_file({"v\x1b[2J": torch.ones(2), "w": torch.ones(2, 2)}, tmp_path / "tuned.safetensors")
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "before.safetensors")
+    args = ["bake", tmp_path / "tuned.safetensors", tmp_path / "baked.safetensors", "-p", 0.5]
+    result = call(*args, "--toward", tmp_path / "before.safetensors")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(r"v\x1b[2J is as it was")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_names_of_files_need_not_be_text(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8: said with escapes, on stdout and on stderr."""
+    source = write(operated(), tmp_path / "raw").rename(
+        os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    )
+    command = [sys.executable, "-m", "surgery", "strip", source]
+    for code in (0, 3):
+        result = subprocess.run(command, capture_output=True)
+        assert result.returncode == code, result.stderr
+        assert rb"/\udcff" in (result.stderr if code else result.stdout)
 
 
 def test_the_script_is_declared() -> None:
