@@ -14,13 +14,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..torch_private.tracing import is_traced, is_transformed
 from . import gpu
 from .example_product import formula, gradients, product
 from .hash import Key, key_tensor
 from .law import Law, Layout, Mask
+from .once import differentiable_once
 from .part import Part
 
 
@@ -52,6 +52,9 @@ def part_product(
     return cast(Tensor, _OfPart.apply(x, weight, (anchor, mask, part)))  # type: ignore[no-untyped-call]
 
 
+_OF_PART = "a product of sampling='example' with a weight that processes share"
+
+
 class _OfPart(torch.autograd.Function):
     """The product with a part of a weight. Keeps x, W and the key."""
 
@@ -62,12 +65,13 @@ class _OfPart(torch.autograd.Function):
         return product(x, weight, anchor, mask, taken=False, part=part)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         (anchor, mask, part), (x, weight) = ctx.rest, ctx.saved_tensors
         want_x, want_weight, _ = ctx.needs_input_grad
         given = grads[0], x, weight, anchor, mask, want_x, want_weight
-        return *gradients(*given, taken=False, part=part), None
+        with torch.no_grad():
+            both = gradients(*given, taken=False, part=part)
+        return *differentiable_once(_OF_PART, both, (grads[0], x, weight)), None
 
 
 def _mask_of(weight: Tensor, key: Key, law: Law) -> Mask:

@@ -24,6 +24,7 @@ from . import gpu
 from .cpu.workspace import Block, borrow, give_back
 from .law import Law
 from .linear import has_autocast
+from .once import differentiable_once
 from .random import drawn
 
 ProductFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -216,21 +217,26 @@ def _drawn(mean: Tensor, var: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     return (mean + sd * noise).to(mean.dtype), slope.to(mean.dtype)
 
 
+NOISE = "a draw of sampling='gaussian'"
+
+
 class _Sample(torch.autograd.Function):
     """mean + sqrt(var) * noise. Keeps one tensor for backward, the derivative by var. For eager code:
     in a traced graph the compiler decides what to keep."""
 
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor, noise: Tensor) -> Tensor:
+    def forward(ctx: Any, mean: Tensor, var: Tensor, noise: Tensor, edge: Tensor) -> Tensor:
         sample, slope = _drawn(mean, var, noise)
-        ctx.save_for_backward(slope)
+        ctx.save_for_backward(slope, edge)
         return sample
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        (slope,) = ctx.saved_tensors
-        return grads[0], grads[0] * slope, None
+        slope, edge = ctx.saved_tensors
+        with torch.no_grad():
+            of_var = grads[0] * slope
+        (of_var,) = differentiable_once(NOISE, (of_var,), (grads[0], edge))
+        return grads[0], of_var, None, None
 
 
 def gaussian_sample(mean: Tensor, var: Tensor) -> Tensor:
@@ -247,7 +253,8 @@ def gaussian_sample(mean: Tensor, var: Tensor) -> Tensor:
     noise = drawn(torch.randn_like, mean, dtype=wide)
     if is_traced():
         return (mean + safe_sqrt(var.to(wide)) * noise).to(mean.dtype)
-    sample: Tensor = _Sample.apply(mean, var, noise)  # type: ignore[no-untyped-call]
+    edge = var.unsqueeze(0)[:0].clone()  # no values: backward knows of which variance
+    sample: Tensor = _Sample.apply(mean, var, noise, edge)  # type: ignore[no-untyped-call]
     return sample
 
 

@@ -16,9 +16,17 @@ from . import gpu
 from .cpu import native
 from .cpu.workspace import Block, borrow, give_back
 from .engine import has_kernels
-from .gaussian import difference, dtype_of_squares, gaussian_sample, moments_of, squared_difference
+from .gaussian import (
+    NOISE,
+    difference,
+    dtype_of_squares,
+    gaussian_sample,
+    moments_of,
+    squared_difference,
+)
 from .law import Law
 from .linear import autocast_dtype, matrix
+from .once import differentiable_once
 from .ordinary import is_ordinary
 from .versions import check_unmodified
 
@@ -51,19 +59,21 @@ class _GaussianLinear(torch.autograd.Function):
         return sample
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         check_unmodified("weight", ctx.weight, ctx.version)
-        x, slope = (matrix(tensor) for tensor in ctx.saved_tensors)
-        want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
-        rows, want = matrix(grads[0]), (want_x, want_weight)
-        kept = slope, x, ctx.weight, ctx.anchor
-        both = _gradients_on_gpu(rows, kept, want)
-        of_x, of_weight = _gradients(rows, kept, want) if both is None else both
-        if of_x is not None:
-            of_x = of_x.view(*grads[0].shape[:-1], of_x.shape[1])
-        of_bias = rows.sum(0, dtype=ctx.bias_dtype) if want_bias else None
-        return of_x, of_weight, of_bias, None, None, None, None
+        given, slope = ctx.saved_tensors
+        with torch.no_grad():
+            x, slope, rows = matrix(given), matrix(slope), matrix(grads[0])
+            want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
+            kept, want = (slope, x, ctx.weight, ctx.anchor), (want_x, want_weight)
+            both = _gradients_on_gpu(rows, kept, want)
+            of_x, of_weight = _gradients(rows, kept, want) if both is None else both
+            if of_x is not None:
+                of_x = of_x.view(*grads[0].shape[:-1], of_x.shape[1])
+            of_bias = rows.sum(0, dtype=ctx.bias_dtype) if want_bias else None
+        sources = grads[0], given, ctx.weight
+        found = differentiable_once(NOISE, (of_x, of_weight, of_bias), sources)
+        return *found, None, None, None, None
 
 
 Gradients = tuple[Tensor | None, Tensor | None]
