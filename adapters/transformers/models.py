@@ -3,7 +3,14 @@ or read an adapter."""
 
 from __future__ import annotations
 
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+import functools
+import inspect
+import re
+from typing import Any
+
+from transformers.core_model_loading import WeightRenaming, convert_and_load_state_dict_in_model
+from transformers.integrations.accelerate import accelerate_disk_offload
+from transformers.integrations.deepspeed import _load_state_dict_into_zero3_model
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -13,9 +20,12 @@ import surgery.adapters.conventions  # noqa: F401  it says what "all-linear" lea
 from surgery.kinds.kind import reads_of, register_kind
 from surgery.kinds.product import COLUMN_PRODUCT, product_of
 from surgery.kinds.torch_kinds import LINEAR, columns
+from surgery.modules.keys import keys_made_plain
 from surgery.verbs.savers import (
+    Method,
     reads_file,
     resizes_plain,
+    stored_keys,
     takes_raw,
     teach,
     teach_function,
@@ -23,11 +33,37 @@ from surgery.verbs.savers import (
     writes_plain,
 )
 
+
+def _finds_raw(offload: Method) -> Method:
+    """For `accelerate_disk_offload`, which notes where in the files the weights are that stay on disk:
+    those with raw keys are found by their plain names."""
+    signature = inspect.signature(offload)
+
+    @functools.wraps(offload)
+    def better(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        given = call.arguments
+        keys = [key for file in given["checkpoint_files"] or () for key in stored_keys(file)]
+        names = keys_made_plain(keys, given["model"].state_dict())
+        renamed = [
+            WeightRenaming(f"^{re.escape(key)}$", plain)
+            for key, plain in names.items()
+            if plain is not None
+        ]
+        given["weight_mapping"] = [*renamed, *(given.get("weight_mapping") or ())]
+        return offload(*call.args, **call.kwargs)
+
+    return better
+
+
 teach(PreTrainedModel, "save_pretrained", writes_plain)
 teach(PreTrainedModel, "resize_token_embeddings", resizes_plain)
 teach(PeftAdapterMixin, "load_adapter", works_plain)
 teach_function(load_sharded_checkpoint, reads_file)
-teach_function(convert_and_load_state_dict_in_model, takes_raw)  # in `from_pretrained`
+# In `from_pretrained`:
+teach_function(convert_and_load_state_dict_in_model, takes_raw)
+teach_function(_load_state_dict_into_zero3_model, takes_raw)
+teach_function(accelerate_disk_offload, _finds_raw)
 product = product_of(Conv1D, product=COLUMN_PRODUCT)
 reads = reads_of(Conv1D, names=("weight", "bias"))
 conv1d = {"classes": (Conv1D,), "axes": columns, "product": product, "reads": reads}

@@ -114,7 +114,7 @@ def reads_file(load: Method) -> Method:
         model = _argument(signature, 0, args, kwargs)
         if is_operated(model):
             path = _argument(signature, 1, args, kwargs)
-            if not plain_keys(model).keys().isdisjoint(_stored_keys(path)):
+            if not plain_keys(model).keys().isdisjoint(stored_keys(path)):
                 return load(*args, **kwargs)
         return plain(*args, **kwargs)
 
@@ -239,7 +239,7 @@ def _renamed(call: inspect.BoundArguments, model: nn.Module) -> inspect.BoundArg
     return call
 
 
-def _stored_keys(path: Any) -> set[str]:
+def stored_keys(path: Any) -> set[str]:
     """The keys of a checkpoint; none if it cannot be read, which the loader will say."""
     keys: set[str] = set()
     with contextlib.suppress(Exception):

@@ -1,5 +1,5 @@
-"""The one name that adapters use of others, and that these do not promise to keep: `Trainer._save` of
-transformers, which adapters/transformers/trainer.py gives plain names."""
+"""What adapters use of others, and these do not promise to keep: `Trainer._save` of transformers, which
+adapters/transformers/trainer.py gives plain names. (test_raw_keys.py runs its loader for ZeRO-3.)"""
 
 from __future__ import annotations
 

@@ -4,7 +4,10 @@ nothing is made anew in silence."""
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from surgery import apply_dropconnect, plain_state_dict
+from surgery import apply_dropconnect, plain_state_dict, strip_dropconnect
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gets raw keys:UserWarning")  # as it should
 
@@ -70,6 +73,53 @@ def test_from_pretrained_of_a_folder(tiny: Any, tmp_path: Path, name: str, form:
     apply_dropconnect(model, TARGETS[name], p=0.3, toward="pretrained")
     write_raw(model, tmp_path, form)
     assert_same(loaded(type(tiny(name)), tmp_path).state_dict(), plain_state_dict(model))
+
+
+ON_DISK = {"bert": "bert.encoder", "gpt2": "transformer.h", "mixtral": "model.layers"}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "sharded", "bin"])
+@pytest.mark.parametrize("name", ON_DISK)
+def test_parts_on_disk(tiny: Any, tmp_path: Path, name: str, form: str) -> None:
+    """`device_map` with "disk": weights stay in the files, and are found there by their raw keys."""
+    model = apply_dropconnect(tiny(name), TARGETS[name], p=0.3, toward="pretrained")
+    write_raw(model, tmp_path, form)
+    base, inside = ON_DISK[name].split(".")
+    where = {key: "cpu" for key, _ in model.named_children() if key != base}
+    where |= {f"{base}.{key}": "cpu" for key, _ in model.get_submodule(base).named_children()}
+    where[f"{base}.{inside}"] = "disk"
+    settings: dict[str, Any] = {"device_map": where, "experts_implementation": "eager"}
+    model.config._experts_implementation = "eager"  # others want memory that is aligned
+    if form == "bin":  # transformers writes what stays on disk anew
+        settings["offload_folder"] = tmp_path / "offload"
+    fresh = loaded(type(tiny(name)), tmp_path, **settings).eval()
+    assert any(parameter.is_meta for parameter in fresh.parameters())
+    ids = torch.arange(12).view(2, 6)
+    expected = strip_dropconnect(model).eval()(input_ids=ids).logits
+    assert torch.equal(fresh(input_ids=ids).logits, expected)
+
+
+def test_the_loader_of_zero3(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code, without DeepSpeed: this process has all parameters."""
+    from transformers.integrations import deepspeed
+
+    whole = SimpleNamespace(GatheredParameters=lambda *args, **kwargs: nullcontext())
+    place = SimpleNamespace(current_device_name=lambda: "cpu")
+    accelerator = SimpleNamespace(get_accelerator=lambda: place)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=whole))
+    monkeypatch.setitem(sys.modules, "deepspeed.accelerator", accelerator)
+    monkeypatch.setattr(deepspeed, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *args, **kwargs: None)
+    model = apply_dropconnect(tiny("bert"), "all-linear", p=0.3, toward="pretrained")
+    with torch.no_grad():
+        for value in model.parameters():
+            value.normal_()
+    fresh = tiny("bert")
+    errors, missing = deepspeed._load_state_dict_into_zero3_model(fresh, model.state_dict())
+    assert not errors
+    assert not missing
+    assert_same(fresh.state_dict(), plain_state_dict(model))
 
 
 def test_from_pretrained_of_a_state_dict(tiny: Any) -> None:
