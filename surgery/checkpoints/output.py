@@ -36,6 +36,7 @@ from .weights import (
     SAFETENSORS,
     Weights,
     WrongUse,
+    index_text,
     is_index,
     is_of_weights,
     other_indexes,
@@ -160,10 +161,14 @@ def in_place(weights: Weights) -> Iterator[tuple[Path, dict[str, Any]]]:
                 publish(folder / name, home / name)
             return
         own = {name: _own_name(name) for name in written}
-        for name in written:
-            publish(folder / name, home / own[name])
         path = home / weights.index_name
-        _write_index(path, form, own)
+        try:
+            for name in written:
+                publish(folder / name, home / own[name])
+            _write_index(path, form, own)
+        except BaseException:  # a disk that is full, Ctrl-C
+            _remove_unnamed(home)
+            raise
         _usual_names(path, form, own)
         for name in weights.headers.keys() - own.keys():
             (home / name).unlink()
@@ -197,8 +202,7 @@ def _write_index(path: Path, form: Mapping[str, Any], names: Mapping[str, str]) 
 def write_index(path: Path, form: Mapping[str, Any]) -> None:
     """Write an index, as a whole or not at all."""
     with whole_file(path) as temporary:
-        text = json.dumps(form, indent=2, ensure_ascii=False) + "\n"
-        Path(temporary).write_text(text, encoding="utf-8")
+        Path(temporary).write_bytes(index_text(form, str(path)))
 
 
 def _usual_names(path: Path, form: Mapping[str, Any], own: Mapping[str, str]) -> None:

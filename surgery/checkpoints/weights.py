@@ -3,6 +3,7 @@ them, as transformers, diffusers and others write them."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -157,7 +158,16 @@ def read_index(path: Path) -> dict[str, Any]:
         file_name(name, f"{where}: weight_map[{shown(key)}]")
     if "metadata" in form:
         fields({"metadata": form["metadata"]}, where, {"metadata": _object})
+    index_text(form, where)
     return form
+
+
+def index_text(form: Mapping[str, Any], where: str) -> bytes:
+    """An index as it is written. Raises `SurgeryError` if it holds what cannot be."""
+    try:
+        return (json.dumps(form, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except (ValueError, RecursionError) as error:
+        raise SurgeryError(f"{where} is damaged: {type(error).__name__}: {error}") from None
 
 
 def other_indexes(folder: Path, main: str = "") -> Iterator[tuple[Path, dict[str, Any]]]:

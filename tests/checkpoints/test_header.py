@@ -193,6 +193,20 @@ def test_an_index_of_another_form(form: str, tmp_path: Path) -> None:
         inspect_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("text", ['"\\ud800"', "1e400"], ids=["surrogate", "infinite"])
+def test_an_index_that_could_not_be_written_again(text: str, tmp_path: Path) -> None:
+    folder = write(operated(), tmp_path / "raw", shards=2)
+    form = {**index_of(folder), "metadata": {"note": "@here@"}}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps(form).replace('"@here@"', text))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for out in (None, tmp_path / "out"):
+        with pytest.raises(SurgeryError, match=r"index\.json is damaged"):
+            strip_checkpoint(folder, out)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_shard_that_holds_more_than_the_index_says(tmp_path: Path) -> None:
     folder = write(operated(), tmp_path / "raw", shards=2)
     form = index_of(folder)

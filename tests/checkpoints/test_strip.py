@@ -261,6 +261,22 @@ def test_a_disk_that_is_full_leaves_all_as_it_was(tmp_path: Path, monkeypatch) -
     assert not [name for name in names(folder) if "unfinished" in name]
 
 
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+def test_what_goes_wrong_before_the_index_is_new_leaves_all_as_it_was(
+    kind: Any, tmp_path: Path, monkeypatch
+) -> None:
+    folder = write(operated(), tmp_path / "raw", shards=2)
+
+    def full(*args: Any) -> Any:
+        raise kind("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("surgery.checkpoints.output.write_index", full)
+        refused(folder, "No space left", kind=kind)
+    strip_checkpoint(folder)
+    assert same(read(folder), expected(operated()))
+
+
 def test_a_byte_that_changed_on_its_way_is_noticed(tmp_path: Path, monkeypatch) -> None:
     folder = write(operated(), tmp_path / "raw")
     copied = os.copy_file_range

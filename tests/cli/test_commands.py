@@ -236,18 +236,19 @@ main()
 def test_without_torch_the_commands_that_need_it_say_so(tmp_path: Path) -> None:
     folder = write(operated(), tmp_path / "raw")
     model = folder / "model.safetensors"
-    for command in (
+    commands: list[list[object]] = [
         ["convert", model, tmp_path / "x.safetensors", "--from", "surgery"],
         ["bake", folder, tmp_path / "x"],
         ["plan", "--model", folder, "-t", "*"],
         ["draw", "--model", folder, tmp_path / "x.svg"],
-    ):
+    ]
+    for command in commands:
         result = cold(WITHOUT_TORCH, *command)
         assert (result.returncode, result.stdout) == (2, "")
         words = f"surgery: {command[0]} needs torch, which is not installed: pip install torch\n"
         assert result.stderr == words
-    for command in (["--help"], ["inspect", folder], ["strip", folder, tmp_path / "plain"]):
-        assert cold(WITHOUT_TORCH, *command).returncode == 0
+    commands = [["--help"], ["inspect", folder], ["strip", folder, tmp_path / "plain"]]
+    assert [cold(WITHOUT_TORCH, *command).returncode for command in commands] == [0, 0, 0]
 
 
 def test_names_from_files_cannot_write_to_the_terminal(tmp_path: Path) -> None:
@@ -270,7 +271,7 @@ def test_names_of_files_need_not_be_text(tmp_path: Path) -> None:
     source = write(operated(), tmp_path / "raw").rename(
         os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
     )
-    command = [sys.executable, "-m", "surgery", "strip", source]
+    command = [sys.executable, "-m", "surgery", "strip", str(source)]
     for code in (0, 3):
         result = subprocess.run(command, capture_output=True)
         assert result.returncode == code, result.stderr
