@@ -79,6 +79,22 @@ def test_resumes_with_the_generator_of_the_checkpoint(
         elsewhere.train(resume_from_checkpoint=str(where))
 
 
+def test_resumes_with_a_generator_and_without_the_callback(
+    tiny: Any, trainer: Any, tmp_path: Path
+) -> None:
+    """Trainer knows nothing of it; `load_dropconnect` of the checkpoint brings its state."""
+    whole = apply_dropconnect(tiny("bert"), "all-linear", p=0.3, generator=5)
+    trainer(whole, save_strategy="steps", save_steps=3).train()
+    where = tmp_path / "run" / "checkpoint-3"
+    resumed = load_dropconnect(tiny("bert"), where)
+    trainer(resumed).train(resume_from_checkpoint=str(where))
+    assert_same(weights(resumed), weights(whole))
+    anew = apply_dropconnect(tiny("bert"), "all-linear", p=0.3, generator=5)
+    trainer(anew).train(resume_from_checkpoint=str(where))
+    name = "bert.encoder.layer.0.output.dense.weight"
+    assert not torch.equal(weights(anew)[name], weights(whole)[name])
+
+
 def test_targets_may_be_a_predicate(tiny: Any, trainer: Any) -> None:
     """Asked anew when training begins, also of a model that has some of the sites."""
     callback = DropConnectCallback(lambda name, module: name.endswith("query"), p=0.3)

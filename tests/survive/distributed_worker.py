@@ -30,8 +30,10 @@ from torch.utils.checkpoint import checkpoint
 from surgery import (
     apply_dropconnect,
     dropconnect_sites,
+    load_dropconnect,
     plain_state_dict,
     raw_state_dict,
+    save_dropconnect,
     set_p,
     strip_dropconnect,
 )
@@ -74,6 +76,32 @@ def ddp_independent(rank: int) -> dict[str, Any]:
 
 def ddp_same(rank: int) -> dict[str, Any]:
     return ddp(rank, "same")
+
+
+def ddp_generator(rank: int) -> dict[str, Any]:
+    """Masks from a generator of their own, while torch's own is seeded otherwise in each process; and a
+    copy that goes on from what was saved."""
+    found: dict[str, Any] = {}
+    for ranks in ("independent", "same"):
+        model = SUBJECT.moved(ranks=ranks, generator=11)
+        torch.manual_seed(100 + rank)
+        before = torch.get_rng_state()
+        wrapped = DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(2):
+            optimizer.zero_grad()
+            out = wrapped(SUBJECT.inputs())
+            out.square().sum().backward()
+            optimizer.step()
+            found |= {f"{ranks} {step} output": out.detach(), f"{ranks} {step}": grads(model)}
+        found[f"{ranks} leaves torch's"] = torch.equal(torch.get_rng_state(), before)
+        folder = Path(os.environ["CHECKPOINTS"]) / f"generator {ranks} {rank}"
+        save_dropconnect(model, folder)
+        again = load_dropconnect(SUBJECT.plain(), folder)
+        again.load_state_dict(model.state_dict())
+        outputs = [one(SUBJECT.inputs()) for one in (wrapped, DistributedDataParallel(again))]
+        found[f"{ranks} goes on"] = torch.equal(*outputs)
+    return found
 
 
 def ddp_state_dict(rank: int) -> dict[str, Any]:
@@ -234,6 +262,7 @@ def fsdp1(rank: int) -> dict[str, Any]:
 CASES = (
     ddp_independent,
     ddp_same,
+    ddp_generator,
     ddp_state_dict,
     fsdp,
     fsdp_independent,

@@ -69,6 +69,20 @@ class TestDDP:
         independent, same = (job[0][case][key] for case in ("ddp_independent", "ddp_same"))
         assert (independent == 0).float().mean() < (same == 0).float().mean()
 
+    @pytest.mark.parametrize("ranks", ["independent", "same"])
+    def test_masks_from_a_generator_of_their_own(self, job: Ranks, ranks: str) -> None:
+        """As with torch's own: the first process has the masks of a single one, and others have them if
+        `ranks="same"`."""
+        first, second = (rank["ddp_generator"] for rank in job)
+        alone = SUBJECT.moved(generator=11)(SUBJECT.inputs()).detach()
+        assert torch.equal(first[f"{ranks} 0 output"], alone)
+        assert torch.equal(second[f"{ranks} 0 output"], alone) == (ranks == "same")
+        for step in range(2):
+            assert_same(first[f"{ranks} {step}"], second[f"{ranks} {step}"])
+        for found in (first, second):
+            assert found[f"{ranks} goes on"]
+            assert found[f"{ranks} leaves torch's"]
+
     def test_anchors_stay(self, job: Ranks) -> None:
         plain = SUBJECT.plain().state_dict()
         for site in SUBJECT.sites:
