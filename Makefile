@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed -o -path '*/kernels/*')
 
-.PHONY: help setup demo examples test random test-all test-no-compiler test-oldest test-oldest-quick test-newest test-libraries \
+.PHONY: help setup demo examples test random interrupts test-all test-no-compiler test-oldest test-oldest-quick test-newest test-libraries \
 	bench bench-quick bench-page bench-strip bench-gpu mutants fuzz sweep docs lint wheel release-check clean
 .NOTPARALLEL:  # targets share build/, dist/ and the cores
 
@@ -24,6 +24,7 @@ help:
 	@echo "make test-newest  the tests with the newest releases of all dependencies, and the newest Python here"
 	@echo "make sweep     every architecture of transformers, into docs/architectures.md (half an hour)"
 	@echo "make random    COUNT (10000) random sequences of what is done to models, and half as many to graphs"
+	@echo "make interrupts  COUNT (10000) interrupts of every verb, and a tenth as many writes that are cut off"
 	@echo "make mutants   change the code of ROOM (planning) here and there, list what no test notices"
 	@echo "make fuzz      COUNT (10000) changed files given to inspect, strip, convert, bake and load (a minute)"
 	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 15 minutes)"
@@ -129,6 +130,11 @@ FIRST := 0
 random: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.random_surgery --count $(COUNT) --first $(FIRST) --workers $$(nproc)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.random_surgery --count $$(($(COUNT) / 2)) --first $(FIRST) --workers $$(nproc) --graphs
+
+# An interrupt takes 0.1 s, a write that is cut off 0.3 s.
+interrupts: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.survive.interrupts --random $(COUNT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.survive.writes --count $$(($(COUNT) / 10))
 
 # A change takes as long as the tests that notice it: a sample of 100 takes half an hour or more.
 ROOM := planning

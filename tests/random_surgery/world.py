@@ -82,7 +82,7 @@ def shape(model: nn.Module, buffers: bool = True) -> list[Any]:
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module without what surgery has put there."""
     ours = {*DropConnectModule.OWN, *(state.live for state in states_of(module).values())}
-    in_graph = isinstance(module, fx.GraphModule) or type(module) is nn.Module
+    in_graph = isinstance(module, fx.GraphModule) or plain_class(module) is nn.Module
     ours |= OF_GRAPHS if in_graph else REBUILT
     return {key: value for key, value in vars(module).items() if key not in ours}
 
@@ -115,9 +115,9 @@ def _inside(value: Any) -> Any:
     return [(key, id(item)) for key, item in value.items()] if isinstance(value, dict) else None
 
 
-def dropping(model: nn.Module) -> list[Any]:
-    """All that DropConnect is in a model, by identity."""
-    return _told(model, id)
+def dropping(model: nn.Module, around: bool = True) -> list[Any]:
+    """All that DropConnect is in a model, by identity; `around`: with all who carry it."""
+    return _told(model, id, around)
 
 
 def signature(model: nn.Module) -> list[Any]:
@@ -128,12 +128,12 @@ def signature(model: nn.Module) -> list[Any]:
     return [told, shape(model, buffers=False)]
 
 
-def _told(model: nn.Module, name_of: Callable[[Any], int]) -> list[Any]:
+def _told(model: nn.Module, name_of: Callable[[Any], int], around: bool = True) -> list[Any]:
     """Who carries DropConnect, and what every site is told."""
     carried = [
         (name, plain_class(module), sorted(states_of(module)), own_notes(module))
         for name, module in walk(model)
-        if isinstance(module, DropConnectModule)
+        if around and isinstance(module, DropConnectModule)
     ]
     return carried + [
         (place.name, s.name, name_of(s), s.config, s.factor, s.inference, s.samples, s.follows,
@@ -245,11 +245,16 @@ class World:
             require(after == before, "a refusal leaves the model as it was:", repr(error))
             return False
 
-    def unchanged(self, call: Callable[[], Any], values: bool = True) -> Any:
-        """What `call` returns, which may not change the plain model nor DropConnect."""
-        before = objects(self.model, values), dropping(self.model)
+    def unchanged(self, call: Callable[[], Any], values: bool = True, around: bool = True) -> Any:
+        """What `call` returns, which may not change the plain model nor DropConnect.
+
+        Args:
+            values: whether values count.
+            around: whether it counts which modules around sites follow their forward.
+        """
+        before = objects(self.model, values), dropping(self.model, around)
         result = call()
-        after = objects(self.model, values), dropping(self.model)
+        after = objects(self.model, values), dropping(self.model, around)
         require(after[0] == before[0], "what changes nothing changed the plain model")
         require(after[1] == before[1], "what changes nothing changed DropConnect")
         return result

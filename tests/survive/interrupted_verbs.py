@@ -19,6 +19,7 @@ from surgery import (
     hold_masks,
     load_dropconnect,
     mc_predict,
+    plan_dropconnect,
     save_dropconnect,
     set_inference,
     set_p,
@@ -188,7 +189,7 @@ class Verb:
         return found
 
 
-FOLDER = tempfile.mkdtemp()
+FOLDER, SAVED = tempfile.mkdtemp(), tempfile.mkdtemp()
 
 
 def _saved(model: nn.Module) -> None:
@@ -236,6 +237,12 @@ def _laws(model: nn.Module) -> None:
 
 VERBS = {
     "apply": Verb(net, _nothing, operate),
+    "extend": Verb(
+        net,
+        lambda m: apply_dropconnect(m, nn.Conv1d, p=0.2),
+        lambda m: apply_dropconnect(m, [nn.LSTM, "fc"], p=0.5),
+    ),
+    "plan": Verb(net, operate, lambda m: plan_dropconnect(m, "fc.bias")),
     "strip": Verb(net, operate, strip_dropconnect),
     "bake": Verb(net, operate, lambda m: bake_dropconnect(m, 1)),
     "save": Verb(net, operate, lambda m: m.save_pretrained(FOLDER)),
@@ -250,6 +257,7 @@ VERBS = {
     "mc_predict": Verb(
         Mlp, _linear_sites, lambda m: mc_predict(m, FLOATS, samples=4, seed=3), seeded=True
     ),
+    "save_dropconnect": Verb(net, operate, lambda m: save_dropconnect(m, SAVED)),
     "load": Verb(net, _saved, lambda m: load_dropconnect(m, FOLDER)),
     "step": Verb(net, operate, _step),
     "step, per example": Verb(

@@ -1,9 +1,10 @@
 """Interrupt the verbs everywhere, and look at what is left.
 
-    python -m tests.survive.interrupts [--every N] [--signals SECONDS] [VERB ...]
+    python -m tests.survive.interrupts [--every N | --random N | --signals SECONDS] [VERB ...]
 
-prints, for each verb, how many interrupts landed and how many left something that is neither as before
-nor as after, or that cannot be retried, stripped, and be the checkpoint again.
+at every n-th instruction of each verb, at N random ones of all together, or by real signals; it prints,
+for each verb, how many interrupts landed and how many left something that is neither as before nor as
+after, or that cannot be retried, stripped, and be the checkpoint again.
 
 Not counted as broken, but printed: torch's own `load_state_dict`, and the copy of a tensor, use
 `with torch.no_grad()`, which is written in Python, and an interrupt at its ends leaves the gradients of
@@ -151,17 +152,38 @@ def sweep(verb: Verb, every: int = 1, start: int = 1, everywhere: bool = False) 
     """Interrupt at every n-th instruction."""
     forms, tally = verb.forms(), Tally()
     for count in itertools.count(start, every):
-        model, own, plain = verb.fresh()
-        state = torch.get_rng_state()
-        tracer = AtOpcode(count, everywhere)
-        if not run_traced(lambda: verb.run(model), tracer):  # noqa: B023
+        if not _interrupt(verb, AtOpcode(count, everywhere), forms, tally):
             return tally
-        tally.forgive(tracer.torchs_own)
-        if verb.seeded and not torch.equal(state, torch.get_rng_state()):
-            tally.add("the generator")
-        else:
-            tally.add(problem(verb, model, own, plain, forms))
     raise AssertionError("unreachable")
+
+
+def at_random(verb: Verb, count: int, rng: random.Random) -> Tally:
+    """Interrupt at instructions chosen at random, of our code and of all."""
+    forms, tally = verb.forms(), Tally()
+    totals = {}
+    for everywhere in (False, True):
+        model, *_ = verb.fresh()
+        tracer = AtOpcode(None, everywhere)
+        run_traced(lambda: verb.run(model), tracer)  # noqa: B023
+        totals[everywhere] = tracer.seen
+    while tally.landed < count:
+        everywhere = rng.random() < 0.5
+        _interrupt(verb, AtOpcode(rng.randint(1, totals[everywhere]), everywhere), forms, tally)
+    return tally
+
+
+def _interrupt(verb: Verb, tracer: AtOpcode, forms: list[Any], tally: Tally) -> bool:
+    """One interrupt, and what it left; whether it landed."""
+    model, own, plain = verb.fresh()
+    state = torch.get_rng_state()
+    if not run_traced(lambda: verb.run(model), tracer):
+        return False
+    tally.forgive(tracer.torchs_own)
+    if verb.seeded and not torch.equal(state, torch.get_rng_state()):
+        tally.add("the generator")
+    else:
+        tally.add(problem(verb, model, own, plain, forms))
+    return True
 
 
 def by_signals(verb: Verb, seconds: float) -> Tally:
@@ -216,11 +238,16 @@ def main() -> None:
     parser.add_argument("verbs", nargs="*")
     parser.add_argument("--every", type=int, default=1, help="instructions from one to the next")
     parser.add_argument("--everywhere", action="store_true", help="in torch's frames too")
+    parser.add_argument("--random", type=int, default=0, help="interrupts of all verbs together")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signals", type=float, default=0.0, help="seconds of real signals each")
     options = parser.parse_args()
-    total = Tally()
-    for name, verb in _chosen(options.verbs):
-        if options.signals:
+    total, rng = Tally(), random.Random(options.seed)
+    verbs = list(_chosen(options.verbs))
+    for name, verb in verbs:
+        if options.random:
+            tally = at_random(verb, -(-options.random // len(verbs)), rng)
+        elif options.signals:
             tally = by_signals(verb, options.signals)
         else:
             tally = sweep(verb, options.every, 1, options.everywhere)
