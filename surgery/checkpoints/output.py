@@ -167,7 +167,7 @@ def in_place(weights: Weights) -> Iterator[tuple[Path, dict[str, Any]]]:
                 publish(folder / name, home / own[name])
             _write_index(path, form, own)
         except BaseException:  # a disk that is full, Ctrl-C
-            _remove_unnamed(home)
+            remove_unnamed(home)
             raise
         _usual_names(path, form, own)
         for name in weights.headers.keys() - own.keys():
@@ -228,7 +228,7 @@ def _usual_names(path: Path, form: Mapping[str, Any], own: Mapping[str, str]) ->
 
 
 def finish(path: Path) -> bool:
-    """Finish or remove what a killed process has left in the folder of a checkpoint.
+    """Finish what a killed process has left in the folder of a checkpoint.
 
     Args:
         path: the file, or the index.
@@ -246,11 +246,10 @@ def finish(path: Path) -> bool:
         usual = {its_own: name for name, its_own in own.items()}
         weight_map = {key: usual.get(name, name) for key, name in form["weight_map"].items()}
         _usual_names(path, {**form, "weight_map": weight_map}, own)
-    _remove_unnamed(path.parent)
     return bool(own)
 
 
-def _remove_unnamed(folder: Path) -> None:
+def remove_unnamed(folder: Path) -> None:
     """Remove new files under names of their own that no index names. One that cannot be read may name
     any of them."""
     with suppress(SurgeryError, OSError):

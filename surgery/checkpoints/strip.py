@@ -15,7 +15,7 @@ from ..spec.names import RAW
 from ..stored.blocks import write_all
 from ..stored.header import Entry, Header, TensorType, encoded, placed, read_header
 from .copying import Progress, Range, copy, nobody
-from .output import finish, in_place, new_checkpoint
+from .output import finish, in_place, new_checkpoint, remove_unnamed
 from .roles import Roles
 from .weights import Weights, find_weights, opened, read_weights
 
@@ -82,6 +82,8 @@ def strip_checkpoint(
     with _alone(path, out is None):
         finished = out is None and path.exists() and finish(find_weights(path))
         weights = read_weights(path)
+        if out is None and weights.index is not None:
+            remove_unnamed(weights.folder)  # the checkpoint is whole without
         roles = Roles(weights.tensors(), weights.plan)
         if not roles.keys("raw") and not finished:
             raise NotOperatedError(f"{path} has no raw keys: it is plain already")
