@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery import apply_dropconnect, hold_masks
 from surgery.ops import (
@@ -183,3 +184,36 @@ def test_an_operated_layer_trains_by_them(gpu_kernels, monkeypatch) -> None:
     assert all(torch.equal(a, b.grad) for a, b in zip(found, model.parameters()))
     with hold_masks(model):
         assert torch.equal(model(x), model(x))
+
+
+class Seen(TorchDispatchMode):
+    """Which operations are done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_mode_sees_an_operator_and_not_what_a_kernel_writes(dtype, gpu_kernels) -> None:
+    """The same values, of a masked weight in its dtype and in another, forward and backward."""
+    weight, x = torch.randn(6, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    law, layout = Law.of(0.4, CPU, weight.dtype), Layout.elements(48)
+
+    def step() -> list[Tensor]:
+        used = drop_weight(weight, KEY, law, layout, dtype=dtype)
+        out = masked_linear(x, weight, None, KEY, law, layout).sum() + used.float().square().sum()
+        return [out.detach(), used.detach(), *torch.autograd.grad(out, (x, weight))]
+
+    expected = step()
+    with Seen() as seen:
+        found = step()
+    assert "surgery.drop.default" in seen.names
+    assert not [name for name in seen.names if "empty" in name]
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other)
+    assert torch.equal(found[1], expected[1])
