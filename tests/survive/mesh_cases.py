@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import columns  # type: ignore[import-not-found]
 import torch
 from integers import (  # type: ignore[import-not-found]
     ids,
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -92,6 +93,27 @@ def sequence_parallel(rank: int) -> dict[str, Any]:
         }
         parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
         found[sampling] = step(model)
+    return found
+
+
+def other_layers(rank: int) -> dict[str, Any]:
+    """Weights that are stored in x out, and those of experts, cut by hand along each dimension."""
+    mesh = init_device_mesh("cpu", (2,))
+    found: dict[str, Any] = {}
+    for case, (_, options) in columns.CASES.items():
+        for dim in columns.CUTS:
+            module = columns.built(case)
+            if dim is not None and dim >= next(module.parameters()).ndim:
+                continue
+            for name, parameter in list(module.named_parameters()):
+                cut_here = dim if name != "bias" else (0 if dim == 1 else None)
+                placement: Any = Replicate() if cut_here is None else Shard(cut_here)
+                shared = distribute_tensor(parameter.detach(), mesh, [placement])
+                setattr(module, name, nn.Parameter(shared))
+            apply_dropconnect(module, columns.targets(case), p=0.5, **options)
+            train_a_little(module)
+            x = distribute_tensor(columns.inputs(), mesh, [Replicate()])
+            found[f"{case} {dim}"] = columns.passed(module, x)
     return found
 
 
@@ -208,4 +230,11 @@ def sharded_checkpoints(rank: int) -> dict[str, Any]:
     return found
 
 
-CASES = (tensor_parallel, sequence_parallel, around_shards, shard_errors, sharded_checkpoints)
+CASES = (
+    tensor_parallel,
+    sequence_parallel,
+    other_layers,
+    around_shards,
+    shard_errors,
+    sharded_checkpoints,
+)

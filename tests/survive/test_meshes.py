@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from surgery import apply_dropconnect, load_dropconnect, mc_predict
 from surgery.adapters.distributed import get_plain_state_dict
 
+from ..zoo import columns
 from ..zoo.integers import ids, net, step, train_a_little
 from .checkpoints_of_one import TARGETS, content, trained
 from .mesh_options import LINEARS, OPTIONS, SAMPLINGS, SITES
@@ -54,6 +55,20 @@ class TestTensorParallel:
         expected = step(apply_dropconnect(net(), LINEARS, p=0.5, **SAMPLINGS[sampling]))
         for rank in job:
             assert_equal(rank["sequence_parallel"][sampling], expected)
+
+    @pytest.mark.parametrize("case", columns.CASES)
+    def test_weights_stored_by_columns_and_of_experts(self, job: Ranks, case: str) -> None:
+        """However they are cut; and the masks act."""
+        module = columns.built(case)
+        apply_dropconnect(module, columns.targets(case), p=0.5, **columns.CASES[case][1])
+        train_a_little(module)
+        expected = columns.passed(module, columns.inputs())
+        assert not torch.equal(expected["output"], module.eval()(columns.inputs()))
+        for rank in job:
+            cuts = [key for key in rank["other_layers"] if key.rpartition(" ")[0] == case]
+            assert len(cuts) == next(module.parameters()).ndim + 1
+            for key in cuts:
+                assert_equal(rank["other_layers"][key], expected)
 
     def test_strip_gives_the_same_parameters(self, job: Ranks) -> None:
         for rank in job:
