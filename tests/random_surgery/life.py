@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -12,17 +13,23 @@ from torch import nn
 
 from surgery import (
     SurgeryError,
+    apply_dropconnect,
+    bake_dropconnect,
     dropconnect_sites,
     hold_masks,
     plain_state_dict,
     raw_state_dict,
+    set_inference,
+    set_p,
     strip_dropconnect,
 )
+from surgery.modules.places import places, states_in
+from surgery.modules.state import change_p
 from surgery.spec.names import ANCHOR
 
 from ..helpers import bits_of
-from .choices import action, operate
-from .oracle import check_step
+from .choices import action, operate, options, target
+from .oracle import check_late_backward, check_step
 from .world import World, backward, dropping, objects, require, set_mode, shape, walk
 
 
@@ -83,6 +90,68 @@ def train_by_formula(world: World, rng: Random) -> Any:
         world.model.zero_grad()
         world.follow()
         return found
+
+
+@action(2)
+def late(world: World, rng: Random) -> Any:
+    """A backward after something else was done to the model that its forward ran."""
+    operate(world, rng)
+    if not world.trains():
+        return None
+    p, chosen, how = rng.random(), target(world, rng), options(rng)
+    doings: dict[str, Callable[[], Any]] = {
+        "strip": lambda: strip_dropconnect(world.model, missing_ok=True),
+        "set_p": lambda: set_p(world.model, p),
+        "inference": lambda: set_inference(world.model, "sample"),
+        "extend": lambda: apply_dropconnect(world.model, chosen, p, **how),
+        "copy": lambda: copy.deepcopy(world.model),
+        "forward": lambda: world.run(world.model),
+        "eval": lambda: world.both(lambda model: set_mode(model, False)),
+        "schedule": lambda: change_p(states_in(world.model), factor=p),
+        "hold": lambda: hold_masks(world.model).__enter__().close(),
+        "zero": lambda: world.model.zero_grad(),
+    }
+    name = rng.choice(list(doings))
+    found = check_late_backward(world, lambda: world.attempt(doings[name], ValueError))
+    world.model.zero_grad()
+    world.follow()
+    return name, found
+
+
+@action(2)
+def in_a_hold(world: World, rng: Random) -> Any:
+    """While masks are held, something else; when they are let go, nothing of them is left."""
+    if not operate(world, rng) or not world.trains():
+        return None
+    p, chosen, how = rng.random(), target(world, rng), options(rng)
+    part = rng.choice(list(dict(walk(world.model)).values()))
+    given = {key: value.clone() for key, value in plain_state_dict(world.model).items()}
+    doings: dict[str, Callable[[], Any]] = {
+        "strip": lambda: strip_dropconnect(world.model),
+        "strip a part": lambda: strip_dropconnect(part),
+        "bake": lambda: bake_dropconnect(world.model, 1),
+        "set_p": lambda: set_p(world.model, p),
+        "extend": lambda: apply_dropconnect(world.model, chosen, p, **how),
+        "load": lambda: world.model.load_state_dict(given),
+        "move": lambda: world.both(lambda model: model.to(torch.float64)),
+        "eval": lambda: world.both(lambda model: set_mode(model, False)),
+        "fail": lambda: 1 / 0,
+    }
+    name = rng.choice(list(doings))
+    try:
+        with hold_masks(world.model):
+            backward(world.run(world.model))
+            world.attempt(doings[name], ValueError)
+            if world.trains():
+                backward(world.run(world.model))
+    except (SurgeryError, ZeroDivisionError):  # the first: gaussian noise
+        pass
+    held = [place.state.held_key is not None or place.state.held for place in places(world.model)]
+    require(not any(held), "nothing is held any more", name)
+    world.optimizer.state.clear()
+    world.model.zero_grad()
+    world.follow()
+    return name
 
 
 @action(1)
