@@ -24,7 +24,9 @@ from .verbs.apply import (
 )
 from .verbs.bake import bake_dropconnect
 from .verbs.checkpoint import load_dropconnect, save_dropconnect
+from .verbs.gaussians import LowRank, Prediction
 from .verbs.inference import set_inference
+from .verbs.moments import predict_moments
 from .verbs.predict import mc_predict
 from .verbs.prediction import MCPrediction
 from .verbs.temporary import dropconnect
@@ -33,10 +35,12 @@ __all__ = [
     "DropConnectConfig",
     "DropConnectModule",
     "Inspection",
+    "LowRank",
     "MCPrediction",
     "NoMatchError",
     "NotOperatedError",
     "Plan",
+    "Prediction",
     "Site",
     "SurgeryError",
     "Use",
@@ -52,6 +56,7 @@ __all__ = [
     "mc_predict",
     "plain_state_dict",
     "plan_dropconnect",
+    "predict_moments",
     "raw_state_dict",
     "save_dropconnect",
     "set_inference",

@@ -18,6 +18,7 @@ CORE = (
     "stored",
     "ops",
     "moments",
+    "travel",
     "kinds",
     "modules",
     "planning",

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -25,6 +26,7 @@ from ..ops.ordinary import is_dense
 from ..ops.part import Part, part_of
 from ..ops.part_mask import is_sharded, local_anchor
 from ..torch_private.tracing import is_graphed
+from ..travel import Run, Site, Travelling, running, site_value
 from .cut import Cut
 from .masking import Operand, check_anchor, draw_keys
 from .state import NotGrouped, SiteState, refusal_to_cut
@@ -169,6 +171,9 @@ class ProductCall(NamedTuple):
 
     def travelling(self) -> Gaussian | Tensor:
         """Mean and variance as one object, or the mean alone where nothing would settle that."""
+        run = running()
+        if run is not None:
+            return self.through(run)
         mean, variance = self.moments()
         state = self.weight.state
         if not state.settled and not in_scope():
@@ -176,6 +181,35 @@ class ProductCall(NamedTuple):
         shared = state.unit in ("input", "tensor")
         points = self.points(mean)
         return Gaussian.of(Source(mean, variance, state.site, state.samples, points, shared))
+
+    def through(self, run: Run) -> Travelling:
+        """Mean, variance and covariances, in a run through a whole model."""
+        raw, state, anchor = self.weight
+        with torch.no_grad():
+            law, bias = _law(self.weight), self.dropped_bias()
+            weight = ops.average(raw, anchor, law).detach()
+            moving = weight
+            if anchor is not None or law.drops_all:
+                moving = _moving(self.weight).detach()
+            if self.product.columns:
+                same = moving is weight
+                weight = weight.t()
+                moving = weight if same else moving.t()
+            matrix = self.product.is_matrix
+            site = Site(
+                F.linear if matrix else functools.partial(self.product.run, self.module),
+                weight,
+                moving,
+                law.ratio,
+                state.unit,
+                state.sampling == "batch"
+                or (state.example_dim == 0 and state.sampling == "example"),
+                matrix,
+                self.product.features,
+                self.added() if bias is None else ops.average(bias.raw, bias.anchor, _law(bias)),
+                None if bias is None else _law(bias).ratio * _moving(bias).square(),
+            )
+        return site_value(run, self.x, lambda x: self._replace(x=x).moments(), site)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of each pre-activation."""

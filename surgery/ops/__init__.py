@@ -11,9 +11,9 @@ The other files draw random numbers and answer questions about tensors.
 
 from .cpu.workspace import release
 from .example import example_linear, example_vector
-from .expect import expectation, expectation_by_draws, register_closed_form
+from .expect import expectation, expectation_by_draws, gauss_hermite, register_closed_form
 from .formula import keep_mask, masked_formula
-from .gaussian import gaussian_sample, linear_moments, moments_of
+from .gaussian import average, gaussian_sample, linear_moments, moments_of
 from .gaussian_linear import gaussian_linear
 from .hash import draw_key, hash_bits, key_from_seed
 from .law import Law, Layout
@@ -23,6 +23,7 @@ from .mask import drop_into, drop_weight
 __all__ = [
     "Law",
     "Layout",
+    "average",
     "draw_key",
     "drop_into",
     "drop_weight",
@@ -30,6 +31,7 @@ __all__ = [
     "example_vector",
     "expectation",
     "expectation_by_draws",
+    "gauss_hermite",
     "gaussian_linear",
     "gaussian_sample",
     "hash_bits",

@@ -9,6 +9,7 @@ times `excess(mean - kink, var)`: exact at var = 0, and without cancellation in 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -113,7 +114,8 @@ def _on_copies(f: Function) -> Function:
     return lambda t: f(t.clone())
 
 
-def _gauss_hermite(count: int) -> tuple[tuple[float, float], ...]:
+@functools.cache
+def gauss_hermite(count: int) -> tuple[tuple[float, float], ...]:
     """Nodes and weights for the standard normal (Golub and Welsch 1969): the eigenvalues of the
     Jacobi matrix, and the squared first entries of its eigenvectors."""
     off = torch.arange(1, count, dtype=torch.float64).sqrt()
@@ -123,7 +125,7 @@ def _gauss_hermite(count: int) -> tuple[tuple[float, float], ...]:
     return tuple((node, weight) for node, weight in pairs if weight > 1e-17)
 
 
-_RULE = _gauss_hermite(NODES)
+_RULE = gauss_hermite(NODES)
 
 
 def _quadrature(f: Function, mean: Tensor, var: Tensor) -> Tensor:

@@ -74,9 +74,9 @@ def moments_of(
         )
     mean_bias, moved_bias, wide = bias, None, law.scale.dtype
     if bias is not None and bias_law is not None:
-        mean_bias = _average(bias, bias_anchor, bias_law)
+        mean_bias = average(bias, bias_anchor, bias_law)
         moved_bias = difference(bias, bias_anchor, wide)
-    mean = product(x, _average(weight, anchor, law), mean_bias)
+    mean = product(x, average(weight, anchor, law), mean_bias)
     ratio = _ratio(law)
     with _no_autocast(x.device.type):
         if moved_bias is not None and bias_law is not None and bias_law is not law:
@@ -182,7 +182,7 @@ def _ratio(law: Law) -> Tensor:
     return torch.where(law.scale == 0, 0, law.scale - 1) if is_traced() else law.ratio
 
 
-def _average(weight: Tensor, anchor: Tensor | None, law: Law) -> Tensor:
+def average(weight: Tensor, anchor: Tensor | None, law: Law) -> Tensor:
     """The expectation of the masked weight: the weight, unless every entry is dropped."""
     if law.numbers is not None and not law.drops_all:
         return weight

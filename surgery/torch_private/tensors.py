@@ -82,3 +82,17 @@ copy_all: Callable[[list[Tensor], list[Tensor]], None] = torch._foreach_copy_
 no_torch_function: Any = torch._C._disabled_torch_function_impl
 """The `__torch_function__` of a subclass whose operations give plain tensors, as that of
 `torch.nn.Parameter`. torch knows it by identity, and skips Python for it."""
+
+without_torch_function: Any = torch._C.DisableTorchFunctionSubclass
+"""A context in which torch functions read a subclass as the tensor that it is, and do not ask it.
+Without it, a subclass could not ask for its own shape."""
+
+
+def tensor_without_memory(cls: type[Tensor], like: Tensor) -> Any:
+    """An object of a subclass with the shape, strides, dtype and device of a tensor, and no values.
+
+    Without it, a subclass would have to compute its values when it is made.
+    """
+    return torch.Tensor._make_wrapper_subclass(
+        cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+    )

@@ -15,7 +15,7 @@ from .arguments import Forward
 from .bake import check_seed
 from .batches import Batch, Select, batches_of, is_loader
 from .prediction import MCPrediction, Totals, joined
-from .sampling import Sampler, while_sampling
+from .sampling import Sampler, while_dropping
 
 ROWS = 256
 """Default of `batch_size`: rows that run together."""
@@ -101,7 +101,7 @@ def _of_batch(
     sampler: Sampler, model: nn.Module, batch: Batch, seed: int | None, class_dim: int | None
 ) -> MCPrediction:
     total = Totals(class_dim)
-    while_sampling(model, sampler.places, seed, partial(sampler.run, batch, total.add))
+    while_dropping(model, sampler.places, "sample", seed, partial(sampler.run, batch, total.add))
     return total.result()
 
 

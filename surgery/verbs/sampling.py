@@ -15,7 +15,7 @@ from ..modules.own_generator import own_generators
 from ..modules.places import Place, places, product_site
 from ..modules.state import Group
 from ..ops.random import default_generators
-from ..spec.config import Sampling
+from ..spec.config import Inference, Sampling
 from ..spec.errors import NotOperatedError
 from .batches import Batch, Select, tensor_of
 
@@ -159,17 +159,21 @@ def _can_group(place: Place) -> bool:
     return by.refused(sampling, "sample") is None
 
 
-def while_sampling(
-    model: nn.Module, at: list[Place], seed: int | None, call: Callable[[], None]
+def while_dropping(
+    model: nn.Module,
+    at: list[Place],
+    inference: Inference,
+    seed: int | None,
+    call: Callable[[], None],
 ) -> None:
-    """`call()` in `eval()` with every site dropping, without gradients and, with a seed, with torch's
-    generators seeded; afterwards all that is as it was."""
+    """`call()` in `eval()` with this inference of every site, without gradients and, with a seed, with
+    torch's generators seeded; afterwards all that is as it was."""
     now, before = Changes(), Changes()
     for module in model.modules():
         now.put(module.__dict__, {"training": False})
         before.put(module.__dict__, {"training": module.training})
     for state in (place.state for place in at):
-        now.put(state.__dict__, state.with_inference("sample", None))
+        now.put(state.__dict__, state.with_inference(inference, None))
         kept = state.with_inference(state.inference, state.samples)
         before.put(state.__dict__, {**kept, "group": None})
     gradients = torch.is_grad_enabled()

@@ -170,3 +170,30 @@ def test_operations_on_such_a_subclass_give_plain_tensors() -> None:
     assert type(one + 1) is type(torch.sin(one)) is type(one[:1]) is Tensor
     assert not torch.overrides.has_torch_function((one,))
     assert nn.Parameter.__torch_function__ is tensors.no_torch_function
+
+
+@canary(tensors, "torch.Tensor._make_wrapper_subclass", "torch._C.DisableTorchFunctionSubclass")
+def test_a_subclass_without_memory_knows_its_form() -> None:
+    class Empty(Tensor):
+        asked: list[str] = []  # noqa: RUF012
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            cls.asked.append(func.__name__)
+            with tensors.without_torch_function():
+                return func(*args, **(kwargs or {}))
+
+        @classmethod
+        def __torch_dispatch__(  # type: ignore[override]
+            cls, func, types, args=(), kwargs=None
+        ):
+            raise AssertionError("it has no values")
+
+    made = tensors.tensor_without_memory(Empty, torch.zeros(3, 2, dtype=torch.float64).t())
+    assert made.shape == (2, 3)
+    assert (made.stride(), made.dtype) == ((1, 2), torch.float64)
+    assert Empty.asked
+    Empty.asked.clear()
+    with tensors.without_torch_function():
+        assert made.dim() == 2
+    assert not Empty.asked

@@ -1,0 +1,267 @@
+"""Tables and a figure of `predict_moments`: how near one forward comes to Monte Carlo, and what it
+costs.
+
+    python -m benchmarks.moments mlp cnn minilm vit      # tables
+    python -m benchmarks.moments --figure docs/moments.svg
+
+For each model: the error of the mean beside that of the plain weights (root mean square over
+outputs, with the part taken out that Monte Carlo's own error is expected to have), the variance
+beside that of Monte Carlo, and the time in forwards of the plain model. In the last column stands
+how many samples Monte Carlo needs for the same error of the mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgery import apply_dropconnect, mc_predict, predict_moments, strip_dropconnect
+
+FORMS: tuple[Any, ...] = ("diagonal", 8, 32, "full")
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    model: nn.Module
+    """Operated."""
+    inputs: Any
+    output: Any
+    forms: tuple[Any, ...]
+    sampling_rows: int
+    """Rows that run together in Monte Carlo; 1: samples one by one."""
+
+
+def perceptron(depth: int, p: float, steps: int) -> Case:
+    """ReLU layers of 64, trained with noise on a task of ten classes."""
+    torch.manual_seed(0)
+    widths = [32, *[64] * depth]
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(64, 10))
+    apply_dropconnect(model, nn.Linear, p=p, sampling="gaussian")
+    true = torch.randn(32, 10)
+    x = torch.randn(8192, 32)
+    labels = (x @ true + 0.5 * torch.randn(8192, 10)).argmax(-1)
+    train(model, x, labels, steps)
+    strip_dropconnect(model)
+    # A mask for all rows: samples then differ in their masks alone, and cost one product each.
+    apply_dropconnect(model, nn.Linear, p=p)
+    inputs = torch.randn(32, 32)
+    return Case(f"MLP 32-{'64-' * depth}10, p = {p:g}", model.eval(), inputs, None, FORMS, 1)
+
+
+def train(model: nn.Module, x: Tensor, labels: Tensor, steps: int) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    model.train()
+    for _ in range(steps):
+        chosen = torch.randint(len(x), (128,))
+        loss = F.cross_entropy(model(x[chosen]), labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def mlps(steps: int) -> Iterator[Case]:
+    for depth, p in ((2, 0.3), (3, 0.5), (4, 0.1)):
+        yield perceptron(depth, p, steps)
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    x, labels = load_digits(return_X_y=True)
+    return torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)
+
+
+def cnns(steps: int) -> Iterator[Case]:
+    """A small CNN on scikit-learn's digits: convolutions, batch norm, max and mean pooling."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+    x, labels = digits()
+    targets = [nn.Conv2d, nn.Linear]
+    apply_dropconnect(model, targets, p=0.1)
+    train(model, x[:1500], labels[:1500], steps)
+    yield Case("CNN on digits, p = 0.1", model.eval(), x[1500:1532], None, FORMS, 1)
+
+
+def resnets(steps: int) -> Iterator[Case]:
+    """timm's ResNet-10t for ten classes, trained on the digits at 32 x 32."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=10, in_chans=1)
+    x, labels = digits()
+    x = F.interpolate(x, size=32, mode="bilinear")
+    apply_dropconnect(model, [nn.Conv2d, nn.Linear], p=0.1)
+    train(model, x[:1500], labels[:1500], max(1, steps // 10))
+    yield Case("ResNet-10t (timm), p = 0.1", model.eval(), x[1500:1508], None, FORMS, 1)
+
+
+def minilms(steps: int) -> Iterator[Case]:
+    """MiniLM as it comes: the state of the first token."""
+    from transformers import AutoModel, AutoTokenizer
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    from minilm import minilm, quiet
+
+    quiet()
+    model = AutoModel.from_pretrained(minilm()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    texts = [
+        "The central bank raised interest rates again this month.",
+        "A goal in the last minute decided the cup final.",
+        "The new phone has a folding screen and a better camera.",
+        "He lives by the sea.",
+    ]
+    inputs = dict(tokenizer(texts, return_tensors="pt", padding="max_length", max_length=16))
+    apply_dropconnect(model, "all-linear", p=0.1)
+    yield Case(
+        "MiniLM-L6, first token, p = 0.1", model, inputs,
+        lambda found: found.last_hidden_state[:, 0], ("diagonal", 8, 32), 1,
+    )  # fmt: skip
+
+
+def vits(steps: int) -> Iterator[Case]:
+    """A small vision transformer of transformers, trained on the digits: four layers of width 64."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
+        image_size=8, patch_size=2, num_channels=1, num_labels=10,
+    )  # fmt: skip
+    whole = ViTForImageClassification(config)
+    x, labels = digits()
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = whole
+
+        def forward(self, x: Tensor) -> Any:
+            return self.inner(x).logits
+
+    model = Logits()
+    train(model, x[:1500], labels[:1500], steps)
+    apply_dropconnect(model, "all-linear", p=0.1)
+    yield Case("ViT, 4 layers of 64, p = 0.1", model.eval(), x[1500:1532], None, FORMS, 1)
+
+
+CASES: dict[str, Callable[[int], Iterator[Case]]] = {
+    "mlp": mlps,
+    "cnn": cnns,
+    "resnet": resnets,
+    "minilm": minilms,
+    "vit": vits,
+}
+
+
+def rms(values: Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
+
+
+def forward_time(call: Callable[[], Any], rounds: int = 7) -> float:
+    """The least of several, in seconds."""
+    call()
+    times = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def called(model: nn.Module, inputs: Any) -> Any:
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+@torch.no_grad()
+def plain_of(case: Case) -> Tensor:
+    found = called(case.model, case.inputs)
+    chosen: Tensor = found if case.output is None else case.output(found)
+    return chosen
+
+
+def table(case: Case, samples: int) -> str:
+    """The rows of one model."""
+    options: dict[str, Any] = {"class_dim": None, "output": case.output}
+    found = mc_predict(
+        case.model, case.inputs, samples, seed=1, batch_size=case.sampling_rows, **options
+    )
+    own = rms((found.variance / samples).sqrt())
+    plain = plain_of(case)
+    with torch.no_grad():
+        unit = forward_time(lambda: called(case.model, case.inputs))
+
+    def error(mean: Tensor) -> float:
+        """Without what Monte Carlo's error adds to the square."""
+        return math.sqrt(max(rms(mean - found.mean) ** 2 - own**2, 0))
+
+    spread = rms(found.variance.sqrt())
+    base = error(plain)
+    lines = [
+        f"### {case.name}",
+        "",
+        f"{samples:,} samples; standard error of their mean {own:.4f}; standard deviation of the "
+        f"outputs {spread:.3f}",
+        "",
+        "| | error of the mean | plain / this | variance / Monte Carlo | forwards | samples for it |",
+        "|---|---|---|---|---|---|",
+        f"| plain weights | {base:.4f} | 1 | – | 1 | {needed(spread, base)} |",
+    ]
+    for form in case.forms:
+
+        def predict(form: Any = form) -> Any:
+            return predict_moments(case.model, case.inputs, form, **options)
+
+        got = predict()
+        cost = forward_time(predict, 3) / unit
+        now = error(got.mean)
+        times = f"{base / now:.1f}" if now > own / 2 else f"> {base / own:.0f}"
+        shown = f"{now:.4f}" if now > own / 2 else f"< {own:.4f}"
+        ratio = float(got.variance.sum() / found.variance.sum())
+        lines.append(
+            f"| {form} | {shown} | {times} | {ratio:.3f} | {cost:.1f} | "
+            f"{needed(spread, max(now, own / 2))} |"
+        )
+    return "\n".join(lines)
+
+
+def needed(spread: float, error: float) -> str:
+    return f"{max(1, round((spread / error) ** 2)):,}" if error > 0 else "–"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cases", nargs="*", default=list(CASES), help=", ".join(CASES))
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1000, help="of training")
+    options = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for name in options.cases:
+        for case in CASES[name](options.steps):
+            print(table(case, options.samples), flush=True)
+            print()
+
+
+if __name__ == "__main__":
+    main()

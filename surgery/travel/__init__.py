@@ -1,0 +1,33 @@
+"""Values that travel with mean, variance and covariance through a whole model.
+
+    value        `Travelling`: what a forward takes for a tensor
+    state, run   what is known of a value; what one forward is asked for
+    birth        what is added where randomness begins: at sites, and where a function is not linear
+    rules        what a torch function does to the moments; each file has the rules of one family
+    site         what a site of DropConnect adds
+
+To first order, a covariance moves as tangents do. A forward can carry it in three ways (`Carrier`); the
+covariance of the outputs alone comes from a backward pass for each of them (`adjoint`).
+"""
+
+from . import elementwise, joint, linear, pairs, shapes
+from .run import Run, TooWide, current, running
+from .site import Site, site_value
+from .state import State
+from .value import Travelling
+
+__all__ = [
+    "Run",
+    "Site",
+    "State",
+    "TooWide",
+    "Travelling",
+    "current",
+    "elementwise",
+    "joint",
+    "linear",
+    "pairs",
+    "running",
+    "shapes",
+    "site_value",
+]

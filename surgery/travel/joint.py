@@ -1,0 +1,369 @@
+"""Functions of several entries together: softmax, attention, norms, pooling by maxima."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .pairs import larger_of
+from .run import Run
+from .shapes import state_of
+from .state import State
+from .value import Call, Travelling, rule
+
+
+@rule("softmax", "safe_softmax")
+def softmax(call: Call) -> Any:
+    """To second order, with s = softmax(m) and w_i the variance of z_i - sum_j s_j z_j,
+
+        E[softmax(z)]_i = s_i (1 + (w_i - sum_k s_k w_k) / 2)  ~  softmax(m + w / 2)_i
+
+    which stays a distribution. It moves as `s * (dz - sum_j s_j dz_j)`.
+    """
+    value = call.first
+    if not isinstance(value, Travelling):
+        return NotImplemented
+    dim = call.argument(1, "dim", -1)
+    if not isinstance(dim, int):
+        return NotImplemented
+    state, run = value.state(), value.run
+    mean, share, spread = _softmax(state, dim, run)
+    with torch.no_grad():
+        factors = None
+        if state.factors is not None:
+            low = share.to(state.factors.dtype)
+            column = dim if dim < 0 else dim + 1
+            factors = low * (state.factors - (low * state.factors).sum(column, keepdim=True))
+        variance = share.square() * spread
+    found = run.mixed(State(mean, variance, factors))
+    return Travelling.of(run, found)
+
+
+def _softmax(state: State, dim: int, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+    """The expected softmax; the softmax at the mean; the variance of each logit less their mean."""
+    with torch.no_grad():
+        logits = state.at
+        share = logits.softmax(dim)
+        share = torch.where(share.isfinite(), share, 0)
+        if state.factors is not None:
+            low = share.to(state.factors.dtype)
+            column = dim if dim < 0 else dim + 1
+            centred = state.factors - (low * state.factors).sum(column, keepdim=True)
+            spread = centred.to(share.dtype).square().sum(0)
+        else:
+            common = (share.square() * state.variance).sum(dim, keepdim=True)
+            spread = state.variance * (1 - 2 * share) + common
+        spread = spread.clamp_min(0)
+    shifted = state.mean + (spread / 2).to(state.mean.dtype)
+    return shifted.softmax(dim), share, spread
+
+
+@rule("log_softmax")
+def log_softmax(call: Call) -> Any:
+    """`z - logsumexp(z)`, where E[logsumexp] is that of the mean plus half of the expected
+    curvature."""
+    value = call.first
+    if not isinstance(value, Travelling):
+        return NotImplemented
+    dim = call.argument(1, "dim", -1)
+    if not isinstance(dim, int):
+        return NotImplemented
+    state, run = value.state(), value.run
+    _, share, spread = _softmax(state, dim, run)
+    with torch.no_grad():
+        curvature = (share * spread).sum(dim, keepdim=True) / 2
+        factors = None
+        if state.factors is not None:
+            low = share.to(state.factors.dtype)
+            column = dim if dim < 0 else dim + 1
+            factors = state.factors - (low * state.factors).sum(column, keepdim=True)
+    mean = state.mean.log_softmax(dim) - curvature.to(state.mean.dtype)
+    return Travelling.of(run, State(mean, spread, factors))
+
+
+@rule("scaled_dot_product_attention")
+def attention(call: Call) -> Any:
+    """softmax(q k^T * scale + mask) v, step by step."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, call.args)), **call.kwargs}
+    query, key, value = (given[name] for name in names[:3])
+    scale = given.get("scale")
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if given.get("enable_gqa"):
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = (one.repeat_interleave(repeats, -3) for one in (key, value))
+    scores = torch.matmul(query, key.transpose(-2, -1)) * scale
+    mask = given.get("attn_mask")
+    if given.get("is_causal"):
+        shape = (query.shape[-2], key.shape[-2])
+        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = _additive(~mask, query.dtype)
+        scores = scores + mask
+    return torch.matmul(torch.softmax(scores, -1), value)
+
+
+_ATTENTION = inspect.signature(F.multi_head_attention_forward)
+
+
+@rule("multi_head_attention_forward")
+def multi_head_attention(call: Call) -> Any:
+    """What `nn.MultiheadAttention` computes, for the usual options."""
+    given = _ATTENTION.bind(*call.args, **call.kwargs)
+    given.apply_defaults()
+    of = given.arguments
+    unusual = ("bias_k", "bias_v", "static_k", "static_v")
+    if any(of[name] is not None for name in unusual) or of["add_zero_attn"]:
+        return NotImplemented
+    inputs = [of[name] for name in ("query", "key", "value")]
+    if inputs[0].ndim != 3:
+        return NotImplemented
+    if of["use_separate_proj_weight"]:
+        weights = [of[f"{name}_proj_weight"] for name in "qkv"]
+    else:
+        weights = list(of["in_proj_weight"].chunk(3))
+    biases = [None] * 3 if of["in_proj_bias"] is None else list(of["in_proj_bias"].chunk(3))
+    heads, (_, rows, width) = of["num_heads"], inputs[0].shape
+    query, key, value = (
+        split_heads(F.linear(x, weight, bias), heads)
+        for x, weight, bias in zip(inputs, weights, biases)
+    )
+    scores = torch.matmul(query, key.transpose(-2, -1)) / math.sqrt(width // heads)
+    mask, padding = of["attn_mask"], of["key_padding_mask"]
+    if mask is not None:
+        mask = mask if mask.ndim == 2 else mask.view(rows, heads, *mask.shape[1:])
+        scores = scores + _additive(mask, query.dtype)
+    if padding is not None:
+        scores = scores + _additive(padding.view(rows, 1, 1, -1), query.dtype)
+    shares = torch.softmax(scores, -1)
+    mixed = torch.matmul(shares, value).permute(2, 0, 1, 3).flatten(2)
+    result = F.linear(mixed, of["out_proj_weight"], of["out_proj_bias"])
+    if not of["need_weights"]:
+        return result, None
+    return result, shares.mean(1) if of["average_attn_weights"] else shares
+
+
+def split_heads(x: Any, heads: int) -> Any:
+    """(rows, heads, tokens, width of a head) of (tokens, rows, width)."""
+    return x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of truth values (True: left out) as what is added to scores."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
+
+
+@rule("layer_norm", "rms_norm")
+def layer_norm(call: Call) -> Any:
+    """(x - its mean) / root of the expected square. It moves as the derivative there does."""
+    value = call.first
+    if not isinstance(value, Travelling):
+        return NotImplemented
+    names = ["input", "normalized_shape", "weight", "bias", "eps"]
+    if call.name == "rms_norm":
+        names.remove("bias")
+    given = {**dict(zip(names, call.args)), **call.kwargs}
+    state, run = value.state(), value.run
+    eps = given.get("eps", 1e-5 if call.name == "layer_norm" else None)
+    eps = torch.finfo(state.mean.dtype).eps if eps is None else eps
+    dims = tuple(range(-len(given["normalized_shape"]), 0))
+    centred = call.name == "layer_norm"
+    found = normed(state, run, dims, eps, centred, given.get("weight"), given.get("bias"))
+    return Travelling.of(run, found)
+
+
+def normed(
+    state: State,
+    run: Run,
+    dims: tuple[int, ...],
+    eps: float,
+    centred: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> State:
+    """The state after a norm over `dims`, counted from the end.
+
+    With y the normalised mean, n entries and d the deviation, entry i moves as
+    (dx_i - mean(dx) - y_i mean(y dx)) / d. Entries of x are taken as independent for the variance.
+    """
+    mean, variance = state.mean.to(state.variance.dtype), state.variance
+    if centred:
+        mean = mean - mean.mean(dims, keepdim=True)
+    count = math.prod(state.mean.shape[dim] for dim in dims)
+    with torch.no_grad():
+        added = variance.mean(dims, keepdim=True)
+        if centred:
+            common = variance
+            if state.factors is not None:
+                common = state.factors.mean(dims, keepdim=True).square().sum(0) * count
+                added = added - common / count
+            else:
+                added = added * (1 - 1 / count)
+    square = mean.square().mean(dims, keepdim=True) + added.clamp_min(0) + eps
+    inverse = square.rsqrt()
+    unscaled = mean * inverse
+    gain = inverse.detach() if weight is None else inverse.detach() * weight.detach()
+    with torch.no_grad():
+        y = unscaled.detach()
+        one = 1.0 if centred else 0.0
+        sums = [(variance * power).sum(dims, keepdim=True) for power in (one, y, y.square())]
+        shared = sums[2] * y.square()
+        if centred:
+            shared = shared + sums[0] + 2 * y * sums[1]
+        moved = variance * (1 - 2 * (one + y.square()) / count) + shared / count**2
+        moved = moved.clamp_min(0) * gain.square()
+        factors = state.factors
+        if factors is not None:
+            low = y.to(factors.dtype)
+            change = factors - low * (low * factors).mean(dims, keepdim=True)
+            if centred:
+                change = change - factors.mean(dims, keepdim=True)
+            factors = change * gain.to(factors.dtype)
+    result = unscaled if weight is None else unscaled * weight
+    result = result if bias is None else result + bias
+    return run.mixed(State(result.to(state.mean.dtype), moved, factors))
+
+
+_BATCH_NORM = tuple(inspect.signature(F.batch_norm).parameters)
+
+
+@rule("batch_norm")
+def batch_norm(call: Call) -> Any:
+    """In evaluation, affine in each channel."""
+    value = call.first
+    names = _BATCH_NORM
+    if call.func is not F.batch_norm:  # torch.batch_norm and its aten overload
+        names = ("input", *names[3:5], *names[1:3], *names[5:])
+    given = {**dict(zip(names, call.args)), **call.kwargs}
+    if not isinstance(value, Travelling) or given.get("training", False):
+        return NotImplemented
+    if given.get("running_mean") is None:
+        return NotImplemented
+    state = value.state()
+    mean = call.on(state.mean)
+    with torch.no_grad():
+        scale = (given["running_var"] + given.get("eps", 1e-5)).rsqrt()
+        if given.get("weight") is not None:
+            scale = scale * given["weight"]
+        scale = scale.view(-1, *(1,) * (mean.ndim - 2))
+    return Travelling.of(value.run, state.scaled(mean, scale))
+
+
+@rule("group_norm")
+def group_norm(call: Call) -> Any:
+    """A layer norm over the channels of a group and all positions."""
+    value, groups = call.first, call.argument(1, "num_groups")
+    if not isinstance(value, Travelling):
+        return NotImplemented
+    weight, bias = call.argument(2, "weight"), call.argument(3, "bias")
+    shape = value.shape
+    flat: Any = value.reshape(shape[0], groups, -1)
+    state = normed(flat.state(), value.run, (-1,), call.argument(4, "eps", 1e-5), True, None, None)
+    result: Any = Travelling.of(value.run, state).reshape(shape)
+    view = (1, -1, *(1,) * (len(shape) - 2))
+    result = result if weight is None else result * weight.view(view)
+    return result if bias is None else result + bias.view(view)
+
+
+@rule("normalize")
+def normalize(call: Call) -> Any:
+    """Divided by the root of the sum of expected squares: a root-mean-square norm, scaled."""
+    value = call.first
+    power, dim = call.argument(1, "p", 2.0), call.argument(2, "dim", 1)
+    if not isinstance(value, Travelling) or power != 2 or not isinstance(dim, int):
+        return NotImplemented
+    dim = dim if dim < 0 else dim - value.ndim
+    state, count = value.state(), value.shape[dim]
+    found = normed(state, value.run, (dim,), 0.0, False, None, None)
+    return Travelling.of(value.run, found) / math.sqrt(count)
+
+
+@rule("glu")
+def glu(call: Call) -> Any:
+    one, other = call.first.chunk(2, call.argument(1, "dim", -1))
+    return one * torch.sigmoid(other)
+
+
+@rule("prelu")
+def prelu(call: Call) -> Any:
+    """The weight has one entry for each channel, or one for all."""
+    value, weight = call.first, call.argument(1, "weight")
+    if not isinstance(value, Travelling) or isinstance(weight, Travelling):
+        return NotImplemented
+    slope = weight.reshape(-1, *(1,) * (value.ndim - 2)) if weight.numel() > 1 else weight
+    return torch.relu(value) - slope * torch.relu(-value)
+
+
+_MAXIMA = tuple(f"max_pool{n}d" for n in (1, 2, 3))
+
+
+@rule(*_MAXIMA, *(f"{name}_with_indices" for name in _MAXIMA))
+def max_pool(call: Call) -> Any:
+    """The largest of the entries of a window, two by two (Clark 1961)."""
+    value = call.first
+    if not isinstance(value, Travelling) or call.argument(6, "return_indices", False):
+        return NotImplemented
+    spatial = int(call.name.removesuffix("_with_indices")[-2])
+    if call.argument(5, "ceil_mode", False) or value.ndim != spatial + 2:
+        return NotImplemented
+
+    def sizes(given: Any) -> tuple[int, ...]:
+        return (given,) * spatial if isinstance(given, int) else tuple(given)
+
+    kernel = sizes(call.argument(1, "kernel_size"))
+    stride = sizes(call.argument(2, "stride") or kernel)
+    padding, dilation = (
+        sizes(call.argument(3, "padding", 0)),
+        sizes(call.argument(4, "dilation", 1)),
+    )
+    state = value.state()
+    if any(padding):
+        width = [size for one in reversed(padding) for size in (one, one)]
+        low = torch.finfo(state.mean.dtype).min / 4
+        padded = state.moved(lambda t: F.pad(t, width))
+        state = State(F.pad(state.mean, width, value=low), padded.variance, padded.factors)
+    windows = _windows(state, kernel, stride, dilation)
+    while len(windows) > 1:
+        pairs = zip(windows[::2], windows[1::2])
+        rest = windows[-1:] if len(windows) % 2 else []
+        windows = [larger_of(one, other, value.run) for one, other in pairs] + rest
+    return Travelling.of(value.run, windows[0])
+
+
+def _windows(
+    state: State, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> list[State]:
+    """For each place in the kernel, the entries that lie there in all windows."""
+    shape = state.mean.shape[-len(kernel) :]
+    counts = [
+        (size - step * (width - 1) - 1) // hop + 1
+        for size, width, hop, step in zip(shape, kernel, stride, dilation)
+    ]
+    found = []
+    for place in (
+        torch.cartesian_prod(*(torch.arange(width) for width in kernel))
+        .reshape(-1, len(kernel))
+        .tolist()
+    ):
+        index = tuple(
+            slice(at * step, at * step + (count - 1) * hop + 1, hop)
+            for at, step, hop, count in zip(place, dilation, stride, counts)
+        )
+        found.append(state.moved(partial(_at, (..., *index))))
+    return found
+
+
+def _at(index: Any, t: Tensor) -> Tensor:
+    return t[index]
+
+
+__all__ = ["normed", "softmax", "state_of"]

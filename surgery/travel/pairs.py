@@ -1,0 +1,152 @@
+"""Functions of two values: sums, products and what is made of them.
+
+A product of two Gaussians, of covariance c, has
+
+    mean      a b + c
+    variance  va vb + a^2 vb + b^2 va + 2 a b c + c^2
+
+and moves as `b da + a db` to first order; the rest of the variance is new.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import elementwise
+from .run import Run
+from .shapes import state_of
+from .state import State, combined, covariance_of, sum_of
+from .value import Call, Travelling
+
+
+def of_pair(call: Call) -> Any:
+    """A function of values that have different origins."""
+    if len(call.args) < 2 or not all(
+        isinstance(one, (Tensor, Travelling)) for one in call.args[:2]
+    ):
+        return NotImplemented
+    rule = _RULES.get(call.name)
+    return NotImplemented if rule is None else rule(call)
+
+
+elementwise.RULES_OF_PAIRS = of_pair
+
+
+def _sum(call: Call) -> Any:
+    alpha = float(call.kwargs.get("alpha", 1))
+    sign = -alpha if call.name == "sub" else alpha
+    one, other = (state_of(arg) for arg in call.args[:2])
+    mean = one.mean + sign * other.mean
+    run = call.run
+    return Travelling.of(run, run.mixed(sum_of(one, other, sign, mean)))
+
+
+def _reversed(call: Call) -> Any:
+    return _sum(Call.of(torch.sub, (call.args[1], call.args[0]), call.kwargs))
+
+
+def product_of(one: State, other: State, run: Run) -> State:
+    """The state of the product of two values, entry by entry."""
+    with torch.no_grad():
+        first, second = one.at, other.at
+        covariance = covariance_of(one, other) if run.carrier == "exact" else None
+        by_first = first.square() * other.variance
+        by_second = second.square() * one.variance
+        new = one.variance * other.variance
+        both = torch.zeros_like(new) if covariance is None else covariance
+        variance = by_first + by_second + 2 * first * second * both
+        new = (new + both.square()).expand(variance.shape)
+    mean = one.mean * other.mean
+    if covariance is not None:
+        mean = mean + both.to(mean.dtype)
+    with torch.no_grad():
+        factors = combined(mean, (one.factors, other.mean), (other.factors, one.mean))
+    moved = State(mean, variance.clamp_min(0), None if factors is None else factors.detach())
+    if not run.follows:
+        return State(mean, moved.variance + new)
+    return run.born_apart(moved, new)
+
+
+def _product(call: Call) -> Any:
+    one, other = (state_of(arg) for arg in call.args[:2])
+    return Travelling.of(call.run, product_of(one, other, call.run))
+
+
+def _quotient(call: Call) -> Any:
+    if call.kwargs.get("rounding_mode") is not None:
+        return NotImplemented
+    return call.args[0] * torch.reciprocal(call.args[1])
+
+
+def _where(call: Call) -> Any:
+    """`where(condition, x, y)` with a condition that does not vary, or is taken at the mean."""
+    condition, one, other = call.args
+    if isinstance(condition, Travelling):
+        condition = condition.settled()
+    first, second = (
+        state_of(arg if isinstance(arg, Tensor) else torch.tensor(arg)) for arg in (one, other)
+    )
+    mean = torch.where(condition, first.mean, second.mean)
+    with torch.no_grad():
+        variance = torch.where(condition, first.variance, second.variance)
+        keep = condition.to(mean.dtype)
+        factors = combined(mean, (first.factors, keep), (second.factors, 1 - keep))
+    return Travelling.of(call.run, State(mean, variance, factors))
+
+
+def larger_of(one: State, other: State, run: Run) -> State:
+    """The larger of two Gaussians, entry by entry (Clark 1961)."""
+    with torch.no_grad():
+        first, second = one.at, other.at
+        covariance = covariance_of(one, other)
+        spread = one.variance + other.variance
+        spread = spread if covariance is None else (spread - 2 * covariance).clamp_min(0)
+        gap = first - second
+        _, _, share = elementwise.rectified(gap, spread)
+        added = elementwise.rectified(gap, spread)[0]  # E[max(one - other, 0)]
+        expected = second + added
+        density = added - gap * share  # deviation times density of the gap
+        square = (
+            (first.square() + one.variance) * share
+            + (second.square() + other.variance) * (1 - share)
+            + (first + second) * density
+        )
+        variance = (square - expected.square()).clamp_min(0)
+    mean = expected.to(one.mean.dtype)
+    if one.mean.requires_grad or other.mean.requires_grad:
+        weight = share.to(mean.dtype)
+        change = weight * one.mean + (1 - weight) * other.mean
+        mean = mean + (change - change.detach())
+    with torch.no_grad():
+        factors = combined(mean, (one.factors, share), (other.factors, 1 - share))
+        linear = share.square() * one.variance + (1 - share).square() * other.variance
+        if covariance is not None:
+            linear = linear + 2 * share * (1 - share) * covariance
+    if not run.follows:
+        return State(mean, variance)
+    linear = torch.minimum(linear, variance)
+    return run.born_apart(State(mean, linear, factors), variance - linear)
+
+
+def _maximum(call: Call) -> Any:
+    one, other = (state_of(arg) for arg in call.args[:2])
+    return Travelling.of(call.run, larger_of(one, other, call.run))
+
+
+def _minimum(call: Call) -> Any:
+    return -torch.maximum(-call.args[0], -call.args[1])
+
+
+_RULES = {
+    "add": _sum,
+    "div": _quotient,
+    "maximum": _maximum,
+    "minimum": _minimum,
+    "mul": _product,
+    "rsub": _reversed,
+    "sub": _sum,
+    "where": _where,
+}

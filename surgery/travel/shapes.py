@@ -1,0 +1,155 @@
+"""Functions that move entries, copy them or join them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..moments.torch_functions import CASTING, COPYING, DROPOUTS, VIEWS
+from .birth import OfOutputs, root
+from .state import State, aligned, certain, wide
+from .value import Call, Travelling, rule
+
+
+def state_of(value: Any) -> State:
+    """The state of a travelling value; that of a tensor, which does not vary."""
+    return value.state() if isinstance(value, Travelling) else certain(value)
+
+
+@rule(*VIEWS, "view_copy", "unfold", "expand_copy", "tril", "triu", "diagonal", "pad")
+def view(call: Call) -> Any:
+    """Every entry elsewhere, or several times. `unfold` of a tensor; `pad` by constants."""
+    if not isinstance(call.first, Travelling) or len(call.values) > 1:
+        return NotImplemented
+    value, state = call.first, call.first.state()
+    function = call.of_first()
+    means: Any = function(state.mean)
+    if isinstance(means, Tensor):
+        filled = call.argument(3, "value") if call.name == "pad" else None
+        if filled:
+            return NotImplemented
+        return Travelling.of(value.run, state.moved(function))
+    parts = [State(mean, variance) for mean, variance in zip(means, function(state.variance))]
+    if state.factors is not None:
+        count = len(means)
+        columns = torch.vmap(lambda t: tuple(function(t)))(state.factors)
+        for part, factors in zip(parts, columns[:count]):
+            part.factors = factors
+    return tuple(Travelling.of(value.run, part) for part in parts)
+
+
+@rule("iter")
+def iterate(call: Call) -> Any:
+    """Along the first dimension."""
+    return iter(view(Call.of(torch.unbind, (call.first, 0), {})))
+
+
+@rule(*COPYING)
+def copied(call: Call) -> Any:
+    """The value itself: it is never written to, but becomes another."""
+    value = call.first
+    if call.name == "requires_grad" or not isinstance(value, Travelling):
+        return value
+    if call.name in ("clone", "detach_copy", "lift_fresh_copy"):
+        return Travelling.later(value, value, value.apply, value.state, value.is_linear)
+    return value
+
+
+@rule(*CASTING)
+def cast(call: Call) -> Any:
+    """In another dtype or on another device."""
+    value = call.first
+    if not isinstance(value, Travelling):
+        return NotImplemented
+    state = value.state()
+    mean = call.on(state.mean)
+    if not mean.dtype.is_floating_point:
+        return NotImplemented
+    if mean is state.mean:
+        return value
+    dtype = wide(mean.dtype)
+    variance = state.variance.to(device=mean.device, dtype=dtype)
+    factors = state.factors
+    if factors is not None:
+        factors = factors.to(device=mean.device, dtype=mean.dtype)
+    return Travelling.of(value.run, State(mean, variance, factors))
+
+
+@rule("cat", "stack")
+def joined(call: Call) -> Any:
+    """Values side by side."""
+    parts = [state_of(part) for part in call.argument(0, "tensors")]
+    rest, named = call.args[1:], {k: v for k, v in call.kwargs.items() if k != "tensors"}
+    dim = rest[0] if rest else named.get("dim", 0)
+
+    def join(tensors: list[Tensor]) -> Tensor:
+        joined: Tensor = call.func(tensors, *rest, **named)
+        return joined
+
+    mean = join([part.mean for part in parts])
+    variance = join([part.variance for part in parts]).to(wide(mean.dtype))
+    counts = [0 if part.factors is None else len(part.factors) for part in parts]
+    factors = None
+    if any(counts):
+        columns = max(counts)
+        padded = []
+        for part in parts:
+            own = part.mean.new_zeros(columns, *part.mean.shape)
+            if part.factors is not None:
+                own[: len(part.factors)] = part.factors
+            padded.append(own)
+        factors = call.func(padded, dim=dim + 1 if dim >= 0 else dim)
+    return Travelling.of(call.run, State(mean, variance, factors))
+
+
+@rule("setitem")
+def put(call: Call) -> Any:
+    """`x[index] = y`, where x or y travels; into a plain tensor only the mean can be written."""
+    target, index, given = call.args
+    if not isinstance(target, Travelling):
+        call.run.settles("setitem")
+        return call.settled()
+    state, other = target.state(), state_of(given) if isinstance(given, Tensor) else None
+    mean, variance = state.mean.clone(), state.variance.clone()
+    mean[index] = given if other is None else other.mean
+    variance[index] = 0 if other is None else other.variance
+    factors = None if state.factors is None else state.factors.clone()
+    source = None if other is None else other.factors
+    if factors is None and source is not None:
+        factors = mean.new_zeros(len(source), *mean.shape).detach()
+    if factors is not None:
+        where = (slice(None), *(index if isinstance(index, tuple) else (index,)))
+        factors[where] = 0
+        if source is not None:
+            if len(source) > len(factors):
+                more = factors.new_zeros(len(source) - len(factors), *factors.shape[1:])
+                factors = torch.cat([factors, more])
+            factors[(slice(0, len(source)), *where[1:])] = (
+                aligned(source, other.mean.ndim) if other else 0
+            )
+    return target.become(Travelling.of(target.run, State(mean, variance, factors)))
+
+
+@rule(*DROPOUTS)
+def dropout(call: Call) -> Any:
+    """In evaluation the identity. Where the run lets dropouts drop, every entry is 0 with
+    probability p and else divided by 1 - p; dropout of whole channels has one number for each
+    channel."""
+    value, run = call.first, call.run
+    p = call.argument(1, "p", 0.5)
+    if not isinstance(value, Travelling):
+        return NotImplemented
+    if not run.dropout or p == 0:
+        return value
+    if p == 1 or call.name.endswith("alpha_dropout") or call.name == "feature_dropout":
+        return NotImplemented
+    state = value.state()
+    with torch.no_grad():
+        fresh = (state.at.square() + state.variance) * (p / (1 - p))
+    if call.name == "dropout" or state.mean.ndim < 3:
+        return Travelling.of(run, run.born_apart(state, fresh))
+    channel = 1 - state.mean.ndim
+    birth = OfOutputs(root(fresh, state.at), (channel,))
+    return Travelling.of(run, run.born(state, birth))

@@ -1,0 +1,127 @@
+"""What is known of a travelling value: mean, variance, and how it varies with others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class State:
+    """Moments of a tensor of one shape."""
+
+    mean: Tensor
+    """Has a graph while a run records for backward passes; see `adjoint`."""
+    variance: Tensor
+    """Of each entry; the shape of the mean, at least float32, never with a graph."""
+    factors: Tensor | None = None
+    """(columns, *shape) or None: column k is what the value does when the k-th latent of the run,
+    of mean 0 and variance 1, grows by 1. Two values of one run covary by the sum of products of their
+    columns."""
+
+    @property
+    def at(self) -> Tensor:
+        """The mean without its graph, in the dtype of the variance."""
+        return self.mean.detach().to(self.variance.dtype)
+
+    def moved(self, function: Callable[[Tensor], Tensor], factors: Tensor | None = None) -> State:
+        """After a function that only moves entries or copies them."""
+        with torch.no_grad():
+            variance = function(self.variance)
+            if factors is None and self.factors is not None:
+                factors = over_columns(function, self.factors)
+        return State(function(self.mean), variance, factors)
+
+    def scaled(self, mean: Tensor, scale: Tensor | float) -> State:
+        """After a function that is affine in each entry.
+
+        Args:
+            mean: what it makes of the mean.
+            scale: its slopes; broadcasts to `mean`.
+        """
+        with torch.no_grad():
+            variance = (self.variance * scale**2).expand(mean.shape)
+            factors = self.factors
+            if factors is not None:
+                factors = (aligned(factors, mean.ndim) * scale).to(mean.dtype)
+                factors = factors.expand(len(factors), *mean.shape)
+        return State(mean, variance, factors)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of variances of values of a dtype."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def certain(mean: Tensor) -> State:
+    """The state of a tensor that does not vary."""
+    zeros = torch.zeros((), dtype=wide(mean.dtype), device=mean.device)
+    return State(mean, zeros.expand(mean.shape))
+
+
+def over_columns(function: Callable[[Tensor], Tensor], factors: Tensor) -> Tensor:
+    """What a linear function makes of every column."""
+    moved: Tensor = torch.vmap(function)(factors)
+    return moved
+
+
+def aligned(factors: Tensor, ndim: int) -> Tensor:
+    """The columns with dimensions of size 1 put in, so that they broadcast to values of `ndim`
+    dimensions."""
+    missing = ndim - (factors.ndim - 1)
+    return (
+        factors.view(len(factors), *(1,) * missing, *factors.shape[1:]) if missing > 0 else factors
+    )
+
+
+def same_columns(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with as many columns: the later one knows of more latents."""
+    count = max(len(one), len(other))
+    return _padded(one, count), _padded(other, count)
+
+
+def _padded(factors: Tensor, count: int) -> Tensor:
+    missing = count - len(factors)
+    return (
+        factors
+        if not missing
+        else torch.cat([factors, factors.new_zeros(missing, *factors.shape[1:])])
+    )
+
+
+def covariance_of(one: State, other: State) -> Tensor | None:
+    """The covariance of two values, entry by entry (they broadcast); None if it is not carried."""
+    if one.factors is None or other.factors is None:
+        return None
+    ndim = max(one.mean.ndim, other.mean.ndim)
+    first, second = same_columns(aligned(one.factors, ndim), aligned(other.factors, ndim))
+    return (first * second).sum(0).to(one.variance.dtype)
+
+
+def sum_of(one: State, other: State, sign: float, mean: Tensor) -> State:
+    """The state of `one + sign * other`, whose mean is `mean`."""
+    with torch.no_grad():
+        variance = one.variance + sign**2 * other.variance
+        covariance = covariance_of(one, other)
+        if covariance is not None:
+            variance = (variance + 2 * sign * covariance).clamp_min(0)
+        factors = combined(mean, (one.factors, 1.0), (other.factors, sign))
+    return State(mean, variance.expand(mean.shape), factors)
+
+
+def combined(mean: Tensor, *terms: tuple[Tensor | None, Tensor | float]) -> Tensor | None:
+    """The sum of columns times slopes; all broadcast to `mean`. None if there are no columns."""
+    total: Tensor | None = None
+    for factors, slope in terms:
+        if factors is None:
+            continue
+        term = (aligned(factors, mean.ndim) * slope).to(mean.dtype)
+        if total is None:
+            total = term
+        else:
+            total, term = same_columns(total, term)
+            total = total + term
+    return None if total is None else total.expand(len(total), *mean.shape)

@@ -1,0 +1,245 @@
+"""Prediction by one forward, in which mean and variance travel through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..modules.places import Place, places, product_site
+from ..modules.walk import unwrapped
+from ..spec.errors import NotOperatedError, SurgeryError
+from ..torch_private.trees import tree_map
+from ..travel import Run, State, TooWide, Travelling, current
+from ..travel.adjoint import output_covariance
+from ..travel.run import Carrier, Table
+from ..travel.sources import Sources
+from ..travel.state import certain
+from .arguments import Forward
+from .batches import Batch, Select, batches_of, is_loader, tensor_of
+from .gaussians import LowRank, Prediction, joined_predictions, prediction_of
+from .sampling import while_dropping
+
+Covariance = Literal["diagonal", "full"]
+
+COLUMNS = 32
+"""Columns of the sketch that a full covariance takes where exact columns would be too many."""
+
+
+def predict_moments(
+    model: nn.Module,
+    inputs: Any,
+    covariance: Covariance | int = "diagonal",
+    *,
+    input_variance: float | Tensor | None = None,
+    dropout: bool | None = None,
+    class_dim: int | None = -1,
+    output: Select = None,
+) -> Prediction:
+    """Predict mean and variance over all masks, by one deterministic forward.
+
+    Every value in the forward is taken as a Gaussian, whose mean and variance travel from operation to
+    operation: through products exactly, through activations by closed forms or quadrature, through
+    softmax, attention and norms to second order. What `mc_predict` estimates by hundreds of forwards
+    comes of one that costs about three; where and by how much it errs is said in docs/moments.md.
+
+    Everything but DropConnect runs as in `eval()`. Each example is predicted as if its masks were its
+    own, which with one mask for a batch changes nothing for one example.
+
+    Args:
+        model: its modes, training flags and gradients are as before afterwards. A compiled one runs
+            uncompiled.
+        inputs: one batch, or a loader of batches, as for `mc_predict`.
+        covariance: how values covary on the way, and what is returned of the outputs.
+
+            * `"diagonal"`: not at all. The cheapest: about three forwards. Variances of trained
+              networks come out too small.
+            * `"full"`: the covariance of all outputs of an example. Where every random number of an
+              example fits into the memory (perceptrons), it is carried through the forward; else a
+              sketch is carried, and one backward pass for each output of an example gives the
+              covariance to first order. For outputs of few entries, as logits.
+            * a number r: random signs spread all randomness over r columns; costs about r forwards and
+              r times the memory of the activations. The covariance is returned as its factors.
+        input_variance: of noise on every floating-point input, which is independent between entries: a
+            number, or a tensor that broadcasts to the input.
+        dropout: whether `nn.Dropout` and its like drop too. None: where no DropConnect is in place.
+        class_dim: dimension of the classes in the output, for `probabilities`, `entropy` and
+            `mutual_information`; a size of 1 means one logit of a yes-or-no question. None if the
+            output holds no logits.
+        output: what of the model's output is looked at, as for `mc_predict`.
+
+    Raises:
+        NotOperatedError: nothing is random: no DropConnect is in place, no dropout drops, and the input
+            has no variance.
+        SurgeryError: a site has no known moments; all variance was lost on the way to the output; or
+            the inputs or outputs are none that can be read.
+        ValueError: an argument is out of range.
+    """
+    rank = _rank(covariance)
+    at = list(places(model))
+    drops = not at if dropout is None else dropout
+    if not at and not drops and input_variance is None:
+        raise NotOperatedError.none_in(model, "; give input_variance=, or dropout=True")
+    _check(at)
+
+    def predict(batch: Batch) -> Prediction:
+        return _Forward(model, batch, input_variance, drops, output, at).predict(rank, class_dim)
+
+    forward = Forward(model)
+    if not is_loader(inputs):
+        return predict(Batch.of(forward.given(inputs)))
+    device = _device_of(model, at)
+    return joined_predictions([predict(one).cpu() for one in batches_of(inputs, forward, device)])
+
+
+def _rank(covariance: Any) -> int | None:
+    """The number of columns: 0 for none, None for full."""
+    if covariance == "diagonal":
+        return 0
+    if covariance == "full":
+        return None
+    if isinstance(covariance, bool) or not isinstance(covariance, int) or covariance < 1:
+        raise ValueError(
+            f"covariance must be 'diagonal', 'full' or a positive number of columns; got {covariance!r}"
+        )
+    return covariance
+
+
+def _is_table(place: Place) -> bool:
+    """Whether a site is the weight of an embedding."""
+    state = place.state
+    return state.kind == "embedding" and isinstance(place.owner, nn.Embedding)
+
+
+def _table(place: Place) -> Table:
+    raw, state = place.raw.detach(), place.state
+    moving = raw if place.anchor is None else raw - place.anchor
+    return Table(state.law_for(raw).ratio * moving.square(), state.unit)
+
+
+def _check(at: Iterable[Place]) -> None:
+    for place in at:
+        if _is_table(place):
+            continue
+        by = product_site(place)
+        problem = "no moments are known" if by is None else by.refused(by.sampling, "moments")
+        if problem is not None and place.state.p > 0:
+            raise SurgeryError(
+                f"{place.state.site}: {problem}; strip this site, or use mc_predict. The model is "
+                "unchanged"
+            )
+
+
+def _device_of(model: nn.Module, at: list[Place]) -> torch.device:
+    tensors = [place.raw for place in at] or list(model.parameters())
+    device: torch.device = tensors[0].device if tensors else torch.device("cpu")
+    return device
+
+
+def _low_rank(factors: Tensor, variance: Tensor) -> LowRank:
+    """The covariance whose correlations are those of a sketch, with these variances."""
+    wide = factors.to(variance.dtype)
+    carried = wide.square().sum(0)
+    scale = torch.where(carried > 0, variance / torch.where(carried > 0, carried, 1), 0).sqrt()
+    return LowRank((wide * scale).movedim(0, -1))
+
+
+class _Forward:
+    """The forwards of one batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        input_variance: float | Tensor | None,
+        dropout: bool,
+        select: Select,
+        at: list[Place],
+    ) -> None:
+        self.model, self.batch, self.select, self.at = model, batch, select, at
+        self.input_variance, self.dropout = input_variance, dropout
+
+    def predict(self, rank: int | None, class_dim: int | None) -> Prediction:
+        if rank is not None:
+            run, found = self.run("sketch" if rank else "none", rank)
+            factors = found.factors
+            low = None
+            if rank and factors is not None:
+                low = _low_rank(factors, found.variance)
+            return prediction_of(found.mean, found.variance, low, class_dim, run.settled)
+        try:
+            run, found = self.run("exact", 0)
+        except TooWide:
+            pass
+        else:
+            return self._of_columns(run, found, class_dim)
+        run, found = self.run("sketch", COLUMNS, records=True)
+        return self._of_backward(run, found, class_dim)
+
+    def _of_columns(self, run: Run, found: State, class_dim: int | None) -> Prediction:
+        mean, rows = found.mean, self.batch.rows
+        flat = found.variance.new_zeros(rows, 0, mean[0].numel())
+        if found.factors is not None:
+            flat = (
+                found.factors.to(flat.dtype).reshape(len(found.factors), rows, -1).transpose(0, 1)
+            )
+        whole = flat.transpose(1, 2) @ flat
+        return prediction_of(mean, found.variance, whole, class_dim, run.settled)
+
+    def _of_backward(self, run: Run, found: State, class_dim: int | None) -> Prediction:
+        whole = output_covariance(found.mean, run)
+        variance = whole.diagonal(dim1=1, dim2=2).reshape(found.mean.shape).to(found.variance.dtype)
+        mean = found.mean.detach()
+        return prediction_of(mean, variance, whole.detach(), class_dim, run.settled)
+
+    def run(self, carrier: Carrier, columns: int, records: bool = False) -> tuple[Run, State]:
+        """One forward; what is known of the output."""
+        run = Run(unwrapped(self.model), self.batch.rows, carrier, columns, records, self.dropout)
+        for place in self.at:
+            if _is_table(place) and place.state.p > 0:
+                run.tables[id(place.raw)] = _table(place)
+        found: list[Any] = []
+
+        def call() -> None:
+            with ExitStack() as inside:
+                inside.enter_context(torch.set_grad_enabled(records))
+                inside.enter_context(torch.compiler.set_stance("force_eager"))
+                inside.enter_context(current(run))
+                batch = self._noisy(run)
+                inside.enter_context(Sources(run))
+                found.append(batch.call(self.model))
+
+        while_dropping(self.model, self.at, "moments", None, call)
+        value = tensor_of(found[0], self.batch.rows, self.select)
+        with torch.set_grad_enabled(records):
+            if isinstance(value, Travelling):
+                return run, value.state()
+            if not run.births and run.settled:
+                raise SurgeryError(
+                    f"no variance reaches the output; it was lost at {', '.join(run.settled)}"
+                )
+            return run, certain(value)
+
+    def _noisy(self, run: Run) -> Batch:
+        """The batch, whose floating-point tensors vary."""
+        noise = self.input_variance
+        if noise is None:
+            return self.batch
+        count = 0
+
+        def noisy(value: Any) -> Any:
+            nonlocal count
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            count += 1
+            state = certain(value.detach())
+            variance = torch.as_tensor(noise, dtype=state.variance.dtype, device=value.device)
+            return Travelling.of(run, run.born_apart(state, variance.expand(value.shape).clone()))
+
+        args, kwargs = tree_map(noisy, (self.batch.args, self.batch.kwargs))
+        if not count:
+            raise SurgeryError("input_variance= needs an input of floating-point numbers")
+        return Batch(args, kwargs, self.batch.rows)
