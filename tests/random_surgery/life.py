@@ -263,7 +263,7 @@ def duplicate(world: World, rng: Random) -> Any:
     way: Any = rng.choice([copy.deepcopy, _through_pickle, _through_torch_save])
     try:
         way(world.twin)
-    except AttributeError:  # torch refuses pickles of exported graphs
+    except (AttributeError, RuntimeError):  # torch refuses: exported graphs, parametrized modules
         way = copy.deepcopy
     new = world.unchanged(lambda: way(world.model))
     require(dropconnect_sites(new) == dropconnect_sites(world.model), "a copy has the same sites")
@@ -298,9 +298,10 @@ def freeze(world: World, rng: Random) -> Any:
 
     def frozen(model: nn.Module) -> None:
         for one in list(model.parameters())[index : index + 1]:
-            one.requires_grad_(flag)
+            one.requires_grad_(flag and one.is_floating_point())
 
-    if rng.random() < 0.2:
+    all_can = all(one.is_floating_point() for one in world.own)
+    if all_can and rng.random() < 0.2:
         return world.both(lambda model: model.requires_grad_(flag))
     world.both(frozen)
     return index, flag

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal, weight_norm
 
 from ..zoo.kinds import Experts, OwnLinear, ReadsChild, Router
 
@@ -151,6 +152,23 @@ class Listed(nn.Module):
         return (x @ self.w + self.w_raw) * self.scale
 
 
+class Strange(nn.Module):
+    """Parameters of unusual types and sizes, some of them read through a dict, and a product of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Bilinear(WIDTH, WIDTH, 3)
+        self.named = nn.ParameterDict({"a": torch.randn(WIDTH), "é b": torch.randn(1, WIDTH)})
+        self.none = nn.Parameter(torch.zeros(0, WIDTH))
+        self.whole = nn.Parameter(torch.arange(4), requires_grad=False)
+        self.register_parameter("absent", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.pad(self.twice(x, x * self.named["a"]), (0, 3)) + self.named["é b"]
+        both = torch.cat([out.flatten(0, 1), self.none]).view(out.shape)
+        return both + self.whole[2]
+
+
 class Normed(nn.Module):
     """Buffers that change in training, and some that files do not have."""
 
@@ -203,6 +221,9 @@ def _words(rng: Random) -> nn.Module:
     return Words(nn.Embedding(9, WIDTH, padding_idx=rng.choice([None, 0])))
 
 
+COMPUTED: list[Any] = [weight_norm, orthogonal]
+"""Give a Linear a weight that is computed from others, which surgery refuses."""
+
 PARTS: dict[str, Callable[[Random], nn.Module]] = {
     "linear": lambda rng: nn.Linear(WIDTH, WIDTH, bias=rng.random() < 0.7),
     "mlp": lambda rng: Mlp(rng.choice([0, 4, 9]), rng.random() < 0.7),
@@ -214,6 +235,8 @@ PARTS: dict[str, Callable[[Random], nn.Module]] = {
     "attention": lambda rng: Attention(**rng.choice([{}, {"kdim": 4, "vdim": 4}])),
     "encoder": lambda rng: nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0, batch_first=True),
     "listed": lambda rng: Listed(),
+    "strange": lambda rng: Strange(),
+    "parametrized": lambda rng: rng.choice(COMPUTED)(nn.Linear(WIDTH, WIDTH)),
     "normed": lambda rng: Normed(),
     "sequential": lambda rng: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 6)),
 }
@@ -262,7 +285,9 @@ def tie(made: nn.Module, rng: Random) -> tuple[str, str] | None:
     owners = [
         name
         for name, module in made.named_modules()
-        if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight.shape == (WIDTH, WIDTH)
+        if isinstance(module, (nn.Linear, nn.Embedding))
+        and "parametrizations" not in module._modules
+        and module.weight.shape == (WIDTH, WIDTH)
     ]
     if len(owners) < 2:
         return None

@@ -101,7 +101,7 @@ def assign(world: World, rng: Random) -> Any:
         (name, key)
         for name, module in walk(world.twin)
         for key, value in module._parameters.items()
-        if value is not None
+        if value is not None and value.is_floating_point()
     ]
     if not found:
         return None
@@ -128,11 +128,10 @@ def tie(world: World, rng: Random) -> Any:
 def share(world: World, rng: Random) -> Any:
     """A second parent for a module, which may be operated."""
     names = [name for name, _ in walk(world.twin) if name and not name.startswith("shared")]
-    holders = [name for name, module in walk(world.twin) if type(module) is nn.ModuleDict]
     if not names:
         return None
     name = rng.choice(names)
-    if not holders:
+    if "shared" not in world.twin._modules:
         world.both(lambda model: model.add_module("shared", nn.ModuleDict()))
     world.both(lambda model: model.shared.add_module("again", dict(walk(model))[name]))
     world.rebase()
