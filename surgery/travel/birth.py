@@ -179,16 +179,16 @@ class OfWeights(Birth):
 
     def gram(self, by: Tensor, rows: int) -> Tensor:
         grams = [
-            self._of_example(by.reshape(len(by), rows, -1, *by.shape[2:])[:, row], x)
-            for row, x in enumerate(self.x.reshape(rows, -1, *self.x.shape[1:]))
+            self._of_example(by.unflatten(1, (rows, -1))[:, row], x)
+            for row, x in enumerate(self.x.unflatten(0, (rows, -1)))
         ]
         return torch.stack(grams)
 
     def _of_example(self, by: Tensor, x: Tensor) -> Tensor:
         """(outputs, outputs). `by`: (outputs, rows, ...); `x`: (rows, ...)."""
         if self.matrix:
-            x = x.reshape(-1, x.shape[-1])
-            by = by.reshape(len(by), -1, by.shape[-1])
+            x = x.flatten(0, -2)
+            by = by.flatten(1, -2)
             of_weight = torch.einsum("cto,ti->coi", by, x)
         else:
             pull: Any = torch.func.vjp(lambda weight: self.product(x, weight), self.weight)[1]

@@ -23,6 +23,7 @@ from surgery import (
     load_dropconnect,
     mc_predict,
     plan_dropconnect,
+    predict_moments,
     save_dropconnect,
     set_inference,
     set_p,
@@ -212,9 +213,15 @@ def predict(world: World, rng: Random) -> Any:
     if not operate(world, rng) or not world.trains():
         return None
     samples, x = rng.choice([2, 3]), parts.fitting(world.model, world.x)
-    return world.attempt(
-        lambda: world.unchanged(lambda: mc_predict(world.model, x, samples=samples, seed=1))
-    )
+    covariance: Any = rng.choice([None, "diagonal", "full", 3])
+
+    def predicted() -> None:
+        if covariance is None:
+            mc_predict(world.model, x, samples=samples, seed=1)
+        else:
+            predict_moments(world.model, x, covariance)
+
+    return covariance, world.attempt(lambda: world.unchanged(predicted))
 
 
 @action(1)

@@ -178,7 +178,9 @@ class World:
     def rebase(self) -> None:
         """From now on, these are the parameters that must stay the same objects."""
         self.own = list(self.model.parameters())
-        self.optimizer = self.rng.choice([torch.optim.SGD, torch.optim.Adam])(self.own, lr=0.01)
+        self.optimizer = self.rng.choice([torch.optim.SGD, torch.optim.Adam])(
+            self.own or [nn.Parameter(torch.zeros(1))], lr=0.01
+        )
 
     @property
     def sites(self) -> list[str]:

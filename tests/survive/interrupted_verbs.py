@@ -20,6 +20,7 @@ from surgery import (
     load_dropconnect,
     mc_predict,
     plan_dropconnect,
+    predict_moments,
     save_dropconnect,
     set_inference,
     set_p,
@@ -257,6 +258,7 @@ VERBS = {
     "mc_predict": Verb(
         Mlp, _linear_sites, lambda m: mc_predict(m, FLOATS, samples=4, seed=3), seeded=True
     ),
+    "predict_moments": Verb(Mlp, _linear_sites, lambda m: predict_moments(m, FLOATS)),
     "save_dropconnect": Verb(net, operate, lambda m: save_dropconnect(m, SAVED)),
     "load": Verb(net, _saved, lambda m: load_dropconnect(m, FOLDER)),
     "step": Verb(net, operate, _step),

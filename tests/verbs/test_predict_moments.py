@@ -310,6 +310,18 @@ def test_leaves_the_model_as_it_was(fails: bool, form: Any) -> None:
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("covariance", ["diagonal", "full", 3])
+@pytest.mark.parametrize("site", ["0", "2"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_units(site: str, covariance: Any) -> None:
+    """What passes through them is the bias alone."""
+    model = nn.Sequential(nn.Linear(4, 0), nn.ReLU(), nn.Linear(0, 3))
+    apply_dropconnect(model, site, P)
+    found = predict_moments(model, torch.randn(2, 5, 4), covariance)
+    assert torch.equal(found.mean, model[2].bias.detach().expand(2, 5, 3))
+    assert not found.variance.any()
+
+
 def test_a_loader_and_a_compiled_model() -> None:
     model, x = trained()
     whole = predict_moments(model, x, "full")
