@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 
+from surgery.ops.extension import loading
+
 from . import gpu_compiled, gpu_layers, gpu_models, report
 from .conditions import conditions
 from .gpu_measure import SECTION, Bench
@@ -233,6 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = replace(TINY, seconds=0.01) if options.small else SETTINGS
     warnings.simplefilter("ignore")  # torch's hints would hide the table
+    begun = time.perf_counter()
+    there = loading.compile_now()  # else that happens in the background, once
+    print(f"[extension: {there}, {time.perf_counter() - begun:.1f} s]", flush=True)
     rows = run(Bench(device, settings), options.output, options.seconds, options.only)
     print(f"\n{(options.output / 'bench-gpu.md').read_text()}\nWritten to {options.output}")
     return int(any((row.skipped or "").startswith("failed") for row in rows))

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from surgery.ops import Law, draw_key
-from surgery.ops.cpu.build import SOURCES, NoCompiler, commands, find_compiler, open_library
+from surgery.ops.cpu import native
+from surgery.ops.cpu.build import NoCompiler, find_compiler
 from surgery.ops.cpu.native import DROP_ARGUMENTS
 
 from .measure import Settings, Work, interleaved
@@ -19,6 +20,7 @@ from .rows import NANO, OURS, PLAIN, Row, in_unit
 
 P = 0.5
 SOURCE = Path(__file__).with_suffix(".cpp")
+HEADERS = Path(native.__file__).parent / "kernels"
 FUNCTIONS = {f"drop_{name}": DROP_ARGUMENTS for name in ("two", "three")}
 SIDES = (256, 1024, 4096)
 """Of weights: one that the second cache holds, one that the third does, and one that none does."""
@@ -39,10 +41,10 @@ def _compiled() -> Any:
     compiler, _ = find_compiler()
     with TemporaryDirectory() as folder:
         library = Path(folder) / "rounds.so"
-        for command in commands(compiler, SOURCE, str(library)):
-            done = subprocess.run([*command, f"-I{SOURCES}"], capture_output=True, check=False)
+        for command in native.source(SOURCE).commands(compiler, str(library)):
+            done = subprocess.run([*command, f"-I{HEADERS}"], capture_output=True, check=False)
             if done.returncode == 0:
-                return open_library(library, FUNCTIONS)
+                return native.open_library(FUNCTIONS, library)
     raise NoCompiler(f"{shlex.join(compiler)} fails")
 
 

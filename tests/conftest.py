@@ -36,6 +36,12 @@ if not has_compiler():
     set_compile_enabled(False)  # the fallback warns, and here warnings are errors
 
 
+@pytest.fixture(scope="session", autouse=True)
+def extension() -> bool:
+    """Whether the extension in C++ is there: as in a training that has run for a while."""
+    return internals.compile_extension()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what is about compiled code where nothing can be compiled."""
     if not has_compiler():
@@ -65,6 +71,7 @@ def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     if torch.cuda.is_available():
         pytest.skip("Triton compiles here: see tests/gpu")
     launched: list[str] = []
+    internals.without_extension(monkeypatch)
     internals.note_launches(monkeypatch, lambda name, ran: launched.append(name))
     internals.set_constant(monkeypatch, "interpreted devices", {"cpu"})
     numpy = pytest.importorskip("numpy")
@@ -81,6 +88,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         both = name == "drop" and args[3] is not None and args[4] is not None
         calls.append("drop both" if both else name)
 
+    internals.without_extension(monkeypatch)
     internals.note_kernels(monkeypatch, note)
     return calls
 

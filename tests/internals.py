@@ -21,6 +21,7 @@ from surgery.kinds import kind as kinds
 from surgery.modules import dropping, flat, masking, product_forward, state
 from surgery.ops import engine, example_product, expect, hash, linear, mask, random, switch
 from surgery.ops.cpu import build, cache, native, workspace
+from surgery.ops.extension import loading
 from surgery.ops.gpu import launch, products
 from surgery.spec import forms
 from surgery.verbs import savers
@@ -42,8 +43,8 @@ CONSTANTS = {
     "segment": (mask, "SEGMENT"),
     "few rows": (products, "FEW_ROWS"),
     "scratch": (products, "SCRATCH"),
-    "compiler flags": (build, "FLAGS"),
-    "extra compiler flags": (build, "EXTRAS"),
+    "compiler flags": (native, "_FLAGS"),
+    "extra compiler flags": (native, "_EXTRAS"),
     "patience with a compiler": (build, "PATIENCE"),
     "devices of flat weights": (flat, "DEVICES"),
     "interpreted devices": (launch, "INTERPRETED"),
@@ -233,3 +234,14 @@ def own_notes(module: nn.Module) -> tuple[Any, ...]:
 def entries_of(known: PerObject[Any, Any]) -> dict[int, Any]:
     """By the ids of what is known."""
     return known._known
+
+
+def compile_extension() -> bool:
+    """Whether the extension is there, after it was compiled."""
+    return loading.compile_now()
+
+
+def without_extension(patch: Patch) -> None:
+    """Python does its work, as where it is not compiled yet."""
+    patch.setattr(loading, "linear", None)
+    patch.setattr(loading, "note_product", lambda: None)

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import masked_linear
+from ..ops.extension import loading
 from ..ops.law import law_dtype
-from ..ops.linear_operators import linear_in_graph
-from ..ops.mask import HAS_OPERATORS, drop_in_graph
+from ..ops.linear import autocast_dtype
+from ..ops.linear_operators import has_operators, linear_in_graph
+from ..ops.mask import drop_in_graph
 from ..ops.ordinary import is_dense
 from ..torch_private.compiler import is_exporting, look_in_trace, object_of
 from ..torch_private.tracing import is_scripted, is_traced, is_transformed
@@ -35,25 +37,32 @@ def fused_forward(module: Any, x: Any) -> Tensor | None:
     """
     own = module.__dict__
     states = own["_dropconnect"]
-    if len(states) != 1 or not torch.is_grad_enabled() or is_traced():
+    if len(states) != 1:
         return None
     (state,) = states.values()
     if not _asks_for_a_mask(state, own):
-        return None
-    if type(x) is not Tensor or x.ndim < 2 or not is_dense(x):
         return None
     parameters = own["_parameters"]
     raw = parameters.get(state.raw)
     if type(raw) is not nn.Parameter:
         return None
-    state.drawn = True
-    anchor = None
-    if state.anchor is not None:
-        anchor = getattr(module, state.anchor)
-        check_anchor(state, raw, anchor)
     bias = parameters.get("bias")
     if bias is None:  # there is none, or it is an attribute: pruned or parametrized
         bias = module.bias
+    anchor = None if state.anchor is None else getattr(module, state.anchor)
+    if loading.linear is not None and type(state) is SiteState:
+        about = state.law, state.layout, anchor, state.name
+        found: Tensor | None = loading.linear(x, raw, bias, about, state.rank())
+        if found is not None:
+            state.drawn = True
+            return found
+    if not torch.is_grad_enabled() or is_traced():
+        return None
+    if type(x) is not Tensor or x.ndim < 2 or not is_dense(x):
+        return None
+    state.drawn = True
+    if anchor is not None:
+        check_anchor(state, raw, anchor)
     law, key = state.law_now(raw), state.new_key(raw.device)
     return masked_linear(x, raw, bias, key, law, state.layout, anchor, state.name)
 
@@ -85,15 +94,18 @@ def traced_forward(module: Any, x: Any) -> Tensor | None:
     if anchor is not None and anchor.shape != raw.shape:
         return None
     look_in_trace(_note, _note_now, None, state, None, 0)
-    key, kind = state.new_key(raw.device), raw.device.type
-    cast = x.dtype != raw.dtype or torch.is_autocast_enabled(kind)
-    if kind in HAS_OPERATORS and not cast and not is_transformed():
-        law = key, thresholds, scales, row.index
-        product: Tensor = linear_in_graph(x, raw, module.bias, anchor, *law)
-        return product
+    key, kind, bias = state.new_key(raw.device), raw.device.type, module.bias
+    if has_operators(kind) and not is_transformed():
+        narrow, law = autocast_dtype(x), (key, thresholds, scales, row.index)
+        casts = narrow is not None and kind != "cpu" and raw.dtype != torch.float64
+        if casts:
+            x, bias = x.to(narrow), None if bias is None else bias.to(narrow)
+        if casts or (narrow is None and x.dtype == raw.dtype):
+            product: Tensor = linear_in_graph(x, raw, bias, anchor, *law)
+            return product
     threshold, scale = thresholds.index_select(0, row.index), scales.index_select(0, row.index)
     used = drop_in_graph(raw, anchor, key, threshold, scale, state.layout)
-    return F.linear(x, used, module.bias)
+    return F.linear(x, used, bias)
 
 
 def _note(context: Any) -> None:

@@ -19,7 +19,6 @@ from ..torch_private.checkpoints import Around, around
 from ..torch_private.compiler import constant_in_traces, is_exporting
 from ..torch_private.tracing import backward_number, is_capturing, is_traced
 from .places import places
-from .ranks import replica
 from .state import SiteState
 
 
@@ -81,10 +80,7 @@ class OwnGeneratorState(SiteState):
         return key
 
     def _drawn(self, device: torch.device) -> Key:
-        # As the base does it, whose forwards must not cost a call more.
-        dist = torch.distributed
-        ranked = self.independent and dist.is_available() and dist.is_initialized()
-        return draw_key_from(self.generator, device, replica() if ranked else 0)
+        return draw_key_from(self.generator, device, self.rank())
 
 
 _KEYS, _TAKEN = "_dropconnect_keys", "_dropconnect_taken"

@@ -163,8 +163,12 @@ class SiteState(HasLaw):
     def new_key(self, device: torch.device) -> Key:
         """The key of one forward call, from the generator of the weight's device. The rank of the
         process is mixed in, or of the first one that has parts of the same weights."""
+        return draw_key(device, self.rank())
+
+    def rank(self) -> int:
+        """What tells the masks of this process from those of others: see `draw_key`."""
         ranked = self.independent and _DISTRIBUTED and torch.distributed.is_initialized()
-        return draw_key(device, replica() if ranked else 0)
+        return replica() if ranked else 0
 
     def new_shared_key(self, weight: Any) -> Key:
         """The same for a weight that the processes of a mesh share (a DTensor): one key for all.

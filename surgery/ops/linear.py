@@ -21,9 +21,10 @@ from ..torch_private.modes import any_autocast
 from ..torch_private.tensors import unviewed, version_of
 from . import gpu
 from .cpu.workspace import borrow, give_back
+from .extension import loading
 from .hash import Key
 from .law import Law, Layout, Mask
-from .mask import drop, drop_both, drop_eagerly
+from .mask import drop, drop_both
 from .versions import check_unmodified
 
 Rest = tuple[Mask, Tensor | None, str]
@@ -32,31 +33,65 @@ call."""
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """x, W, b -> x W_used^T + b. Keeps x, W and the key."""
+    """x, W, b -> x W_used^T + b. Keeps x, W and the key; and W_used, if it is a cast of W, as autograd
+    does for a plain layer.
+
+    `extension/linear.cpp` is the same in C++, and keeps the same.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rest: Rest) -> Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None)
-        ctx.weight, ctx.version, ctx.rest = weight, version_of(weight), rest
         mask, anchor, _ = rest
+        kept = None
         # On a GPU, kernels convert to the dtype of the product; on the CPU, memory is used again.
-        ctx.on_gpu = (
-            gpu.is_there(weight) and mask.layout.is_elementwise and gpu.reads(weight, anchor)
-        )
-        if ctx.on_gpu:
-            masked = gpu.masked(weight, anchor, None, mask, x.dtype, taken=True)
-            if masked is not None:
-                return unviewed(_linear(x, masked[0], bias, weight.requires_grad))
-        return unviewed(product(x, weight, bias, mask, anchor, weight.requires_grad))
+        if _on_gpu(weight, rest) and (
+            masked := gpu.masked(weight, anchor, None, mask, x.dtype, taken=True)
+        ):
+            used, _ = masked
+            kept = used if used.dtype != weight.dtype else None
+            found = _linear(x, used, bias, weight.requires_grad)
+        else:
+            found = product(x, weight, bias, mask, anchor, weight.requires_grad)
+        ctx.save_for_backward(x if weight.requires_grad else None, kept)
+        ctx.weight, ctx.version, ctx.rest = weight, version_of(weight), rest
+        return unviewed(found)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        weight = ctx.weight
-        mask, anchor, name = ctx.rest
-        check_unmodified(name, weight, ctx.version)
+        x, kept = ctx.saved_tensors
         want = ctx.needs_input_grad
-        return *gradients(grads[0], x, weight, mask, anchor, want, ctx.on_gpu), None
+        return *_gradients(grads[0], x, ctx.weight, kept, ctx.version, ctx.rest, want), None
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    kept: Tensor | None,
+    version: int,
+    rest: Rest,
+    want: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Of x, weight and bias, in backward of the node, here and in C++.
+
+    Args:
+        kept: the masked weight, where the node keeps it.
+        version: that the weight had in forward.
+    """
+    mask, anchor, name = rest
+    if kept is None or torch.is_grad_enabled():
+        check_unmodified(name, weight, version)
+        return gradients(grad, x, weight, mask, anchor, want, _on_gpu(weight, rest))
+    rows, of_x = matrix(grad), None
+    if want[0]:
+        of_x = rows.mm(kept).view(*grad.shape[:-1], weight.shape[1])
+    none = False, *want[1:]
+    return of_x, *gradients(grad, x, weight, mask, anchor, none)[1:]
+
+
+def _on_gpu(weight: Tensor, rest: Rest) -> bool:
+    mask, anchor, _ = rest
+    return gpu.is_there(weight) and mask.layout.is_elementwise and gpu.reads(weight, anchor)
 
 
 def product(
@@ -164,19 +199,33 @@ def masked_linear(
         (..., out), differentiable any number of times. Backward raises `RuntimeError` if the weight was
         changed since, unless autograd keeps the masked weight: under autocast on a GPU.
     """
-    mask = Mask(key, law, layout)
+    rest: Rest = Mask(key, law, layout), anchor, name
+    loading.note_product()
     narrow = autocast_dtype(x) if any_autocast() else None
-    if narrow is not None and narrow != weight.dtype and gpu.is_there(weight):
-        # A plain layer casts its weight, and autograd keeps what it gets: one kernel casts and masks.
-        return F.linear(x, drop_eagerly(weight, (anchor, mask, narrow)), bias)
     if narrow is not None:
         x, bias = x.to(narrow), None if bias is None else bias.to(narrow)
-    rest: Rest = mask, anchor, name
     found: Tensor = _apply(x, weight, bias, rest)
     return found
 
 
 _apply = apply_of(_MaskedLinear)
+
+
+def _gradients_of_node(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    kept: Tensor | None,
+    version: int,
+    key: Key,
+    about: tuple[Law, Layout, Tensor | None, str],
+    want: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    law, layout, anchor, name = about
+    return _gradients(grad, x, weight, kept, version, (Mask(key, law, layout), anchor, name), want)
+
+
+loading.use(eager=_gradients_of_node)
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

@@ -1,8 +1,11 @@
-"""An operated Linear in a compiled graph on the CPU: one operator forward, and one backward.
+"""An operated Linear in a compiled graph: one operator forward, and one backward.
 
 The graph holds no masked weight then, and its backward draws the mask once, for the masked weight and
 for the gradient, as eager code does. To the compiler these are two calls; a mask of its own for each
 would be four nodes, a part of the graph that is computed again, and three calls.
+
+`extension/operators.h` has them in C++. On a GPU only that is used: calls of Python would take longer
+there than what inductor makes of the formula.
 """
 
 from __future__ import annotations
@@ -14,8 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..torch_private.compiler import constant_in_traces
+from . import gpu
+from .extension import loading
 from .law import Law, Layout, Mask
-from .linear import gradients, product
+from .linear import gradients, matrix, product
+from .mask import drop
 
 _LAW = "Tensor key, Tensor thresholds, Tensor scales, Tensor row"
 
@@ -28,16 +35,31 @@ _LAW = "Tensor key, Tensor thresholds, Tensor scales, Tensor row"
 def _linear_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor | None, *law: Tensor
 ) -> Tensor:
-    return product(x, weight, bias, _mask_of(weight, *law), anchor, weight.requires_grad)
+    return _product(x, weight, bias, anchor, *law)
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor | None, *law: Tensor
+) -> Tensor:
+    mask = _mask_of(weight, *law)
+    if x.dtype == weight.dtype:
+        return product(x, weight, bias, mask, anchor, weight.requires_grad)
+    return F.linear(x, drop(weight, anchor, mask, x.dtype), bias)
 
 
 @torch.library.custom_op(
     "surgery::linear_backward",
     mutates_args=(),
     schema=f"(Tensor grad, Tensor x, Tensor weight, Tensor? anchor, {_LAW}, bool[] want)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor)",
 )
-def _gradients_op(
+def _gradients_op(grad: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """The gradients of x and weight; empty where not wanted. That of the bias is left to the compiler,
+    which makes it part of something else."""
+    return _gradients(grad, *others)
+
+
+def _gradients(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -48,27 +70,27 @@ def _gradients_op(
     row: Tensor,
     want: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """The gradients of x, weight and bias; empty where not wanted."""
     mask = _mask_of(weight, key, thresholds, scales, row)
-    found = gradients(grad, x, weight, mask, anchor, want)
-    return tuple(grad.new_empty(0) if one is None else one for one in found)
+    on_gpu = gpu.is_there(weight) and gpu.reads(weight, anchor)
+    found = gradients(grad, x, weight, mask, anchor, (*want, False), on_gpu)
+    return tuple(grad.new_empty(0) if one is None else one for one in found[:2])
 
 
 def _mask_of(weight: Tensor, key: Tensor, thresholds: Tensor, scales: Tensor, row: Tensor) -> Mask:
-    number = int(row)
-    law = Law(thresholds[number], scales[number])
+    law = Law(thresholds.index_select(0, row)[0], scales.index_select(0, row)[0])
     return Mask(key, law, Layout.elements(weight.numel()))
 
 
 @_linear_op.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    return F.linear(x, weight, bias)
+    return F.linear(x, weight.to(x.dtype), bias)
 
 
 @_gradients_op.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    shapes = (*grad.shape[:-1], weight.shape[1]), weight.shape, weight.shape[:1]
-    return tuple(grad.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, rest[-1]))
+    of_x = grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+    found = of_x, torch.empty_like(weight)
+    return tuple(one if wanted else grad.new_empty(0) for one, wanted in zip(found, rest[-1]))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -77,19 +99,33 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    want = list(ctx.needs_input_grad[:3])
-    found = _gradients_op(grad, *ctx.saved_tensors, want)
-    return *(one if wanted else None for one, wanted in zip(found, want)), *(None,) * 5
+    *want, of_bias = ctx.needs_input_grad[:3]
+    found: tuple[Tensor | None, ...] = (None, None)
+    if any(want):
+        both = _gradients_op(grad, *ctx.saved_tensors, want)
+        found = tuple(one if wanted else None for one, wanted in zip(both, want))
+    return *found, matrix(grad).sum(0) if of_bias else None, *(None,) * 5
 
 
 _linear_op.register_autograd(_backward, setup_context=_keep)
 
+loading.use(product=_product, gradients=_gradients)
+
+
+@constant_in_traces
+def has_operators(kind: str) -> bool:
+    """Whether the operators are worth their calls on a type of device. The first trace for a GPU waits
+    for the extension, since it would take longer without."""
+    return kind == "cpu" or (kind == "cuda" and loading.on_the_gpu())
+
+
 linear_in_graph: Any = torch.ops.surgery.linear.default
-"""`F.linear` with a masked weight, for a trace on the CPU.
+"""`F.linear` with a masked weight, for a trace.
 
     linear_in_graph(x, weight, bias, anchor, key, thresholds, scales, row)
 
 x: (..., in). weight, anchor: (out, in), masked by element; the anchor may be None. bias: (out,) or
 None. key: int32, (2,). thresholds, scales: of a table of laws, 1-D. row: int64, (1,), of the law in it.
-All of one dtype but for those. Returns (..., out), differentiable once.
+All of one dtype but for those; on a GPU, weight and anchor may have another. Returns (..., out),
+differentiable once.
 """

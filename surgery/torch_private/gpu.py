@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,3 +37,69 @@ def runner(compiled: Any, index: int) -> Callable[[tuple[int, int, int], tuple[A
         launch(*grid, stream_of(index), function, metadata, None, None, None, *args)
 
     return run
+
+
+class Handle(NamedTuple):
+    """A compiled kernel as the driver of NVIDIA's GPUs launches it."""
+
+    compiled: Any
+    """What Triton made: when it goes, the kernel is unloaded."""
+    function: int
+    threads: int
+    shared: int
+    """Bytes of shared memory."""
+    parameters: tuple[int, ...]
+    """The size of each."""
+
+
+def handle_of(compiled: Any) -> Handle | None:
+    """For code that launches a kernel without Python; None where that takes more than a handle, or
+    nobody says which parameters it has."""
+    about, driver = compiled.metadata, _driver()
+    plain = getattr(about, "num_ctas", 1) == 1
+    for more in ("launch_cooperative_grid", "launch_pdl", "global_scratch_size"):
+        plain = plain and not getattr(about, more, False)
+    if driver is None or not plain:
+        return None
+    sizes: list[int] = []
+    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+    function = ctypes.c_void_p(compiled.function)
+    for number in range(64):
+        if driver.cuFuncGetParamInfo(function, number, ctypes.byref(offset), ctypes.byref(size)):
+            break
+        sizes.append(size.value)
+    threads = about.num_warps * 32
+    return Handle(compiled, compiled.function, threads, about.shared, tuple(sizes))
+
+
+def addresses() -> tuple[int, int, int] | None:
+    """Of the driver's `cuLaunchKernel` and `cuStreamIsCapturing`, and of torch's function that tells
+    the current stream, for code in C++; None where there is no such driver."""
+    driver = _driver()
+    if driver is None:
+        return None
+    functions = driver.cuLaunchKernel, driver.cuStreamIsCapturing, _stream_function()
+    launch, capturing, stream = (
+        ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions
+    )
+    return launch, capturing, stream
+
+
+def _stream_function() -> Any:
+    """One of those that code has which was compiled ahead of time: their ABI is stable."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+    return ctypes.CDLL(str(library)).aoti_torch_get_current_cuda_stream
+
+
+@functools.cache
+def _driver() -> Any:
+    if torch.version.hip is not None:
+        return None
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        _ = driver.cuLaunchKernel, driver.cuStreamIsCapturing
+        _ = driver.cuFuncGetParamInfo  # since CUDA 12.4
+        _stream_function()
+    except (OSError, AttributeError):
+        return None
+    return driver

@@ -3,13 +3,15 @@
 `kernels/*masks.cpp` and `kernels/products.cpp` compute those of `formula.py` and
 `example_product.py` with the mask in registers, `kernels/activations.cpp` one of `expect.py`.
 `docs/performance.md` says what inductor reaches with the same formulas, and why that was not enough.
-How they are compiled, kept and loaded is in `build.py`.
+They take one to four seconds to compile. How they are compiled, kept and loaded is in `build.py`.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,19 @@ from ..hash import ROUND3, key_tensor
 from ..law import Mask
 from ..ordinary import is_ordinary
 from ..part import Rows
-from .build import load
+from .build import NoCompiler, Source, load
+
+_FLAGS = (
+    *("-std=c++17", "-O3", "-funroll-loops", "-shared", "-fPIC"),
+    # The formula's own rounding: no product and sum in one step but where the source says so.
+    "-ffp-contract=off",
+    # Nobody asks for floating-point exceptions; with them, no loop with a condition is vectorised.
+    *("-fno-trapping-math", "-fno-math-errno"),
+)
+_EXTRAS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
+
+Functions = Mapping[str, Sequence[Any]]
+"""The functions of a library, with the types of their arguments."""
 
 _POINTER, _INT, _SIZE, _WORD = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
 DROP_ARGUMENTS: list[Any] = [*[_POINTER] * 8, _SIZE, _WORD, _SIZE, _INT]
@@ -44,11 +58,32 @@ _SIGNATURES: dict[str, dict[str, list[Any]]] = {
     },
 }
 
-_NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 _lock = Lock()
 _libraries: dict[str, Any] = {}
 _drop_functions: dict[tuple[str, torch.dtype], Any] = {}
+
+
+def source(path: Path) -> Source:
+    """A file as the kernels are compiled."""
+    return Source(path, _FLAGS, _EXTRAS)
+
+
+def open_library(functions: Functions, library: Path) -> Any:
+    """The functions of a library.
+
+    Raises:
+        NoCompiler: it cannot be loaded, or has them not.
+    """
+    try:
+        loaded = ctypes.CDLL(str(library))
+        for function, arguments in functions.items():
+            getattr(loaded, function).argtypes = arguments
+            getattr(loaded, function).restype = None
+    except (OSError, AttributeError) as error:
+        raise NoCompiler(f"{library.name} cannot be used: {error}") from error
+    return loaded
 
 
 def library(name: str) -> Any:
@@ -63,7 +98,8 @@ def library(name: str) -> Any:
 
 def _loaded(name: str) -> Any:
     if name not in _libraries:
-        _libraries[name] = load(name, _SIGNATURES[name])
+        file = Path(__file__).parent / "kernels" / f"{name}.cpp"
+        _libraries[name] = load(source(file), partial(open_library, _SIGNATURES[name]))
     return _libraries[name]
 
 
@@ -71,7 +107,7 @@ def takes(first: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels can read tensors together: ordinary ones on the CPU, dense, all of one type,
     which they know, while no mode looks on, to which what they write would be memory that nobody has
     filled."""
-    if first.dtype not in _NAMES or dispatch_modes():
+    if first.dtype not in NAMES or dispatch_modes():
         return False
     for tensor in (first, *others):
         if tensor is None:
@@ -117,7 +153,7 @@ def drop(
     name = "masks" if multiplier is None else "example_masks"
     function = _drop_functions.get((name, some.dtype))
     if function is None:
-        function = getattr(library(name), f"drop_{_NAMES[some.dtype]}")
+        function = getattr(library(name), f"drop_{NAMES[some.dtype]}")
         _drop_functions[name, some.dtype] = function
     key, law, _ = mask
     tensors = (weight, anchor, grad, used, masked_grad, key_tensor(key), law.threshold, law.scale)
@@ -145,7 +181,7 @@ def drop_rows(
     """
     some = weight if weight is not None else grad
     assert some is not None
-    function = getattr(library("parts"), f"drop_rows_{_NAMES[some.dtype]}")
+    function = getattr(library("parts"), f"drop_rows_{NAMES[some.dtype]}")
     tensors = (weight, anchor, grad, used, masked_grad, *_tensors_of(mask))
     sizes = (rows.start, multiplier & 0xFFFFFFFF, some.numel(), rows.width, rows.stride)
     _run(function, tensors, *sizes)

@@ -79,6 +79,8 @@ class Kernel:
         self._options = {"enable_fp_fusion": False, **options}
         self.compiled: dict[Any, Any] = {}
         """How to launch what was compiled, by index of the device, key and constants: see `launch`."""
+        self.made: list[tuple[Any, Any]] = []
+        """The same, and what Triton made, for whoever takes them from here."""
 
     def launch(
         self,
@@ -118,6 +120,7 @@ class Kernel:
                 return False
         if device.type == "cuda" and is_compiled(compiled):
             self.compiled[known] = runner(compiled, device.index)
+            self.made.append((known, compiled))
         return True
 
 

@@ -44,6 +44,7 @@ def drop(
     key_pointer,
     threshold_pointer,
     scale_pointer,
+    row_pointer,
     k0,
     k1,
     key_is_there,
@@ -58,12 +59,16 @@ def drop(
 ):
     """Mask a weight, and a gradient by the same mask, entry by entry.
 
-    Key, threshold and scale are numbers of the host, or in memory.
+    Key, threshold and scale are numbers of the host, or in memory: the latter, if `law_is_there` is 2,
+    in a table, at the row whose number is in memory.
     """
     WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
-    threshold, scale = law_of(threshold_pointer, scale_pointer, threshold, scale, law_is_there)
+    row = tl.load(row_pointer, mask=law_is_there == 2, other=0)
+    threshold, scale = law_of(
+        threshold_pointer + row, scale_pointer + row, threshold, scale, law_is_there
+    )
     kept, dropped = kept_and_dropped(weight, anchor, index, inside, scale, HAS_ANCHOR, WIDE)
     if HAS_GRAD:
         slopes = tl.load(grad + index, mask=inside).to(WIDE)

@@ -16,7 +16,7 @@ from .launch import Kernel, form, takes
 BLOCK = 1024
 """Entries of a program."""
 
-_drop = Kernel("mask_kernels", "drop", num_warps=4)
+_drop = mask_kernel = Kernel("mask_kernels", "drop", num_warps=4)
 _drop_shared = Kernel("mask_kernels", "drop_shared", num_warps=4)
 
 
@@ -80,11 +80,13 @@ def masked(
     if type(key) is tuple and numbers is not None:
         threshold, scale = law.threshold, law.scale  # `arguments`, in eager code
         args = (
-            *(weight, anchor, grad, used, of_weight, threshold, threshold, scale),
+            *(weight, anchor, grad, used, of_weight, threshold, threshold, scale, threshold),
             *(*key, 0, *numbers, 0, size),
         )
     else:
-        args = weight, anchor, grad, used, of_weight, *arguments(mask), size
+        there, threshold, scale, *words_and_law = arguments(mask)
+        where = there, threshold, scale, threshold  # no row: the law of a table has been looked up
+        args = weight, anchor, grad, used, of_weight, *where, *words_and_law, size
     constants = anchor is not None, grad is not None, law.scale.dtype == torch.float64, BLOCK
     kinds = weight.dtype, used.dtype, grad is not None and grad.dtype
     forms = *kinds, anchor is not None and anchor.dtype, size % 16 == 0, size == 1
@@ -97,6 +99,22 @@ def masked(
     elif not _drop.launch(grid, device, forms, args, constants):
         return None
     return used, of_weight
+
+
+def kinds_of(known: Any) -> tuple[Any, Any, Any, Any, bool] | None:
+    """What one of `mask_kernel.made` is for: the dtypes of weight, masked weight, gradient and anchor,
+    False for what is not there, and whether 16 divides the number of entries. None of one for tensors
+    that lie unusually, or for laws in memory."""
+    _, forms, constants = known
+    if len(forms) != 6 or constants[2:] != (False, BLOCK):
+        return None
+    *kinds, sixteen, is_one = forms
+    return None if is_one else (*kinds, sixteen)
+
+
+def parameters(anchor: bool, grad: bool) -> tuple[int, ...]:
+    """The sizes of what `mask_kernel` is given without its constants: addresses, and seven numbers."""
+    return (8,) * (6 + anchor + 2 * grad) + (4,) * 7
 
 
 Steps = tuple[tuple[int, int, int, int], tuple[int, int, int, int]]

@@ -1,0 +1,203 @@
+// In eager training: a product that is a node of autograd. `_MaskedLinear` of linear.py is the same.
+#pragma once
+
+#include "product.h"
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+#include <type_traits>
+
+namespace {
+
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+PyObject* gradients_of = nullptr;  // of Python: for all that is out of the ordinary
+
+/// A node as this version of torch counts its owners. `deleteNode` is found by its argument, where
+/// there is one: it does not recurse into what a node leads to.
+template <class Made, class Pointer = decltype(torch::autograd::Edge::function)> auto node_of() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
+    return std::shared_ptr<Made>(new Made(), [](auto* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<Made>();
+  }
+}
+
+struct MaskedLinear : Node {
+  SavedVariable x, used;  // `used` where it is a cast of the weight, as a plain layer keeps that
+  Tensor weight, anchor;
+  Mask mask{};
+  uint32_t version = 0;
+  bool keeps = false, freed = false;
+  PyObject* about = nullptr;  // law, layout, anchor and name
+
+  std::string name() const override { return "MaskedLinearBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> guard(mutex_);
+    x.reset_data();
+    used.reset_data();
+    freed = true;
+  }
+
+  ~MaskedLinear() override {
+    if (about == nullptr || !Py_IsInitialized()) return;
+    const auto state = PyGILState_Ensure();
+    Py_DECREF(about);
+    PyGILState_Release(state);
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> guard(mutex_);
+    const Tensor& grad = grads[0];
+    if (!grad.defined()) return variable_list(3);
+    TORCH_CHECK(!freed, torch::autograd::ERR_BACKWARD_TWICE);
+    const std::array<bool, 3> want{task_should_compute_output(0), task_should_compute_output(1),
+                                   task_should_compute_output(2)};
+    const Tensor input = want[1] ? x.unpack() : Tensor();
+    const Tensor kept = keeps ? used.unpack() : Tensor();
+    const bool on_the_gpu = weight.is_cuda();
+    const bool ordinary = !at::GradMode::is_enabled() && is_plain(grad, on_the_gpu) &&
+                          (!input.defined() || is_plain(input, on_the_gpu)) &&
+                          (keeps || weight.is_inference() || weight._version() == version) &&
+                          !somebody_looks_on();
+    std::array<Tensor, 3> found;
+    if (!ordinary || !gradients(grad, input, {weight, anchor}, kept, mask, want, found)) {
+      return by_python(grad, input, kept, want);
+    }
+    return {std::move(found[0]), std::move(found[1]), std::move(found[2])};
+  }
+
+  /// By `gradients_of`, which knows everything, and may be followed by autograd.
+  variable_list by_python(const Tensor& grad, const Tensor& input, const Tensor& kept,
+                          const std::array<bool, 3>& want) {
+    pybind11::gil_scoped_acquire gil;
+    const auto wrap = [](const Tensor& one) { return THPObjectPtr(THPVariable_Wrap(one)); };
+    THPObjectPtr g = wrap(grad), i = wrap(input), w = wrap(weight), k = wrap(kept);
+    THPObjectPtr result(PyObject_CallFunction(
+        gradients_of, "OOOOI(ii)O(iii)", g.get(), i.get(), w.get(), k.get(), version,
+        static_cast<int>(mask.key[0]), static_cast<int>(mask.key[1]), about, static_cast<int>(want[0]), static_cast<int>(want[1]), static_cast<int>(want[2])));
+    if (!result) {
+      python_error error;
+      error.persist();
+      throw std::move(error);
+    }
+    variable_list found(3);
+    for (int n = 0; n < 3; ++n) {
+      PyObject* one = PyTuple_GET_ITEM(result.get(), n);
+      if (one != Py_None && want[n]) found[n] = THPVariable_Unpack(one);
+    }
+    return found;
+  }
+};
+
+/// The numbers of a law for a weight; false where they are not on the host, or not for it.
+bool read_law(PyObject* law, const Tensor& weight, Mask& mask) {
+  static PyObject* names[] = {PyUnicode_InternFromString("numbers"),
+                                    PyUnicode_InternFromString("threshold"),
+                                    PyUnicode_InternFromString("scale")};
+  if (law == Py_None) return false;
+  THPObjectPtr numbers(PyObject_GetAttr(law, names[0]));
+  THPObjectPtr threshold(PyObject_GetAttr(law, names[1]));
+  THPObjectPtr scale(PyObject_GetAttr(law, names[2]));
+  if (!numbers || !threshold || !scale) throw python_error();
+  if (!PyTuple_Check(numbers.get()) || !THPVariable_CheckExact(threshold.get())) return false;
+  if (THPVariable_Unpack(threshold.get()).device() != weight.device()) return false;
+  const bool wide = THPVariable_Unpack(scale.get()).scalar_type() == at::kDouble;
+  if (wide != (weight.scalar_type() == at::kDouble)) return false;
+  mask.threshold = static_cast<int32_t>(PyLong_AsLong(PyTuple_GET_ITEM(numbers.get(), 0)));
+  mask.scale = PyFloat_AsDouble(PyTuple_GET_ITEM(numbers.get(), 1));
+  if (PyErr_Occurred()) throw python_error();
+  return true;
+}
+
+/// Undefined, and nothing is done, where Python has to do it.
+Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& anchor,
+                     Mask& mask, int64_t rank, PyObject* about) {
+  const bool on_the_gpu = weight.is_cuda();
+  const c10::OptionalDeviceGuard there(on_the_gpu ? std::optional(weight.device()) : std::nullopt);
+  const at::DeviceType kind = on_the_gpu ? at::kCUDA : at::kCPU;
+  const bool casts = at::autocast::is_autocast_enabled(kind);
+  if (casts && !on_the_gpu) return {};
+  const ScalarType type = casts ? at::autocast::get_autocast_dtype(kind) : x.scalar_type();
+  const Weight masked{weight, anchor};
+  const Way way(masked, type, false);
+  // In a captured graph, keys and laws are in memory, so that replays can have others.
+  if (!way || (on_the_gpu && captures(weight))) return {};
+  Tensor input = x, summand = bias;
+  if (casts) {
+    input = at::autocast::cached_cast(type, x, kind);
+    if (bias.defined()) summand = at::autocast::cached_cast(type, bias, kind);
+  }
+  if (input.scalar_type() != type || (!casts && type != weight.scalar_type())) return {};
+  if (summand.defined() && summand.scalar_type() != type) return {};
+  draw_key(mask.key, weight.device(), rank);
+  const bool trained = weight.requires_grad();
+  Tensor used;
+  Tensor out = product(input, masked, summand, way, mask, trained, used);
+  if (!(input.requires_grad() || trained || (summand.defined() && summand.requires_grad()))) return out;
+  auto node = node_of<MaskedLinear>();
+  node->set_next_edges(torch::autograd::collect_next_edges(input, weight, summand));
+  if (trained) node->x = SavedVariable(input, false);
+  node->keeps = used.defined();
+  if (node->keeps) node->used = SavedVariable(used, false);
+  node->weight = weight;
+  node->anchor = anchor;
+  node->mask = mask;
+  node->version = weight.is_inference() ? 0 : weight._version();
+  {
+    pybind11::gil_scoped_acquire gil;
+    node->about = Py_NewRef(about);
+  }
+  torch::autograd::set_history(out, node);
+  return out;
+}
+
+const Tensor& tensor_of(PyObject* object) {
+  static const Tensor none;
+  return object == Py_None ? none : THPVariable_Unpack(object);
+}
+
+/// linear(x, weight, bias, about, rank) -> Tensor or None
+PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 5, "five arguments");
+  PyObject *about = args[3], *law = PyTuple_GET_ITEM(about, 0), *a = PyTuple_GET_ITEM(about, 2);
+  for (PyObject* one : {args[0], args[1], args[2], a}) {
+    if (one != Py_None && !THPVariable_CheckExact(one)) Py_RETURN_NONE;
+  }
+  const Tensor &x = tensor_of(args[0]), &weight = tensor_of(args[1]), &bias = tensor_of(args[2]);
+  const Tensor& anchor = tensor_of(a);
+  if (!x.defined() || !weight.defined() || !at::GradMode::is_enabled() || somebody_looks_on() ||
+      !Weight{weight, anchor}.is_taken() || x.dim() < 2 || x.size(-1) != weight.size(1)) {
+    Py_RETURN_NONE;
+  }
+  for (const Tensor* one : {&x, &bias}) {
+    if (!one->defined()) continue;
+    if (one->device() != weight.device() || !is_plain(*one, weight.is_cuda())) Py_RETURN_NONE;
+  }
+  for (const Tensor* one : {&x, &weight, &bias}) {
+    if (torch::autograd::isFwGradDefined(*one)) Py_RETURN_NONE;
+  }
+  Mask mask{};
+  if (!read_law(law, weight, mask)) Py_RETURN_NONE;
+  const int64_t rank = PyLong_AsLongLong(args[4]);
+  if (PyErr_Occurred()) return nullptr;
+  Tensor out;
+  {
+    pybind11::gil_scoped_release without_gil;
+    out = masked_linear(x, weight, bias, anchor, mask, rank, about);
+  }
+  if (!out.defined()) Py_RETURN_NONE;
+  return THPVariable_Wrap(std::move(out));
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace

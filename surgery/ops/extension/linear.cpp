@@ -1,0 +1,85 @@
+// The masked Linear, without Python's part of the time: in eager training and in compiled graphs.
+//
+// All of it is in linear.py and linear_operators.py again, to the bit, and hands over to those where
+// anything is out of the ordinary.
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "eager.h"
+#include "operators.h"
+
+namespace {
+
+const std::array<ScalarType, TYPES> BY_NUMBER{at::kFloat, at::kBFloat16, at::kHalf, at::kDouble};
+
+/// use_cpu(type, address)
+PyObject* use_cpu(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  int type = 0;
+  unsigned long long address = 0;
+  if (!PyArg_ParseTuple(args, "iK", &type, &address)) return nullptr;
+  on_cpu.at(type) = reinterpret_cast<Drop>(address);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+/// use_driver(cuLaunchKernel, cuStreamIsCapturing, aoti_torch_get_current_cuda_stream): addresses
+PyObject* use_driver(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  unsigned long long how = 0, capturing = 0, stream = 0;
+  if (!PyArg_ParseTuple(args, "KKK", &how, &capturing, &stream)) return nullptr;
+  launch = reinterpret_cast<Launch>(how);
+  is_capturing = reinterpret_cast<IsCapturing>(capturing);
+  current_stream = reinterpret_cast<CurrentStream>(stream);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+/// use_gpu(device, from, to, anchor, grad, sixteen, function, threads, shared, block)
+PyObject* use_gpu(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  unsigned long long function = 0;
+  int device = 0, from = 0, to = 0, anchor = 0, grad = 0, sixteen = 0;
+  unsigned threads = 0, shared = 0, block = 0;
+  if (!PyArg_ParseTuple(args, "iiipppKIII", &device, &from, &to, &anchor, &grad, &sixteen,
+                        &function, &threads, &shared, &block)) {
+    return nullptr;
+  }
+  const int form = form_of(BY_NUMBER.at(from), BY_NUMBER.at(to), anchor, grad, sixteen);
+  on_gpu.at(device).at(form) = {reinterpret_cast<void*>(function), threads, shared, block};
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+/// otherwise(gradients_of, product, gradients): who does what is out of the ordinary
+PyObject* otherwise(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  PyObject *eager = nullptr, *product = nullptr, *gradients = nullptr;
+  if (!PyArg_ParseTuple(args, "OOO", &eager, &product, &gradients)) return nullptr;
+  Py_XSETREF(gradients_of, Py_NewRef(eager));
+  Py_XSETREF(product_in_python, Py_NewRef(product));
+  Py_XSETREF(gradients_in_python, Py_NewRef(gradients));
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+/// release(): free the memory for masked weights that nobody uses now
+PyObject* release(PyObject*, PyObject*) {
+  std::lock_guard<std::mutex> guard(lock_of_blocks);
+  blocks.clear();
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL, nullptr},
+    {"use_cpu", use_cpu, METH_VARARGS, nullptr},
+    {"use_driver", use_driver, METH_VARARGS, nullptr},
+    {"use_gpu", use_gpu, METH_VARARGS, nullptr},
+    {"otherwise", otherwise, METH_VARARGS, nullptr},
+    {"release", release, METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyModuleDef definition{PyModuleDef_HEAD_INIT, "linear", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit_linear() { return PyModule_Create(&definition); }

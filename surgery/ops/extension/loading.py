@@ -1,0 +1,179 @@
+"""When the extension is compiled and loaded, and which kernels it knows."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import logging
+import sysconfig
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...torch_private.gpu import addresses, handle_of
+from ...torch_private.tracing import is_capturing
+from ..cpu import native
+from ..cpu.build import NoCompiler, Source, load, load_kept
+from ..gpu.masks import BLOCK, kinds_of, mask_kernel, parameters
+from ..switch import compile_enabled
+
+linear: Callable[..., Tensor | None] | None = None
+"""None until it is loaded.
+
+    linear(x, weight, bias, about, rank)
+
+x: (..., in). weight: (out, in), masked by element with a new key. bias: (out,), or None. about: law,
+layout and anchor of the mask, and the weight's name. rank: see `draw_key`.
+
+Returns (..., out), differentiable; None, and nothing is done, where Python has to do it: no gradients
+are recorded, tensors are more than dense values, a CUDA graph is captured, a kernel has not been
+launched by Python before.
+"""
+
+PATIENCE = 500
+"""Products after which it is worth half a minute of the compiler: a script that ends before trains
+nothing."""
+
+_log = logging.getLogger("surgery")
+_NUMBERS = {
+    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3,
+}  # fmt: skip
+_products = 0
+_asked = False
+_module: Any = None
+_kept: list[Any] = []
+"""Kernels that the extension launches, which are unloaded when nobody has them."""
+_in_python: dict[str, Callable[..., Any]] = {}
+
+
+def source() -> Source:
+    """The file, and how it is compiled against the installed torch."""
+    root = Path(torch.__file__).parent
+    headers = (
+        *(f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"),
+        f"-I{sysconfig.get_path('include')}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    )
+    libraries = (f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch_python")
+    return Source(
+        Path(__file__).with_name("linear.cpp"),
+        ("-O2", "-w", "-shared", "-fPIC", "-fvisibility=hidden", *headers),
+        (("-std=c++20",), ("-std=c++17",)),
+        libraries,
+        (torch.__version__, sysconfig.get_config_var("SOABI") or ""),
+    )
+
+
+def use(**functions: Callable[..., Any]) -> None:
+    """Say who does what the extension leaves to Python: `eager`, the gradients of a node; `product` and
+    `gradients`, what the operators of a graph do."""
+    _in_python.update(functions)
+
+
+def note_product() -> None:
+    """Count a product that Python has computed, and take the extension into use if it is there by now.
+
+    The first one looks in the cache. It is compiled in the background after `PATIENCE` of them.
+    """
+    global _products, _asked, _module
+    if _module is not None:
+        _take_kernels()
+        return
+    _products += 1
+    if _products == 1 and compile_enabled("cpu"):
+        _install(load_kept(source(), _opened))
+    elif _products >= PATIENCE and not _asked and compile_enabled("cpu"):
+        _asked = True
+        threading.Thread(target=_compile, name="dropconnect-compiler", daemon=True).start()
+
+
+def compile_now() -> bool:
+    """Compile the extension, or load it, and wait for that. Whether it is there."""
+    if _module is None and compile_enabled("cpu"):
+        _compile()
+    if _module is not None:
+        _take_kernels()
+    return _module is not None
+
+
+def on_the_gpu() -> bool:
+    """Whether it is there, after `compile_now`, and can launch on NVIDIA's GPUs."""
+    return addresses() is not None and compile_now()
+
+
+def release() -> None:
+    """Free the memory for masked weights that nobody uses now."""
+    if _module is not None:
+        _module.release()
+
+
+def _compile() -> None:
+    try:
+        _install(load(source(), _opened))
+    except NoCompiler as error:
+        _log.info("DropConnect's extension is not compiled, and Python does its work: %s", error)
+
+
+def _opened(library: Path) -> Any:
+    loader = importlib.machinery.ExtensionFileLoader("linear", str(library))
+    spec = importlib.util.spec_from_loader("linear", loader)
+    assert spec is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    except ImportError as error:
+        raise NoCompiler(f"{library.name} cannot be used: {error}") from error
+    return module
+
+
+def _install(module: Any) -> None:
+    global _module
+    if module is not None:
+        module.otherwise(*(_in_python[name] for name in ("eager", "product", "gradients")))
+        _module = module
+
+
+def _take_kernels() -> None:
+    """Let the extension know the kernels that are there by now, in the thread that trains."""
+    global linear
+    if linear is None:
+        try:
+            masks = native.library("masks")
+        except NoCompiler:
+            masks = None
+        for dtype, name in native.NAMES.items() if masks is not None else ():
+            address = ctypes.cast(getattr(masks, f"drop_{name}"), ctypes.c_void_p).value
+            _module.use_cpu(_NUMBERS[dtype], address)
+        driver = addresses()
+        if driver is not None:
+            _module.use_driver(*driver)
+        linear = _module.linear
+    if mask_kernel.made and not is_capturing():
+        while mask_kernel.made:
+            _take_mask(*mask_kernel.made.pop())
+
+
+def _take_mask(known: Any, compiled: Any) -> None:
+    """Let it launch a kernel of `gpu/masks.py`, if that has the parameters which it would give."""
+    kinds = kinds_of(known)
+    if kinds is None:
+        return
+    weight, used, grad, anchor, sixteen = kinds
+    handle = handle_of(compiled)
+    if handle is None or grad not in (False, used) or anchor not in (False, weight):
+        return
+    expected = parameters(bool(anchor), bool(grad))
+    given, of_triton = handle.parameters[: len(expected)], handle.parameters[len(expected) :]
+    if given != expected or of_triton not in ((), (8,), (8, 8)):
+        _log.warning("the extension does not know how to launch %s: %s", known, handle.parameters)
+        return
+    _kept.append(compiled)
+    numbers = _NUMBERS[weight], _NUMBERS[used]
+    beside = bool(anchor), bool(grad), sixteen
+    of_kernel = handle.function, handle.threads, handle.shared, BLOCK
+    _module.use_gpu(known[0], *numbers, *beside, *of_kernel)
