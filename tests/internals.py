@@ -245,3 +245,9 @@ def without_extension(patch: Patch) -> None:
     """Python does its work, as where it is not compiled yet."""
     patch.setattr(loading, "linear", None)
     patch.setattr(loading, "note_product", lambda: None)
+
+
+def extension_linear() -> Callable[..., Tensor | None]:
+    """The product of the extension, which is there."""
+    assert loading.linear is not None
+    return loading.linear

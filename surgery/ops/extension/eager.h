@@ -183,6 +183,8 @@ PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!one->defined()) continue;
     if (one->device() != weight.device() || !is_plain(*one, weight.is_cuda())) Py_RETURN_NONE;
   }
+  // `matmul` folds others in a way, and so rounds, that depends on what autograd follows.
+  if (x.dim() > 2 && !x.is_contiguous()) Py_RETURN_NONE;
   for (const Tensor* one : {&x, &weight, &bias}) {
     if (torch::autograd::isFwGradDefined(*one)) Py_RETURN_NONE;
   }

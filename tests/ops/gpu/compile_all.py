@@ -7,6 +7,7 @@ compiler does not. A program, since here triton must not be told to interpret.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -31,7 +32,7 @@ from surgery.ops import (
     masked_linear,
     moments_of,
 )
-from surgery.ops.gpu import launch
+from surgery.ops.gpu import launch, masks
 
 ALL = [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32)]
 if "amd" in backends:
@@ -58,6 +59,14 @@ def type_of(arg: Any) -> str:
     return "constexpr" if arg is None or arg == 1 else "i32"
 
 
+def check_parameters(ptx: str, anchor: bool, grad: bool) -> None:
+    """What the extension gives to a kernel is what it has, but for two addresses of Triton's own."""
+    sizes = tuple(int(bits) // 8 for bits in re.findall(r"\.param \.[uf](\d+)", ptx))
+    expected = masks.parameters(anchor, grad)
+    assert sizes[: len(expected)] == expected, (sizes, expected)
+    assert set(sizes[len(expected) :]) <= {8}, (sizes, expected)
+
+
 def compile_instead(
     kernel: launch.Kernel, grid: Any, device: Any, key: Any, args: Any, constants: Any
 ) -> bool:
@@ -73,7 +82,9 @@ def compile_instead(
         names.add(kernel.name)
         source = ASTSource(function, dict(zip(function.arg_names, types, strict=True)), known)
         for target in ALL if sys.argv[1] == "all" else ALL[1:2]:
-            triton.compile(source, target=target, options=dict(kernel._options))
+            made = triton.compile(source, target=target, options=dict(kernel._options))
+            if kernel is masks.mask_kernel and target.backend == "cuda":
+                check_parameters(made.asm["ptx"], *constants[:2])
     return True
 
 
