@@ -71,7 +71,6 @@ def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     if torch.cuda.is_available():
         pytest.skip("Triton compiles here: see tests/gpu")
     launched: list[str] = []
-    internals.without_extension(monkeypatch)
     internals.note_launches(monkeypatch, lambda name, ran: launched.append(name))
     internals.set_constant(monkeypatch, "interpreted devices", {"cpu"})
     numpy = pytest.importorskip("numpy")

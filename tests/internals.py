@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from surgery import DropConnectModule
 from surgery.base.caching import PerObject
 from surgery.kinds import kind as kinds
-from surgery.modules import dropping, flat, masking, product_forward, state
+from surgery.modules import dropping, flat, fused, masking, product_forward, state
 from surgery.ops import engine, example_product, expect, hash, linear, mask, random, switch
 from surgery.ops.cpu import build, cache, native, workspace
 from surgery.ops.extension import loading
 from surgery.ops.gpu import launch, products
 from surgery.spec import forms
+from surgery.torch_private import compiler
 from surgery.verbs import savers
 
 Patch = pytest.MonkeyPatch
@@ -163,7 +164,8 @@ def note_kernels(patch: Patch, note: Callable[..., None]) -> None:
 
 
 def note_launches(patch: Patch, note: Callable[[str, bool], None]) -> None:
-    """`note(name, ran)` is called after each try to launch a kernel for the GPU."""
+    """`note(name, ran)` is called after each try to launch a kernel for the GPU, by Python."""
+    without_extension(patch)
     launched = launch.Kernel.launch
 
     def noted(self: launch.Kernel, *args: Any) -> bool:
@@ -251,3 +253,23 @@ def extension_linear() -> Callable[..., Tensor | None]:
     """The product of the extension, which is there."""
     assert loading.linear is not None
     return loading.linear
+
+
+def without_operators(patch: Patch) -> None:
+    """Compiled graphs have the formula."""
+    patch.setattr(mask, "HAS_OPERATORS", frozenset())
+    patch.setattr(fused, "has_operators", compiler.constant_in_traces(lambda kind: False))
+
+
+def taken_by_extension(patch: Patch) -> list[bool]:
+    """For each product that the extension was asked for, whether it took it."""
+    taken: list[bool] = []
+    linear = extension_linear()
+
+    def noted(*args: Any) -> Tensor | None:
+        found = linear(*args)
+        taken.append(found is not None)
+        return found
+
+    patch.setattr(loading, "linear", noted)
+    return taken

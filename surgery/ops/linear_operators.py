@@ -4,7 +4,8 @@ The graph holds no masked weight then, and its backward draws the mask once, for
 for the gradient, as eager code does. To the compiler these are two calls; a mask of its own for each
 would be four nodes, a part of the graph that is computed again, and three calls.
 
-`extension/operators.h` has them in C++. On a GPU only that is used: calls of Python would take longer
+If what backward does changes, the operator needs a new name: AOTAutograd keeps backwards on disk by the
+graph of the forward. `extension/operators.h` has them in C++. On a GPU only that is used: calls of Python would take longer
 there than what inductor makes of the formula.
 """
 
@@ -28,7 +29,7 @@ _LAW = "Tensor key, Tensor thresholds, Tensor scales, Tensor row"
 
 
 @torch.library.custom_op(
-    "surgery::linear",
+    "surgery::masked_linear",
     mutates_args=(),
     schema=f"(Tensor x, Tensor weight, Tensor? bias, Tensor? anchor, {_LAW}) -> Tensor",
 )
@@ -48,7 +49,7 @@ def _product(
 
 
 @torch.library.custom_op(
-    "surgery::linear_backward",
+    "surgery::masked_linear_backward",
     mutates_args=(),
     schema=f"(Tensor grad, Tensor x, Tensor weight, Tensor? anchor, {_LAW}, bool[] want)"
     " -> (Tensor, Tensor)",
@@ -119,7 +120,7 @@ def has_operators(kind: str) -> bool:
     return kind == "cpu" or (kind == "cuda" and loading.on_the_gpu())
 
 
-linear_in_graph: Any = torch.ops.surgery.linear.default
+linear_in_graph: Any = torch.ops.surgery.masked_linear.default
 """`F.linear` with a masked weight, for a trace.
 
     linear_in_graph(x, weight, bias, anchor, key, thresholds, scales, row)

@@ -64,7 +64,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture
 def same_draws(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Keys and noise are the same on every device. Call it before each run: then draws start anew."""
+    """Keys and noise are the same on every device. Call it before each run: then draws start anew.
+    The extension draws by itself: see `test_extension.py`."""
+    internals.without_extension(monkeypatch)
     count = 0
 
     def restart() -> None:

@@ -14,8 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from surgery import apply_dropconnect, set_p, strip_dropconnect
-from surgery.modules import fused
-from surgery.ops import keep_mask, key_from_seed, mask
+from surgery.ops import keep_mask, key_from_seed
 
 from ..internals import live_masks, states_of
 from ..steps import assert_same, gradients, step, step_gradients
@@ -326,8 +325,8 @@ def targets(model: nn.Module, x: Tensor) -> list[list[str]]:
 def test_a_linear_is_one_operator_and_its_backward_is_one(toward: str) -> None:
     model = apply_dropconnect(nn.Linear(6, 4), nn.Linear, p=0.5, toward=toward)
     forward, backward = targets(model, torch.randn(3, 6, requires_grad=True))
-    assert forward == ["surgery.linear.default"]
-    assert backward == ["surgery.linear_backward.default"]
+    assert forward == ["surgery.masked_linear.default"]
+    assert backward == ["surgery.masked_linear_backward.default"]
 
 
 @pytest.mark.parametrize("name", ["linear", "transformer"])
@@ -335,9 +334,8 @@ def test_a_linear_is_one_operator_and_its_backward_is_one(toward: str) -> None:
 def test_the_eager_bits_where_no_operator_stands_for_the_formula(
     name: str, toward: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in graphs for a GPU."""
-    for module in (fused, mask):
-        monkeypatch.setattr(module, "HAS_OPERATORS", frozenset())
+    """As in graphs for a GPU where there is no extension."""
+    without_operators(monkeypatch)
     subject = BY_NAME[name]
     model, x = subject.moved(toward=toward), subject.inputs()
     assert targets(model, x)[0] == []

@@ -102,13 +102,13 @@ std::tuple<Tensor, Tensor> gradients_operator(
 }
 
 TORCH_LIBRARY_IMPL(surgery, CPU, library) {
-  library.impl("linear", linear_operator);
-  library.impl("linear_backward", gradients_operator);
+  library.impl("masked_linear", linear_operator);
+  library.impl("masked_linear_backward", gradients_operator);
 }
 
 TORCH_LIBRARY_IMPL(surgery, CUDA, library) {
-  library.impl("linear", linear_operator);
-  library.impl("linear_backward", gradients_operator);
+  library.impl("masked_linear", linear_operator);
+  library.impl("masked_linear_backward", gradients_operator);
 }
 
 }  // namespace
