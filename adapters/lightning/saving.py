@@ -88,8 +88,7 @@ def teach_package(package: str) -> None:
     ):
         owner = getattr(part(package, f"strategies.{file}"), strategy)
         teach(owner, "lightning_module_state_dict", _plain)
-    loads = getattr(part(package, "strategies.fsdp"), "_load_raw_module_state")  # noqa: B009
-    teach_function(loads, _reads_plain)
+    teach_function(part(package, "strategies.fsdp")._load_raw_module_state, _reads_plain)
     averaging = part(package, "callbacks.weight_averaging").WeightAveraging
     teach(averaging, "on_save_checkpoint", _writes_plain)
     for hook in ("on_validation_epoch_start", "on_validation_epoch_end", "on_train_end"):

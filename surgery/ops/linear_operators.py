@@ -5,7 +5,9 @@ for the gradient, as eager code does. To the compiler these are two calls; a mas
 would be four nodes, a part of the graph that is computed again, and three calls.
 
 If what backward does changes, the operator needs a new name: AOTAutograd keeps backwards on disk by the
-graph of the forward. `extension/operators.h` has them in C++. On a GPU only that is used: calls of Python would take longer
+graph of the forward.
+
+`extension/operators.h` has them in C++. On a GPU only that is used: calls of Python would take longer
 there than what inductor makes of the formula.
 """
 

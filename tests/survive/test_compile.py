@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from surgery import apply_dropconnect, set_p, strip_dropconnect
 from surgery.ops import keep_mask, key_from_seed
 
-from ..internals import live_masks, states_of
+from ..internals import live_masks, states_of, without_operators
 from ..steps import assert_same, gradients, step, step_gradients
 from ..zoo.subjects import BY_NAME, SUBJECTS, Subject
 

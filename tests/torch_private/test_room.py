@@ -23,7 +23,7 @@ HOUSE = [
 OF_PYTHON = ("_getframe", "_is_owned", "_fields", "_replace")
 """Of `sys`, of locks and of named tuples."""
 
-OF_OTHERS = ("_save", "_compiler_ctx", "_average_model")
+OF_OTHERS = ("_save", "_compiler_ctx", "_average_model", "_load_raw_module_state")
 """Of `transformers.Trainer` and of Lightning; canaries are in tests/adapters and tests/libraries."""
 
 ASKING = ("getattr", "hasattr", "setattr", "delattr", "attrgetter", "methodcaller")
