@@ -2,7 +2,7 @@
 costs.
 
     python -m benchmarks.moments mlp cnn minilm vit      # tables
-    python -m benchmarks.moments --figure docs/moments.svg
+    python -m benchmarks.moments minilm --figure docs/moments.svg
 
 For each model: the error of the mean beside that of the plain weights (root mean square over
 outputs, with the part taken out that Monte Carlo's own error is expected to have), the variance
@@ -140,6 +140,17 @@ def minilms(steps: int) -> Iterator[Case]:
     )  # fmt: skip
 
 
+class Logits(nn.Module):
+    """What a classifier of transformers says of its inputs, as a tensor."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x).logits
+
+
 def vits(steps: int) -> Iterator[Case]:
     """A small vision transformer of transformers, trained on the digits: four layers of width 64."""
     from transformers import ViTConfig, ViTForImageClassification
@@ -151,16 +162,7 @@ def vits(steps: int) -> Iterator[Case]:
     )  # fmt: skip
     whole = ViTForImageClassification(config)
     x, labels = digits()
-
-    class Logits(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = whole
-
-        def forward(self, x: Tensor) -> Any:
-            return self.inner(x).logits
-
-    model = Logits()
+    model = Logits(whole)
     train(model, x[:1500], labels[:1500], steps)
     apply_dropconnect(model, "all-linear", p=0.1)
     yield Case("ViT, 4 layers of 64, p = 0.1", model.eval(), x[1500:1532], None, FORMS, 1)
@@ -201,8 +203,19 @@ def plain_of(case: Case) -> Tensor:
     return chosen
 
 
-def table(case: Case, samples: int) -> str:
-    """The rows of one model."""
+@dataclass(frozen=True)
+class Point:
+    """A way to predict."""
+
+    name: str
+    error: float
+    """Of the mean, without what Monte Carlo's own error adds."""
+    forwards: float
+    """What it costs, in forwards of the plain model."""
+
+
+def table(case: Case, samples: int) -> tuple[str, list[Point], float]:
+    """The rows of one model; its points; and the standard deviation of its outputs."""
     options: dict[str, Any] = {"class_dim": None, "output": case.output}
     found = mc_predict(
         case.model, case.inputs, samples, seed=1, batch_size=case.sampling_rows, **options
@@ -228,6 +241,7 @@ def table(case: Case, samples: int) -> str:
         "|---|---|---|---|---|---|",
         f"| plain weights | {base:.4f} | 1 | – | 1 | {needed(spread, base)} |",
     ]
+    points = [Point("plain weights", base, 1)]
     for form in case.forms:
 
         def predict(form: Any = form) -> Any:
@@ -236,6 +250,7 @@ def table(case: Case, samples: int) -> str:
         got = predict()
         cost = forward_time(predict, 3) / unit
         now = error(got.mean)
+        points.append(Point(f"one pass, {form}", max(now, own / 2), cost))
         times = f"{base / now:.1f}" if now > own / 2 else f"> {base / own:.0f}"
         shown = f"{now:.4f}" if now > own / 2 else f"< {own:.4f}"
         ratio = float(got.variance.sum() / found.variance.sum())
@@ -243,7 +258,29 @@ def table(case: Case, samples: int) -> str:
             f"| {form} | {shown} | {times} | {ratio:.3f} | {cost:.1f} | "
             f"{needed(spread, max(now, own / 2))} |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines), points, spread
+
+
+def draw(name: str, points: list[Point], spread: float, path: Path) -> None:
+    """Error of the mean against cost: one pass, and Monte Carlo."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    most = max(point.forwards for point in points) * 20
+    samples = [2 ** (0.25 * k) for k in range(int(4 * math.log2(most)) + 1)]
+    errors = [spread / math.sqrt(one) for one in samples]
+    axes.plot(samples, errors, color="#777777", label="Monte Carlo, that many samples")
+    for point in points:
+        axes.plot(point.forwards, point.error, "o", label=point.name)
+    axes.set(xscale="log", yscale="log", xlabel="cost, in forwards of the plain model")
+    axes.set(ylabel="error of the mean", title=name)
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
 
 
 def needed(spread: float, error: float) -> str:
@@ -255,12 +292,15 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=list(CASES), help=", ".join(CASES))
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=1000, help="of training")
+    parser.add_argument("--figure", type=Path, help="where the last of the cases is drawn")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     for name in options.cases:
         for case in CASES[name](options.steps):
-            print(table(case, options.samples), flush=True)
-            print()
+            text, points, spread = table(case, options.samples)
+            print(f"{text}\n", flush=True)
+            if options.figure is not None:
+                draw(case.name, points, spread, options.figure)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ was held out, articles with their words shuffled, and articles with the letters 
 An uncertainty is good if it is higher there: measured by the AUROC, the chance that a random foreign
 text gets a higher one than a random article. Compared are the entropy of a plain softmax, of the
 plainly trained model and of the other, and the mutual information and predictive entropy of many
-forwards with masks: `mc_predict`, which takes the `DataLoader` of a test set as it is. Prints tables
-and draws a picture.
+forwards with masks (`mc_predict`, which takes the `DataLoader` of a test set as it is), and of one
+forward in which mean and variance travel (`predict_moments`). Prints tables and draws a picture.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers import default_data_collator as collate
 
-from surgery import apply_dropconnect, mc_predict
+from surgery import apply_dropconnect, mc_predict, predict_moments
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -45,7 +45,14 @@ from matplotlib import pyplot as plt
 INSIDE = "articles"
 PLAIN, MEAN = "softmax, plain training", "softmax, DropConnect training"
 ENTROPY, INFORMATION = "MC entropy", "MC mutual information"
-COLOURS = {PLAIN: "#555555", MEAN: "#009e73", ENTROPY: "#56b4e9", INFORMATION: "#d55e00"}
+TRAVELLED = "one-pass mutual information"
+COLOURS = {
+    PLAIN: "#555555",
+    MEAN: "#009e73",
+    ENTROPY: "#56b4e9",
+    INFORMATION: "#d55e00",
+    TRAVELLED: "#cc79a7",
+}
 
 TOGETHER = 64
 """Texts that are read together."""
@@ -92,10 +99,15 @@ def run(seed: int, options: argparse.Namespace) -> Run:
     # ---- many forwards with masks: mutual information is what they disagree about --------------
     found = {}
     for kind, own in inputs.items():
-        loader = DataLoader(examples(own, texts[kind].labels), TOGETHER, collate_fn=collate)
+        loader = loader_of(own, texts[kind].labels)
         found[kind] = mc_predict(
             model, loader, options.samples, seed=seed, batch_size=TOGETHER, progress=True
         )
+    # ---- and one forward: as many columns as --columns say how values covary -------------------
+    single = {
+        kind: predict_moments(model, loader_of(own, texts[kind].labels), options.columns)
+        for kind, own in inputs.items()
+    }
     # --------------------------------------------------------------------------------------------
 
     scores[ENTROPY] = {kind: known(own.entropy).numpy() for kind, own in found.items()}
@@ -104,7 +116,16 @@ def run(seed: int, options: argparse.Namespace) -> Run:
     }
     probabilities = known(found[INSIDE].probabilities)
     accuracy[ENTROPY] = accuracy[INFORMATION] = accuracy_of(probabilities, labels)
+    scores[TRAVELLED] = {
+        kind: known(own.mutual_information).numpy() for kind, own in single.items()
+    }
+    accuracy[TRAVELLED] = accuracy_of(known(single[INSIDE].probabilities), labels)
     return Run(scores, accuracy)
+
+
+def loader_of(inputs: dict[str, Tensor], labels: list[int]) -> Any:
+    """A data set in batches."""
+    return DataLoader(examples(inputs, labels), TOGETHER, collate_fn=collate)
 
 
 def load_texts(options: argparse.Namespace) -> tuple[Texts, dict[str, Texts]]:
@@ -282,7 +303,12 @@ def aurocs(runs: list[Run], measure: str, kind: str) -> list[Auroc]:
 def compare_all(runs: list[Run]) -> str:
     """What masks add: to the softmax of the plain training, and to that of the same model."""
     lines = []
-    for own, other in ((INFORMATION, PLAIN), (INFORMATION, MEAN), (ENTROPY, MEAN)):
+    for own, other in (
+        (INFORMATION, PLAIN),
+        (INFORMATION, MEAN),
+        (ENTROPY, MEAN),
+        (TRAVELLED, INFORMATION),
+    ):
         lines.append(f"AUROC, {own} against {other}:")
         for kind in foreign_kinds(runs):
             pairs = aurocs(runs, own, kind), aurocs(runs, other, kind)
@@ -328,7 +354,7 @@ def draw_aurocs(axes: Any, run: Run) -> None:
     kinds = foreign_kinds([run])
     for i, (measure, colour) in enumerate(COLOURS.items()):
         found = [aurocs([run], measure, kind)[0] for kind in kinds]
-        places = np.arange(len(kinds)) + 0.15 * (i - 1.5)
+        places = np.arange(len(kinds)) + 0.15 * (i - 2)
         values, errors = [a.value for a in found], [a.error for a in found]
         axes.errorbar(places, values, errors, fmt="o", color=colour, capsize=4, label=measure)
     axes.axhline(0.5, color="#999999", linestyle=":", linewidth=1)
@@ -368,6 +394,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds to train with")
     parser.add_argument("--p", type=float, default=0.1, help="probability of dropping a weight")
     parser.add_argument("--samples", type=int, default=16, help="forwards with masks")
+    parser.add_argument(
+        "--columns", type=int, default=8, help="of the one forward, see docs/moments.md"
+    )
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-4)

@@ -49,7 +49,7 @@ def elementwise(call: Call) -> Any:
         )
         return result
 
-    like = function(value.origin.mean.detach())
+    like = _like(call, value, function)
     positions = [i for i, arg in enumerate(call.args) if isinstance(arg, Travelling)]
     single = len(direct) == 1 and len(positions) == 1
     if single and like.is_floating_point() and table.is_affine(call.name, positions):
@@ -66,6 +66,30 @@ def elementwise(call: Call) -> Any:
 
 
 RULES_OF_PAIRS: Callable[[Call], Any] = lambda call: NotImplemented  # noqa: E731  `pairs` puts it here
+
+
+def _like(call: Call, value: Travelling, function: Function) -> Tensor:
+    """A tensor of the shape and dtype of the result: of a function of one value and numbers, not
+    computed in every entry."""
+    mean = value.origin.mean.detach()
+    others = (*call.args, *call.kwargs.values())
+    if any(isinstance(one, Tensor) and not isinstance(one, Travelling) for one in others):
+        return function(mean)
+    if value.shape != mean.shape or call.name in table.COMPARISONS:
+        return function(mean)
+    dtype = call.func(*(_single(one) for one in call.args), **_singles(call.kwargs)).dtype
+    return mean if dtype == mean.dtype else mean.to(dtype)
+
+
+def _single(value: Any) -> Any:
+    """One entry in the place of all."""
+    if not isinstance(value, Travelling):
+        return value
+    return torch.ones(1, dtype=value.dtype, device=value.device)
+
+
+def _singles(given: dict[str, Any]) -> dict[str, Any]:
+    return {key: _single(value) for key, value in given.items()}
 
 
 def _bound(arg: Any) -> tuple[bool, Any]:
@@ -207,9 +231,8 @@ def _gelu(call: Call, function: Function, mean: Tensor, variance: Tensor) -> Thr
     bend = 1 + (1 - z.square()) / wider
     second = density / deviation * bend
     third = -z * density / wider * (bend + 2 / wider)
-    total = variance * (
-        gain.square() + variance * (second.square() / 2 + variance * third.square() / 6)
-    )
+    inner = torch.addcmul(second.square() / 2, variance, third.square(), value=1 / 6)
+    total = variance * torch.addcmul(gain.square(), variance, inner)
     return first, total, gain
 
 

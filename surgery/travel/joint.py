@@ -215,12 +215,13 @@ def normed(
     with torch.no_grad():
         y = unscaled.detach()
         one = 1.0 if centred else 0.0
-        sums = [(variance * power).sum(dims, keepdim=True) for power in (one, y, y.square())]
-        shared = sums[2] * y.square()
+        by_square = variance * y.square()
+        moved = variance * (1 - 2 * one / count) - by_square * (2 / count)
+        moved += y.square() * (by_square.sum(dims, keepdim=True) / count**2)
         if centred:
-            shared = shared + sums[0] + 2 * y * sums[1]
-        moved = variance * (1 - 2 * (one + y.square()) / count) + shared / count**2
-        moved = moved.clamp_min(0) * gain.square()
+            along = (variance * y).sum(dims, keepdim=True) * (2 / count**2)
+            moved += torch.addcmul(variance.sum(dims, keepdim=True) / count**2, y, along)
+        moved = moved.clamp_min_(0) * gain.square()
         factors = state.factors
         if factors is not None:
             low = y.to(factors.dtype)

@@ -43,8 +43,9 @@ class State:
             scale: its slopes; broadcasts to `mean`.
         """
         with torch.no_grad():
-            variance = (self.variance * scale**2).expand(mean.shape)
-            factors = self.factors
+            unchanged = isinstance(scale, float) and abs(scale) == 1
+            variance = self.variance if unchanged else self.variance * scale**2
+            variance, factors = variance.expand(mean.shape), self.factors
             if factors is not None:
                 factors = (aligned(factors, mean.ndim) * scale).to(mean.dtype)
                 factors = factors.expand(len(factors), *mean.shape)
@@ -104,7 +105,7 @@ def covariance_of(one: State, other: State) -> Tensor | None:
 def sum_of(one: State, other: State, sign: float, mean: Tensor) -> State:
     """The state of `one + sign * other`, whose mean is `mean`."""
     with torch.no_grad():
-        variance = one.variance + sign**2 * other.variance
+        variance = torch.add(one.variance, other.variance, alpha=sign**2)
         covariance = covariance_of(one, other)
         if covariance is not None:
             variance = (variance + 2 * sign * covariance).clamp_min(0)

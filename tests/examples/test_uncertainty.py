@@ -24,6 +24,7 @@ from uncertainty import (
     INSIDE,
     MEAN,
     PLAIN,
+    TRAVELLED,
     Run,
     auroc,
     aurocs,
@@ -105,16 +106,22 @@ def run_of(shift: float) -> Run:
     inside, outside = draw.normal(size=40), draw.normal(size=40) + 1
     scores = {
         name: {INSIDE: inside, "other": outside + (shift if name == INFORMATION else 0)}
-        for name in (PLAIN, MEAN, ENTROPY, INFORMATION)
+        for name in (PLAIN, MEAN, ENTROPY, INFORMATION, TRAVELLED)
     }
     return Run(scores, dict.fromkeys(scores, 0.9))
 
 
 def test_table_has_a_row_for_each_measure() -> None:
     lines = summarise([run_of(1.0)]).splitlines()
-    assert [line.split("  ")[0] for line in lines[2:]] == [PLAIN, MEAN, ENTROPY, INFORMATION]
+    assert [line.split("  ")[0] for line in lines[2:]] == [
+        PLAIN,
+        MEAN,
+        ENTROPY,
+        INFORMATION,
+        TRAVELLED,
+    ]
     own = aurocs([run_of(1.0)], INFORMATION, "other")[0]
-    assert f"{own.value:.3f} ± {own.error:.3f}" in lines[-1]
+    assert f"{own.value:.3f} ± {own.error:.3f}" in lines[-2]
     assert lines[-1].endswith("90.0 %")
     assert f"{own.value:.3f} ± 0.000" in summarise([run_of(1.0), run_of(1.0)]).splitlines()[-1]
 
@@ -165,7 +172,7 @@ def test_script(
     size = "--steps 4 --train-size 32 --test-size 24 --max-length 16 --samples 4"
     done = run_example(f"examples/uncertainty.py {size} --seeds {seeds}")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("noise") == 9
+    assert done.stdout.count("noise") == 12
     assert "warn" not in done.stderr.lower()
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["runs"]) == seeds
