@@ -227,6 +227,7 @@ def table(case: Case, samples: int) -> tuple[str, list[Point], float]:
 
     def error(mean: Tensor) -> float:
         """Without what Monte Carlo's error adds to the square."""
+        assert bool(mean.isfinite().all())
         return math.sqrt(max(rms(mean - found.mean) ** 2 - own**2, 0))
 
     spread = rms(found.variance.sqrt())

@@ -329,7 +329,8 @@ def max_pool(call: Call) -> Any:
     state = value.state()
     if any(padding):
         width = [size for one in reversed(padding) for size in (one, one)]
-        low = torch.finfo(state.mean.dtype).min / 4
+        with torch.no_grad():  # below all others, and no larger than needed: it is squared
+            low = float(state.at.min() - 10 * state.variance.max().sqrt() - 1)
         padded = state.moved(lambda t: F.pad(t, width))
         state = State(F.pad(state.mean, width, value=low), padded.variance, padded.factors)
     windows = _windows(state, kernel, stride, dilation)

@@ -80,7 +80,10 @@ def cast(call: Call) -> Any:
 @rule("cat", "stack")
 def joined(call: Call) -> Any:
     """Values side by side."""
-    parts = [state_of(part) for part in call.argument(0, "tensors")]
+    given = call.argument(0, "tensors")
+    if call.name == "cat":  # torch leaves out empty vectors too: caches begin with one
+        given = [one for one in given if one.ndim != 1 or one.numel()] or given
+    parts = [state_of(part) for part in given]
     rest, named = call.args[1:], {k: v for k, v in call.kwargs.items() if k != "tensors"}
     dim = rest[0] if rest else named.get("dim", 0)
 

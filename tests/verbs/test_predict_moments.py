@@ -19,14 +19,18 @@ from surgery import (
     apply_dropconnect,
     mc_predict,
     predict_moments,
+    strip_dropconnect,
 )
 
 from ..helpers import Snapshot
+from ..zoo.tiny import tiny
 
 P = 0.2
 
 
-def enumerated(model: nn.Module, x: Tensor, unit: str = "element") -> tuple[Tensor, Tensor]:
+def enumerated(
+    model: nn.Module, x: Tensor, unit: str = "element", towards: dict[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean and covariance (rows, outputs, outputs) over all masks of the weights of Linear layers. The
     examples share them: that changes nothing for one of them."""
     weights = {name: w.detach() for name, w in model.named_parameters() if w.ndim == 2}
@@ -43,7 +47,11 @@ def enumerated(model: nn.Module, x: Tensor, unit: str = "element") -> tuple[Tens
     kept = torch.tensor(list(itertools.product((0.0, 1.0), repeat=sum(sizes))), dtype=x.dtype)
     probability = (P + (1 - 2 * P) * kept).prod(1)
     parts = zip(weights.items(), shapes.values(), kept.split(sizes, 1))
-    masked = {name: w * m.view(-1, *shape) / (1 - P) for (name, w), shape, m in parts}
+    anchors = {name: torch.zeros_like(w) for name, w in weights.items()} | (towards or {})
+    masked = {
+        name: anchors[name] + (w - anchors[name]) * m.view(-1, *shape) / (1 - P)
+        for (name, w), shape, m in parts
+    }
 
     def call(own: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(model, own, x).flatten(1)
@@ -85,6 +93,24 @@ def test_two_linear_layers_are_exact(unit: str) -> None:
     if unit in ("element", "tensor"):
         torch.testing.assert_close(found.covariance, covariance)
     torch.testing.assert_close(found.variance, covariance.diagonal(dim1=1, dim2=2))
+
+
+@pytest.mark.parametrize("unit", ["element", "input", "output", "tensor"])
+def test_toward_the_pretrained_weights(unit: str) -> None:
+    model, x = chain(nn.Identity()), torch.randn(3, 4, dtype=torch.float64)
+    pretrained = {name: p.detach().clone() for name, p in model.named_parameters() if p.ndim == 2}
+    apply_dropconnect(model, nn.Linear, p=P, unit=unit, toward="pretrained")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    found = predict_moments(model, x, "full", class_dim=None)
+    strip_dropconnect(model)
+    mean, covariance = enumerated(model, x, unit, pretrained)
+    torch.testing.assert_close(found.mean, mean)
+    if unit in ("element", "output"):
+        torch.testing.assert_close(found.covariance, covariance)
+    size = covariance.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(found.variance, size, rtol=0.35, atol=0.0)
 
 
 ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], float, float]] = {
@@ -206,7 +232,7 @@ class Residual(nn.Module):
 
 def convolutions() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1),
         nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(8, 3),
     )  # fmt: skip
@@ -227,6 +253,37 @@ def test_full_of_shared_masks_against_monte_carlo(
     apply_dropconnect(model, targets, p=0.1)
     _, ratio = against_samples(model, torch.randn(*shape), 800, "full")
     assert low < ratio < high
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [("llama", "sdpa"), ("t5", "eager"), ("vit", "sdpa")]
+)
+def test_transformers_against_monte_carlo(name: str, attention: str) -> None:
+    """Tiny models as they are made: gates, norms written out, caches, relative positions, both ways to
+    attend. All variance arrives."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = tiny(name).eval()
+    model.set_attn_implementation(attention)
+    apply_dropconnect(model, "all-linear", p=P)
+    inputs = {"input_ids": torch.randint(0, 99, (2, 6))}
+    if name == "t5":
+        inputs["decoder_input_ids"] = torch.randint(0, 99, (2, 4))
+    if name == "vit":
+        inputs = {"pixel_values": torch.randn(4, 3, 16, 16)}
+    count = 150
+    sampled = mc_predict(model, inputs, count, seed=1, batch_size=1)
+    found = predict_moments(model, inputs)
+    assert not found.settled
+    own = (sampled.variance / count).mean()
+    with torch.no_grad():
+        plain = model(**inputs).logits
+    error, of_plain = (
+        ((mean - sampled.mean).square().mean() - own).clamp_min(0) for mean in (found.mean, plain)
+    )
+    assert error < of_plain / 4
+    assert 0.8 < found.variance.sum() / sampled.variance.sum() < 1.25
+    assert predict_moments(model, inputs, 4).variance.isfinite().all()
 
 
 def test_dropouts_count_where_nothing_else_drops() -> None:
