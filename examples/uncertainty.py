@@ -103,9 +103,9 @@ def run(seed: int, options: argparse.Namespace) -> Run:
         found[kind] = mc_predict(
             model, loader, options.samples, seed=seed, batch_size=TOGETHER, progress=True
         )
-    # ---- and one forward: as many columns as --columns say how values covary -------------------
+    # ---- and one forward, in which variances travel ---------------------------------------------
     single = {
-        kind: predict_moments(model, loader_of(own, texts[kind].labels), options.columns)
+        kind: predict_moments(model, loader_of(own, texts[kind].labels))
         for kind, own in inputs.items()
     }
     # --------------------------------------------------------------------------------------------
@@ -394,9 +394,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds to train with")
     parser.add_argument("--p", type=float, default=0.1, help="probability of dropping a weight")
     parser.add_argument("--samples", type=int, default=16, help="forwards with masks")
-    parser.add_argument(
-        "--columns", type=int, default=8, help="of the one forward, see docs/moments.md"
-    )
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-4)

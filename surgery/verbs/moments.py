@@ -43,8 +43,8 @@ def predict_moments(
 
     Every value in the forward is taken as a Gaussian, whose mean and variance travel from operation to
     operation: through products exactly, through activations by closed forms or quadrature, through
-    softmax, attention and norms to second order. What `mc_predict` estimates by hundreds of forwards
-    comes of one that costs about three; where and by how much it errs is said in docs/moments.md.
+    softmax, attention and norms to second order. Where and by how much it errs is said in
+    docs/moments.md.
 
     Everything but DropConnect runs as in `eval()`. Each example is predicted as if its masks were its
     own, which with one mask for a batch changes nothing for one example.
@@ -55,14 +55,15 @@ def predict_moments(
         inputs: one batch, or a loader of batches, as for `mc_predict`.
         covariance: how values covary on the way, and what is returned of the outputs.
 
-            * `"diagonal"`: not at all. The cheapest: about three forwards. Variances of trained
-              networks come out too small.
+            * `"diagonal"`: not at all. The cheapest: the time of about five forwards. Variances of
+              trained networks come out too small, and of residual ones by far.
             * `"full"`: the covariance of all outputs of an example. Where every random number of an
               example fits into the memory (perceptrons), it is carried through the forward; else a
               sketch is carried, and one backward pass for each output of an example gives the
               covariance to first order. For outputs of few entries, as logits.
-            * a number r: random signs spread all randomness over r columns; costs about r forwards and
-              r times the memory of the activations. The covariance is returned as its factors.
+            * a number r: random signs spread all randomness over r columns; costs about five forwards
+              for each, and r times the memory of the activations. The covariance is returned as
+              its factors.
         input_variance: of noise on every floating-point input, which is independent between entries: a
             number, or a tensor that broadcasts to the input.
         dropout: whether `nn.Dropout` and its like drop too. None: where no DropConnect is in place.
