@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed -o -path '*/kernels/*')
 
 .PHONY: help setup demo examples test random interrupts test-all test-no-compiler test-oldest test-oldest-quick test-newest test-libraries \
-	bench bench-quick bench-page bench-strip bench-gpu mutants fuzz sweep docs lint wheel release-check clean
+	bench bench-quick bench-page bench-strip bench-moments bench-gpu mutants fuzz sweep docs lint wheel release-check clean
 .NOTPARALLEL:  # targets share build/, dist/ and the cores
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
 	@echo "make bench-page   make bench, into docs/performance.md"
 	@echo "make bench-strip   surgery strip on 5 GB beside cp, into docs/command-line.md (2 minutes, 15 GB of disk)"
+	@echo "make bench-moments predict_moments beside Monte Carlo and plain weights (20 minutes)"
 	@echo "make bench-gpu    the same on a GPU, into out/bench-gpu.md (under 4 minutes); nothing without one"
 	@echo "make docs      the site, into out/site (open out/site/index.html)"
 	@echo "make lint      ruff and mypy"
@@ -162,6 +163,9 @@ bench bench-quick bench-page:
 
 bench-strip: $(VENV)/.wheel
 	$(BIN)/python -m benchmarks.strip --page docs/command-line.md
+
+bench-moments: $(VENV)/.wheel
+	$(BIN)/python -m benchmarks.moments
 
 HAS_GPU := -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 

@@ -211,6 +211,3 @@ def _gram(effects: Tensor) -> Tensor:
 def root(square: Tensor, sign_of: Tensor) -> Tensor:
     """The root of expected squares, with the sign of the mean."""
     return torch.where(sign_of < 0, -1.0, 1.0).to(square.dtype) * square.sqrt()
-
-
-__all__ = ["Birth", "Diagonal", "OfInputs", "OfOutputs", "OfWeights", "root"]

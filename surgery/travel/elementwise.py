@@ -22,8 +22,8 @@ from torch import Tensor
 from .. import ops
 from ..moments import torch_functions as table
 from .run import Run
-from .state import State, wide
-from .value import Call, Travelling, rule
+from .state import State
+from .value import RULES, Call, Travelling, rule
 
 Function = Callable[[Tensor], Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
@@ -38,7 +38,7 @@ def elementwise(call: Call) -> Any:
         return NotImplemented
     value = direct[0]
     if any(one.origin is not value.origin for one in direct):
-        return RULES_OF_PAIRS(call)
+        return RULES["pair"](call)
     given = [_bound(arg) for arg in call.args]
     named = {key: _bound(arg) for key, arg in call.kwargs.items()}
 
@@ -63,9 +63,6 @@ def elementwise(call: Call) -> Any:
         return of_function(None, function, value.origin, value.run)
 
     return Travelling.later(value, like, function, make_state, False)
-
-
-RULES_OF_PAIRS: Callable[[Call], Any] = lambda call: NotImplemented  # noqa: E731  `pairs` puts it here
 
 
 def _like(call: Call, value: Travelling, function: Function) -> Tensor:
@@ -236,15 +233,9 @@ def _gelu(call: Call, function: Function, mean: Tensor, variance: Tensor) -> Thr
     return first, total, gain
 
 
-def _identity(call: Call, function: Function, mean: Tensor, variance: Tensor) -> Three:
-    return mean, variance, torch.ones_like(mean)
-
-
 FORMS: dict[str, Form] = {
     "gelu": _gelu,
     "leaky_relu": _leaky,
     "relu": _relu,
 }
 """Closed forms, by canonical names."""
-
-__all__ = ["FORMS", "NODES", "by_quadrature", "elementwise", "of_function", "three_of", "wide"]

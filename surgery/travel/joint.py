@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .pairs import larger_of
 from .run import Run
-from .shapes import state_of
 from .state import State
 from .value import Call, Travelling, rule
 
@@ -366,6 +365,3 @@ def _windows(
 
 def _at(index: Any, t: Tensor) -> Tensor:
     return t[index]
-
-
-__all__ = ["normed", "softmax", "state_of"]

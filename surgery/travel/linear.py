@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .run import Run
-from .shapes import state_of
 from .state import State, over_columns
 from .value import Call, Travelling, rule
 
@@ -240,6 +239,3 @@ def embedding(call: Call) -> Any:
         return NotImplemented
     index, state = call.first, weight.state()
     return Travelling.of(weight.run, state.moved(lambda t: F.embedding(index, t)))
-
-
-__all__ = ["bilinear", "folded", "mapped", "state_of"]

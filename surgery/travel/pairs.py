@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import elementwise
+from .elementwise import rectified
 from .run import Run
 from .shapes import state_of
 from .state import State, combined, covariance_of, sum_of
-from .value import Call, Travelling
+from .value import Call, Travelling, rule
 
 
+@rule("pair")
 def of_pair(call: Call) -> Any:
     """A function of values that have different origins."""
     if len(call.args) < 2 or not all(
@@ -30,9 +31,6 @@ def of_pair(call: Call) -> Any:
         return NotImplemented
     rule = _RULES.get(call.name)
     return NotImplemented if rule is None else rule(call)
-
-
-elementwise.RULES_OF_PAIRS = of_pair
 
 
 def _sum(call: Call) -> Any:
@@ -105,8 +103,7 @@ def larger_of(one: State, other: State, run: Run) -> State:
         spread = one.variance + other.variance
         spread = spread if covariance is None else (spread - 2 * covariance).clamp_min(0)
         gap = first - second
-        _, _, share = elementwise.rectified(gap, spread)
-        added = elementwise.rectified(gap, spread)[0]  # E[max(one - other, 0)]
+        added, _, share = rectified(gap, spread)  # E[max(one - other, 0)]
         expected = second + added
         density = added - gap * share  # deviation times density of the gap
         square = (

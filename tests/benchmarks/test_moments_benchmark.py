@@ -1,0 +1,27 @@
+"""The tables of `benchmarks.moments`, of a small network and few samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+moments = pytest.importorskip("benchmarks.moments")
+
+
+def test_a_table_and_its_figure(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    case = dataclasses.replace(moments.perceptron(1, 0.2, 2), forms=("diagonal", 2))
+    text, points, spread = moments.table(case, 8)
+    rows = text.splitlines()
+    assert rows[0] == "### MLP 32-64-10, p = 0.2"
+    assert [row.split("|")[1].strip() for row in rows[6:]] == ["plain weights", "diagonal", "2"]
+    assert [point.name for point in points] == [
+        "plain weights",
+        "one pass, diagonal",
+        "one pass, 2",
+    ]
+    assert spread > 0
+    moments.draw(case.name, points, spread, tmp_path / "moments.png")
+    assert (tmp_path / "moments.png").stat().st_size > 5000
