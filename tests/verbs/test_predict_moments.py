@@ -113,6 +113,32 @@ def test_toward_the_pretrained_weights(unit: str) -> None:
     torch.testing.assert_close(found.variance, size, rtol=0.35, atol=0.0)
 
 
+class MeanOfTokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x).mean(1)
+
+
+@pytest.mark.parametrize("unit", ["element", "input", "output", "tensor"])
+@pytest.mark.parametrize("dim", [0, "all"])
+def test_tokens_share_a_mask_or_do_not(unit: str, dim: Any) -> None:
+    """The mean over tokens: of one mask, what it makes of the mean token; of masks for each token, the
+    covariance of one of them by their number."""
+    torch.manual_seed(0)
+    model, x = MeanOfTokens().double(), torch.randn(4, 5, 3, dtype=torch.float64)
+    if dim == 0:
+        _, wanted = enumerated(model.fc, x.mean(1), unit)
+    else:
+        each = [enumerated(model.fc, token, unit)[1] for token in x.unbind(1)]
+        wanted = torch.stack(each).sum(0) / 25
+    apply_dropconnect(model, nn.Linear, p=P, unit=unit, sampling="example", example_dim=dim)
+    found = predict_moments(model, x, "full", class_dim=None)
+    torch.testing.assert_close(found.covariance, wanted)
+
+
 ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], float, float]] = {
     "relu": (nn.ReLU, 0.07, 0.17),
     "leaky_relu": (lambda: nn.LeakyReLU(0.1), 0.06, 0.15),
