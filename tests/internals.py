@@ -84,6 +84,7 @@ def free_blocks() -> list[Tensor]:
 
 def replace_draw_key(patch: Patch, draw: Callable[..., Any]) -> Callable[..., Any]:
     """Let forward calls draw their keys by `draw`; the function that it replaces."""
+    without_extension(patch)
     before = state.draw_key
     patch.setattr(state, "draw_key", draw)
     return before
@@ -91,6 +92,7 @@ def replace_draw_key(patch: Patch, draw: Callable[..., Any]) -> Callable[..., An
 
 def note_keys(patch: Patch, note: Callable[[str, Tensor], None]) -> None:
     """`note(site, key)` is called with every key that a forward draws; `site` is a plain name."""
+    without_extension(patch)
     new_key = state.SiteState.new_key
 
     def noted(self: state.SiteState, device: Any) -> Any:
@@ -103,6 +105,7 @@ def note_keys(patch: Patch, note: Callable[[str, Tensor], None]) -> None:
 
 def give_bits(patch: Patch, words: Tensor) -> None:
     """Let the generator give these two words for each key."""
+    without_extension(patch)
     patch.setattr(hash, "drawn", lambda *args, **options: words)
 
 
@@ -112,6 +115,7 @@ def forget_generators(patch: Patch) -> None:
 
 def note_masked_weights(patch: Patch, note: Callable[[Tensor], None]) -> None:
     """`note` is called with every masked weight that is made."""
+    without_extension(patch)
     drop, drop_both = masking.drop_weight, linear.drop_both
 
     def one(*args: Any, **options: Any) -> Tensor:
@@ -130,6 +134,7 @@ def note_masked_weights(patch: Patch, note: Callable[[Tensor], None]) -> None:
 
 def note_fused(patch: Patch, note: Callable[[Tensor], None]) -> None:
     """`note` is called with the input of every Linear that runs as one function."""
+    without_extension(patch)
     fused = dropping.fused_forward
 
     def noted(module: nn.Module, x: Tensor) -> Tensor | None:
@@ -272,4 +277,11 @@ def taken_by_extension(patch: Patch) -> list[bool]:
         return found
 
     patch.setattr(loading, "linear", noted)
+    return taken
+
+
+def note_taken(patch: Patch) -> list[None]:
+    """Has an entry for each time at which the extension was told of new kernels."""
+    taken: list[None] = []
+    patch.setattr(loading, "take_kernels", lambda: taken.append(None))
     return taken

@@ -9,9 +9,9 @@
 The other files draw random numbers and answer questions about tensors.
 """
 
-from .cpu.workspace import release
 from .example import example_linear, example_vector
 from .expect import expectation, expectation_by_draws, gauss_hermite, register_closed_form
+from .extension.loading import release
 from .formula import keep_mask, masked_formula
 from .gaussian import average, gaussian_sample, linear_moments, moments_of
 from .gaussian_linear import gaussian_linear

@@ -222,7 +222,10 @@ def _gradients_of_node(
     want: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     law, layout, anchor, name = about
-    return _gradients(grad, x, weight, kept, version, (Mask(key, law, layout), anchor, name), want)
+    rest = Mask(key, law, layout), anchor, name
+    found = _gradients(grad, x, weight, kept, version, rest, want)
+    loading.take_kernels()
+    return found
 
 
 loading.use(eager=_gradients_of_node)

@@ -46,8 +46,11 @@ def _product(
 ) -> Tensor:
     mask = _mask_of(weight, *law)
     if x.dtype == weight.dtype:
-        return product(x, weight, bias, mask, anchor, weight.requires_grad)
-    return F.linear(x, drop(weight, anchor, mask, x.dtype), bias)
+        found = product(x, weight, bias, mask, anchor, weight.requires_grad)
+    else:
+        found = F.linear(x, drop(weight, anchor, mask, x.dtype), bias)
+    loading.take_kernels()
+    return found
 
 
 @torch.library.custom_op(
@@ -76,6 +79,7 @@ def _gradients(
     mask = _mask_of(weight, key, thresholds, scales, row)
     on_gpu = gpu.is_there(weight) and gpu.reads(weight, anchor)
     found = gradients(grad, x, weight, mask, anchor, (*want, False), on_gpu)
+    loading.take_kernels()
     return tuple(grad.new_empty(0) if one is None else one for one in found[:2])
 
 

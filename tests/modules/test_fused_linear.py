@@ -15,7 +15,7 @@ from surgery import apply_dropconnect, hold_masks, strip_dropconnect
 from surgery.ops import release
 
 from ..expected import keep, masked
-from ..internals import free_blocks, note_fused
+from ..internals import free_blocks, note_fused, without_extension
 
 IN, OUT, P = 48, 40, 0.5
 
@@ -62,6 +62,12 @@ class Sizes(TorchDispatchMode):
             if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in views:
                 self.sizes.append(value.numel())
         return result
+
+
+@pytest.fixture(autouse=True)
+def by_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the extension does is in tests/ops/test_extension.py."""
+    without_extension(monkeypatch)
 
 
 @pytest.mark.compiler

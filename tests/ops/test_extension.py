@@ -22,7 +22,7 @@ from surgery import apply_dropconnect, set_p
 from surgery.ops import Law, draw_key, masked_linear
 from surgery.ops.law import Layout
 
-from ..internals import extension_linear, without_extension
+from ..internals import extension_linear, note_taken, without_extension
 
 pytestmark = pytest.mark.compiler
 
@@ -273,6 +273,20 @@ def test_the_operators_of_a_graph(dtype: torch.dtype, toward: Any) -> None:
 
     first, second = with_one_key(lambda: step(model), lambda: step(compiled))
     assert all(map(same, first, second))
+
+
+def test_kernels_that_python_compiles_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of a step was left to Python."""
+    taken = note_taken(monkeypatch)
+    x = torch.randn(4, 16, dtype=torch.float16, requires_grad=True)
+    layer = apply_dropconnect(nn.Linear(16, 8).half(), nn.Linear, p=0.4)
+    torch.compile(layer, backend="aot_eager")(x).sum().backward()
+    assert len(taken) == 2  # forward and backward
+    x, weight = torch.randn(4, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+    output = by_extension(x, weight, None)
+    assert output is not None
+    torch.autograd.grad(output.sum(), x, create_graph=True)
+    assert len(taken) == 3
 
 
 COLD = """

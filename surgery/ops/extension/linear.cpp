@@ -45,7 +45,11 @@ PyObject* use_gpu(PyObject*, PyObject* args) {
     return nullptr;
   }
   const int form = form_of(BY_NUMBER.at(from), BY_NUMBER.at(to), anchor, grad, sixteen);
-  on_gpu.at(device).at(form) = {reinterpret_cast<void*>(function), threads, shared, block};
+  Kernel& kernel = on_gpu.at(device).at(form);
+  kernel.threads = threads;
+  kernel.shared = shared;
+  kernel.block = block;
+  kernel.function = reinterpret_cast<void*>(function);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }

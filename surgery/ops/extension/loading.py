@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...base.journal import Lock
 from ...torch_private.gpu import addresses, handle_of
 from ...torch_private.tracing import is_capturing
-from ..cpu import native
+from ..cpu import native, workspace
 from ..cpu.build import NoCompiler, Source, load, load_kept
 from ..gpu.masks import BLOCK, kinds_of, mask_kernel, parameters
 from ..switch import compile_enabled
@@ -43,6 +44,7 @@ _log = logging.getLogger("surgery")
 _NUMBERS = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3,
 }  # fmt: skip
+_lock = Lock()
 _products = 0
 _asked = False
 _module: Any = None
@@ -80,13 +82,13 @@ def note_product() -> None:
 
     The first one looks in the cache. It is compiled in the background after `PATIENCE` of them.
     """
-    global _products, _asked, _module
+    global _products, _asked
     if _module is not None:
-        _take_kernels()
+        take_kernels()
         return
     _products += 1
     if _products == 1 and compile_enabled("cpu"):
-        _install(load_kept(source(), _opened))
+        _lock.holding(lambda: _install(load_kept(source(), _opened)))
     elif _products >= PATIENCE and not _asked and compile_enabled("cpu"):
         _asked = True
         threading.Thread(target=_compile, name="dropconnect-compiler", daemon=True).start()
@@ -96,9 +98,31 @@ def compile_now() -> bool:
     """Compile the extension, or load it, and wait for that. Whether it is there."""
     if _module is None and compile_enabled("cpu"):
         _compile()
-    if _module is not None:
-        _take_kernels()
+    take_kernels()
     return _module is not None
+
+
+def take_kernels() -> None:
+    """Let the extension know the kernels that are there by now. Python calls it after whatever the
+    extension has left to it, since a kernel of a GPU is compiled when Python launches it."""
+    global linear
+    if _module is None:
+        return
+    if linear is None:
+        try:
+            masks = native.library("masks")
+        except NoCompiler:
+            masks = None
+        for dtype, name in native.NAMES.items() if masks is not None else ():
+            address = ctypes.cast(getattr(masks, f"drop_{name}"), ctypes.c_void_p).value
+            _module.use_cpu(_NUMBERS[dtype], address)
+        driver = addresses()
+        if driver is not None:
+            _module.use_driver(*driver)
+        linear = _module.linear
+    if mask_kernel.made and not is_capturing():
+        while mask_kernel.made:
+            _take_mask(*mask_kernel.made.pop())
 
 
 def on_the_gpu() -> bool:
@@ -107,14 +131,20 @@ def on_the_gpu() -> bool:
 
 
 def release() -> None:
-    """Free the memory for masked weights that nobody uses now."""
+    """Free the memory for masked weights that nobody uses now, here and in Python."""
+    workspace.release()
     if _module is not None:
         _module.release()
 
 
 def _compile() -> None:
+    _lock.holding(_compile_once)
+
+
+def _compile_once() -> None:
     try:
-        _install(load(source(), _opened))
+        if _module is None:
+            _install(load(source(), _opened))
     except NoCompiler as error:
         _log.info("DropConnect's extension is not compiled, and Python does its work: %s", error)
 
@@ -133,29 +163,9 @@ def _opened(library: Path) -> Any:
 
 def _install(module: Any) -> None:
     global _module
-    if module is not None:
+    if module is not None and _module is None:
         module.otherwise(*(_in_python[name] for name in ("eager", "product", "gradients")))
         _module = module
-
-
-def _take_kernels() -> None:
-    """Let the extension know the kernels that are there by now, in the thread that trains."""
-    global linear
-    if linear is None:
-        try:
-            masks = native.library("masks")
-        except NoCompiler:
-            masks = None
-        for dtype, name in native.NAMES.items() if masks is not None else ():
-            address = ctypes.cast(getattr(masks, f"drop_{name}"), ctypes.c_void_p).value
-            _module.use_cpu(_NUMBERS[dtype], address)
-        driver = addresses()
-        if driver is not None:
-            _module.use_driver(*driver)
-        linear = _module.linear
-    if mask_kernel.made and not is_capturing():
-        while mask_kernel.made:
-            _take_mask(*mask_kernel.made.pop())
 
 
 def _take_mask(known: Any, compiled: Any) -> None:

@@ -9,6 +9,7 @@
 #include <ATen/ops/randint.h>
 
 #include <array>
+#include <atomic>
 #include <mutex>
 #include <vector>
 
@@ -38,7 +39,7 @@ std::array<Drop, TYPES> on_cpu{};
 
 /// Of the GPU: see gpu/mask_kernels.py. `launch` is that of the driver.
 struct Kernel {
-  void* function = nullptr;
+  std::atomic<void*> function = nullptr;  // set last: other threads may look for it
   unsigned threads = 0, shared = 0, block = 0;
 };
 using Launch = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
