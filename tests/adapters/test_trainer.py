@@ -290,7 +290,7 @@ def test_plain_torch_model_under_trainer(trainer: Any) -> None:
 def test_a_site_that_is_never_used_is_reported(tiny: Any, trainer: Any) -> None:
     model = tiny("bert")
     model.spare = nn.Linear(4, 4)
-    with pytest.warns(UserWarning, match=r"1 DropConnect sites.*'spare\.weight'"):
+    with pytest.warns(UserWarning, match=r"1 DropConnect site,.*'spare\.weight'"):
         trainer(model, [DropConnectCallback("*.spare", p=0.2)]).train()
 
 

@@ -258,6 +258,7 @@ def test_a_model_trains_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("toward", ["zero", "pretrained"])
 def test_the_operators_of_a_graph(dtype: torch.dtype, toward: Any) -> None:
     """float16 has no kernel on the CPU, and Python does it."""
+    torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4, bias=False)).to(dtype)
     apply_dropconnect(model, nn.Linear, p=0.4, toward=toward)
     with torch.no_grad():
@@ -280,6 +281,7 @@ def test_kernels_that_python_compiles_are_taken(monkeypatch: pytest.MonkeyPatch)
     taken = note_taken(monkeypatch)
     x = torch.randn(4, 16, dtype=torch.float16, requires_grad=True)
     layer = apply_dropconnect(nn.Linear(16, 8).half(), nn.Linear, p=0.4)
+    torch._dynamo.reset()
     torch.compile(layer, backend="aot_eager")(x).sum().backward()
     assert len(taken) == 2  # forward and backward
     x, weight = torch.randn(4, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)

@@ -65,6 +65,7 @@ struct MaskedLinear : Node {
     const Tensor kept = keeps ? used.unpack() : Tensor();
     const bool on_the_gpu = weight.is_cuda();
     const bool ordinary = !at::GradMode::is_enabled() && is_plain(grad, on_the_gpu) &&
+                          !torch::autograd::isFwGradDefined(grad) &&
                           (!input.defined() || is_plain(input, on_the_gpu)) &&
                           (keeps || weight.is_inference() || weight._version() == version) &&
                           !somebody_looks_on();
