@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec.errors import SurgeryError
-from .prediction import Totals
+from .prediction import Totals, check_joinable
 
 DRAWS = 512
 """Draws from the Gaussian of the logits, for what is known of classes. They cost no forward."""
@@ -78,14 +77,7 @@ def joined_predictions(parts: Sequence[Prediction]) -> Prediction:
     Raises:
         SurgeryError: there are none, or their outputs differ in more than their rows.
     """
-    if not parts:
-        raise SurgeryError("the loader gave no batch: an iterator can be used once only")
-    shapes = {tuple(part.mean.shape[1:]) for part in parts}
-    if len(shapes) > 1:
-        raise SurgeryError(
-            f"outputs of batches have different shapes after the rows: {sorted(shapes)}; pad all "
-            "batches to one length, or call predict_moments for each batch"
-        )
+    check_joinable([part.mean for part in parts], "predict_moments")
     joined: dict[str, Any] = {}
     for name, value in vars(parts[0]).items():
         columns: list[Any] = [getattr(part, name) for part in parts]

@@ -47,20 +47,25 @@ def _fields_of(prediction: MCPrediction) -> tuple[Any, ...]:
     return tuple(getattr(prediction, one.name) for one in fields(prediction))
 
 
+def check_joinable(outputs: Sequence[Tensor], verb: str) -> None:
+    """Refuse outputs of the batches of a loader that cannot be joined: none, or of different shapes."""
+    if not outputs:
+        raise SurgeryError("the loader gave no batch: an iterator can be used once only")
+    shapes = {tuple(output.shape[1:]) for output in outputs}
+    if len(shapes) > 1:
+        raise SurgeryError(
+            f"outputs of batches have different shapes after the rows: {sorted(shapes)}; pad all "
+            f"batches to one length, or call {verb} for each batch"
+        )
+
+
 def joined(parts: Sequence[MCPrediction]) -> MCPrediction:
     """What was found for the batches of a loader, one after the other.
 
     Raises:
         SurgeryError: there are none, or their outputs differ in more than their rows.
     """
-    if not parts:
-        raise SurgeryError("the loader gave no batch: an iterator can be used once only")
-    shapes = {tuple(part.mean.shape[1:]) for part in parts}
-    if len(shapes) > 1:
-        raise SurgeryError(
-            f"outputs of batches have different shapes after the rows: {sorted(shapes)}; pad all "
-            "batches to one length, or call mc_predict for each batch"
-        )
+    check_joinable([part.mean for part in parts], "mc_predict")
     columns = zip(*map(_fields_of, parts))
     whole: Any = (torch.cat(one) if isinstance(one[0], Tensor) else one[0] for one in columns)
     return MCPrediction(*whole)
