@@ -6,12 +6,14 @@ import math
 import os
 import shutil
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -38,8 +40,12 @@ if not has_compiler():
 
 @pytest.fixture(scope="session", autouse=True)
 def extension() -> bool:
-    """Whether the extension in C++ is there: as in a training that has run for a while."""
-    return internals.compile_extension()
+    """Whether the extension in C++ is there: as in a training that has run for a while. Of processes that
+    start together, one compiles it."""
+    if not has_compiler():
+        return False
+    with FileLock(Path(tempfile.gettempdir()) / f"dropconnect-tests-{os.getuid()}.lock"):
+        return internals.compile_extension()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
