@@ -40,8 +40,8 @@ if not has_compiler():
 
 @pytest.fixture(scope="session", autouse=True)
 def extension() -> bool:
-    """Whether the extension in C++ is there: as in a training that has run for a while. Of processes that
-    start together, one compiles it."""
+    """Whether the extension in C++ is there: as in a training that has run for a while. Of processes
+    that start together, one compiles it."""
     if not has_compiler():
         return False
     with FileLock(Path(tempfile.gettempdir()) / f"dropconnect-tests-{os.getuid()}.lock"):
