@@ -1,8 +1,9 @@
 """The forward of a Linear whose weight is masked by element.
 
-This is the most common case, and the one in which the time of Python counts most. In eager training one
-autograd Function (`surgery.ops.masked_linear`) draws the mask, multiplies, and computes the gradients.
-In a trace, each line and each attribute that is read takes time to compile, at each site.
+This is the most common case, and the one in which the time of Python counts most. In eager training
+one node of autograd draws the mask, multiplies, and computes the gradients: that of `ops/extension`,
+and where it is not there or leaves the call to Python, that of `surgery.ops.masked_linear`. In a
+trace, each line and each attribute that is read takes time to compile, at each site.
 """
 
 from __future__ import annotations

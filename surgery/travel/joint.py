@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,17 @@ from .state import State
 from .value import Call, Travelling, rule
 
 
+class _Softmax(NamedTuple):
+    """What both rules need."""
+
+    share: Tensor
+    """The softmax at the mean."""
+    spread: Tensor
+    """The variance of each logit less their mean."""
+    centred: Tensor | None
+    """The columns of each logit less their mean."""
+
+
 @rule("softmax", "safe_softmax")
 def softmax(call: Call) -> Any:
     """To second order, with s = softmax(m) and w_i the variance of z_i - sum_j s_j z_j,
@@ -25,31 +36,39 @@ def softmax(call: Call) -> Any:
 
     which stays a distribution. It moves as `s * (dz - sum_j s_j dz_j)`.
     """
-    value = call.first
-    if not isinstance(value, Travelling):
-        return NotImplemented
-    dim = call.argument(1, "dim", -1)
-    if not isinstance(dim, int):
+    value, dim = call.first, call.argument(1, "dim", -1)
+    if not (isinstance(value, Travelling) and isinstance(dim, int)):
         return NotImplemented
     state, run = value.state(), value.run
-    mean, share, spread = _softmax(state, dim, run)
+    share, spread, centred = _softmax(state, dim)
+    mean = (state.mean + (spread / 2).to(state.mean.dtype)).softmax(dim)
     with torch.no_grad():
-        factors = None
-        if state.factors is not None:
-            low = share.to(state.factors.dtype)
-            column = dim if dim < 0 else dim + 1
-            factors = low * (state.factors - (low * state.factors).sum(column, keepdim=True))
+        factors = None if centred is None else share.to(centred.dtype) * centred
         variance = share.square() * spread
     found = run.mixed(State(mean, variance, factors))
     return Travelling.of(run, found)
 
 
-def _softmax(state: State, dim: int, run: Run) -> tuple[Tensor, Tensor, Tensor]:
-    """The expected softmax; the softmax at the mean; the variance of each logit less their mean."""
+@rule("log_softmax")
+def log_softmax(call: Call) -> Any:
+    """`z - logsumexp(z)`, where E[logsumexp] is that of the mean plus half of the expected
+    curvature."""
+    value, dim = call.first, call.argument(1, "dim", -1)
+    if not (isinstance(value, Travelling) and isinstance(dim, int)):
+        return NotImplemented
+    state = value.state()
+    share, spread, centred = _softmax(state, dim)
     with torch.no_grad():
-        logits = state.at
-        share = logits.softmax(dim)
+        curvature = (share * spread).sum(dim, keepdim=True) / 2
+    mean = state.mean.log_softmax(dim) - curvature.to(state.mean.dtype)
+    return Travelling.of(value.run, State(mean, spread, centred))
+
+
+def _softmax(state: State, dim: int) -> _Softmax:
+    with torch.no_grad():
+        share = state.at.softmax(dim)
         share = torch.where(share.isfinite(), share, 0)
+        centred = None
         if state.factors is not None:
             low = share.to(state.factors.dtype)
             column = dim if dim < 0 else dim + 1
@@ -58,32 +77,7 @@ def _softmax(state: State, dim: int, run: Run) -> tuple[Tensor, Tensor, Tensor]:
         else:
             common = (share.square() * state.variance).sum(dim, keepdim=True)
             spread = state.variance * (1 - 2 * share) + common
-        spread = spread.clamp_min(0)
-    shifted = state.mean + (spread / 2).to(state.mean.dtype)
-    return shifted.softmax(dim), share, spread
-
-
-@rule("log_softmax")
-def log_softmax(call: Call) -> Any:
-    """`z - logsumexp(z)`, where E[logsumexp] is that of the mean plus half of the expected
-    curvature."""
-    value = call.first
-    if not isinstance(value, Travelling):
-        return NotImplemented
-    dim = call.argument(1, "dim", -1)
-    if not isinstance(dim, int):
-        return NotImplemented
-    state, run = value.state(), value.run
-    _, share, spread = _softmax(state, dim, run)
-    with torch.no_grad():
-        curvature = (share * spread).sum(dim, keepdim=True) / 2
-        factors = None
-        if state.factors is not None:
-            low = share.to(state.factors.dtype)
-            column = dim if dim < 0 else dim + 1
-            factors = state.factors - (low * state.factors).sum(column, keepdim=True)
-    mean = state.mean.log_softmax(dim) - curvature.to(state.mean.dtype)
-    return Travelling.of(run, State(mean, spread, factors))
+        return _Softmax(share, spread.clamp_min(0), centred)
 
 
 @rule("scaled_dot_product_attention")

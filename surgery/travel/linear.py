@@ -129,24 +129,16 @@ def _bilinear(call: Call, product: Callable[[Tensor, Tensor], Tensor], one: Any,
     run = call.run
     if _travels(one) and _travels(other):
         return Travelling.of(run, bilinear(product, one.state(), other.state(), run))
-    if _travels(one):
-        plain = other.detach()
-        squared = plain.to(one.state().variance.dtype).square()
-        return mapped(
-            one.state(),
-            run,
-            lambda t: product(t, plain),
-            lambda t: product(t, plain),
-            lambda t: product(t, squared),
-        )
-    plain = one.detach()
-    squared = plain.to(other.state().variance.dtype).square()
+    if not _travels(one):
+        return _bilinear(call, lambda a, b: product(b, a), other, one)
+    plain = other.detach()
+    squared = plain.to(one.state().variance.dtype).square()
     return mapped(
-        other.state(),
+        one.state(),
         run,
-        lambda t: product(plain, t),
-        lambda t: product(plain, t),
-        lambda t: product(squared, t),
+        lambda t: product(t, plain),
+        lambda t: product(t, plain),
+        lambda t: product(t, squared),
     )
 
 

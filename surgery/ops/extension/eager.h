@@ -2,13 +2,11 @@
 #pragma once
 
 #include "product.h"
+#include "errors.h"
 
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
-#include <torch/csrc/utils/object_ptr.h>
 
 #include <type_traits>
 
@@ -84,12 +82,9 @@ struct MaskedLinear : Node {
     THPObjectPtr g = wrap(grad), i = wrap(input), w = wrap(weight), k = wrap(kept);
     THPObjectPtr result(PyObject_CallFunction(
         gradients_of, "OOOOI(ii)O(iii)", g.get(), i.get(), w.get(), k.get(), version,
-        static_cast<int>(mask.key[0]), static_cast<int>(mask.key[1]), about, static_cast<int>(want[0]), static_cast<int>(want[1]), static_cast<int>(want[2])));
-    if (!result) {
-      python_error error;
-      error.persist();
-      throw std::move(error);
-    }
+        static_cast<int>(mask.key[0]), static_cast<int>(mask.key[1]), about,
+        static_cast<int>(want[0]), static_cast<int>(want[1]), static_cast<int>(want[2])));
+    if (!result) pass_on();
     variable_list found(3);
     for (int n = 0; n < 3; ++n) {
       PyObject* one = PyTuple_GET_ITEM(result.get(), n);
@@ -102,8 +97,8 @@ struct MaskedLinear : Node {
 /// The numbers of a law for a weight; false where they are not on the host, or not for it.
 bool read_law(PyObject* law, const Tensor& weight, Mask& mask) {
   static PyObject* names[] = {PyUnicode_InternFromString("numbers"),
-                                    PyUnicode_InternFromString("threshold"),
-                                    PyUnicode_InternFromString("scale")};
+                              PyUnicode_InternFromString("threshold"),
+                              PyUnicode_InternFromString("scale")};
   if (law == Py_None) return false;
   THPObjectPtr numbers(PyObject_GetAttr(law, names[0]));
   THPObjectPtr threshold(PyObject_GetAttr(law, names[1]));

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...base.journal import Lock
-from ...torch_private.gpu import addresses, handle_of
+from ...torch_private.gpu import Handle, addresses, handle_of
 from ...torch_private.tracing import is_capturing
 from ..cpu import native, workspace
 from ..cpu.build import NoCompiler, Source, load, load_kept
@@ -48,8 +48,8 @@ _lock = Lock()
 _products = 0
 _asked = False
 _module: Any = None
-_kept: list[Any] = []
-"""Kernels that the extension launches, which are unloaded when nobody has them."""
+_kept: list[Handle] = []
+"""Of the kernels that the extension launches."""
 _in_python: dict[str, Callable[..., Any]] = {}
 
 
@@ -182,7 +182,7 @@ def _take_mask(known: Any, compiled: Any) -> None:
     if given != expected or of_triton not in ((), (8,), (8, 8)):
         _log.warning("the extension does not know how to launch %s: %s", known, handle.parameters)
         return
-    _kept.append(compiled)
+    _kept.append(handle)
     numbers = _NUMBERS[weight], _NUMBERS[used]
     beside = bool(anchor), bool(grad), sixteen
     of_kernel = handle.function, handle.threads, handle.shared, BLOCK

@@ -70,23 +70,25 @@ bool is_aligned(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
 }
 
-const Kernel* kernel_for(const Tensor& weight, ScalarType to, const Tensor& anchor, bool grad) {
-  const int device = weight.device().index(), from = number_of(weight.scalar_type());
-  if (device < 0 || device >= DEVICES || from < 0 || from > 2 || number_of(to) < 0) return nullptr;
-  if (anchor.defined() && anchor.scalar_type() != weight.scalar_type()) return nullptr;
-  if (!is_aligned(weight) || (anchor.defined() && !is_aligned(anchor))) return nullptr;
-  const int form = form_of(weight.scalar_type(), to, anchor.defined(), grad, weight.numel() % 16 == 0);
-  const Kernel& kernel = on_gpu[device][form];
+/// A kernel that reads tensors of the weight's size; null where none is known.
+const Kernel* kernel_at(const Tensor& weight, ScalarType from, ScalarType to, bool anchor, bool grad) {
+  const int device = weight.device().index();
+  if (device < 0 || device >= DEVICES || number_of(from) < 0 || number_of(to) < 0) return nullptr;
+  const Kernel& kernel = on_gpu[device][form_of(from, to, anchor, grad, weight.numel() % 16 == 0)];
   return kernel.function ? &kernel : nullptr;
+}
+
+/// The one that masks a weight, and with `grad` its gradient, too.
+const Kernel* kernel_for(const Tensor& weight, ScalarType to, const Tensor& anchor, bool grad) {
+  const ScalarType from = weight.scalar_type();
+  if (from == at::kDouble || (anchor.defined() && anchor.scalar_type() != from)) return nullptr;
+  if (!is_aligned(weight) || (anchor.defined() && !is_aligned(anchor))) return nullptr;
+  return kernel_at(weight, from, to, anchor.defined(), grad);
 }
 
 /// The one that masks a gradient alone, which a product has just made, as that of a weight.
 const Kernel* kernel_of(const Tensor& weight, ScalarType grad) {
-  const int device = weight.device().index(), to = number_of(weight.scalar_type());
-  if (device < 0 || device >= DEVICES || to < 0 || number_of(grad) < 0) return nullptr;
-  const int form = form_of(grad, weight.scalar_type(), false, false, weight.numel() % 16 == 0);
-  const Kernel& kernel = on_gpu[device][form];
-  return kernel.function ? &kernel : nullptr;
+  return kernel_at(weight, grad, weight.scalar_type(), false, false);
 }
 
 void* stream_of(const Tensor& tensor) {
@@ -109,7 +111,8 @@ void run(const Kernel& kernel, const Tensor& weight, const Tensor& anchor, const
   void *g = grad.defined() ? grad.data_ptr() : nullptr;
   void *m = grad.defined() ? masked_grad.data_ptr() : nullptr;
   int32_t k0 = static_cast<int32_t>(mask.key[0]), k1 = static_cast<int32_t>(mask.key[1]);
-  int32_t key_is_there = mask.key_at != nullptr, law_is_there = mask.row ? 2 : 0, threshold = mask.threshold, size = static_cast<int32_t>(weight.numel());
+  int32_t key_is_there = mask.key_at != nullptr, law_is_there = mask.row ? 2 : 0;
+  int32_t threshold = mask.threshold, size = static_cast<int32_t>(weight.numel());
   float scale = static_cast<float>(mask.scale);
   std::array<void*, 24> parameters{};
   int count = 0;

@@ -2,10 +2,8 @@
 #pragma once
 
 #include "product.h"
+#include "errors.h"
 
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/object_ptr.h>
 #include <torch/library.h>
 
 namespace {
@@ -22,7 +20,8 @@ bool read_tables(const Tensor& weight, const Tensor& key, const Tensor& threshol
   }
   const bool wide = weight.scalar_type() == at::kDouble;
   if (key.scalar_type() != at::kInt || key.numel() != 2 || row.scalar_type() != at::kLong) return false;
-  if (thresholds.scalar_type() != at::kInt || scales.scalar_type() != (wide ? at::kDouble : at::kFloat)) return false;
+  const ScalarType of_scales = wide ? at::kDouble : at::kFloat;
+  if (thresholds.scalar_type() != at::kInt || scales.scalar_type() != of_scales) return false;
   if (weight.is_cuda()) {
     mask.key_at = key.data_ptr();
     mask.thresholds = thresholds.data_ptr();
@@ -45,11 +44,7 @@ PyObject* call(PyObject* function, std::initializer_list<const Tensor*> tensors,
   for (const Tensor* one : tensors) PyTuple_SET_ITEM(args.get(), at++, THPVariable_Wrap(*one));
   if (more) PyTuple_SET_ITEM(args.get(), at, more);
   PyObject* result = PyObject_CallObject(function, args.get());
-  if (!result) {
-    python_error error;
-    error.persist();
-    throw std::move(error);
-  }
+  if (!result) pass_on();
   return result;
 }
 
