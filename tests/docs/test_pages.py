@@ -66,6 +66,7 @@ def test_code_of_the_page_runs(page: Path, tmp_path: Path, monkeypatch) -> None:
     with warnings.catch_warnings():
         for kind in (DeprecationWarning, FutureWarning):  # of libraries, and of what they call
             warnings.simplefilter("ignore", kind)
+        warnings.filterwarnings("ignore", "'pin_memory'")  # Trainer's default, without a GPU
         for example in document.examples():
             example.evaluate()
     assert os.getcwd() == str(tmp_path)
