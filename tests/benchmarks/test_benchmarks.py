@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import growth, measure, memory, peers, report, verbs
+from benchmarks import measure, memory, peers, report, verbs
 from benchmarks.measure import TINY, Measured, Settings, interleaved
 from benchmarks.rows import Goal, Row
 from surgery import strip_dropconnect
@@ -165,11 +165,6 @@ def test_copied_tensors_are_counted(monkeypatch) -> None:
 
     monkeypatch.setattr(verbs, "strip_dropconnect", copying)
     assert verbs.weights_made(model) >= 2  # the copy, and a parameter that is another one
-
-
-def test_growth_has_a_value_for_every_point() -> None:
-    for curve in growth.growth(TINY):
-        assert {len(values) for values in curve.series.values()} == {len(curve.points)}
 
 
 def test_a_peer_that_is_missing_is_named_with_the_reason(monkeypatch) -> None:

@@ -62,7 +62,7 @@ def assert_no_mask_is_left(model: nn.Module) -> None:
     assert list(live_masks(model)) == []
 
 
-@pytest.mark.parametrize("toward", ["zero", "pretrained"])
+@pytest.mark.parametrize("toward", ["zero", pytest.param("pretrained", marks=pytest.mark.slow)])
 def test_the_eager_bits_and_one_graph_for_every_p(subject: Subject, toward: str) -> None:
     model, x = subject.moved(toward=toward), subject.inputs()
     compiled = Compiled(model)
@@ -329,7 +329,7 @@ def test_a_linear_is_one_operator_and_its_backward_is_one(toward: str) -> None:
     assert backward == ["surgery.masked_linear_backward.default"]
 
 
-@pytest.mark.parametrize("name", ["linear", "transformer"])
+@pytest.mark.parametrize("name", ["linear", pytest.param("transformer", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("toward", ["zero", "pretrained"])
 def test_the_eager_bits_where_no_operator_stands_for_the_formula(
     name: str, toward: str, monkeypatch: pytest.MonkeyPatch

@@ -73,7 +73,7 @@ def assert_draws_as(graph: Callable[[], Tensor], model: Callable[[], Tensor]) ->
     assert not torch.equal(seeded(graph, 7), seeded(graph, 8))
 
 
-@pytest.mark.parametrize("mode", MODES[:2])
+@pytest.mark.parametrize("mode", [MODES[0], pytest.param(MODES[1], marks=pytest.mark.slow)])
 def test_a_graph_draws_its_masks_when_it_runs(subject: Subject, mode: Mode) -> None:
     model, x = subject.moved(), subject.inputs()
     recorded = subject.name in ("linear", "attention")

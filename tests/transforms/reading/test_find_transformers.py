@@ -148,6 +148,10 @@ def check(findings: Findings, model: Any, name: str) -> None:
     assert findings.unused == ()
 
 
+LIKE_OTHERS = {"t5_gated", "albert"}
+"""Exports that take seconds, and have no operation that no other has."""
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_recorded(name: str, tiny) -> None:
     model = tiny(name)
@@ -157,7 +161,9 @@ def test_recorded(name: str, tiny) -> None:
     check(findings, model, name)
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LIKE_OTHERS)) for n in TABLES]
+)
 def test_exported(name: str, tiny, traced_experts: str) -> None:
     model = tiny(name)
     model.config._experts_implementation = traced_experts
