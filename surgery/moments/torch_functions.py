@@ -30,6 +30,11 @@ ACTIVATIONS = _names(
 )
 """An activation by themselves."""
 
+RISING = _names(
+    "celu elu hardsigmoid hardtanh leaky_relu logsigmoid relu relu6 selu sigmoid softplus softsign tanh"
+)
+"""The activations that never fall, for the usual values of their parameters."""
+
 POINTWISE = ACTIVATIONS | _names(
     "abs clamp clamp_max clamp_min cos cosh erf erfc exp exp2 expm1 lerp logaddexp logaddexp2 "
     "masked_fill maximum minimum nan_to_num pow rpow sgn sign sin sinc sinh special_erf special_erfc "

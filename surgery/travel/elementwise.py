@@ -62,7 +62,10 @@ def elementwise(call: Call) -> Any:
             return of_function(call, own, value.state(), value.run)
         return of_function(None, function, value.origin, value.run)
 
-    return Travelling.later(value, like, function, make_state, False)
+    result = Travelling.later(value, like, function, make_state, False)
+    if single and call.name in table.RISING:
+        result.under = _around(call, positions[0]), value
+    return result
 
 
 def _like(call: Call, value: Travelling, function: Function) -> Tensor:

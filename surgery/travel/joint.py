@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,7 +35,8 @@ def softmax(call: Call) -> Any:
 
         E[softmax(z)]_i = s_i (1 + (w_i - sum_k s_k w_k) / 2)  ~  softmax(m + w / 2)_i
 
-    which stays a distribution. It moves as `s * (dz - sum_j s_j dz_j)`.
+    which stays a distribution. Where there is a sketch, its points have all orders. It moves as
+    `s * (dz - sum_j s_j dz_j)`.
     """
     value, dim = call.first, call.argument(1, "dim", -1)
     if not (isinstance(value, Travelling) and isinstance(dim, int)):
@@ -42,11 +44,23 @@ def softmax(call: Call) -> Any:
     state, run = value.state(), value.run
     share, spread, centred = _softmax(state, dim)
     mean = (state.mean + (spread / 2).to(state.mean.dtype)).softmax(dim)
+    if run.carrier == "sketch" and state.factors is not None:
+        with torch.no_grad():
+            more = over_points(lambda t: t.softmax(dim), state) - mean
+        mean = mean + more
     with torch.no_grad():
         factors = None if centred is None else share.to(centred.dtype) * centred
         variance = share.square() * spread
     found = run.mixed(State(mean, variance, factors))
     return Travelling.of(run, found)
+
+
+def over_points(function: Callable[[Tensor], Tensor], state: State) -> Tensor:
+    """The expectation of a function by points of a sketch, m + F_k sqrt(r) and m - F_k sqrt(r): each is
+    like a draw, and the mean and covariance of all are those of the value."""
+    assert state.factors is not None
+    mean, step = state.mean.detach(), state.factors * math.sqrt(len(state.factors))
+    return (function(mean + step).mean(0) + function(mean - step).mean(0)) / 2
 
 
 @rule("log_softmax")
@@ -187,6 +201,9 @@ def normed(
 
     With y the normalised mean, n entries and d the deviation, entry i moves as
     (dx_i - mean(dx) - y_i mean(y dx)) / d. Entries of x are taken as independent for the variance.
+    With C the covariance of dx / d, the expectation is y + 3/2 y (y'C y) / n^2 - C y / n to second
+    order. The last two are left out where no columns tell C: of independent entries they are of order
+    1 / n.
     """
     mean, variance = state.mean.to(state.variance.dtype), state.variance
     if centred:
@@ -218,10 +235,13 @@ def normed(
         factors = state.factors
         if factors is not None:
             low = y.to(factors.dtype)
-            change = factors - low * (low * factors).mean(dims, keepdim=True)
             if centred:
-                change = change - factors.mean(dims, keepdim=True)
-            factors = change * gain.to(factors.dtype)
+                factors = factors - factors.mean(dims, keepdim=True)
+            along = (low * factors).mean(dims, keepdim=True)
+            by_scale = along * inverse.square().to(factors.dtype)
+            bent = 1.5 * y * (along * by_scale).sum(0) - (factors * by_scale).sum(0)
+            factors = (factors - low * along) * gain.to(factors.dtype)
+    unscaled = unscaled if factors is None else unscaled + bent
     result = unscaled if weight is None else unscaled * weight
     result = result if bias is None else result + bias
     return run.mixed(State(result.to(state.mean.dtype), moved, factors))
@@ -302,10 +322,15 @@ _MAXIMA = tuple(f"max_pool{n}d" for n in (1, 2, 3))
 
 @rule(*_MAXIMA, *(f"{name}_with_indices" for name in _MAXIMA))
 def max_pool(call: Call) -> Any:
-    """The largest of the entries of a window, two by two (Clark 1961)."""
+    """The largest of the entries of a window, two by two (Clark 1961). A rising function of the largest
+    is the largest of the function: ReLU and its like come after, since what they make of a Gaussian
+    is none."""
     value = call.first
     if not isinstance(value, Travelling) or call.argument(6, "return_indices", False):
         return NotImplemented
+    if value.under is not None and _rises(value.under[0]):
+        activation, before = value.under
+        return activation(max_pool(Call.of(call.func, (before, *call.args[1:]), call.kwargs)))
     spatial = int(call.name.removesuffix("_with_indices")[-2])
     if call.argument(5, "ceil_mode", False) or value.ndim != spatial + 2:
         return NotImplemented
@@ -332,6 +357,12 @@ def max_pool(call: Call) -> Any:
         rest = windows[-1:] if len(windows) % 2 else []
         windows = [larger_of(one, other, value.run) for one, other in pairs] + rest
     return Travelling.of(value.run, windows[0])
+
+
+def _rises(activation: Any) -> bool:
+    """Whether it does with the parameters that it has: a leaky ReLU may have a negative slope."""
+    values: Tensor = activation(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]))
+    return bool((values.diff() >= 0).all())
 
 
 def _windows(

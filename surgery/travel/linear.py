@@ -145,14 +145,16 @@ def _bilinear(call: Call, product: Callable[[Tensor, Tensor], Tensor], one: Any,
 def bilinear(
     product: Callable[[Tensor, Tensor], Tensor], one: State, other: State, run: Run
 ) -> State:
-    """The state of a sum of products of two values, whose entries are taken as independent unless exact
-    columns tell how they covary."""
+    """The state of a sum of products of two values. How they covary is part of the mean where there are
+    columns: those of a sketch have the right sum of products in expectation. For the variance of what
+    is new they are taken as independent.
+    """
     mean = product(one.mean, other.mean)
     with torch.no_grad():
         first, second = one.at, other.at
         moved = product(first.square(), other.variance) + product(one.variance, second.square())
         new = product(one.variance, other.variance)
-        factors = None
+        factors, covaried = None, None
         if one.factors is not None:
             factors = torch.vmap(lambda t: product(t, other.mean.detach()))(one.factors)
         if other.factors is not None:
@@ -163,10 +165,11 @@ def bilinear(
                 count = min(len(factors), len(through))
                 longer = factors if len(factors) >= len(through) else through
                 factors = torch.cat([factors[:count] + through[:count], longer[count:]])
-        if run.carrier == "exact" and one.factors is not None and other.factors is not None:
+        if one.factors is not None and other.factors is not None:
             count = min(len(one.factors), len(other.factors))
             covaried = torch.vmap(product)(one.factors[:count], other.factors[:count]).sum(0)
-            mean = mean + covaried
+    if covaried is not None:
+        mean = mean + covaried
     state = run.mixed(State(mean, moved, factors))
     if not run.follows:
         return State(mean, moved + new)

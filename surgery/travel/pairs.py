@@ -18,7 +18,7 @@ from torch import Tensor
 from .elementwise import rectified
 from .run import Run
 from .shapes import state_of
-from .state import State, combined, covariance_of, sum_of
+from .state import State, combined, covariance_of, sum_of, variance_of_sum
 from .value import Call, Travelling, rule
 
 
@@ -99,9 +99,7 @@ def larger_of(one: State, other: State, run: Run) -> State:
     """The larger of two Gaussians, entry by entry (Clark 1961)."""
     with torch.no_grad():
         first, second = one.at, other.at
-        covariance = covariance_of(one, other)
-        spread = one.variance + other.variance
-        spread = spread if covariance is None else (spread - 2 * covariance).clamp_min(0)
+        spread = variance_of_sum(one, other, -1.0)
         gap = first - second
         added, _, share = rectified(gap, spread)  # E[max(one - other, 0)]
         expected = second + added
@@ -119,9 +117,9 @@ def larger_of(one: State, other: State, run: Run) -> State:
         mean = mean + (change - change.detach())
     with torch.no_grad():
         factors = combined(mean, (one.factors, share), (other.factors, 1 - share))
+        covariance = (one.variance + other.variance - spread) / 2
         linear = share.square() * one.variance + (1 - share).square() * other.variance
-        if covariance is not None:
-            linear = linear + 2 * share * (1 - share) * covariance
+        linear = linear + 2 * share * (1 - share) * covariance
     if not run.follows:
         return State(mean, variance)
     linear = torch.minimum(linear, variance)

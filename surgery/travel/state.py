@@ -102,13 +102,26 @@ def covariance_of(one: State, other: State) -> Tensor | None:
     return (first * second).sum(0).to(one.variance.dtype)
 
 
+def variance_of_sum(one: State, other: State, sign: float) -> Tensor:
+    """The variance of `one + sign * other`, entry by entry.
+
+    A sketch knows every variance with the same relative error. So it tells which share of the
+    variance of independent values is left, also where they nearly cancel.
+    """
+    variance = torch.add(one.variance, other.variance, alpha=sign**2)
+    if one.factors is None or other.factors is None:
+        return variance
+    ndim = max(one.mean.ndim, other.mean.ndim)
+    first, second = same_columns(aligned(one.factors, ndim), aligned(other.factors, ndim))
+    together = torch.add(first, second, alpha=sign).to(variance.dtype).square().sum(0)
+    apart = (first.square().sum(0) + sign**2 * second.square().sum(0)).to(variance.dtype)
+    return variance * torch.where(apart > 0, together / torch.where(apart > 0, apart, 1), 1)
+
+
 def sum_of(one: State, other: State, sign: float, mean: Tensor) -> State:
     """The state of `one + sign * other`, whose mean is `mean`."""
     with torch.no_grad():
-        variance = torch.add(one.variance, other.variance, alpha=sign**2)
-        covariance = covariance_of(one, other)
-        if covariance is not None:
-            variance = (variance + 2 * sign * covariance).clamp_min(0)
+        variance = variance_of_sum(one, other, sign)
         factors = combined(mean, (one.factors, 1.0), (other.factors, sign))
     return State(mean, variance.expand(mean.shape), factors)
 

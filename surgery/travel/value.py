@@ -44,13 +44,15 @@ class Travelling(Tensor):
     """Whether `apply` is affine, so that the value is as Gaussian as `u` is."""
     make: Make | None
     known: State | None
+    under: tuple[Apply, Travelling] | None
+    """Of an activation that rises: the function, and the value that it is of."""
 
     @staticmethod
     def of(run: Run, state: State) -> Travelling:
         """A value with these moments."""
         value = _empty(state.mean)
         value.run, value.origin, value.apply, value.is_linear = run, state, same, True
-        value.make, value.known = None, state
+        value.make, value.known, value.under = None, state, None
         return value
 
     @staticmethod
@@ -72,8 +74,12 @@ class Travelling(Tensor):
             apply,
             linear,
         )
-        value.make, value.known = make, None
+        value.make, value.known, value.under = make, None, None
         return value
+
+    def copied(self) -> Travelling:
+        """The value as it is now: a write into this one does not change it."""
+        return _empty(self).become(self)
 
     def state(self) -> State:
         """The moments."""
@@ -84,7 +90,8 @@ class Travelling(Tensor):
 
     def become(self, other: Travelling) -> Travelling:
         """Take another value, as an argument does that is written to."""
-        self.origin, self.apply, self.is_linear = other.origin, other.apply, other.is_linear
+        self.run, self.origin, self.apply = other.run, other.origin, other.apply
+        self.is_linear, self.under = other.is_linear, other.under
         self.make, self.known = other.make, other.known
         return self
 
@@ -256,7 +263,11 @@ def _in_place(call: Call) -> Any:
         twin, kwargs = _twin(call.spelled), call.kwargs
     if twin is None:
         return call.settles()
-    result = _result(Call.of(twin, call.args, kwargs))
+    args = call.args
+    if isinstance(target, Travelling):  # what is put off reads the value from before
+        before = target.copied()
+        args = tuple(before if one is target else one for one in args)
+    result = _result(Call.of(twin, args, kwargs))
     if isinstance(target, Travelling):
         if isinstance(result, Travelling):
             return target.become(result)
