@@ -10,7 +10,7 @@ To first order, a covariance moves as tangents do. A forward can carry it in thr
 covariance of the outputs alone comes from a backward pass for each of them (`adjoint`).
 """
 
-from . import elementwise, joint, linear, pairs, shapes
+from . import elementwise, joint, linear, pairs, pooling, shapes
 from .run import Run, TooWide, current, running
 from .site import Site, site_value
 from .state import State
@@ -27,6 +27,7 @@ __all__ = [
     "joint",
     "linear",
     "pairs",
+    "pooling",
     "running",
     "shapes",
     "site_value",

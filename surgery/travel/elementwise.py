@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from .. import ops
 from ..moments import torch_functions as table
+from .blocks import in_blocks
 from .run import Run
 from .state import State
 from .value import RULES, Call, Travelling, rule
@@ -130,7 +132,7 @@ def of_function(call: Call | None, function: Function, state: State, run: Run) -
         call: of the function, if it is that call's alone; it may have a closed form.
     """
     with torch.no_grad():
-        mean, variance, gain = three_of(call, function, state.at, state.variance)
+        mean, variance, gain = three_of(call, function, state.at, state.variance, run.follows)
         if call is not None and call.name in table.PARTIAL:
             fine = mean.isfinite() & variance.isfinite() & gain.isfinite()
             if not bool(fine.all()):
@@ -147,18 +149,36 @@ def of_function(call: Call | None, function: Function, state: State, run: Run) -
     return run.born_apart(moved, left)
 
 
-def three_of(call: Call | None, function: Function, mean: Tensor, variance: Tensor) -> Three:
-    """Mean, variance and gain of a function of a Gaussian, entry by entry."""
+def three_of(
+    call: Call | None, function: Function, mean: Tensor, variance: Tensor, moves: bool = True
+) -> Three:
+    """Mean, variance and gain of a function of a Gaussian, entry by entry. The gain is any number where
+    nothing `moves` by it."""
     mean, variance = torch.broadcast_tensors(mean, variance)
     if call is not None:
         form = FORMS.get(call.name)
         if form is not None:
-            found = form(call, function, mean, variance)
-            if found is not None:
-                return found
+            return _blocked(partial(form, function), mean, variance, moves)
         if call.name in table.PARTIAL:
             return by_quadrature(function, mean, variance, 3)
-    return by_quadrature(function, mean, variance, NODES)
+        if not _reads_others(call):
+            return _blocked(partial(by_quadrature, function), mean, variance, moves)
+    return by_quadrature(function, mean, variance)
+
+
+def _blocked(
+    three: Callable[[Tensor, Tensor], Three], mean: Tensor, variance: Tensor, moves: bool
+) -> Three:
+    if moves:
+        return in_blocks(three, mean, variance)
+    first, second = in_blocks(lambda m, v: three(m, v)[:2], mean, variance)
+    return first, second, torch.zeros((), dtype=first.dtype, device=first.device)
+
+
+def _reads_others(call: Call) -> bool:
+    """Whether it has a tensor among its arguments beside the one value, so that places matter."""
+    given = (*call.args, *call.kwargs.values())
+    return any(isinstance(one, Tensor) and not isinstance(one, Travelling) for one in given)
 
 
 NODES = 16
@@ -166,7 +186,7 @@ NODES = 16
 variance and gain are within 1e-3 of their limits; a kink costs more."""
 
 
-def by_quadrature(function: Function, mean: Tensor, variance: Tensor, count: int) -> Three:
+def by_quadrature(function: Function, mean: Tensor, variance: Tensor, count: int = NODES) -> Three:
     """With so many nodes."""
     deviation = variance.sqrt()
     base = function(mean)
@@ -180,16 +200,16 @@ def by_quadrature(function: Function, mean: Tensor, variance: Tensor, count: int
     return base + first, (second - first.square()).clamp_min(0), gain
 
 
-Form = Callable[[Call, Function, Tensor, Tensor], Three | None]
+Form = Callable[[Function, Tensor, Tensor], Three]
+"""Of the function, and mean and variance of what it is of."""
 
 
 def _cdf(z: Tensor) -> Tensor:
-    below: Tensor = torch.special.ndtr(z)
-    return below
+    return torch.erfc(z * -math.sqrt(0.5)).mul_(0.5)
 
 
 def _density(z: Tensor) -> Tensor:
-    return torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+    return z.square().mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
 
 
 def rectified(mean: Tensor, variance: Tensor) -> Three:
@@ -202,12 +222,12 @@ def rectified(mean: Tensor, variance: Tensor) -> Three:
     return first, second, positive
 
 
-def _relu(call: Call, function: Function, mean: Tensor, variance: Tensor) -> Three:
+def _relu(function: Function, mean: Tensor, variance: Tensor) -> Three:
     first, second, positive = rectified(mean, variance)
     return first, (second - first.square()).clamp_min(0), positive
 
 
-def _leaky(call: Call, function: Function, mean: Tensor, variance: Tensor) -> Three:
+def _leaky(function: Function, mean: Tensor, variance: Tensor) -> Three:
     """`slope * u + (1 - slope) * relu(u)`."""
     slope = -function(-torch.ones((), dtype=mean.dtype, device=mean.device))
     first, second, positive = rectified(mean, variance)
@@ -218,21 +238,22 @@ def _leaky(call: Call, function: Function, mean: Tensor, variance: Tensor) -> Th
     return slope * mean + rest * first, total.clamp_min(0), slope + rest * positive
 
 
-def _gelu(call: Call, function: Function, mean: Tensor, variance: Tensor) -> Three | None:
+def _gelu(function: Function, mean: Tensor, variance: Tensor) -> Three:
     """Mean and gain in closed form. The variance is the series of Hermite,
     sum of variance^k / k! * E[f^(k)]^2, up to the third term; the tanh form differs by less than
     1e-3."""
-    wider = 1 + variance
-    deviation = wider.sqrt()
-    z = mean / deviation
+    narrower = (1 + variance).reciprocal_()
+    inverse = narrower.sqrt()
+    z = mean * inverse
     density, below = _density(z), _cdf(z)
-    first = mean * below + variance / deviation * density
-    gain = below + z * density / wider
-    bend = 1 + (1 - z.square()) / wider
-    second = density / deviation * bend
-    third = -z * density / wider * (bend + 2 / wider)
-    inner = torch.addcmul(second.square() / 2, variance, third.square(), value=1 / 6)
-    total = variance * torch.addcmul(gain.square(), variance, inner)
+    falling = z * density * narrower
+    gain = below + falling
+    bend = torch.addcmul(narrower, z.square(), narrower, value=-1).add_(1)
+    density.mul_(inverse)
+    first = below.mul_(mean).addcmul_(variance, density)
+    third = bend.add(narrower, alpha=2).mul_(falling)
+    inner = density.mul_(bend).square_().mul_(0.5).addcmul_(variance, third.square_(), value=1 / 6)
+    total = gain.square().addcmul_(variance, inner).mul_(variance)
     return first, total, gain
 
 

@@ -1,18 +1,17 @@
-"""Functions of several entries together: softmax, attention, norms, pooling by maxima."""
+"""Functions of several entries together: softmax, attention, norms."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pairs import larger_of
+from .blocks import in_blocks
 from .run import Run
 from .state import State
 from .value import Call, Travelling, rule
@@ -42,6 +41,9 @@ def softmax(call: Call) -> Any:
     if not (isinstance(value, Travelling) and isinstance(dim, int)):
         return NotImplemented
     state, run = value.state(), value.run
+    if not run.follows and dim in (-1, state.mean.ndim - 1):
+        found = in_blocks(_softmax_apart, state.at, state.variance, width=state.mean.shape[-1])
+        return Travelling.of(run, State(found[0].to(state.mean.dtype), found[1]))
     share, spread, centred = _softmax(state, dim)
     mean = (state.mean + (spread / 2).to(state.mean.dtype)).softmax(dim)
     if run.carrier == "sketch" and state.factors is not None:
@@ -51,8 +53,17 @@ def softmax(call: Call) -> Any:
     with torch.no_grad():
         factors = None if centred is None else share.to(centred.dtype) * centred
         variance = share.square() * spread
-    found = run.mixed(State(mean, variance, factors))
-    return Travelling.of(run, found)
+    return Travelling.of(run, run.mixed(State(mean, variance, factors)))
+
+
+def _softmax_apart(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of logits that are independent, along the last dimension."""
+    share = mean.softmax(-1).nan_to_num_(0)
+    square = share.square()
+    common = (square * variance).sum(-1, keepdim=True)
+    spread = share.mul_(-2).add_(1).mul_(variance).add_(common).clamp_min_(0)
+    variance = square.mul_(spread)
+    return spread.mul_(0.5).add_(mean).softmax(-1), variance
 
 
 def over_points(function: Callable[[Tensor], Tensor], state: State) -> Tensor:
@@ -105,7 +116,7 @@ def attention(call: Call) -> Any:
     if given.get("enable_gqa"):
         repeats = query.shape[-3] // key.shape[-3]
         key, value = (one.repeat_interleave(repeats, -3) for one in (key, value))
-    scores = torch.matmul(query, key.transpose(-2, -1)) * scale
+    scores = torch.matmul(query * scale, key.transpose(-2, -1))
     mask = given.get("attn_mask")
     if given.get("is_causal"):
         shape = (query.shape[-2], key.shape[-2])
@@ -205,46 +216,74 @@ def normed(
     order. The last two are left out where no columns tell C: of independent entries they are of order
     1 / n.
     """
-    mean, variance = state.mean.to(state.variance.dtype), state.variance
-    if centred:
-        mean = mean - mean.mean(dims, keepdim=True)
     count = math.prod(state.mean.shape[dim] for dim in dims)
+    one = 1 / count if centred else 0.0
+    if not run.follows and len(dims) == 1 and dims[0] == -1:
+
+        def apart(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+            added = variance.mean(dims, keepdim=True) * (1 - one)
+            unscaled, inverse, moved = _normal(mean, variance, added + eps, dims, centred)
+            return _affine(unscaled, weight, bias), moved * _scale(inverse, weight).square()
+
+        result, moved = in_blocks(apart, state.at, state.variance, width=count)
+        return State(result.to(state.mean.dtype), moved)
+    mean, variance, factors = state.mean.to(state.variance.dtype), state.variance, state.factors
     with torch.no_grad():
-        added = variance.mean(dims, keepdim=True)
-        if centred:
-            common = variance
-            if state.factors is not None:
-                common = state.factors.mean(dims, keepdim=True).square().sum(0) * count
-                added = added - common / count
-            else:
-                added = added * (1 - 1 / count)
-    square = mean.square().mean(dims, keepdim=True) + added.clamp_min(0) + eps
-    inverse = square.rsqrt()
-    unscaled = mean * inverse
-    gain = inverse.detach() if weight is None else inverse.detach() * weight.detach()
+        added = variance.mean(dims, keepdim=True) * (1 - one)
+        if centred and factors is not None:
+            common = factors.mean(dims, keepdim=True).square().sum(0)
+            added = (variance.mean(dims, keepdim=True) - common).clamp_min(0)
+    unscaled, inverse, moved = _normal(mean, variance, added + eps, dims, centred)
     with torch.no_grad():
-        y = unscaled.detach()
-        one = 1.0 if centred else 0.0
-        by_square = variance * y.square()
-        moved = variance * (1 - 2 * one / count) - by_square * (2 / count)
-        moved += y.square() * (by_square.sum(dims, keepdim=True) / count**2)
-        if centred:
-            along = (variance * y).sum(dims, keepdim=True) * (2 / count**2)
-            moved += torch.addcmul(variance.sum(dims, keepdim=True) / count**2, y, along)
-        moved = moved.clamp_min_(0) * gain.square()
-        factors = state.factors
+        gain = _scale(inverse, weight)
+        moved = moved * gain.square()
+        bent = torch.zeros_like(inverse)
         if factors is not None:
-            low = y.to(factors.dtype)
+            y = unscaled.detach().to(factors.dtype)
             if centred:
                 factors = factors - factors.mean(dims, keepdim=True)
-            along = (low * factors).mean(dims, keepdim=True)
+            along = (y * factors).mean(dims, keepdim=True)
             by_scale = along * inverse.square().to(factors.dtype)
             bent = 1.5 * y * (along * by_scale).sum(0) - (factors * by_scale).sum(0)
-            factors = (factors - low * along) * gain.to(factors.dtype)
-    unscaled = unscaled if factors is None else unscaled + bent
-    result = unscaled if weight is None else unscaled * weight
-    result = result if bias is None else result + bias
+            factors = (factors - y * along) * gain.to(factors.dtype)
+    result = _affine(unscaled + bent, weight, bias)
     return run.mixed(State(result.to(state.mean.dtype), moved, factors))
+
+
+def _normal(
+    mean: Tensor, variance: Tensor, added: Tensor, dims: tuple[int, ...], centred: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised mean, by what it was multiplied, and the variance that it moves to, without that
+    factor.
+
+    Args:
+        added: what the expected square has beside that of the mean.
+    """
+    if centred:
+        mean = mean - mean.mean(dims, keepdim=True)
+    inverse = (mean.square().mean(dims, keepdim=True) + added).rsqrt()
+    unscaled = mean * inverse
+    with torch.no_grad():
+        y, inverse = unscaled.detach(), inverse.detach()
+        square = y.square()
+        count = math.prod(mean.shape[dim] for dim in dims)
+        by_square = variance * square
+        moved = variance * (1 - 2 / count) if centred else variance.clone()
+        moved = moved.add_(by_square, alpha=-2 / count)
+        moved = moved.addcmul_(square, by_square.sum(dims, keepdim=True) / count**2)
+        if centred:
+            along = (variance * y).sum(dims, keepdim=True) * (2 / count**2)
+            moved = moved.add_(variance.sum(dims, keepdim=True) / count**2).addcmul_(y, along)
+    return unscaled, inverse, moved.clamp_min_(0)
+
+
+def _scale(inverse: Tensor, weight: Tensor | None) -> Tensor:
+    return inverse if weight is None else inverse * weight.detach()
+
+
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
 
 
 _BATCH_NORM = tuple(inspect.signature(F.batch_norm).parameters)
@@ -315,78 +354,3 @@ def prelu(call: Call) -> Any:
         return NotImplemented
     slope = weight.reshape(-1, *(1,) * (value.ndim - 2)) if weight.numel() > 1 else weight
     return torch.relu(value) - slope * torch.relu(-value)
-
-
-_MAXIMA = tuple(f"max_pool{n}d" for n in (1, 2, 3))
-
-
-@rule(*_MAXIMA, *(f"{name}_with_indices" for name in _MAXIMA))
-def max_pool(call: Call) -> Any:
-    """The largest of the entries of a window, two by two (Clark 1961). A rising function of the largest
-    is the largest of the function: ReLU and its like come after, since what they make of a Gaussian
-    is none."""
-    value = call.first
-    if not isinstance(value, Travelling) or call.argument(6, "return_indices", False):
-        return NotImplemented
-    if value.under is not None and _rises(value.under[0]):
-        activation, before = value.under
-        return activation(max_pool(Call.of(call.func, (before, *call.args[1:]), call.kwargs)))
-    spatial = int(call.name.removesuffix("_with_indices")[-2])
-    if call.argument(5, "ceil_mode", False) or value.ndim != spatial + 2:
-        return NotImplemented
-
-    def sizes(given: Any) -> tuple[int, ...]:
-        return (given,) * spatial if isinstance(given, int) else tuple(given)
-
-    kernel = sizes(call.argument(1, "kernel_size"))
-    stride = sizes(call.argument(2, "stride") or kernel)
-    padding, dilation = (
-        sizes(call.argument(3, "padding", 0)),
-        sizes(call.argument(4, "dilation", 1)),
-    )
-    state = value.state()
-    if any(padding):
-        width = [size for one in reversed(padding) for size in (one, one)]
-        with torch.no_grad():  # below all others, and no larger than needed: it is squared
-            low = float(state.at.min() - 10 * state.variance.max().sqrt() - 1)
-        padded = state.moved(lambda t: F.pad(t, width))
-        state = State(F.pad(state.mean, width, value=low), padded.variance, padded.factors)
-    windows = _windows(state, kernel, stride, dilation)
-    while len(windows) > 1:
-        pairs = zip(windows[::2], windows[1::2])
-        rest = windows[-1:] if len(windows) % 2 else []
-        windows = [larger_of(one, other, value.run) for one, other in pairs] + rest
-    return Travelling.of(value.run, windows[0])
-
-
-def _rises(activation: Any) -> bool:
-    """Whether it does with the parameters that it has: a leaky ReLU may have a negative slope."""
-    values: Tensor = activation(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]))
-    return bool((values.diff() >= 0).all())
-
-
-def _windows(
-    state: State, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
-) -> list[State]:
-    """For each place in the kernel, the entries that lie there in all windows."""
-    shape = state.mean.shape[-len(kernel) :]
-    counts = [
-        (size - step * (width - 1) - 1) // hop + 1
-        for size, width, hop, step in zip(shape, kernel, stride, dilation)
-    ]
-    found = []
-    for place in (
-        torch.cartesian_prod(*(torch.arange(width) for width in kernel))
-        .reshape(-1, len(kernel))
-        .tolist()
-    ):
-        index = tuple(
-            slice(at * step, at * step + (count - 1) * hop + 1, hop)
-            for at, step, hop, count in zip(place, dilation, stride, counts)
-        )
-        found.append(state.moved(partial(_at, (..., *index))))
-    return found
-
-
-def _at(index: Any, t: Tensor) -> Tensor:
-    return t[index]

@@ -151,8 +151,11 @@ def bilinear(
     """
     mean = product(one.mean, other.mean)
     with torch.no_grad():
-        first, second = one.at, other.at
-        moved = product(first.square(), other.variance) + product(one.variance, second.square())
+        squares, others = one.at.square(), other.at.square()
+        if not run.follows:  # what is moved and what is new, together
+            variance = product(squares.add_(one.variance), other.variance)
+            return State(mean, variance.add_(product(one.variance, others)))
+        moved = product(squares, other.variance) + product(one.variance, others)
         new = product(one.variance, other.variance)
         factors, covaried = None, None
         if one.factors is not None:
@@ -170,10 +173,7 @@ def bilinear(
             covaried = torch.vmap(product)(one.factors[:count], other.factors[:count]).sum(0)
     if covaried is not None:
         mean = mean + covaried
-    state = run.mixed(State(mean, moved, factors))
-    if not run.follows:
-        return State(mean, moved + new)
-    return run.born_apart(state, new)
+    return run.born_apart(run.mixed(State(mean, moved, factors)), new)
 
 
 @rule("sum", "mean")

@@ -109,12 +109,12 @@ def _three(
             fresh = fresh + site.ratio * site.product(state.variance, moving, None)
         return mean, variance, fresh
     mean = site.product(state.mean.detach(), site.weight, site.bias)
-    square = state.at.square()
+    square = state.at.square().add_(state.variance).mul_(site.ratio)
     if run.follows or moving is not squared:
         variance = site.product(state.variance, squared, None)
-        fresh = site.product((square + state.variance) * site.ratio, moving, None)
+        fresh = site.product(square, moving, None)
     else:  # one product for both
-        both = torch.addcmul(state.variance, square + state.variance, site.ratio)
+        both = square.add_(state.variance)
         fresh = site.product(both, squared, None)
         variance = torch.zeros((), dtype=dtype, device=fresh.device).expand(fresh.shape)
     added = site.of_bias(fresh)

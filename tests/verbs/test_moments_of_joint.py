@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery import predict_moments
 from surgery.ops import gauss_hermite
+from surgery.travel.blocks import BLOCK
 
 NOISE = 0.01
 """Variance of both inputs."""
@@ -148,3 +149,29 @@ def test_the_larger_of_values_that_nearly_agree() -> None:
     gap = (full.mean - model(x)).norm()
     assert (sketch.mean - full.mean).norm() < 0.4 * gap + error.norm()
     torch.testing.assert_close(full.variance, drawn.var(0), rtol=0.05, atol=0)
+
+
+class Everything(nn.Module):
+    """What is computed part by part where it is large, at a residual path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.rms = nn.LayerNorm(24), nn.RMSNorm(24)
+
+    def forward(self, u: Tensor) -> Tensor:
+        v = self.norm(u)
+        v = v + F.scaled_dot_product_attention(v, 2 * v, v)
+        v = v + F.gelu(v) + F.silu(v) + F.relu(v)
+        return self.rms(v) + v.softmax(-1)
+
+
+def test_a_large_value_is_computed_in_parts() -> None:
+    """As many small ones are, of which each is one part."""
+    torch.manual_seed(0)
+    model, x = Everything(), torch.randn(700, 6, 24)
+    options: dict[str, Any] = {"input_variance": 0.3, "class_dim": None}
+    whole = predict_moments(model, x, **options)
+    apart = [predict_moments(model, part, **options) for part in x.split(350)]
+    torch.testing.assert_close(whole.mean, torch.cat([one.mean for one in apart]))
+    torch.testing.assert_close(whole.variance, torch.cat([one.variance for one in apart]))
+    assert x.numel() > 2 * BLOCK > x.numel() // 2
