@@ -8,7 +8,8 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' -o -name py.typed -o -path '*/kernels/*')
 
-.PHONY: help setup demo examples test random interrupts test-all test-no-compiler test-oldest test-oldest-quick test-newest test-libraries \
+.PHONY: help setup demo examples test random interrupts test-all test-no-compiler test-oldest test-oldest-quick \
+	test-newest test-newest-quick test-libraries \
 	bench bench-quick bench-page bench-strip bench-moments bench-gpu mutants fuzz sweep docs lint wheel release-check clean
 .NOTPARALLEL:  # targets share build/, dist/ and the cores
 
@@ -22,6 +23,7 @@ help:
 	@echo "make test-oldest  the tests with the oldest torch, transformers and Python that are supported"
 	@echo "make test-oldest-quick  those of them that are nearest to torch and transformers"
 	@echo "make test-newest  the tests with the newest releases of all dependencies, and the newest Python here"
+	@echo "make test-newest-quick  those of them that are nearest to torch and transformers"
 	@echo "make sweep     every architecture of transformers, into docs/architectures.md (half an hour)"
 	@echo "make random    COUNT (10000) random sequences of what is done to models, and half as many to graphs"
 	@echo "make interrupts  COUNT (10000) interrupts of every verb, and a tenth as many writes that are cut off"
@@ -56,7 +58,7 @@ examples: demo
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/finetune_ddp.py --steps 8 --output $(SHORT)/ddp
 
 # One thread a worker: threads that wait for each other cost more than they bring on small models.
-test test-all test-no-compiler test-oldest test-oldest-quick test-newest test-libraries: export OMP_NUM_THREADS := 1
+test test-all test-no-compiler test-oldest test-oldest-quick test-newest test-newest-quick test-libraries: export OMP_NUM_THREADS := 1
 test-no-compiler: export CXX := no-such-compiler
 
 test: $(VENV)/.test $(VENV)/.examples
@@ -103,10 +105,13 @@ NEWEST_PYTHON := $(shell for python in \
 	$(HOME)/.pyenv/versions/3.13.*/bin/python3 python3.12 $(PYTHON); \
 	do $$python -c "import ensurepip" 2>/dev/null && echo $$python && break; done)
 
-test-newest:
+test-newest: WHICH := tests --ignore tests/examples --ignore tests/benchmarks
+test-newest-quick: WHICH := $(SLICE)
+
+test-newest test-newest-quick:
 	$(MAKE) VENV=$(NEWEST) PYTHON=$(NEWEST_PYTHON) TORCH=torch $(NEWEST)/.test
 	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager torch "$$(ls dist/*.whl)[test]"
-	$(NEWEST)/bin/pytest -n auto -m "not slow" tests --ignore tests/examples --ignore tests/benchmarks
+	$(NEWEST)/bin/pytest -n auto -m "not slow" $(WHICH)
 
 # Models of timm need a torchvision that was built for the torch that is there, so they come together.
 SWEEP := .venv-sweep

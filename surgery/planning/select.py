@@ -273,5 +273,17 @@ def _no_match(catalogue: Catalogue, target: str, where: str) -> NoMatchError:
     hint = f" Nearest names: {', '.join(near[:6])}." if near else ""
     return NoMatchError(
         f"{where}: {target!r} matches no module and no parameter of {type(catalogue.model).__name__}."
-        f"{hint} A '*' also matches dots; print(model) shows all modules."
+        f"{_advice(target, names)}{hint} A '*' also matches dots; print(model) shows all modules."
     )
+
+
+def _advice(target: str, names: list[str]) -> str:
+    """What to write, where it can be guessed from how other libraries take names."""
+    if target.replace("_", "-").lower() == ALL_LINEAR:
+        return f" Write {ALL_LINEAR!r}."
+    if re.search(r"[|()\\^$+]", target) and not target.startswith("re:"):
+        return f" A regular expression begins with 're:': write {'re:' + target!r}."
+    deeper = f"*.{target}"
+    if any(fnmatchcase(name, deeper) for name in names):
+        return f" A pattern is for whole names: write {deeper!r}."
+    return ""

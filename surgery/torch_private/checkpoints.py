@@ -38,9 +38,12 @@ def _nested(function: Callable[..., Any], name: str) -> CodeType:
     return next(one for one in codes if one.co_name == name)
 
 
+_RUNS_FIRST = getattr(checkpoint, "_checkpoint_impl", inspect.unwrap(checkpoint.checkpoint))
+"""What runs a function without a reentrant backward; since torch 2.14 of a name of its own."""
+
 _FIRST: dict[CodeType, Callable[[dict[str, Any]], Any]] = {
     checkpoint.CheckpointFunction.forward.__code__: lambda names: names["ctx"],
-    inspect.unwrap(checkpoint.checkpoint).__code__: lambda names: (
+    _RUNS_FIRST.__code__: lambda names: (
         names["gen"].gi_frame.f_locals["new_frame"] if "gen" in names else None
     ),
 }

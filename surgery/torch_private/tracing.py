@@ -12,6 +12,15 @@ from torch.fx import _symbolic_trace as fx
 from .modes import dispatch_modes
 
 
+def _read_global_flag() -> bool:
+    return fx._is_fx_tracing_flag
+
+
+_is_fx_tracing: Callable[[], bool] = getattr(fx, "_get_is_fx_tracing", _read_global_flag)
+"""Whether a tracer of torch.fx runs: a global name before torch 2.14, and then one of each thread. The
+public `is_fx_tracing` warns."""
+
+
 def is_traced() -> bool:
     """Whether the calling code must be plain tensor operations, because something follows each of them:
     what makes a graph (see `is_graphed`), a `torch.func` transform, or forward-mode AD.
@@ -21,7 +30,7 @@ def is_traced() -> bool:
     """
     if torch.compiler.is_dynamo_compiling() or compiler._is_compiling_flag:
         return True
-    if forward_ad._current_level >= 0 or fx._is_fx_tracing_flag or is_transformed():
+    if forward_ad._current_level >= 0 or _is_fx_tracing() or is_transformed():
         return True
     return dispatch_modes() > 0 and _has_graphing_mode()
 
@@ -34,11 +43,7 @@ def is_graphed() -> bool:
     The flag of torch.fx, that a tracer runs, is all that tells of `make_fx(..., pre_dispatch=True)`.
     Without these, a graph would have tensors that nothing fills, or masks that never change.
     """
-    if (
-        torch.compiler.is_dynamo_compiling()
-        or compiler._is_compiling_flag
-        or fx._is_fx_tracing_flag
-    ):
+    if torch.compiler.is_dynamo_compiling() or compiler._is_compiling_flag or _is_fx_tracing():
         return True
     return dispatch_modes() > 0 and _has_graphing_mode()
 

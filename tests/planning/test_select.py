@@ -248,6 +248,23 @@ def test_near_names_are_listed(target: str, near: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("target", "advice"),
+    [
+        ("fc1", "A pattern is for whole names: write '*.fc1'."),  # as PEFT means it
+        ("all_linear", "Write 'all-linear'."),
+        (
+            "blocks.(0|1).fc1",
+            "A regular expression begins with 're:': write 're:blocks.(0|1).fc1'.",
+        ),
+    ],
+)
+def test_what_others_would_write_is_named(target: str, advice: str) -> None:
+    with pytest.raises(NoMatchError) as caught:
+        plan_dropconnect(nn.ModuleDict({"blocks": Model()}), target)
+    assert advice in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("target", "words"),
     [
         ("bn", "'bn', a BatchNorm1d), but none has weights that are dropped by default"),

@@ -28,7 +28,12 @@ def seen_by(run: Any) -> list[Around]:
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@canary(checkpoints, "torch.utils.checkpoint._checkpoint_hook", "sys._getframe")
+@canary(
+    checkpoints,
+    "torch.utils.checkpoint._checkpoint_hook",
+    "torch.utils.checkpoint._checkpoint_impl",
+    "sys._getframe",
+)
 def test_both_runs_have_one_checkpoint(reentrant: bool) -> None:
     def run(f: Any) -> None:
         x = torch.ones(2, requires_grad=True)

@@ -91,7 +91,7 @@ GRAPHS = {
     tracing,
     "torch._C._get_dispatch_mode",
     "torch._C._TorchDispatchModeKey",
-    "torch.fx._symbolic_trace._is_fx_tracing_flag",
+    "torch.fx._symbolic_trace._get_is_fx_tracing (_is_fx_tracing_flag)",
     "torch.compiler._is_compiling_flag",
 )
 def test_graphs_are_seen(name: str) -> None:
