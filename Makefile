@@ -10,7 +10,8 @@ SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' 
 
 .PHONY: help setup demo examples test random interrupts test-all test-no-compiler test-oldest test-oldest-quick \
 	test-newest test-newest-quick test-libraries \
-	bench bench-quick bench-page bench-strip bench-moments bench-gpu mutants fuzz sweep docs lint wheel release-check clean
+	bench bench-quick bench-page bench-strip bench-moments bench-gpu mutants \
+	fuzz statistics soak sweep docs lint wheel release-check clean
 .NOTPARALLEL:  # targets share build/, dist/ and the cores
 
 help:
@@ -29,6 +30,8 @@ help:
 	@echo "make interrupts  COUNT (10000) interrupts of every verb, and a tenth as many writes that are cut off"
 	@echo "make mutants   change the code of ROOM (planning) here and there, list what no test notices"
 	@echo "make fuzz      COUNT (10000) changed files given to inspect, strip, convert, bake and load (a minute)"
+	@echo "make statistics  the tests of masks, with those of dieharder where it is installed"
+	@echo "make soak      train for MINUTES (30) with schedules, checkpoints and resumes; nothing may grow"
 	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 15 minutes)"
 	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
 	@echo "make bench-page   make bench, into docs/performance.md"
@@ -154,6 +157,16 @@ SEED := 0
 
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.checkpoints.fuzz --count $(COUNT) --seed $(SEED)
+
+# dieharder comes from Debian (apt-get install dieharder); without it, the other tests.
+statistics: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ops.battery
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/ops/test_randomness.py -s
+
+MINUTES := 30
+
+soak: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.adapters.soak --minutes $(MINUTES)
 
 # The peers pin old versions of what they need, so they have an environment of their own.
 BENCH := .venv-bench

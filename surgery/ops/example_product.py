@@ -14,6 +14,7 @@ anywhere; `gpu/products.py` does it on the GPU.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -277,10 +278,16 @@ def _fused_gradients(
     counted = masks.counted()
     if counted is None or rows.dtype != torch.float32:
         return None
-    if not masks.kernels("products", rows, inputs):
+    if not masks.kernels("products", rows, inputs) or not _are_finite(rows, inputs, masks.weight):
         return None
     args = (*masks.factors(), counted, masks.each_row())
     return native.example_gradients(rows, inputs, *args, want_x, want_weight)
+
+
+def _are_finite(*tensors: Tensor) -> bool:
+    """Whether all numbers are finite, and their sums too: these kernels multiply what is dropped by 0,
+    of which infinities and NaN would make NaN."""
+    return all(math.isfinite(tensor.sum().item()) for tensor in tensors)
 
 
 def _block_gradients(

@@ -22,9 +22,10 @@ from ..spec.config import Unit
 from ..torch_private.tracing import is_traced
 from . import gpu
 from .cpu.workspace import Block, borrow, give_back
-from .law import Law
+from .law import Law, ratio_of
 from .linear import has_autocast
 from .once import differentiable_once
+from .ordinary import is_ordinary
 from .random import drawn
 
 ProductFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -82,7 +83,7 @@ def moments_of(
         if moved_bias is not None and bias_law is not None and bias_law is not law:
             factors = x.to(wide), difference(weight, anchor, wide), moved_bias
             var = _variance_of_two(product, *factors, ratio, _ratio(bias_law), unit)
-            return mean, var.to(mean.dtype)
+            return mean, var.to(dtype_of_squares(mean.dtype, wide))
         if unit in ("output", "tensor"):
             var = product(x.to(wide), difference(weight, anchor, wide), moved_bias).square()
         else:
@@ -90,12 +91,12 @@ def moments_of(
             given = x, weight, anchor, squared_bias
             scaled = None if law.numbers is None else _squares_on_gpu(*given, law, mean.dtype)
             if scaled is not None:
-                return mean, product(*scaled).to(mean.dtype)
-            block = _block_for_squares(weight, wide)
+                return mean, product(*scaled).to(dtype_of_squares(mean.dtype, wide))
+            block = _block_for_squares(x, weight, wide)
             squares = squared_difference(weight, anchor, wide, block)
             var = product(x.to(wide).square(), squares, squared_bias)
             give_back(block)
-        return mean, (ratio * var).to(mean.dtype)
+        return mean, (ratio * var).to(dtype_of_squares(mean.dtype, wide))
 
 
 linear_moments = functools.partial(moments_of, F.linear)
@@ -163,12 +164,13 @@ def dtype_of_squares(dtype: torch.dtype, wide: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 else wide
 
 
-def _block_for_squares(weight: Tensor, wide: torch.dtype) -> Block | None:
-    """Memory for the squares of a weight; None where autograd would have to keep them."""
-    recorded = torch.is_grad_enabled() and weight.requires_grad
+def _block_for_squares(x: Tensor, weight: Tensor, wide: torch.dtype) -> Block | None:
+    """Memory for the squares of a weight; None where autograd would have to keep them, for the gradient
+    of the weight or of x."""
+    recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if recorded or is_traced() or not weight.is_contiguous() or weight.dtype != wide:
         return None
-    return borrow(weight)
+    return borrow(weight) if is_ordinary(x) else None
 
 
 def _no_autocast(kind: str) -> AbstractContextManager[Any]:
@@ -178,8 +180,7 @@ def _no_autocast(kind: str) -> AbstractContextManager[Any]:
 
 
 def _ratio(law: Law) -> Tensor:
-    """p / (1 - p), or 0 if everything is dropped."""
-    return torch.where(law.scale == 0, 0, law.scale - 1) if is_traced() else law.ratio
+    return ratio_of(law) if is_traced() else law.ratio
 
 
 def average(weight: Tensor, anchor: Tensor | None, law: Law) -> Tensor:

@@ -91,10 +91,9 @@ class Law:
 
     @functools.cached_property
     def ratio(self) -> Tensor:
-        """p / (1 - p), the variance of what multiplies a weight, or 0 if everything is dropped: for
-        eager code."""
+        """`ratio_of`, for eager code."""
         with outside_of_inference():
-            return torch.where(self.scale == 0, 0, self.scale - 1)
+            return ratio_of(self)
 
     def fits(self, weight: Tensor) -> bool:
         """Whether the law can be used with `weight` as it is."""
@@ -120,6 +119,13 @@ def law_numbers(p: float) -> tuple[int, float]:
     dropped = min(round(p * 2**32), 2**32)
     scale = 0.0 if dropped == 2**32 else 2**32 / (2**32 - dropped)
     return min(dropped - 2**31, 2**31 - 1), scale
+
+
+def ratio_of(law: Law) -> Tensor:
+    """p / (1 - p), the variance of what multiplies a weight, or 0 if everything is dropped."""
+    # Not scale - 1: of a p below 1e-4 that leaves few digits in float32, and of one below 3e-8 none.
+    dropped = law.threshold.to(torch.int64) + 2**31
+    return dropped.to(law.scale.dtype) * (law.scale * 2**-32)
 
 
 def law_dtype(dtype: torch.dtype) -> torch.dtype:

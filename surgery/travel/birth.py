@@ -65,8 +65,10 @@ class Diagonal(Birth):
         return math.prod(shape[1:]) if shape and shape[0] == rows else None
 
     def exact(self, rows: int) -> Tensor:
-        flat = self.variance.sqrt().reshape(rows, -1)
-        return torch.diag_embed(flat).transpose(0, 1).reshape(-1, *self.variance.shape)
+        shape = self.variance.shape
+        width = math.prod(shape[1:])  # which may be 0
+        flat = self.variance.sqrt().reshape(rows, width)
+        return torch.diag_embed(flat).transpose(0, 1).reshape(width, *shape)
 
     def sketched(self, columns: int, signs: Signs) -> Tensor:
         root = (self.variance / columns).sqrt()

@@ -182,11 +182,11 @@ class _Forward:
 
     def _of_columns(self, run: Run, found: State, class_dim: int | None) -> Prediction:
         mean, rows = found.mean, self.batch.rows
-        flat = found.variance.new_zeros(rows, 0, mean[0].numel())
+        outputs = mean[0].numel()
+        flat = found.variance.new_zeros(rows, 0, outputs)
         if found.factors is not None:
-            flat = (
-                found.factors.to(flat.dtype).reshape(len(found.factors), rows, -1).transpose(0, 1)
-            )
+            factors = found.factors.to(flat.dtype)
+            flat = factors.reshape(len(factors), rows, outputs).transpose(0, 1)
         whole = flat.transpose(1, 2) @ flat
         return prediction_of(mean, found.variance, whole, class_dim, run.settled)
 

@@ -400,9 +400,10 @@ def test_layers_without_units(site: str, covariance: Any) -> None:
     """What passes through them is the bias alone."""
     model = nn.Sequential(nn.Linear(4, 0), nn.ReLU(), nn.Linear(0, 3))
     apply_dropconnect(model, site, P)
-    found = predict_moments(model, torch.randn(2, 5, 4), covariance)
-    assert torch.equal(found.mean, model[2].bias.detach().expand(2, 5, 3))
-    assert not found.variance.any()
+    for leading in ((2, 5), (2,)):
+        found = predict_moments(model, torch.randn(*leading, 4), covariance)
+        assert torch.equal(found.mean, model[2].bias.detach().expand(*leading, 3))
+        assert not found.variance.any()
 
 
 def test_a_loader_and_a_compiled_model() -> None:

@@ -16,14 +16,6 @@ from .mask_kernels import HOST_NUMBERS, kept_and_dropped, law_of
 from .numbers_kernels import rounded
 
 
-@triton.jit
-def added(total, keep, kept, dropped, factor, HAS_ANCHOR: tl.constexpr):
-    """The total with the entries that are used, times a factor."""
-    if HAS_ANCHOR:
-        return total + tl.where(keep, kept, dropped) * factor
-    return tl.where(keep, total + kept * factor, total)
-
-
 @triton.jit(do_not_specialize=[*HOST_NUMBERS, "rows"])
 def product(
     x,
@@ -67,14 +59,8 @@ def product(
         factor = tl.load(x + row[:, None] * inputs + into[None, :], mask=there, other=0.0)
         z, other = for_examples(before_last(index, k0, k1))
         bits = of_example(z[None, :, :], other[None, :, :], multiplier[:, None, None])
-        total = added(
-            total,
-            bits >= threshold,
-            kept[None, :, :],
-            dropped[None, :, :],
-            factor.to(WIDE)[:, None, :],
-            HAS_ANCHOR,
-        )
+        used = tl.where(bits >= threshold, kept[None, :, :], dropped[None, :, :])
+        total += used * factor.to(WIDE)[:, None, :]
     there = (row[:, None] < rows) & (out[None, :] < outputs)
     at = found + row[:, None] * outputs + out[None, :]
     tl.store(at, rounded(tl.sum(total, 2), found.dtype.element_ty), mask=there)
@@ -123,14 +109,8 @@ def input_gradient(
         factor = tl.load(grad + row[:, None] * outputs + out[None, :], mask=there, other=0.0)
         z, other = for_examples(before_last(index, k0, k1))
         bits = of_example(z[None, :, :], other[None, :, :], multiplier[:, None, None])
-        total = added(
-            total,
-            bits >= threshold,
-            kept[None, :, :],
-            dropped[None, :, :],
-            factor.to(WIDE)[:, :, None],
-            HAS_ANCHOR,
-        )
+        used = tl.where(bits >= threshold, kept[None, :, :], dropped[None, :, :])
+        total += used * factor.to(WIDE)[:, :, None]
     there = (row[:, None] < rows) & (into[None, :] < inputs)
     at = found + row[:, None] * inputs + into[None, :]
     tl.store(at, rounded(tl.sum(total, 1), found.dtype.element_ty), mask=there)

@@ -162,7 +162,8 @@ struct Product {
 };
 
 /// of_x[r][i] = scale_x * sum over o of grad[r][o] * W_r[o][i], and
-/// of_weight[o][i] = scale_weight * sum over r of m_r[o][i] * grad[r][o] * x[r][i], of one hash.
+/// of_weight[o][i] = scale_weight * sum over r of m_r[o][i] * grad[r][o] * x[r][i], of one hash. For finite
+/// numbers: what is dropped is multiplied by 0.
 struct Gradients {
   const float *grad_columns;  // [o][r]
   const float *x;
