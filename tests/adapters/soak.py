@@ -3,8 +3,8 @@
     python -m tests.adapters.soak [--minutes M]
 
 A Trainer run with a schedule of p, a checkpoint and a resume from it, again and again in one process,
-on a model that is made anew each time; every fourth under `torch.compile`. A line for each round: what the
-process holds. It fails if the last rounds hold more than the first after the warm-up.
+on a model that is made anew each time; two of four under `torch.compile`. A line for each round: what
+the process holds. It fails if the last rounds hold more than the first after the warm-up.
 """
 
 from __future__ import annotations
