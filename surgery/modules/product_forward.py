@@ -27,7 +27,8 @@ from ..ops.ordinary import is_dense
 from ..ops.part import Part, part_of
 from ..ops.part_mask import is_sharded, local_anchor
 from ..torch_private.tracing import is_graphed
-from ..travel import Run, Site, Travelling, running, site_value
+from ..travel import ALONE, Run, Site, Travelling, running, site_value
+from ..travel.state import apart, fixed
 from .cut import Cut
 from .masking import Operand, check_anchor, draw_keys
 from .state import NotGrouped, SiteState, refusal_to_cut
@@ -72,7 +73,8 @@ def product_forward(
         bias: a Operand if the product drops it, a Tensor if it is added as it is, or None.
 
     Returns:
-        a Tensor, or for `"moments"` a `Gaussian` where something above settles it.
+        a Tensor, or for `"moments"` a `Travelling` (with `samples`, a `Gaussian`) where something
+        above settles it.
 
     Raises:
         TypeError: the input is no Tensor.
@@ -83,10 +85,11 @@ def product_forward(
     check_anchor(state, weight.raw, weight.anchor)
     if isinstance(bias, Operand):
         check_anchor(bias.state, bias.raw, bias.anchor)
-    x = settle(x)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{state.site}: the input must be a Tensor, not {type(x).__name__}")
-    _check_dense(x, state, mode)
+    if not (mode == "moments" and isinstance(x, Travelling) and state.samples is None):
+        x = settle(x)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{state.site}: the input must be a Tensor, not {type(x).__name__}")
+        _check_dense(x, state, mode)
     assert state.product is not None
     call = ProductCall(state.product, module, x, weight, bias)
     if mode == "probe":
@@ -122,7 +125,8 @@ class ProductCall(NamedTuple):
 
     product: Product
     module: nn.Module | None
-    x: Tensor
+    x: Any
+    """A Tensor, or a `Travelling` that is one product's pre-activation after another's."""
     weight: Operand
     bias: Operand | Tensor | None
 
@@ -170,14 +174,14 @@ class ProductCall(NamedTuple):
             return ops.gaussian_linear(self.x, raw, self.bias, law, state.unit, anchor)
         return ops.gaussian_sample(*self.moments())
 
-    def travelling(self) -> Gaussian | Tensor:
+    def travelling(self) -> Travelling | Gaussian | Tensor:
         """Mean and variance as one object, or the mean alone where nothing would settle that."""
-        run = running()
-        if run is not None:
-            return self.through(run)
+        run, state = running(), self.weight.state
+        alone = run is None and not state.settled and not in_scope()
+        if isinstance(self.x, Travelling) or not (alone or state.samples is not None):
+            return self.through(run or ALONE)
         mean, variance = self.moments()
-        state = self.weight.state
-        if not state.settled and not in_scope():
+        if alone:
             return mean
         shared = state.unit in ("input", "tensor")
         points = self.points(mean)
@@ -186,12 +190,12 @@ class ProductCall(NamedTuple):
     def through(self, run: Run) -> Travelling:
         """Mean, variance and covariances, in a run through a whole model."""
         raw, state, anchor = self.weight
-        with torch.no_grad():
+        with apart():
             law, bias = _law(self.weight), self.dropped_bias()
-            weight = ops.average(raw, anchor, law).detach()
+            weight = fixed(ops.average(raw, anchor, law))
             moving = weight
             if anchor is not None or law.drops_all:
-                moving = _moving(self.weight).detach()
+                moving = fixed(_moving(self.weight))
             if self.product.columns:
                 same = moving is weight
                 weight = weight.t()
@@ -201,16 +205,24 @@ class ProductCall(NamedTuple):
                 F.linear if matrix else functools.partial(self.product.run, self.module),
                 weight,
                 moving,
-                law.ratio,
+                ops.ratio_of(law),
                 state.unit,
                 state.sampling == "batch"
                 or (state.example_dim == 0 and state.sampling == "example"),
                 matrix,
                 self.product.features,
                 self.added() if bias is None else ops.average(bias.raw, bias.anchor, _law(bias)),
-                None if bias is None else _law(bias).ratio * _moving(bias).square(),
+                None if bias is None else ops.ratio_of(_law(bias)) * _moving(bias).square(),
             )
-        return site_value(run, self.x, lambda x: self._replace(x=x).moments(), site)
+        return site_value(run, self.x, self.moments_with, self.points_with, site)
+
+    def moments_with(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance for another input."""
+        return self._replace(x=x).moments()
+
+    def points_with(self, x: Tensor, mean: Tensor) -> Points | None:
+        """What `points` says for another input."""
+        return self._replace(x=x).points(mean)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of each pre-activation."""

@@ -21,6 +21,9 @@ from ..spec.config import DropConnectConfig
 class Deferred:
     """Taken for a tensor, but not computed yet."""
 
+    stays = False
+    """Whether it leaves the outermost forward as it is."""
+
     def expectation(self) -> Tensor:
         """The tensor."""
         raise NotImplementedError
@@ -30,7 +33,7 @@ def settle(value: Any) -> Any:
     """`value` with every `Deferred` in it (in tuples, lists, dicts and dataclasses) replaced by its
     expectation. What holds none is returned as it is."""
     if isinstance(value, Deferred):
-        return value.expectation()
+        return value if value.stays else value.expectation()
     if isinstance(value, dict):
         changed = _changed(value)
         if changed and type(value) is dict:

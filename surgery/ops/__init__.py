@@ -10,13 +10,19 @@ The other files draw random numbers and answer questions about tensors.
 """
 
 from .example import example_linear, example_vector
-from .expect import expectation, expectation_by_draws, gauss_hermite, register_closed_form
+from .expect import (
+    expectation,
+    expectation_by_draws,
+    gauss_hermite,
+    has_closed_form,
+    register_closed_form,
+)
 from .extension.loading import release
 from .formula import keep_mask, masked_formula
-from .gaussian import average, gaussian_sample, linear_moments, moments_of
+from .gaussian import average, gaussian_sample, linear_moments, moments_of, safe_sqrt
 from .gaussian_linear import gaussian_linear
 from .hash import draw_key, hash_bits, key_from_seed
-from .law import Law, Layout
+from .law import Law, Layout, ratio_of
 from .linear import masked_linear
 from .mask import drop_into, drop_weight
 
@@ -34,6 +40,7 @@ __all__ = [
     "gauss_hermite",
     "gaussian_linear",
     "gaussian_sample",
+    "has_closed_form",
     "hash_bits",
     "keep_mask",
     "key_from_seed",
@@ -41,6 +48,8 @@ __all__ = [
     "masked_formula",
     "masked_linear",
     "moments_of",
+    "ratio_of",
     "register_closed_form",
     "release",
+    "safe_sqrt",
 ]

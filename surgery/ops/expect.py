@@ -49,6 +49,11 @@ def register_closed_form(name: str, form: ClosedForm, *spellings: Any) -> None:
     _NAMES.update(dict.fromkeys(spellings, name))
 
 
+def has_closed_form(name: str) -> bool:
+    """Whether one was registered under this name."""
+    return name in _FORMS
+
+
 def expectation(f: Function, mean: Tensor, var: Tensor, name: str | None = None) -> Tensor:
     """E[f(u)] for u ~ N(mean, var), entry by entry.
 

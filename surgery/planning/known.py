@@ -187,7 +187,7 @@ class Known:
         config = user.config
         if product is None or not needs_product(config.sampling, config.inference):
             return None
-        shown = self._run() if config.inference == "moments" else self._run.given()
+        shown = self._run.given()
         if shown is None:
             return None
         by = user.owner.names

@@ -25,8 +25,6 @@ class Act:
     """As in `Use`."""
     shape: Shape | None
     """Of what it acts on: of the input of its module, if that is a product of input and weight."""
-    joint: str | None
-    """The function of several entries together that gets the Gaussian which the result would be."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Run:
         """
         for act in self.acts.get(name, ()):
             if act.by in by:
-                problem = _joint(act, config) or self._elsewhere(act, config, product)
+                problem = self._elsewhere(act, config, product)
                 if problem is not None:
                     return problem
         return None
@@ -68,16 +66,6 @@ class Run:
         if config.sampling != "example" or act.shape is None or not self.given:
             return None
         return where_examples_lie(act.shape, config.example_dim, product.features, self.given)[1]
-
-
-def _joint(act: Act, config: DropConnectConfig) -> str | None:
-    if config.inference != "moments" or config.samples is not None or act.joint is None:
-        return None
-    return (
-        f"inference='moments' needs an elementwise activation, and its {act.op} in {act.by!r} is "
-        f"followed by {act.joint}; give samples=Z to estimate it by draws, or use "
-        "inference='mean' for it"
-    )
 
 
 Runner = Callable[[Any, Any], "Run | None"]

@@ -11,12 +11,13 @@ covariance of the outputs alone comes from a backward pass for each of them (`ad
 """
 
 from . import elementwise, joint, linear, pairs, pooling, shapes
-from .run import Run, TooWide, current, running
+from .run import ALONE, Run, TooWide, current, running
 from .site import Site, site_value
 from .state import State
 from .value import Travelling
 
 __all__ = [
+    "ALONE",
     "Run",
     "Site",
     "State",

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..torch_private.tracing import is_traced
+
 BLOCK = 2**15
 """Entries of a part: those of ten tensors fit into a megabyte."""
 
@@ -21,11 +23,12 @@ def in_blocks(function: Callable[..., Found], *tensors: Tensor, width: int = 1) 
 
     Args:
         function: works on every row of `width` entries alone; gives tensors of the shape of its
-            arguments. It gets whole tensors where they are small, or lie on another device.
+            arguments. It gets whole tensors where they are small, traced, or lie on another
+            device.
         width: entries of a row, along the last dimension.
     """
     first = tensors[0]
-    if first.device.type != "cpu" or first.numel() < 2 * BLOCK:
+    if first.device.type != "cpu" or first.numel() < 2 * BLOCK or is_traced():
         return function(*tensors)
     rows = [one.reshape(-1) if width == 1 else one.reshape(-1, width) for one in tensors]
     parts = zip(*(one.split(max(1, BLOCK // width)) for one in rows))

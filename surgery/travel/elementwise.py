@@ -23,8 +23,8 @@ from torch import Tensor
 from .. import ops
 from ..moments import torch_functions as table
 from .blocks import in_blocks
-from .run import Run
-from .state import State
+from .run import ALONE, Run
+from .state import State, apart, fixed, is_recorded
 from .value import RULES, Call, Travelling, rule
 
 Function = Callable[[Tensor], Tensor]
@@ -58,22 +58,32 @@ def elementwise(call: Call) -> Any:
         make = _affine(call, value, positions[0])
         return Travelling.later(value, like, function, make, value.is_linear)
 
+    run, origin, moments, is_linear = value.run, value.origin, value.moments, value.is_linear
+
     def make_state() -> State:
-        if single and value.is_linear:
-            own = _around(call, positions[0])
-            return of_function(call, own, value.state(), value.run)
-        return of_function(None, function, value.origin, value.run)
+        if single and is_linear and origin.points is None:
+            return of_function(call, _around(call, positions[0]), moments(), run)
+        return of_function(call if single and moments() is origin else None, function, origin, run)
 
     result = Travelling.later(value, like, function, make_state, False)
-    if single and call.name in table.RISING:
-        result.under = _around(call, positions[0]), value
+    if single and call.name in table.RISING and _rises(call):
+        result.under = _around(call, positions[0]), value.copied()
     return result
+
+
+def _rises(call: Call) -> bool:
+    """Whether an activation does with the parameters that it has: a leaky ReLU may have a negative
+    slope. The limits of a clamp may be any."""
+    given = (*call.args[1:], *call.kwargs.values())
+    return call.name == "hardtanh" or all(
+        isinstance(one, (int, float)) and one >= 0 for one in given
+    )
 
 
 def _like(call: Call, value: Travelling, function: Function) -> Tensor:
     """A tensor of the shape and dtype of the result: of a function of one value and numbers, not
     computed in every entry."""
-    mean = value.origin.mean.detach()
+    mean = fixed(value.origin.mean)
     others = (*call.args, *call.kwargs.values())
     if any(isinstance(one, Tensor) and not isinstance(one, Travelling) for one in others):
         return function(mean)
@@ -110,14 +120,14 @@ def _around(call: Call, position: int) -> Function:
 
 
 def _affine(call: Call, value: Travelling, position: int) -> Callable[[], State]:
-    function = _around(call, position)
+    function, moments = _around(call, position), value.moments
 
     def make() -> State:
-        state = value.state()
+        state = moments()
         mean = function(state.mean)
         if call.name in table.ADDS and position == 0:
             return state.scaled(mean, 1.0)
-        with torch.no_grad():
+        with apart():
             zero = torch.zeros((), dtype=state.variance.dtype, device=mean.device)
             scale = function(zero + 1) - function(zero)
         return state.scaled(mean, scale)
@@ -131,16 +141,19 @@ def of_function(call: Call | None, function: Function, state: State, run: Run) -
     Args:
         call: of the function, if it is that call's alone; it may have a closed form.
     """
-    with torch.no_grad():
-        mean, variance, gain = three_of(call, function, state.at, state.variance, run.follows)
+    with apart():
+        if state.points is not None:
+            mean, variance, gain = of_points(function, state)
+        else:
+            mean, variance, gain = three_of(call, function, state.at, state.variance, run.follows)
         if call is not None and call.name in table.PARTIAL:
             fine = mean.isfinite() & variance.isfinite() & gain.isfinite()
-            if not bool(fine.all()):
+            if run is not ALONE and not bool(fine.all()):
                 run.settles(call.name)
-                mean = torch.where(fine, mean, function(state.at))
-                variance, gain = (torch.where(fine, one, 0) for one in (variance, gain))
+            mean = torch.where(fine, mean, function(state.at))
+            variance, gain = (torch.where(fine, one, 0) for one in (variance, gain))
         mean = mean.to(state.mean.dtype)
-    if state.mean.requires_grad:
+    if is_recorded(state.mean):
         mean = mean + gain.to(mean.dtype) * (state.mean - state.mean.detach())
     if not run.follows:
         return State(mean, variance)
@@ -161,6 +174,9 @@ def three_of(
             return _blocked(partial(form, function), mean, variance, moves)
         if call.name in table.PARTIAL:
             return by_quadrature(function, mean, variance, 3)
+        if ops.has_closed_form(call.name):
+            found = by_quadrature(function, mean, variance)
+            return (ops.expectation(function, mean, variance, call.name), *found[1:])
         if not _reads_others(call):
             return _blocked(partial(by_quadrature, function), mean, variance, moves)
     return by_quadrature(function, mean, variance)
@@ -185,13 +201,30 @@ NODES = 16
 """Of the quadrature. For tanh, sigmoid, SiLU and softplus and standard deviations up to 2, mean,
 variance and gain are within 1e-3 of their limits; a kink costs more."""
 
+_NODES_AND_WEIGHTS = {count: ops.gauss_hermite(count) for count in (3, NODES)}
+
+
+def of_points(function: Function, state: State) -> Three:
+    """Of a value that has a few values, each with a probability."""
+    assert state.points is not None
+    mean, first, second, slope = state.at, *(torch.zeros_like(state.at) for _ in range(3))
+    base = function(mean)
+    for value, probability in state.points:
+        change = function(value.to(mean.dtype)) - base
+        first = first + probability * change
+        second = second + probability * change.square()
+        slope = slope + probability * (value - mean) * change
+    some = state.variance > 0
+    gain = torch.where(some, slope / torch.where(some, state.variance, 1), 0)
+    return base + first, (second - first.square()).clamp_min(0), gain
+
 
 def by_quadrature(function: Function, mean: Tensor, variance: Tensor, count: int = NODES) -> Three:
     """With so many nodes."""
-    deviation = variance.sqrt()
+    deviation = ops.safe_sqrt(variance)
     base = function(mean)
     first, second, slope = (torch.zeros_like(base) for _ in range(3))
-    for node, weight in ops.gauss_hermite(count):
+    for node, weight in _NODES_AND_WEIGHTS[count]:
         change = function(mean + node * deviation) - base
         first = first + weight * change
         second = second + weight * change.square()
@@ -209,12 +242,12 @@ def _cdf(z: Tensor) -> Tensor:
 
 
 def _density(z: Tensor) -> Tensor:
-    return z.square().mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+    return z.square().mul_(-0.5).sub_(math.log(2 * math.pi) / 2).exp_()
 
 
 def rectified(mean: Tensor, variance: Tensor) -> Three:
     """Of max(u, 0): mean, expected square, and the probability that u is positive."""
-    deviation = variance.sqrt()
+    deviation = ops.safe_sqrt(variance)
     z = mean / deviation.clamp_min(torch.finfo(mean.dtype).tiny)
     positive, density = _cdf(z), _density(z)
     first = mean * positive + deviation * density
@@ -242,18 +275,18 @@ def _gelu(function: Function, mean: Tensor, variance: Tensor) -> Three:
     """Mean and gain in closed form. The variance is the series of Hermite,
     sum of variance^k / k! * E[f^(k)]^2, up to the third term; the tanh form differs by less than
     1e-3."""
-    narrower = (1 + variance).reciprocal_()
+    narrower = (1 + variance).reciprocal()
     inverse = narrower.sqrt()
     z = mean * inverse
     density, below = _density(z), _cdf(z)
     falling = z * density * narrower
     gain = below + falling
-    bend = torch.addcmul(narrower, z.square(), narrower, value=-1).add_(1)
-    density.mul_(inverse)
-    first = below.mul_(mean).addcmul_(variance, density)
-    third = bend.add(narrower, alpha=2).mul_(falling)
-    inner = density.mul_(bend).square_().mul_(0.5).addcmul_(variance, third.square_(), value=1 / 6)
-    total = gain.square().addcmul_(variance, inner).mul_(variance)
+    bend = torch.addcmul(narrower, z.square(), narrower, value=-1).add(1)
+    density = density * inverse
+    first = below.mul(mean).addcmul(variance, density)
+    third = bend.add(narrower, alpha=2).mul(falling)
+    inner = density.mul(bend).square().mul(0.5).addcmul(variance, third.square(), value=1 / 6)
+    total = gain.square().addcmul(variance, inner).mul(variance)
     return first, total, gain
 
 

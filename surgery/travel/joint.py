@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .blocks import in_blocks
 from .run import Run
-from .state import State
+from .state import State, apart, fixed, is_quiet
 from .value import Call, Travelling, rule
 
 
@@ -41,16 +41,16 @@ def softmax(call: Call) -> Any:
     if not (isinstance(value, Travelling) and isinstance(dim, int)):
         return NotImplemented
     state, run = value.state(), value.run
-    if not run.follows and dim in (-1, state.mean.ndim - 1):
+    if not run.follows and is_quiet() and dim in (-1, state.mean.ndim - 1):
         found = in_blocks(_softmax_apart, state.at, state.variance, width=state.mean.shape[-1])
         return Travelling.of(run, State(found[0].to(state.mean.dtype), found[1]))
     share, spread, centred = _softmax(state, dim)
     mean = (state.mean + (spread / 2).to(state.mean.dtype)).softmax(dim)
     if run.carrier == "sketch" and state.factors is not None:
-        with torch.no_grad():
+        with apart():
             more = over_points(lambda t: t.softmax(dim), state) - mean
         mean = mean + more
-    with torch.no_grad():
+    with apart():
         factors = None if centred is None else share.to(centred.dtype) * centred
         variance = share.square() * spread
     return Travelling.of(run, run.mixed(State(mean, variance, factors)))
@@ -74,6 +74,11 @@ def over_points(function: Callable[[Tensor], Tensor], state: State) -> Tensor:
     return (function(mean + step).mean(0) + function(mean - step).mean(0)) / 2
 
 
+@rule("softmin")
+def softmin(call: Call) -> Any:
+    return torch.softmax(-call.first, call.argument(1, "dim", -1))
+
+
 @rule("log_softmax")
 def log_softmax(call: Call) -> Any:
     """`z - logsumexp(z)`, where E[logsumexp] is that of the mean plus half of the expected
@@ -83,14 +88,14 @@ def log_softmax(call: Call) -> Any:
         return NotImplemented
     state = value.state()
     share, spread, centred = _softmax(state, dim)
-    with torch.no_grad():
+    with apart():
         curvature = (share * spread).sum(dim, keepdim=True) / 2
     mean = state.mean.log_softmax(dim) - curvature.to(state.mean.dtype)
     return Travelling.of(value.run, State(mean, spread, centred))
 
 
 def _softmax(state: State, dim: int) -> _Softmax:
-    with torch.no_grad():
+    with apart():
         share = state.at.softmax(dim)
         share = torch.where(share.isfinite(), share, 0)
         centred = None
@@ -216,25 +221,25 @@ def normed(
     order. The last two are left out where no columns tell C: of independent entries they are of order
     1 / n.
     """
-    count = math.prod(state.mean.shape[dim] for dim in dims)
+    count = math.prod([state.mean.shape[dim] for dim in dims])
     one = 1 / count if centred else 0.0
-    if not run.follows and len(dims) == 1 and dims[0] == -1:
+    if not run.follows and is_quiet() and len(dims) == 1 and dims[0] == -1:
 
-        def apart(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        def alone(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
             added = variance.mean(dims, keepdim=True) * (1 - one)
             unscaled, inverse, moved = _normal(mean, variance, added + eps, dims, centred)
             return _affine(unscaled, weight, bias), moved * _scale(inverse, weight).square()
 
-        result, moved = in_blocks(apart, state.at, state.variance, width=count)
+        result, moved = in_blocks(alone, state.at, state.variance, width=count)
         return State(result.to(state.mean.dtype), moved)
     mean, variance, factors = state.mean.to(state.variance.dtype), state.variance, state.factors
-    with torch.no_grad():
+    with apart():
         added = variance.mean(dims, keepdim=True) * (1 - one)
         if centred and factors is not None:
             common = factors.mean(dims, keepdim=True).square().sum(0)
             added = (variance.mean(dims, keepdim=True) - common).clamp_min(0)
     unscaled, inverse, moved = _normal(mean, variance, added + eps, dims, centred)
-    with torch.no_grad():
+    with apart():
         gain = _scale(inverse, weight)
         moved = moved * gain.square()
         bent = torch.zeros_like(inverse)
@@ -263,22 +268,22 @@ def _normal(
         mean = mean - mean.mean(dims, keepdim=True)
     inverse = (mean.square().mean(dims, keepdim=True) + added).rsqrt()
     unscaled = mean * inverse
-    with torch.no_grad():
-        y, inverse = unscaled.detach(), inverse.detach()
+    with apart():
+        y, inverse = fixed(unscaled), fixed(inverse)
         square = y.square()
-        count = math.prod(mean.shape[dim] for dim in dims)
+        count = math.prod([mean.shape[dim] for dim in dims])
         by_square = variance * square
         moved = variance * (1 - 2 / count) if centred else variance.clone()
-        moved = moved.add_(by_square, alpha=-2 / count)
-        moved = moved.addcmul_(square, by_square.sum(dims, keepdim=True) / count**2)
+        moved = moved.add(by_square, alpha=-2 / count)
+        moved = moved.addcmul(square, by_square.sum(dims, keepdim=True) / count**2)
         if centred:
             along = (variance * y).sum(dims, keepdim=True) * (2 / count**2)
-            moved = moved.add_(variance.sum(dims, keepdim=True) / count**2).addcmul_(y, along)
-    return unscaled, inverse, moved.clamp_min_(0)
+            moved = moved.add(variance.sum(dims, keepdim=True) / count**2).addcmul(y, along)
+    return unscaled, inverse, moved.clamp_min(0)
 
 
 def _scale(inverse: Tensor, weight: Tensor | None) -> Tensor:
-    return inverse if weight is None else inverse * weight.detach()
+    return inverse if weight is None else inverse * fixed(weight)
 
 
 def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -303,7 +308,7 @@ def batch_norm(call: Call) -> Any:
         return NotImplemented
     state = value.state()
     mean = call.on(state.mean)
-    with torch.no_grad():
+    with apart():
         scale = (given["running_var"] + given.get("eps", 1e-5)).rsqrt()
         if given.get("weight") is not None:
             scale = scale * given["weight"]
@@ -337,7 +342,8 @@ def normalize(call: Call) -> Any:
     dim = dim if dim < 0 else dim - value.ndim
     state, count = value.state(), value.shape[dim]
     found = normed(state, value.run, (dim,), 0.0, False, None, None)
-    return Travelling.of(value.run, found) / math.sqrt(count)
+    found = found.scaled(found.mean / math.sqrt(count), 1 / math.sqrt(count))
+    return Travelling.of(value.run, found)
 
 
 @rule("glu")
@@ -353,4 +359,5 @@ def prelu(call: Call) -> Any:
     if not isinstance(value, Travelling) or isinstance(weight, Travelling):
         return NotImplemented
     slope = weight.reshape(-1, *(1,) * (value.ndim - 2)) if weight.numel() > 1 else weight
-    return torch.relu(value) - slope * torch.relu(-value)
+    given: Any = value
+    return torch.relu(given) - slope * torch.relu(-given)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .run import Run
-from .state import State, over_columns
+from .state import State, apart, fixed, over_columns
 from .value import Call, Travelling, rule
 
 Map = Callable[[Tensor], Tensor]
@@ -31,7 +31,7 @@ def mapped(
         squares: with its coefficients squared.
         columns: of all columns together, where that is faster than one by one.
     """
-    with torch.no_grad():
+    with apart():
         variance = squares(state.variance)
         factors = state.factors
         if factors is not None:
@@ -48,7 +48,7 @@ def linear(call: Call) -> Any:
     x, weight, bias = call.first, call.argument(1, "weight"), call.argument(2, "bias")
     if not _travels(x) or _travels(weight) or _travels(bias):
         return NotImplemented
-    weight = weight.detach()
+    weight = fixed(weight)
     state = x.state()
     squared = weight.to(state.variance.dtype).square()
     return mapped(
@@ -82,7 +82,7 @@ def convolution(call: Call) -> Any:
         else ("output_padding", "groups", "dilation")
     )
     given = {**dict(zip(names, call.args)), **call.kwargs}
-    x, weight, bias = given.pop("input"), given.pop("weight").detach(), given.pop("bias", None)
+    x, weight, bias = given.pop("input"), fixed(given.pop("weight")), given.pop("bias", None)
     if not _travels(x) or _travels(weight) or _travels(bias):
         return NotImplemented
     state = x.state()
@@ -102,8 +102,8 @@ def convolution(call: Call) -> Any:
 def folded(function: Map, columns: Tensor) -> Tensor:
     """A function that works row by row, of all columns as rows."""
     moved = function(columns.flatten(0, 1))
-    apart: Tensor = moved.unflatten(0, columns.shape[:2])
-    return apart
+    found: Tensor = moved.unflatten(0, columns.shape[:2])
+    return found
 
 
 @rule("matmul", "mm", "bmm", "mv", "dot", "rmatmul")
@@ -131,7 +131,7 @@ def _bilinear(call: Call, product: Callable[[Tensor, Tensor], Tensor], one: Any,
         return Travelling.of(run, bilinear(product, one.state(), other.state(), run))
     if not _travels(one):
         return _bilinear(call, lambda a, b: product(b, a), other, one)
-    plain = other.detach()
+    plain = fixed(other)
     squared = plain.to(one.state().variance.dtype).square()
     return mapped(
         one.state(),
@@ -150,7 +150,7 @@ def bilinear(
     is new they are taken as independent.
     """
     mean = product(one.mean, other.mean)
-    with torch.no_grad():
+    with apart():
         squares, others = one.at.square(), other.at.square()
         if not run.follows:  # what is moved and what is new, together
             variance = product(squares.add_(one.variance), other.variance)
@@ -159,9 +159,9 @@ def bilinear(
         new = product(one.variance, other.variance)
         factors, covaried = None, None
         if one.factors is not None:
-            factors = torch.vmap(lambda t: product(t, other.mean.detach()))(one.factors)
+            factors = torch.vmap(lambda t: product(t, fixed(other.mean)))(one.factors)
         if other.factors is not None:
-            through = torch.vmap(lambda t: product(one.mean.detach(), t))(other.factors)
+            through = torch.vmap(lambda t: product(fixed(one.mean), t))(other.factors)
             if factors is None:
                 factors = through
             else:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .elementwise import rectified
 from .run import Run
 from .shapes import state_of
-from .state import State, combined, covariance_of, sum_of, variance_of_sum
+from .state import State, apart, combined, covariance_of, is_recorded, sum_of, variance_of_sum
 from .value import Call, Travelling, rule
 
 
@@ -48,7 +48,7 @@ def _reversed(call: Call) -> Any:
 
 def product_of(one: State, other: State, run: Run) -> State:
     """The state of the product of two values, entry by entry."""
-    with torch.no_grad():
+    with apart():
         first, second = one.at, other.at
         covariance = covariance_of(one, other) if run.carrier == "exact" else None
         by_first = first.square() * other.variance
@@ -60,7 +60,7 @@ def product_of(one: State, other: State, run: Run) -> State:
     mean = one.mean * other.mean
     if covariance is not None:
         mean = mean + both.to(mean.dtype)
-    with torch.no_grad():
+    with apart():
         factors = combined(mean, (one.factors, other.mean), (other.factors, one.mean))
     moved = State(mean, variance.clamp_min(0), None if factors is None else factors.detach())
     if not run.follows:
@@ -83,12 +83,12 @@ def _where(call: Call) -> Any:
     """`where(condition, x, y)` with a condition that does not vary, or is taken at the mean."""
     condition, one, other = call.args
     if isinstance(condition, Travelling):
-        condition = condition.settled()
+        condition = condition.expectation()
     first, second = (
         state_of(arg if isinstance(arg, Tensor) else torch.tensor(arg)) for arg in (one, other)
     )
     mean = torch.where(condition, first.mean, second.mean)
-    with torch.no_grad():
+    with apart():
         variance = torch.where(condition, first.variance, second.variance)
         keep = condition.to(mean.dtype)
         factors = combined(mean, (first.factors, keep), (second.factors, 1 - keep))
@@ -97,7 +97,7 @@ def _where(call: Call) -> Any:
 
 def larger_of(one: State, other: State, run: Run) -> State:
     """The larger of two Gaussians, entry by entry (Clark 1961)."""
-    with torch.no_grad():
+    with apart():
         first, second = one.at, other.at
         spread = variance_of_sum(one, other, -1.0)
         gap = first - second
@@ -111,11 +111,11 @@ def larger_of(one: State, other: State, run: Run) -> State:
         )
         variance = (square - expected.square()).clamp_min(0)
     mean = expected.to(one.mean.dtype)
-    if one.mean.requires_grad or other.mean.requires_grad:
+    if is_recorded(one.mean) or is_recorded(other.mean):
         weight = share.to(mean.dtype)
         change = weight * one.mean + (1 - weight) * other.mean
         mean = mean + (change - change.detach())
-    with torch.no_grad():
+    with apart():
         factors = combined(mean, (one.factors, share), (other.factors, 1 - share))
         covariance = (one.variance + other.variance - spread) / 2
         linear = share.square() * one.variance + (1 - share).square() * other.variance

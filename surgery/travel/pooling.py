@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .pairs import larger_of
-from .state import State
+from .state import State, apart
 from .value import Call, Travelling, rule
 
 _MAXIMA = tuple(f"max_pool{n}d" for n in (1, 2, 3))
@@ -24,7 +24,7 @@ def max_pool(call: Call) -> Any:
     value = call.first
     if not isinstance(value, Travelling) or call.argument(6, "return_indices", False):
         return NotImplemented
-    if value.under is not None and _rises(value.under[0]):
+    if value.under is not None:
         activation, before = value.under
         return activation(max_pool(Call.of(call.func, (before, *call.args[1:]), call.kwargs)))
     spatial = int(call.name.removesuffix("_with_indices")[-2])
@@ -43,22 +43,18 @@ def max_pool(call: Call) -> Any:
     state = value.state()
     if any(padding):
         width = [size for one in reversed(padding) for size in (one, one)]
-        with torch.no_grad():  # below all others, and no larger than needed: it is squared
-            low = float(state.at.min() - 10 * state.variance.max().sqrt() - 1)
         padded = state.moved(lambda t: F.pad(t, width))
-        state = State(F.pad(state.mean, width, value=low), padded.variance, padded.factors)
+        with apart():  # below all others, and no larger than needed: it is squared
+            low = state.at.min() - 10 * state.variance.max().sqrt() - 1
+            outside = F.pad(torch.zeros_like(state.at), width, value=1.0) * low
+        mean = padded.mean + outside.to(padded.mean.dtype)
+        state = State(mean, padded.variance, padded.factors)
     windows = _windows(state, kernel, stride, dilation)
     while len(windows) > 1:
         pairs = zip(windows[::2], windows[1::2])
         rest = windows[-1:] if len(windows) % 2 else []
         windows = [larger_of(one, other, value.run) for one, other in pairs] + rest
     return Travelling.of(value.run, windows[0])
-
-
-def _rises(activation: Any) -> bool:
-    """Whether it does with the parameters that it has: a leaky ReLU may have a negative slope."""
-    values: Tensor = activation(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]))
-    return bool((values.diff() >= 0).all())
 
 
 def _windows(

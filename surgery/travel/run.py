@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..spec.config import Unit
 from .birth import Birth, Diagonal
-from .state import State
+from .state import State, apart, record
 
 Carrier = Literal["none", "exact", "sketch"]
 """How a forward carries covariances:
@@ -46,8 +46,8 @@ class Run:
 
     def __init__(
         self,
-        model: nn.Module,
-        rows: int,
+        model: nn.Module | None = None,
+        rows: int = 0,
         carrier: Carrier = "none",
         columns: int = 0,
         records: bool = False,
@@ -67,7 +67,8 @@ class Run:
         self.births: list[Birth] = []
         self.settled: list[str] = []
         """Where a value became its mean, and what did that."""
-        self._names = {id(module): name for name, module in model.named_modules()}
+        modules = [] if model is None else model.named_modules()
+        self._names = {id(module): name for name, module in modules}
         self._generators: dict[torch.device, torch.Generator] = {}
 
     @property
@@ -89,7 +90,7 @@ class Run:
         if self.records:
             mean = mean + birth.delta_for(mean)
             self.births.append(birth)
-        with torch.no_grad():
+        with apart():
             variance = state.variance + birth.variance
             factors = state.factors
             if self.carrier == "sketch":
@@ -109,13 +110,13 @@ class Run:
         factors = state.factors
         if factors is None:
             return state
-        with torch.no_grad():
+        with apart():
             carried = factors.to(state.variance.dtype).square().sum(0)
             if self.carrier == "exact":
                 return State(state.mean, carried, factors)
             dims = (-1,) if carried.ndim <= 3 else tuple(range(1, carried.ndim))
-            apart = state.variance.sum(dims, keepdim=True)
-            ratio = carried.sum(dims, keepdim=True) / apart.clamp_min(torch.finfo(apart.dtype).tiny)
+            alone = state.variance.sum(dims, keepdim=True)
+            ratio = carried.sum(dims, keepdim=True) / alone.clamp_min(torch.finfo(alone.dtype).tiny)
             return State(state.mean, state.variance * ratio, factors)
 
     def _extended(self, factors: Tensor | None, birth: Birth, mean: Tensor) -> Tensor:
@@ -131,6 +132,8 @@ class Run:
 
     def settles(self, function: str) -> None:
         """Note that a value is replaced by its mean."""
+        if self is ALONE:
+            return
         where = f"{self._module()}: {function}"
         if where not in self.settled:
             self.settled.append(where)
@@ -145,6 +148,10 @@ class Run:
                 return self._names[id(own)] or type(own).__name__
             above = above.f_back
         return "?"
+
+
+ALONE = Run()
+"""That of forwards which nobody has asked for more than the mean: of `inference="moments"`."""
 
 
 class _Current(threading.local):
@@ -164,6 +171,8 @@ def current(run: Run) -> Iterator[None]:
     """Inside, it is the run of this thread."""
     try:
         _current.run = run
+        record(run.records)
         yield
     finally:
+        record(False)
         _current.run = None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..moments.torch_functions import CASTING, COPYING, DROPOUTS, VIEWS
+from ..moments.torch_functions import ALIASING, CASTING, COPYING, DROPOUTS, VIEWS
+from ..torch_private.tensors import memory_of
+from ..torch_private.tracing import is_traced
 from .birth import OfOutputs, root
-from .state import State, aligned, certain, wide
-from .value import Call, Travelling, rule
+from .state import State, aligned, apart, certain, wide
+from .value import RULES, Apply, Call, Travelling, rule
 
 
 def state_of(value: Any) -> State:
@@ -23,21 +26,53 @@ def view(call: Call) -> Any:
     """Every entry elsewhere, or several times. `unfold` of a tensor; `pad` by constants."""
     if not isinstance(call.first, Travelling) or len(call.values) > 1:
         return NotImplemented
-    value, state = call.first, call.first.state()
-    function = call.of_first()
-    means: Any = function(state.mean)
-    if isinstance(means, Tensor):
-        filled = call.argument(3, "value") if call.name == "pad" else None
-        if filled:
-            return NotImplemented
-        return Travelling.of(value.run, state.moved(function))
-    parts = [State(mean, variance) for mean, variance in zip(means, function(state.variance))]
-    if state.factors is not None:
-        count = len(means)
-        columns = torch.vmap(lambda t: tuple(function(t)))(state.factors)
-        for part, factors in zip(parts, columns[:count]):
-            part.factors = factors
-    return tuple(Travelling.of(value.run, part) for part in parts)
+    if call.name == "pad" and call.argument(3, "value"):
+        return NotImplemented
+    value, state, function = call.first, call.first.state(), call.of_first()
+    key = hashable((call.name, *call.args[1:], *call.kwargs.items()))
+    found = None if key is None else state.views.get(key)
+    if found is None:
+        found = _moved(state, function)
+        if key is not None:
+            state.views[key] = found
+    if isinstance(found, State):
+        return _taken(value, state, found, call.name, function)
+    return tuple(
+        _taken(value, state, part, call.name, partial(_part, function, index))
+        for index, part in enumerate(found)
+    )
+
+
+def hashable(key: Any) -> Any:
+    """A key of a dict for the arguments of a view, with slices as tuples; None if an argument (a
+    tensor) cannot be part of a key."""
+    if isinstance(key, slice):
+        return ("slice", key.start, key.stop, key.step)
+    if isinstance(key, (tuple, list)):
+        parts = [hashable(part) for part in key]
+        return None if any(part is None for part in parts) else tuple(parts)
+    if key is None:
+        return "None"
+    return key if isinstance(key, (str, int, float, type(Ellipsis), torch.dtype)) else None
+
+
+def _moved(state: State, function: Apply) -> State | list[State]:
+    """The state after a view, or those of its parts."""
+    if isinstance(function(state.mean), Tensor):
+        return state.moved(function)
+    count = len(function(state.mean))
+    return [state.moved(partial(_part, function, index)) for index in range(count)]
+
+
+def _part(function: Apply, index: int, t: Tensor) -> Tensor:
+    return function(t)[index]
+
+
+def _taken(value: Travelling, state: State, found: State, name: str, view: Apply) -> Travelling:
+    """What a function took of a value: a view of it if it is one of its mean."""
+    if name in ALIASING and not is_traced() and memory_of(found.mean) == memory_of(state.mean):
+        return value.viewed(found, view)
+    return Travelling.of(value.run, found)
 
 
 @rule("iter")
@@ -53,7 +88,7 @@ def copied(call: Call) -> Any:
     if call.name == "requires_grad" or not isinstance(value, Travelling):
         return value
     if call.name in ("clone", "detach_copy", "lift_fresh_copy"):
-        return Travelling.later(value, value, value.apply, value.state, value.is_linear)
+        return Travelling.later(value, value, value.apply, value.moments, value.is_linear)
     return value
 
 
@@ -63,6 +98,8 @@ def cast(call: Call) -> Any:
     value = call.first
     if not isinstance(value, Travelling):
         return NotImplemented
+    if not value.dtype.is_floating_point:  # of a comparison
+        return RULES["elementwise"](call)
     state = value.state()
     mean = call.on(state.mean)
     if not mean.dtype.is_floating_point:
@@ -149,7 +186,7 @@ def dropout(call: Call) -> Any:
     if p == 1 or call.name.endswith("alpha_dropout") or call.name == "feature_dropout":
         return NotImplemented
     state = value.state()
-    with torch.no_grad():
+    with apart():
         fresh = (state.at.square() + state.variance) * (p / (1 - p))
     if call.name == "dropout" or state.mean.ndim < 3:
         return Travelling.of(run, run.born_apart(state, fresh))

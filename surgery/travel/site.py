@@ -12,7 +12,7 @@ unit, and on which rows share a mask.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..spec.config import Unit
 from .birth import Birth, Diagonal, OfInputs, OfOutputs, OfWeights, root
 from .run import Run
-from .state import State, certain, over_columns
+from .state import Points, State, apart, certain, fixed, is_recorded, over_columns
 from .value import Travelling
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -58,33 +58,40 @@ class Site(NamedTuple):
 
 
 def site_value(
-    run: Run, x: Tensor, known: Callable[[Tensor], tuple[Tensor, Tensor]], site: Site
+    run: Run,
+    x: Any,
+    known: Callable[[Tensor], tuple[Tensor, Tensor]],
+    points_of: Callable[[Tensor, Tensor], Points | None],
+    site: Site,
 ) -> Travelling:
     """The pre-activation of a site.
 
     Args:
         x: its input, which may travel.
         known: mean and variance of the product for an input that does not vary.
+        points_of: the few values that it then has, if it has few, from the input and the mean.
     """
     state = x.state() if isinstance(x, Travelling) else certain(x)
-    with torch.no_grad():
+    with apart():
         mean, variance, fresh = _three(run, state, isinstance(x, Travelling), known, site)
         factors = state.factors
         if factors is not None:
             factors = over_columns(lambda t: site.product(t, site.weight, None), factors)
-    if state.mean.requires_grad:
+    if is_recorded(state.mean):
         mean = mean + site.product(state.mean - state.mean.detach(), site.weight, None)
+    points = None if isinstance(x, Travelling) else points_of(state.mean, mean)
     moved, known_part = run.mixed(State(mean, variance, factors)), fresh
     if site.unit in ("output", "tensor") and site.moving is site.weight:
         fresh = fresh + site.ratio * moved.variance
     if not run.follows:
-        return Travelling.of(run, State(mean, moved.variance + fresh))
-    with torch.no_grad():
+        return Travelling.of(run, State(mean, moved.variance + fresh, points=points))
+    with apart():
         births = _births(
             state.at, root(state.at.square() + state.variance, state.at), known_part, fresh, site
         )
     for birth in births:
         moved = run.born(moved, birth)
+    moved.points = points
     return Travelling.of(run, moved)
 
 
@@ -98,17 +105,17 @@ def _three(
     """The mean; the variance that came in; and that which is born."""
     dtype = state.variance.dtype
     if not varies:
-        mean, fresh = known(state.mean.detach())
+        mean, fresh = known(fixed(state.mean))
         return mean, torch.zeros_like(fresh, dtype=dtype), fresh.to(dtype)
     squared = site.weight.to(dtype).square()
     moving = squared if site.moving is site.weight else site.moving.to(dtype).square()
     if site.unit in ("output", "tensor"):
-        mean, fresh = known(state.mean.detach())
+        mean, fresh = known(fixed(state.mean))
         fresh, variance = fresh.to(dtype), site.product(state.variance, squared, None)
         if moving is not squared:
             fresh = fresh + site.ratio * site.product(state.variance, moving, None)
         return mean, variance, fresh
-    mean = site.product(state.mean.detach(), site.weight, site.bias)
+    mean = site.product(fixed(state.mean), site.weight, site.bias)
     square = state.at.square().add_(state.variance).mul_(site.ratio)
     if run.follows or moving is not squared:
         variance = site.product(state.variance, squared, None)

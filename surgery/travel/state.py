@@ -2,11 +2,56 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..torch_private.tracing import is_traced
+
+Points = tuple[tuple[Tensor, Tensor], ...]
+"""Pairs of a value, of the shape of the mean, and its probability, a number."""
+
+
+class _Recording(threading.local):
+    """Whether a graph is recorded by which means are differentiated by what is born, and by nothing
+    else: see `adjoint`. In any other forward, gradients flow as ever."""
+
+    def __init__(self) -> None:
+        self.on = False
+
+
+_recording = _Recording()
+
+
+def record(on: bool) -> None:
+    """From now on, in this thread."""
+    _recording.on = on
+
+
+def apart() -> AbstractContextManager[Any]:
+    """For what has no part in such a graph: variances, weights, and what means are made of by another
+    way than a gain."""
+    return torch.no_grad() if _recording.on else nullcontext()
+
+
+def is_quiet() -> bool:
+    """Whether nobody follows the operations: neither autograd, nor a trace."""
+    return not torch.is_grad_enabled() and not is_traced()
+
+
+def fixed(tensor: Tensor) -> Tensor:
+    """A tensor that has no part in such a graph."""
+    return tensor.detach() if _recording.on else tensor
+
+
+def is_recorded(mean: Tensor) -> bool:
+    """Whether a mean has a part in one."""
+    return _recording.on and mean.requires_grad
 
 
 @dataclass(eq=False)
@@ -16,24 +61,33 @@ class State:
     mean: Tensor
     """Has a graph while a run records for backward passes; see `adjoint`."""
     variance: Tensor
-    """Of each entry; the shape of the mean, at least float32, never with a graph."""
+    """Of each entry; the shape of the mean, at least float32. Has no graph while a run records."""
     factors: Tensor | None = None
     """(columns, *shape) or None: column k is what the value does when the k-th latent of the run,
     of mean 0 and variance 1, grows by 1. Two values of one run covary by the sum of products of their
     columns."""
 
+    points: Points | None = None
+    """The few values that an entry can have, if they are so few: then the value is no Gaussian."""
+
+    views: dict[Any, Any] = field(default_factory=dict)
+    """What views of it are, by name and arguments: the same view again is the same state."""
+
     @property
     def at(self) -> Tensor:
         """The mean without its graph, in the dtype of the variance."""
-        return self.mean.detach().to(self.variance.dtype)
+        return fixed(self.mean).to(self.variance.dtype)
 
     def moved(self, function: Callable[[Tensor], Tensor], factors: Tensor | None = None) -> State:
         """After a function that only moves entries or copies them."""
-        with torch.no_grad():
+        with apart():
             variance = function(self.variance)
             if factors is None and self.factors is not None:
                 factors = over_columns(function, self.factors)
-        return State(function(self.mean), variance, factors)
+        points = self.points
+        if points is not None:
+            points = tuple((function(value), probability) for value, probability in points)
+        return State(function(self.mean), variance, factors, points)
 
     def scaled(self, mean: Tensor, scale: Tensor | float) -> State:
         """After a function that is affine in each entry.
@@ -42,7 +96,7 @@ class State:
             mean: what it makes of the mean.
             scale: its slopes; broadcasts to `mean`.
         """
-        with torch.no_grad():
+        with apart():
             unchanged = isinstance(scale, float) and abs(scale) == 1
             variance = self.variance if unchanged else self.variance * scale**2
             variance, factors = variance.expand(mean.shape), self.factors
@@ -114,13 +168,13 @@ def variance_of_sum(one: State, other: State, sign: float) -> Tensor:
     ndim = max(one.mean.ndim, other.mean.ndim)
     first, second = same_columns(aligned(one.factors, ndim), aligned(other.factors, ndim))
     together = torch.add(first, second, alpha=sign).to(variance.dtype).square().sum(0)
-    apart = (first.square().sum(0) + sign**2 * second.square().sum(0)).to(variance.dtype)
-    return variance * torch.where(apart > 0, together / torch.where(apart > 0, apart, 1), 1)
+    alone = (first.square().sum(0) + sign**2 * second.square().sum(0)).to(variance.dtype)
+    return variance * torch.where(alone > 0, together / torch.where(alone > 0, alone, 1), 1)
 
 
 def sum_of(one: State, other: State, sign: float, mean: Tensor) -> State:
     """The state of `one + sign * other`, whose mean is `mean`."""
-    with torch.no_grad():
+    with apart():
         variance = variance_of_sum(one, other, sign)
         factors = combined(mean, (one.factors, 1.0), (other.factors, sign))
     return State(mean, variance.expand(mean.shape), factors)

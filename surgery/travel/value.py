@@ -8,6 +8,7 @@ the value settles: the function gets the mean, and the run notes where.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -15,14 +16,26 @@ import torch
 from torch import Tensor
 
 from ..base.torch_names import WRITERS, canonical, of_two, spelling, writes
-from ..moments.torch_functions import ATTRIBUTES, ELEMENTWISE, QUERIES
+from ..moments.scope import Deferred
+from ..moments.torch_functions import ATTRIBUTES, ELEMENTWISE, QUERIES, VIEWS
 from ..torch_private.tensors import tensor_without_memory, without_torch_function
+from ..torch_private.tracing import is_traced
 from ..torch_private.trees import tree_map
-from .run import Run
-from .state import State, certain
+from .run import ALONE, Run
+from .state import State, certain, same_columns
 
 Apply = Callable[[Tensor], Tensor]
 Make = Callable[[], State]
+
+
+KEEPING = ("T", "mT", "H", "mH", "data", "real", "imag")
+"""Properties whose value varies."""
+
+_OPERATORS = (
+    "add radd sub rsub mul rmul truediv rtruediv pow rpow neg pos abs matmul rmatmul mod floordiv "
+    "gt lt ge le eq ne and or xor rand ror rxor invert getitem setitem len bool float int contains"
+)
+"""Python's operators, which look for a method of the class."""
 
 
 def same(u: Tensor) -> Tensor:
@@ -30,7 +43,20 @@ def same(u: Tensor) -> Tensor:
     return u
 
 
-class Travelling(Tensor):
+class Later:
+    """A state that is computed when somebody needs it, once."""
+
+    def __init__(self, make: Make | None, known: State | None = None) -> None:
+        self._make, self._known = make, known
+
+    def __call__(self) -> State:
+        if self._known is None:
+            assert self._make is not None
+            self._known = self._make()
+        return self._known
+
+
+class Travelling(Deferred):
     """`apply(u)`, where the moments of `u` are known."""
 
     dispatch: ClassVar[Callable[[Call], Any]]
@@ -42,8 +68,18 @@ class Travelling(Tensor):
     apply: Apply
     is_linear: bool
     """Whether `apply` is affine, so that the value is as Gaussian as `u` is."""
-    make: Make | None
-    known: State | None
+    moments: Later
+    """Its own."""
+    base: Travelling | None
+    """The value that it is a view of, as `taken` takes it: what is written into one is seen in the
+    other. Graphs do not follow that."""
+    taken: Apply
+    changes: int
+    """How often something was written to it."""
+    seen: int
+    """How often to the base, when the view was taken."""
+    like: Tensor | None
+    """Has its shape, dtype and device, where it is no tensor that has them itself."""
     under: tuple[Apply, Travelling] | None
     """Of an activation that rises: the function, and the value that it is of."""
 
@@ -52,13 +88,30 @@ class Travelling(Tensor):
         """A value with these moments."""
         value = _empty(state.mean)
         value.run, value.origin, value.apply, value.is_linear = run, state, same, True
-        value.make, value.known, value.under = None, state, None
+        value.moments, value.under = Later(None, state), None
+        value.stays = run is not ALONE
         return value
 
+    def viewed(self, state: State, taken: Apply) -> Travelling:
+        """A view of this value, with these moments."""
+        value = Travelling.of(self.run, state)
+        if not is_traced():
+            value.base, value.taken, value.seen = self, taken, self.changed()
+        return value
+
+    def changed(self) -> int:
+        """How often it was written to, or what it is a view of."""
+        return self.changes if self.base is None else self.changes + self.base.changed()
+
+    def refresh(self) -> None:
+        """Take the view again, if something was written to what it is a view of."""
+        if self.base is not None and self.seen != self.base.changed():
+            self.base.refresh()
+            self._take(Travelling.of(self.run, self.base.moments().moved(self.taken)))
+            self.seen = self.base.changed()
+
     @staticmethod
-    def later(
-        source: Travelling, like: Tensor, apply: Apply, make: Make, linear: bool
-    ) -> Travelling:
+    def later(source: Travelling, like: Any, apply: Apply, make: Make, linear: bool) -> Travelling:
         """A function of the origin of another value; its moments are computed when they are needed.
 
         Args:
@@ -74,45 +127,110 @@ class Travelling(Tensor):
             apply,
             linear,
         )
-        value.make, value.known, value.under = make, None, None
+        value.moments = make if isinstance(make, Later) else Later(make)
+        value.under, value.stays = None, source.stays
         return value
 
     def copied(self) -> Travelling:
         """The value as it is now: a write into this one does not change it."""
-        return _empty(self).become(self)
+        value = _empty(self if self.like is None else self.like)
+        value.run, value.stays = self.run, self.stays
+        value._take(self)
+        return value
 
     def state(self) -> State:
         """The moments."""
-        if self.known is None:
-            assert self.make is not None
-            self.known = self.make()
-        return self.known
+        self.refresh()
+        return self.moments()
 
     def become(self, other: Travelling) -> Travelling:
         """Take another value, as an argument does that is written to."""
-        self.run, self.origin, self.apply = other.run, other.origin, other.apply
-        self.is_linear, self.under = other.is_linear, other.under
-        self.make, self.known = other.make, other.known
+        self._take(other)
+        self.changes += 1
+        if self.base is not None:
+            self.base.write(self.taken, self.moments())
+            self.seen = self.base.changed()
         return self
 
-    def settled(self) -> Tensor:
+    def take_form(self, other: Travelling) -> Travelling:
+        """Take the form of a view of itself: no write."""
+        self._take(other)
+        self.like = other.state().mean
+        return self
+
+    def _take(self, other: Travelling) -> None:
+        self.origin, self.apply, self.is_linear = other.origin, other.apply, other.is_linear
+        self.moments, self.under = other.moments, other.under
+
+    def write(self, taken: Apply, part: State) -> None:
+        """Write into a view of it."""
+        state = self.state()
+        shape = state.mean.shape
+        index = taken(torch.arange(shape.numel(), device=state.mean.device).view(shape))
+
+        def put(into: Tensor, values: Tensor) -> Tensor:
+            return into.flatten().index_put((index,), values.to(into.dtype)).view(shape)
+
+        factors = state.factors
+        if factors is not None or part.factors is not None:
+            pairs = zip(*same_columns(*(_columns(one) for one in (state, part))))
+            factors = torch.stack([put(*pair) for pair in pairs])
+        written = State(put(state.mean, part.mean), put(state.variance, part.variance), factors)
+        self.become(Travelling.of(self.run, written))
+
+    def expectation(self) -> Tensor:
         """The mean; of a value that is no number, as a comparison, the value at the mean."""
         if not self.dtype.is_floating_point:
             return self.apply(self.origin.mean.detach())
         return self.state().mean
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         with without_torch_function():
             return f"Travelling(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __iter__(self) -> Any:
         return iter(self.unbind(0))
 
+    def __getattr__(self, name: str) -> Any:
+        member = getattr(Tensor, name)
+        if callable(member):
+            return functools.partial(_call, member, self)
+        if name in KEEPING:
+            return Travelling.dispatch(Call(lambda t: getattr(t, name), name, name, (self,), {}))
+        return getattr(self.like, name)
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return Travelling.dispatch(Call.of(func, args, kwargs or {}))
+
+
+def _call(member: Any, *args: Any, **kwargs: Any) -> Any:
+    return Travelling.dispatch(Call.of(member, args, kwargs))
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    member = getattr(Tensor, name)
+
+    def operator(self: Travelling, *args: Any) -> Any:
+        return _call(member, self, *args)
+
+    return operator
+
+
+_WRITERS = (name for name in WRITERS if canonical(name) in ELEMENTWISE)
+for _name in (*_OPERATORS.split(), *_WRITERS):
+    setattr(Travelling, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+class TravellingTensor(Tensor, Travelling):
+    """The same as a tensor without memory, so that `isinstance` and torch's own modules take it for
+    one."""
+
+    __repr__ = Travelling.__repr__  # type: ignore[assignment]
+    __iter__ = Travelling.__iter__
+    __torch_function__ = Travelling.__torch_function__
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -122,8 +240,20 @@ class Travelling(Tensor):
         return Call.of(func, args, kwargs or {}).settled()
 
 
+def _columns(state: State) -> Tensor:
+    """The columns; none as a tensor, too."""
+    return state.mean.new_zeros(0, *state.mean.shape) if state.factors is None else state.factors
+
+
 def _empty(like: Tensor) -> Travelling:
-    made: Travelling = tensor_without_memory(Travelling, like)
+    made: Travelling
+    if is_traced():
+        made = Travelling()
+        made.like = like
+    else:
+        made = tensor_without_memory(TravellingTensor, like)
+        made.like = None
+    made.base, made.changes = None, 0
     return made
 
 
@@ -134,9 +264,8 @@ class Call:
         self, func: Any, spelled: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.func, self.spelled, self.name = func, spelled, name
-        self.args, self.kwargs = args, kwargs
         self._values: list[Travelling] = []
-        tree_map(self._note, (args, kwargs))
+        self.args, self.kwargs = tree_map(self._note, (args, kwargs))
 
     @classmethod
     def of(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -149,8 +278,10 @@ class Call:
 
     def _note(self, value: Any) -> Any:
         if isinstance(value, Travelling):
+            value.refresh()
             self._values.append(value)
-        return value
+            return value
+        return value.expectation() if isinstance(value, Deferred) else value
 
     @property
     def values(self) -> list[Travelling]:
@@ -192,7 +323,7 @@ class Call:
 
 
 def _settled(value: Any) -> Any:
-    return value.settled() if isinstance(value, Travelling) else value
+    return value.expectation() if isinstance(value, Travelling) else value
 
 
 def _holds_numbers(result: Any) -> bool:
@@ -219,16 +350,14 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-_KEEPING = ("T", "mT", "H", "mH", "data", "real", "imag")
-"""Properties whose value varies."""
-
-
 def dispatch(call: Call) -> Any:
     """What a torch function makes of its arguments."""
     func, name = call.func, call.name
     is_property = call.spelled != spelling(func)
-    asks = call.spelled not in _KEEPING if is_property else name in QUERIES or name in ATTRIBUTES
+    asks = call.spelled not in KEEPING if is_property else name in QUERIES or name in ATTRIBUTES
     if asks or not call.values:
+        if isinstance(call.first, Travelling) and call.first.like is not None:
+            return call.on(call.first.like)
         with without_torch_function():
             return func(*call.args, **call.kwargs)
     if call.kwargs.get("out") is not None:
@@ -263,14 +392,10 @@ def _in_place(call: Call) -> Any:
         twin, kwargs = _twin(call.spelled), call.kwargs
     if twin is None:
         return call.settles()
-    args = call.args
-    if isinstance(target, Travelling):  # what is put off reads the value from before
-        before = target.copied()
-        args = tuple(before if one is target else one for one in args)
-    result = _result(Call.of(twin, args, kwargs))
+    result = _result(Call.of(twin, call.args, kwargs))
     if isinstance(target, Travelling):
         if isinstance(result, Travelling):
-            return target.become(result)
+            return target.take_form(result) if call.name in VIEWS else target.become(result)
         return target.become(Travelling.of(target.run, certain(result)))
     return result  # of `x += y` Python takes what is returned
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..modules.places import Place, places, product_site
 from ..modules.walk import unwrapped
+from ..ops import ratio_of
 from ..spec.errors import NotOperatedError, SurgeryError
 from ..torch_private.trees import tree_map
 from ..travel import Run, State, TooWide, Travelling, current
@@ -118,7 +119,7 @@ def _is_table(place: Place) -> bool:
 def _table(place: Place) -> Table:
     raw, state = place.raw.detach(), place.state
     moving = raw if place.anchor is None else raw - place.anchor
-    return Table(state.law_for(raw).ratio * moving.square(), state.unit)
+    return Table(ratio_of(state.law_for(raw)) * moving.square(), state.unit)
 
 
 def _check(at: Iterable[Place]) -> None:
@@ -214,7 +215,7 @@ class _Forward:
                 found.append(batch.call(self.model))
 
         while_dropping(self.model, self.at, "moments", None, call)
-        value = tensor_of(found[0], self.batch.rows, self.select)
+        value: Any = tensor_of(found[0], self.batch.rows, self.select)
         with torch.set_grad_enabled(records):
             if isinstance(value, Travelling):
                 return run, value.state()

@@ -76,7 +76,6 @@ EXACT: dict[str, Function] = {
     "F.relu": lambda u: F.relu(u, inplace=False),
     "leaky": lambda u: F.leaky_relu(u, 0.1),
     "gelu": F.gelu,
-    "gelu-tanh": lambda u: F.gelu(u, approximate="tanh"),
     "clamp": lambda u: u.clamp(min=0),
     "relu6": F.relu6,
     "hardswish": F.hardswish,
@@ -109,6 +108,7 @@ def test_expectation_of_an_activation(f: Function) -> None:
 
 
 KINKED: dict[str, Function] = {
+    "gelu-tanh": lambda u: F.gelu(u, approximate="tanh"),  # that of the other GELU is taken
     "where": lambda u: torch.where(u > 0, u, 0.1 * u),
     "times-mask": lambda u: u * (u > 0),
     "mask-cast": lambda u: (u > 0).to(u.dtype) * u,
@@ -120,14 +120,14 @@ KINKED: dict[str, Function] = {
 
 @pytest.mark.parametrize("f", KINKED.values(), ids=KINKED)
 def test_expectation_with_a_kink(f: Function) -> None:
-    """Gauss-Hermite quadrature misses a kink of slope 1 by about sd / 60 at most (64 nodes)."""
+    """Gauss-Hermite quadrature misses a kink of slope 1 by about sd / 15 at most (16 nodes)."""
     model = operated(f)
     x = torch.randn(5, 6, dtype=torch.float64)
     shape = f if f is not KINKED["maximum"] else torch.relu
     with torch.no_grad():
         mean, variance = exact_moments(model.site, x)
         gap = (model(x) - expected(shape, mean, variance)).abs()
-        assert (gap < variance.sqrt() / 60).all()
+        assert (gap < variance.sqrt() / 15).all()
         plain = (f(mean) - expected(shape, mean, variance)).abs()
     assert gap.mean() < plain.mean() / 5
 
@@ -217,7 +217,7 @@ def test_variances_of_two_sites_add() -> None:
     with torch.no_grad():
         (a, v), (b, w) = (exact_moments(site, x) for site in (model.one, model.other))
         torch.testing.assert_close(
-            model(x), expected(torch.tanh, a - b, v + w), rtol=1e-6, atol=1e-6
+            model(x), expected(torch.tanh, a - b, v + w), rtol=1e-4, atol=1e-4
         )
 
 
@@ -268,10 +268,8 @@ READS: dict[str, Function] = {
     "matmul": lambda u: u @ u.mT,
     "einsum": lambda u: torch.einsum("ij,kj->ik", u, u),
     "sum": lambda u: u.sum(-1),
-    "sqrt": lambda u: u.add(9).sqrt(),
     "loss": lambda u: F.cross_entropy(u, torch.tensor([0, 1, 2, 3, 0])),
     "write": lambda u: torch.empty(5, 4, dtype=torch.float64).copy_(u),
-    "attention": lambda u: F.scaled_dot_product_attention(u, u, u),
     "tolist": lambda u: torch.tensor(u.tolist(), dtype=torch.float64),
     "branch": lambda u: u.sum() if u.mean() > 0 else -u.sum(),
     "index": lambda u: u[u > 0],
@@ -279,7 +277,7 @@ READS: dict[str, Function] = {
 
 
 @pytest.mark.parametrize("then", READS.values(), ids=READS)
-def test_whatever_is_not_elementwise_sees_the_mean(then: Function) -> None:
+def test_linear_functions_and_those_without_a_rule_see_the_mean(then: Function) -> None:
     model = operated(then)
     x = torch.randn(5, 6, dtype=torch.float64)
     found = model(x)
@@ -297,7 +295,7 @@ def test_queries_do_not_compute() -> None:
         v = torch.relu(u).to(torch.float32)
         assert v.dtype is torch.float32
         assert v.device == u.device
-        assert "site.weight" in repr(u)
+        assert repr(u) == "Travelling(shape=(5, 4), dtype=torch.float64)"
         return v.square()
 
     assert operated(then)(torch.randn(5, 6, dtype=torch.float64)).dtype is torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from surgery import apply_dropconnect, set_inference
 from surgery.base.torch_names import canonical
 from surgery.moments import torch_functions as table
+from surgery.torch_private.trees import tree_leaves
 
 P = 0.3
 
@@ -79,29 +81,20 @@ def test_draws_converge_to_the_expectation(residual: bool) -> None:
 def test_softmax_after_a_site(name: str) -> None:
     function = getattr(nn, {"softmax": "Softmax", "log_softmax": "LogSoftmax"}.get(name, "Softmin"))
     model = nn.Sequential(nn.Linear(6, 4), function(-1)).double().eval()
+    plain, x = copy.deepcopy(model), torch.randn(5, 6, dtype=torch.float64)
     apply_dropconnect(model, nn.Linear, p=P, inference="moments")
-    x = torch.randn(5, 6, dtype=torch.float64)
-    message = (
-        r"0\.weight: inference='moments' needs an elementwise activation after it, and found "
-        r"\w*softm\w+. Give samples=Z to estimate it by draws, or give this site inference='mean'"
-    )
-    with pytest.raises(RuntimeError, match=message):
-        model(x)
     exact, error = estimate(model, x, 3000)
-    with set_inference(model, "moments", samples=20000), torch.no_grad():
+    with torch.no_grad():
         found = model(x)
+        gap, before = ((one - exact).square().mean() for one in (found, plain(x)))
+    assert gap < 0.5 * before + 2 * error.square().mean()
+    with set_inference(model, "moments", samples=20000), torch.no_grad():
+        drawn = model(x)
     # Two estimates, and few inputs, so that the Gaussian itself is off by some hundredths.
-    assert (found - exact).abs().max() < 5 * float(error.max()) + 0.05
+    assert (drawn - exact).abs().max() < 5 * float(error.max()) + 0.05
     if name != "log_softmax":
-        torch.testing.assert_close(found.sum(-1), torch.ones(5, dtype=torch.float64))
-
-
-def test_softmax_of_an_activation_sees_its_expectation() -> None:
-    inner = nn.Sequential(nn.Linear(6, 4), nn.ReLU())
-    model = nn.Sequential(inner, nn.Softmax(-1)).eval()
-    apply_dropconnect(model, nn.Linear, p=P, inference="moments")
-    x = torch.randn(5, 6)
-    torch.testing.assert_close(model(x), inner(x).softmax(-1))
+        for one in (found, drawn):
+            torch.testing.assert_close(one.sum(-1), torch.ones(5, dtype=torch.float64))
 
 
 def test_inner_modules_can_be_called_alone() -> None:
@@ -143,7 +136,11 @@ def test_any_module_can_follow(after: nn.Module) -> None:
     with torch.no_grad():
         plain = model(x)
         apply_dropconnect(model, "site", p=P, inference="moments")
-        torch.testing.assert_close(model(x), plain)
+        found = model(x)
+    assert isinstance(after, nn.MultiheadAttention) != torch.equal(
+        tree_leaves(found)[0], tree_leaves(plain)[0]
+    )
+    torch.testing.assert_close(found, plain, rtol=0.05, atol=0.01)
 
 
 def test_narrow_floats() -> None:

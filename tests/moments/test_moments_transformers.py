@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery import apply_dropconnect, mc_predict, set_inference, strip_dropconnect
+from surgery.travel import Travelling
 
 from ..zoo.tiny import tiny
 
@@ -25,8 +26,13 @@ def tokens() -> dict[str, Tensor]:
 
 
 def moments(site: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a pre-activation; what comes in varies as well, if sites lie before."""
+    mean, variance = x, torch.zeros_like(x)
+    if isinstance(x, Travelling):
+        mean, variance = x.state().mean, x.state().variance
     weight = site.weight if isinstance(site, nn.Linear) else site.weight.t()
-    return F.linear(x, weight, site.bias), P / (1 - P) * F.linear(x**2, weight**2)
+    second = variance + P / (1 - P) * (mean**2 + variance)
+    return F.linear(mean, weight, site.bias), F.linear(second, weight**2)
 
 
 def integral(f: Callable[[Tensor], Tensor], mean: Tensor, variance: Tensor) -> Tensor:
@@ -105,8 +111,9 @@ def test_one_mlp_by_hand(case: Case) -> None:
     with torch.no_grad():
         wanted = case.by_hand(model.get_submodule(case.mlp), seen[case.mlp])
     found = seen[case.reads]
-    found = found.expectation() if not isinstance(found, Tensor) else found
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert isinstance(found, Travelling)
+    gap = (found.expectation() - wanted).square().mean().sqrt()
+    assert gap < 0.01 * wanted.std()
 
 
 @every_case

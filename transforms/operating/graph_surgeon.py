@@ -15,7 +15,6 @@ from surgery.moments.torch_functions import ALIASING
 from surgery.planning.graphs import Nodes
 from surgery.spec.config import DropConnectConfig
 
-from ..reading.activation import Flow
 from ..reading.operations import function_of, in_place
 from ..reading.uses import UsingNode
 from . import remove as removal
@@ -33,7 +32,7 @@ class GraphSurvey(ModelGraphs):
         if self.owns(module) and not uses:
             return f"no node of the graph uses it{self._elsewhere(module, name)}; exclude it"
         if not self.of(module, name):
-            return self._joint_after_call(module, config)
+            return None
         return (
             _taken(module, name)
             or next(filter(None, (_unusable(use) for use in uses)), None)
@@ -77,36 +76,11 @@ class GraphSurvey(ModelGraphs):
             return None
         replaced = self.replaced(module, name)
         if replaced is not None and replaced.product is not None:
-            graph_module, node = replaced.read.graph_module, replaced.node
-            return demand.refused(replaced.product) or self._joint(graph_module, node, config)
+            return demand.refused(replaced.product)
         weight = self._weight_of(module, name)
         bias = weight is not None and self._is_combined(module, name, weight)
         otherwise = "needs one matrix product that alone reads the weight, and here it is used by "
         return demand.refused(None, otherwise + _named(uses), bias=bias)
-
-    def _joint_after_call(self, module: nn.Module, config: DropConnectConfig) -> str | None:
-        calls = (
-            (graph_module, node)
-            for graph_module in self.graphs
-            for node in graph_module.graph.find_nodes(op="call_module")
-            if graph_module.get_submodule(str(node.target)) is module
-        )
-        return next(filter(None, (self._joint(*call, config) for call in calls)), None)
-
-    def _joint(
-        self, graph_module: fx.GraphModule, node: fx.Node, config: DropConnectConfig
-    ) -> str | None:
-        """Moments have an expectation only through an elementwise activation."""
-        if config.inference != "moments" or config.samples is not None:
-            return None
-        parameters = {read.node for reads in self.reads.values() for read in reads}
-        joint = Flow(graph_module.graph, graph_module, parameters).joint(node)
-        if joint is None:
-            return None
-        return (
-            f"inference='moments' needs an elementwise activation after node {node.name!r}, and "
-            f"{joint} follows; give samples=Z to estimate it by draws, or inference='mean'"
-        )
 
     def image(self) -> list[Step]:
         """Steps that put the whole model back."""

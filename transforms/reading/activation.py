@@ -22,23 +22,13 @@ from surgery.moments.torch_functions import (
     ACROSS,
     ACTIVATIONS,
     ADDS,
-    DROPPING,
     ELEMENTWISE,
-    JOINING,
-    JOINT,
     KEEPING,
-    NORMALISING,
-    PASSING,
     SELECTING,
     SPLITTING,
-    VIEWS,
-    is_affine,
 )
 
 from .operations import INSPECTING, function_of, in_place
-
-_STAYING = VIEWS | PASSING | DROPPING | NORMALISING | {"setitem"}
-"""Functions whose result is Gaussian if the first argument is."""
 
 _GATED = {"sigmoid": "glu", "silu": "swiglu", "relu": "reglu"} | dict.fromkeys(
     ("gelu", "gelu_tanh", "gelu_new"), "geglu"
@@ -92,61 +82,6 @@ class Flow:
         """Canonical name of the activation that follows a node, or None."""
         followed = self._follow(node)
         return None if followed is None else followed[0]
-
-    def joint(self, start: fx.Node) -> str | None:
-        """The canonical name of the first function that mixes entries (softmax) and would read a
-        Gaussian if the value of `start` were one; None if none would.
-
-        `surgery.moments` decides which functions of a Gaussian are Gaussian; `_stays` says the same of
-        nodes. What other sites return is taken for a tensor.
-        """
-        gaussian, made_of, todo = {start}, {start}, set(self._readers[start])
-        while todo:
-            node = min(todo, key=self._position.__getitem__)
-            todo.remove(node)
-            sources = made_of.intersection(self._sources[node].values())
-            function, first = self._function[node], self._first(node)
-            if function in JOINT and first in gaussian:
-                return function
-            stays = self._stays(node, function, first, sources, gaussian)
-            if stays:
-                gaussian.add(node)
-            if stays or function in ELEMENTWISE:
-                made_of.add(node)
-                todo.update(self._readers[node])
-        return None
-
-    def _first(self, node: fx.Node) -> fx.Node | None:
-        """The node whose value the first argument has, after the writes so far."""
-        given: Any = node.args[0] if node.args else node.kwargs.get("input")
-        return self._sources[node].get(given) if isinstance(given, fx.Node) else None
-
-    def _stays(
-        self,
-        node: fx.Node,
-        function: str,
-        first: fx.Node | None,
-        sources: Collection[fx.Node],
-        gaussian: Collection[fx.Node],
-    ) -> bool:
-        """Whether the value of a node is Gaussian.
-
-        Args:
-            node: calls `function`, whose first argument has the value of `first`.
-            sources: the nodes among its arguments that depend on the start.
-            gaussian: the nodes before it whose values are Gaussian.
-        """
-        if function in JOINING:
-            return all(source in gaussian for source in sources)
-        if function in _STAYING:
-            return first in gaussian
-        positions = {
-            i: self._sources[node][one]
-            for i, one in enumerate(node.args)
-            if isinstance(one, fx.Node) and self._sources[node][one] in sources
-        }
-        alone = is_affine(function, list(positions)) and not node.kwargs
-        return alone and all(source in gaussian for source in positions.values())
 
     def _follow(self, start: fx.Node) -> tuple[str, fx.Node] | None:
         """The activation's name and the node that has its result."""

@@ -107,7 +107,7 @@ class _Follower:
             times[use] = times.get(use, 0) + 1
             shapes.setdefault(use, node_use.input_shape)
             running.append(self._running(node_use.node))
-            acts.append(self._act(node_use, use, flow))
+            acts.append(self._act(node_use, use))
         return _Told(
             tuple(replace(use, times=count) for use, count in times.items()),
             tuple(shapes.values()),
@@ -122,11 +122,11 @@ class _Follower:
         activation = flow.activation(node_use.node) if node_use.affine else None
         return Use(op=node_use.op, by=by, activation=activation)
 
-    def _act(self, node_use: _NodeUse, use: Use, flow: Flow) -> Act:
+    def _act(self, node_use: _NodeUse, use: Use) -> Act:
         module = self._module(use.by)
         product = None if module is None else kind_of(module).product(plain_class(module))
         shape = node_use.input_shape if product is None else node_use.node.meta.get("module_input")
-        return Act(use.op, use.by, shape, flow.joint(node_use.node) if node_use.affine else None)
+        return Act(use.op, use.by, shape)
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "get_attr":

@@ -71,16 +71,6 @@ class TestRefusals:
         assert "lstm.weight_hh_l0" in text
         assert "node 'lstm' (lstm)" in text
 
-    @both_dialects
-    @pytest.mark.parametrize("leaf", [False, True])
-    def test_moments_before_a_softmax(self, dialect: str, leaf: bool) -> None:
-        model = traced(_Classifier(leaf), dialect, torch.randn(2, 4))
-        text = refusal(model, "*", p=P, inference="moments")
-        name = "fc" if leaf and dialect == "symbolic" else "linear"
-        assert f"elementwise activation after node {name!r}, and log_softmax follows" in text
-        assert "samples=Z" in text
-        apply_dropconnect(model, "*", p=P, inference="moments", samples=3)
-
     @pytest.mark.parametrize("between", ["norm", "larger"])
     def test_what_gives_a_tensor_may_stand_before_a_softmax(self, between: str) -> None:
         model = fx.symbolic_trace(_Between(between)).eval()
@@ -130,20 +120,6 @@ class _Between(nn.Module):
         if self.between == "norm":
             return self.norm(u).softmax(-1)
         return torch.cat([u, torch.max(u, -u)], -1).softmax(-1)
-
-
-class _Classifier(nn.Module):
-    def __init__(self, leaf: bool) -> None:
-        super().__init__()
-        self.leaf = leaf
-        if leaf:
-            self.fc = nn.Linear(4, 3)
-        else:
-            self.w = nn.Parameter(torch.randn(3, 4))
-
-    def forward(self, x):
-        u = self.fc(x) if self.leaf else F.linear(x, self.w)
-        return F.log_softmax(u, dim=-1)
 
 
 def test_a_part_without_its_graph_is_not_what_it_was_in_it() -> None:
