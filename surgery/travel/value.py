@@ -245,7 +245,7 @@ def _columns(state: State) -> Tensor:
     return state.mean.new_zeros(0, *state.mean.shape) if state.factors is None else state.factors
 
 
-def _empty(like: Tensor) -> Travelling:
+def _empty(like: Any) -> Travelling:
     made: Travelling
     if is_traced():
         made = Travelling()
