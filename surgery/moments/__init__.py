@@ -1,4 +1,5 @@
-"""`inference="moments"`: a pre-activation travels as mean and variance to the activation that follows.
+"""`inference="moments", samples=Z`, the paper's: draws of a pre-activation go through the activation that
+follows. (Without draws, mean and variance travel through the whole model: `surgery.travel`.)
 
 A site returns a `Gaussian`, which torch functions take for a tensor. Elementwise functions are put
 off; whatever else reads it gets the expectation. So `gelu(x)`, `x * sigmoid(1.702 * x)` and
@@ -7,8 +8,7 @@ off; whatever else reads it gets the expectation. So `gelu(x)`, `x * sigmoid(1.7
 
     E[f(u)],  u ~ N(mean, variance)                                   (Wan et al. 2013, section 3.2)
 
-Linear operations make the expectation exact. Layer norms divide by the root of the expected square.
-Attention and pooling see the mean, as in `inference="mean"`.
+Here too are the table of torch's functions, and the scope in which values are no tensors yet.
 """
 
 from . import functions

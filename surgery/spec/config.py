@@ -73,13 +73,13 @@ class DropConnectConfig:
     its own."""
 
     inference: Inference = "mean"
-    """What `eval()` does: `"mean"` uses the weight as it is; `"moments"` passes the mean and variance
-    of the pre-activation through the activation that follows (Wan et al. 2013, section 3.2);
-    `"sample"` keeps dropping (MC-DropConnect)."""
+    """What `eval()` does: `"mean"` uses the weight as it is; `"moments"` lets mean and variance of
+    every pre-activation travel to the output, whose expectation over the masks the model returns
+    (docs/moments.md); `"sample"` keeps dropping (MC-DropConnect)."""
 
     samples: int | None = None
-    """For `inference="moments"`: take that many draws from the Gaussian, as the paper does. None
-    computes the expectation."""
+    """For `inference="moments"`: take that many draws from each Gaussian through its activation, as
+    the paper does (Wan et al. 2013, section 3.2), and go on with their mean. None computes."""
 
     bias: bool = False
     """Drop the bias that goes with the weight too (the paper's figures drop it, its code does not)."""

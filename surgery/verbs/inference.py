@@ -27,16 +27,17 @@ class set_inference(Reversible):
         with set_inference(model, "sample"):            # only inside
             ...
 
-    An activation that the user's own code applies to what a module returns sees the mean: what a
-    module returns is the expectation.
+    With `"moments"`, mean and variance travel from operation to operation until the outermost forward
+    ends, and that returns the expectation: `predict_moments(...).mean`, to the bit. A part that is
+    called alone returns its own. Gradients flow; `torch.compile` and `torch.export` make one graph.
 
     Args:
         model: operated; compiled models recompile once for each mode.
-        mode: `"mean"` (the weight as it is), `"moments"` (mean and variance of the pre-activation,
-            through the activation that follows; Wan et al. 2013, section 3.2) or `"sample"` (keep
-            dropping).
-        samples: for `"moments"`, estimate the expectation by that many draws, as the paper does; None
-            computes it.
+        mode: `"mean"` (the weight as it is), `"moments"` (the expectation over the masks) or
+            `"sample"` (keep dropping).
+        samples: for `"moments"`, that many draws of each pre-activation go through the activation that
+            follows, and their mean goes on: the paper's inference (Wan et al. 2013, section 3.2). None
+            draws nothing.
         targets: which sites, as in `apply_dropconnect`; None means all.
 
     Raises:
