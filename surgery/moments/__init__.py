@@ -1,6 +1,5 @@
-"""`inference="moments", samples=Z`, the paper's: draws of a pre-activation go through what follows it, up
-to and with the activation.
-(Without draws, mean and variance travel through the whole model: `surgery.travel`.)
+"""`inference="moments", samples=Z`, the paper's: draws of a pre-activation go through the activation.
+Without draws, mean and variance travel through the whole model: `surgery.travel`.
 
 A site returns a `Gaussian`, which torch functions take for a tensor. Elementwise functions are put
 off; whatever else reads it gets the expectation. So `gelu(x)`, `x * sigmoid(1.702 * x)` and
