@@ -22,7 +22,6 @@ from ..moments import Gaussian, Points, Source
 from ..moments.scope import in_scope, scope_shapes, settle
 from ..ops import Law, Layout, drop_weight
 from ..ops.hash import Key
-from ..ops.law import ratio_of
 from ..ops.ordinary import is_dense
 from ..ops.part import Part, part_of
 from ..ops.part_mask import is_sharded, local_anchor
@@ -251,7 +250,7 @@ class ProductCall(NamedTuple):
             of_weight = self.run(self.x, moving, None)
             return _points_of_two(mean, of_weight, part - of_weight, law.scale, bias_law.scale)
         never = law.scale == 0  # p = 1: the mean is that of dropped weights
-        kept = torch.where(never, mean, mean + ratio_of(law) * part).to(mean.dtype)
+        kept = torch.where(never, mean, mean + ops.ratio_of(law) * part).to(mean.dtype)
         dropped = torch.where(never, mean, mean - part).to(mean.dtype)
         probability = torch.where(never, 0, 1 / law.scale)
         return (kept, probability), (dropped, 1 - probability)
