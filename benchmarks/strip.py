@@ -102,7 +102,7 @@ def measure(folder: Path, size: int, rounds: int) -> list[str]:
         peaks = [peak for _, peak in runs if peak is not None]
         memory = f"{max(peaks) * 1024 / 1e6:.0f} MB" if peaks else "–"
         rows.append(f"| {name} | {min(times):.1f} ({statistics.median(times):.1f}) | {memory} |")
-    busy = f"{os.cpu_count()} cores, which had {load:.0f} processes to run on average"
+    busy = f"{os.cpu_count()} cores, with a load of {load:.0f}"
     return [
         *rows,
         "",

@@ -184,6 +184,11 @@ def _matched(catalogue: Catalogue, target: Any, where: str) -> Pairs:
         others = left_out(catalogue.model)
         linear = [owner for owner in catalogue if owner.kind.linear]
         owners = [owner for owner in linear if id(owner.module) not in others]
+        if not owners:
+            raise NoMatchError(
+                f"{where}: {target!r} finds no linear layer in {type(catalogue.model).__name__}"
+                f'{" but an output head" if linear else ""}; name what to drop, as "*.fc" or nn.LSTM'
+            )
         return _weights_of(catalogue, owners, target, where)
     if is_predicate(target):
         owners = true_of(catalogue, target, where)
@@ -269,6 +274,9 @@ def _no_match(catalogue: Catalogue, target: str, where: str) -> NoMatchError:
     wanted = re.sub(r"^re:|[*?\[\]\\^$()]", "", target).strip(".")
     near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3)
     tail = wanted.rsplit(".", 1)[-1].lower()
+    if not near:  # by the last part: names of large models are long
+        by_tail = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
+        near = [by_tail[one] for one in difflib.get_close_matches(tail, by_tail, n=5)]
     near += [name for name in names if tail and tail in name.lower() and name not in near][:5]
     hint = f" Nearest names: {', '.join(near[:6])}." if near else ""
     return NoMatchError(

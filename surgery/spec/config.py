@@ -129,6 +129,12 @@ class DropConnectConfig:
 
     def replace(self, **changes: Any) -> DropConnectConfig:
         """A copy with some fields changed, validated again."""
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise TypeError(
+                    f"{name!r} is no option of DropConnect; these are: {', '.join(known)}"
+                )
         return dataclasses.replace(self, **changes)
 
     def options(self) -> dict[str, Any]:

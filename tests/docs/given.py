@@ -60,12 +60,11 @@ def _saved(model: Any, folder: str) -> str:
     return str(Path(folder))
 
 
-def texts(number: int = 16, words: int | None = None) -> list[dict[str, Any]]:
-    """Encoded texts with labels, of 3 to 6 words or of ``words``: a data set for Trainer."""
+def texts(number: int = 16) -> list[dict[str, Any]]:
+    """Encoded texts with labels: what Trainer takes for a data set."""
     encode, made = tokenizer(), []
     for i in range(number):
-        length = 3 + i % 4 if words is None else words
-        text = " ".join(WORDS[(i * 5 + j * (i + 1)) % len(WORDS)] for j in range(length))
+        text = " ".join(WORDS[(i * 5 + j * (i + 1)) % len(WORDS)] for j in range(3 + i % 4))
         made.append({"input_ids": encode(text)["input_ids"], "labels": i % 2})
     return made
 

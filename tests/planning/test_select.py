@@ -247,6 +247,21 @@ def test_near_names_are_listed(target: str, near: str) -> None:
     assert "A '*' also matches dots" in message
 
 
+def test_near_names_of_a_large_model() -> None:
+    deep = nn.Linear(2, 2)
+    for name in ("query", "self", "attention", "layer", "encoder", "bert"):
+        deep = nn.ModuleDict({name: deep, "other": nn.ReLU()})
+    with pytest.raises(NoMatchError, match=r"Nearest names: bert\.encoder\.layer\..*\.query"):
+        plan_dropconnect(deep, "*.quey")
+
+
+def test_all_linear_where_nothing_is() -> None:
+    with pytest.raises(
+        NoMatchError, match=r"'all-linear' finds no linear layer in LSTM; name what"
+    ):
+        plan_dropconnect(nn.LSTM(2, 2), "all-linear")
+
+
 @pytest.mark.parametrize(
     ("target", "advice"),
     [

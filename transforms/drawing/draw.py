@@ -140,7 +140,8 @@ def _graphviz() -> Any:
         return importlib.import_module("pygraphviz")
     except ImportError as error:
         raise ImportError(
-            "pictures are drawn by Graphviz, which comes with pygraphviz: pip install pygraphviz"
+            "pictures are drawn by Graphviz, which pygraphviz brings: "
+            "pip install 'dropconnect-surgery[draw]'"
         ) from error
 
 
