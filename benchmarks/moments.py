@@ -27,7 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import apply_dropconnect, mc_predict, predict_moments, strip_dropconnect
+from surgery import (
+    apply_dropconnect,
+    mc_predict,
+    predict_moments,
+    set_inference,
+    strip_dropconnect,
+)
 
 FORMS: tuple[Any, ...] = ("diagonal", 8, 32, "full")
 
@@ -243,44 +249,71 @@ def table(case: Case, samples: int) -> tuple[str, list[Point], float]:
         f"| plain weights | {base:.4f} | 1 | – | 1 | {needed(spread, base)} |",
     ]
     points = [Point("plain weights", base, 1)]
+
+    def add(label: str, name: str, mean: Tensor, variance: Tensor | None, seconds: float) -> None:
+        now, cost = error(mean), seconds / unit
+        points.append(Point(name, max(now, own / 2), cost))
+        times = f"{base / now:.1f}" if now > own / 2 else f"> {base / own:.0f}"
+        shown = f"{now:.4f}" if now > own / 2 else f"< {own:.4f}"
+        ratio = "–" if variance is None else f"{float(variance.sum() / found.variance.sum()):.3f}"
+        lines.append(
+            f"| {label} | {shown} | {times} | {ratio} | {cost:.1f} | "
+            f"{needed(spread, max(now, own / 2))} |"
+        )
+
+    for draws in (10, 100):
+        with set_inference(case.model, "moments", samples=draws), torch.no_grad():
+            seconds = forward_time(lambda: called(case.model, case.inputs), 3)
+            drawn = plain_of(case)
+        add(f"the paper, {draws} draws", f"the paper, Z = {draws}", drawn, None, seconds)
     for form in case.forms:
 
         def predict(form: Any = form) -> Any:
             return predict_moments(case.model, case.inputs, form, **options)
 
         got = predict()
-        cost = forward_time(predict, 3) / unit
-        now = error(got.mean)
-        points.append(Point(f"one pass, {form}", max(now, own / 2), cost))
-        times = f"{base / now:.1f}" if now > own / 2 else f"> {base / own:.0f}"
-        shown = f"{now:.4f}" if now > own / 2 else f"< {own:.4f}"
-        ratio = float(got.variance.sum() / found.variance.sum())
-        lines.append(
-            f"| {form} | {shown} | {times} | {ratio:.3f} | {cost:.1f} | "
-            f"{needed(spread, max(now, own / 2))} |"
-        )
+        seconds = forward_time(predict, 3)
+        add(str(form), f"one pass, {form}", got.mean, got.variance, seconds)
     return "\n".join(lines), points, spread
 
 
+STYLES = {
+    "plain weights": ("#8a97a5", "D", "plain weights"),
+    "the paper": ("#1c2733", "s", "the paper: Z draws of each pre-activation"),
+    "one pass": ("#2f6fb2", "o", "one pass: predict_moments"),
+}
+"""Colour, mark and legend by the beginning of a point's name."""
+
+
 def draw(name: str, points: list[Point], spread: float, path: Path) -> None:
-    """Error of the mean against cost: one pass, and Monte Carlo."""
+    """Error of the mean against cost: plain weights, draws as in the paper, one pass, Monte Carlo."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    most = max(point.forwards for point in points) * 20
-    samples = [2 ** (0.25 * k) for k in range(int(4 * math.log2(most)) + 1)]
-    errors = [spread / math.sqrt(one) for one in samples]
-    axes.plot(samples, errors, color="#777777", label="Monte Carlo, that many samples")
-    for point in points:
-        axes.plot(point.forwards, point.error, "o", label=point.name)
-    axes.set(xscale="log", yscale="log", xlabel="cost, in forwards of the plain model")
-    axes.set(ylabel="error of the mean", title=name)
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    style = {"svg.fonttype": "none", "svg.hashsalt": "moments", "font.size": 10}
+    with plt.rc_context({**style, "text.color": "#1c2733"}):
+        figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained", facecolor="white")
+        most = max(2000.0, *(4 * point.forwards for point in points))
+        ends = (1.0, most)
+        errors = [spread / math.sqrt(one) for one in ends]
+        axes.plot(
+            ends, errors, color="#d55e00", linewidth=2, label="Monte Carlo: that many forwards"
+        )
+        for begins, (colour, mark, label) in STYLES.items():
+            chosen = [point for point in points if point.name.startswith(begins)]
+            places = [(point.forwards, point.error) for point in chosen]
+            axes.plot(*zip(*places), mark, color=colour, markersize=7, label=label)
+            for point, place in zip(chosen, places):
+                short = point.name.partition(", ")[2]
+                axes.annotate(short, place, (7, 5), textcoords="offset points", fontsize=9)
+        axes.set(xscale="log", yscale="log", xlabel="cost, in forwards of the plain model")
+        axes.set(ylabel="error of the mean", title=name)
+        axes.legend(frameon=False, loc="lower left")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
 
 

@@ -122,17 +122,22 @@ def _table(place: Place) -> Table:
     return Table(ratio_of(state.law_for(raw)) * moving.square(), state.unit)
 
 
-def _check(at: Iterable[Place]) -> None:
+def without_moments(at: Iterable[Place]) -> dict[str, str]:
+    """The sites of which no moments are known, and why."""
+    found = {}
     for place in at:
-        if _is_table(place):
-            continue
         by = product_site(place)
         problem = "no moments are known" if by is None else by.refused(by.sampling, "moments")
-        if problem is not None and place.state.p > 0:
-            raise SurgeryError(
-                f"{place.state.site}: {problem}; strip this site, or use mc_predict. The model is "
-                "unchanged"
-            )
+        if problem is not None and place.state.p > 0 and not _is_table(place):
+            found[place.state.site] = problem
+    return found
+
+
+def _check(at: Iterable[Place]) -> None:
+    for site, problem in without_moments(at).items():
+        raise SurgeryError(
+            f"{site}: {problem}; strip this site, or use mc_predict. The model is unchanged"
+        )
 
 
 def _device_of(model: nn.Module, at: list[Place]) -> torch.device:

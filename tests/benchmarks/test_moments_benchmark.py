@@ -16,9 +16,12 @@ def test_a_table_and_its_figure(tmp_path: Path) -> None:
     text, points, spread = moments.table(case, 8)
     rows = text.splitlines()
     assert rows[0] == "### MLP 32-64-10, p = 0.2"
-    assert [row.split("|")[1].strip() for row in rows[6:]] == ["plain weights", "diagonal", "2"]
+    ways = ["plain weights", "the paper, 10 draws", "the paper, 100 draws", "diagonal", "2"]
+    assert [row.split("|")[1].strip() for row in rows[6:]] == ways
     assert [point.name for point in points] == [
         "plain weights",
+        "the paper, Z = 10",
+        "the paper, Z = 100",
         "one pass, diagonal",
         "one pass, 2",
     ]

@@ -7,13 +7,17 @@ from typing import NamedTuple
 
 from torch import nn
 
-from surgery import dropconnect_sites
+from surgery import Prediction, dropconnect_sites
+from surgery.modules.places import places
 from surgery.spec.forms import counted
 from surgery.spec.plan import Plan
+from surgery.verbs.moments import without_moments
 
 from .outline import Part, Weight, outline
 
 MARK = "◆"
+CUT = "✂"
+"""Where mean and variance do not travel on."""
 _NARROW = (16, 4, 4, 8)
 """The columns are not made narrower than this many characters."""
 _PLAIN = "\033[0m"
@@ -36,7 +40,12 @@ class _Line(NamedTuple):
 
 
 def tree(
-    model: nn.Module, *, plan: Plan | None = None, width: int | None = None, color: bool = False
+    model: nn.Module,
+    *,
+    plan: Plan | None = None,
+    moments: bool | Prediction = False,
+    width: int | None = None,
+    color: bool = False,
 ) -> str:
     """The modules of a model with the shapes of their weights, its DropConnect sites marked by ◆.
 
@@ -52,6 +61,9 @@ def tree(
     Args:
         model: a plain or operated model, or a `torch.fx.GraphModule`. Not changed.
         plan: mark these sites instead of those in place: what `apply_dropconnect` would do.
+        moments: how far mean and variance travel. True: which sites have none, so that
+            `predict_moments` would refuse them. What `predict_moments` returned: where in that
+            forward values settled (`✂ sort`), because a function has no rule.
         width: longest line, in characters; what does not fit ends in `…`. None does not limit.
         color: use ANSI colours.
 
@@ -61,12 +73,54 @@ def tree(
     if width is not None and width < 40:
         raise ValueError(f"width must be at least 40 characters; got {width}")
     root = outline(model, plan)
+    settled, without = _settled(moments), _without(model) if moments is True else {}
     lines = [_Line(root.kind, weights=_own(root), mark=_marks(root)), *_below(root, "")]
+    lines = [*_noted(root, lines, settled)] if settled else lines
     columns = zip(*(line for line in lines if line.columns))
     widths = _fit([max(map(len, column)) for column in columns] or [0, 0, 0, 0], width)
     text = [_render(line, widths, color) for line in lines]
     total = _total(model, dropconnect_sites(model) if plan is None else plan)
-    return "\n".join([*text, total])
+    return "\n".join([*text, total, *_far(moments, settled, without)])
+
+
+def _settled(moments: bool | Prediction) -> dict[str, list[str]]:
+    """The functions that settled values, by the dotted name of the module."""
+    found: dict[str, list[str]] = {}
+    for where in () if isinstance(moments, bool) else moments.settled:
+        module, _, function = where.rpartition(": ")
+        found.setdefault(module, []).append(function)
+    return found
+
+
+def _without(model: nn.Module) -> dict[str, str]:
+    return without_moments(places(model))
+
+
+def _noted(root: Part, lines: list[_Line], settled: dict[str, list[str]]) -> Iterator[_Line]:
+    """The lines, with what settled in each module. They are those of the parts in order, and of
+    weights that have one of their own, whose lines have no class."""
+    parts = iter(root.walk())
+    for index, line in enumerate(lines):
+        part = next(parts) if index == 0 or line.kind else None
+        paths = [] if part is None else [part.path or part.kind, *part.paths()]
+        functions = dict.fromkeys(name for path in paths for name in settled.get(path, ()))
+        cuts = [f"{CUT} {name}" for name in functions]
+        yield line._replace(mark="  ".join(filter(None, [line.mark, *cuts])))
+
+
+def _far(
+    moments: bool | Prediction, settled: dict[str, list[str]], without: dict[str, str]
+) -> Iterator[str]:
+    """What is said of mean and variance below the tree."""
+    if moments is True:
+        yield from (f"no moments: {site}: {problem}" for site, problem in without.items())
+        if not without:
+            yield "every site has moments"
+    elif moments and settled:
+        count = sum(map(len, settled.values()))
+        yield f"variance is lost at {counted(count, 'function')} ({CUT})"
+    elif moments:
+        yield "variance travels to the output"
 
 
 def _below(part: Part, indent: str) -> Iterator[_Line]:
