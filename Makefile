@@ -10,7 +10,7 @@ SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' 
 
 .PHONY: help setup demo examples test random interrupts test-all test-no-compiler test-oldest test-oldest-quick \
 	test-newest test-newest-quick test-libraries \
-	bench bench-quick bench-page bench-strip bench-moments bench-gpu mutants \
+	bench bench-quick bench-page bench-strip bench-moments bench-gpu evidence mutants \
 	fuzz statistics soak sweep docs lint wheel release-check clean
 .NOTPARALLEL:  # targets share build/, dist/ and the cores
 
@@ -38,6 +38,7 @@ help:
 	@echo "make bench-strip   surgery strip on 5 GB beside cp, into docs/command-line.md (2 minutes, 15 GB of disk)"
 	@echo "make bench-moments predict_moments beside Monte Carlo and plain weights (20 minutes)"
 	@echo "make bench-gpu    the same on a GPU, into out/bench-gpu.md (under 4 minutes); nothing without one"
+	@echo "make evidence  SEEDS (5) of what is missing in docs/evidence.md; DEVICE=cuda on a GPU (hours on 2 cores)"
 	@echo "make docs      the site, into out/site (open out/site/index.html)"
 	@echo "make lint      ruff and mypy"
 	@echo "make wheel     build the wheel and check what is in it"
@@ -191,6 +192,13 @@ bench-gpu:
 	$(MAKE) VENV=$(BENCH) $(BENCH)/.wheel
 	! $(BENCH)/bin/python $(HAS_GPU) || $(MAKE) VENV=$(BENCH) $(BENCH)/.peers
 	$(BENCH)/bin/python -m benchmarks.gpu
+
+# Goes on where it was stopped. Fashion-MNIST is Debian's package dataset-fashion-mnist.
+SEEDS := 5
+DEVICE := cpu
+
+evidence: $(VENV)/.examples
+	$(BIN)/python -m benchmarks.evidence --seeds $(SEEDS) --device $(DEVICE) --page docs/evidence.md
 
 # The API is read from the wheel, where all packages lie as they are imported; nothing of it is run.
 DOCS := .venv-docs

@@ -1,6 +1,6 @@
 """What DropConnect is good for: several seeds, paired differences, whatever they say.
 
-    python -m benchmarks.evidence labels        # or paper, language, uncertainty, digits; make evidence: all
+    python -m benchmarks.evidence labels        # or paper, ...; all of them: make evidence
     python -m benchmarks.evidence labels --seeds 10 --device cuda
 
 Each training is a unit, whose result is a line of `results/<experiment>.jsonl` once it is there. A

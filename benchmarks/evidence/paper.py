@@ -28,18 +28,18 @@ TOGETHER = 50
 @dataclass(frozen=True)
 class Settings:
     hidden: int = 800
-    train: int = 10_000
+    train: int = 5_000
     """Images to learn from, which each seed draws from the 60,000."""
     validation: int = 2_000
     """Others of these, to choose the rate by."""
     test: int = 10_000
-    epochs: int = 20
+    epochs: int = 15
     p: float = 0.5
     draws: int = 1000
     """Z of the paper's algorithm 2."""
-    drawn: int = 200
+    drawn: int = 100
     """Test images for which these draws are made."""
-    rates: tuple[tuple[str, float], ...] = tuple((method, 0.1) for method in METHODS)
+    rates: tuple[tuple[str, float], ...] = tuple((method, 0.03) for method in METHODS)
     """The first learning rate of each method: what `rates` found."""
 
 
@@ -104,7 +104,18 @@ def named(prefix: str, probabilities: Tensor, labels: Tensor) -> Result:
 
 @lru_cache(maxsize=1)
 def files(data: Path) -> tuple[Digits, Digits]:
-    return load_mnist(data)
+    """Train and test images.
+
+    Raises:
+        FileNotFoundError: they are not there.
+    """
+    try:
+        return load_mnist(data)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; install Debian's package dataset-fashion-mnist, or give --data a folder with "
+            "the four files of it or of MNIST"
+        ) from error
 
 
 def load(data: Path, settings: Settings, seed: int, device: torch.device) -> list[Digits]:
@@ -180,7 +191,9 @@ INFERENCE = (
 
 def inference(own: Mapping[str, list[Row]], settings: Settings) -> str:
     """Ways of inference with the same networks."""
-    lines = ["| method | " + " | ".join(title for title, *_ in INFERENCE) + " | the same class, % |"]
+    lines = [
+        "| method | " + " | ".join(title for title, *_ in INFERENCE) + " | the same class, % |"
+    ]
     lines.append("|---" * (len(INFERENCE) + 2) + "|")
     for method, rows in own.items():
         cells = [
@@ -200,8 +213,8 @@ def experiment(data: Path = DEBIAN, settings: Settings | None = None) -> Experim
 class RateSettings:
     """Short trainings, by whose loss on validation images the rates of `Settings` were chosen."""
 
-    training: Settings = field(default_factory=lambda: replace(Settings(), epochs=6, rates=()))
-    candidates: tuple[float, ...] = (0.1, 0.03)
+    training: Settings = field(default_factory=lambda: replace(Settings(), epochs=5, rates=()))
+    candidates: tuple[float, ...] = (0.1, 0.03, 0.01)
 
 
 def rate_units(settings: RateSettings, seed: int) -> list[Unit]:

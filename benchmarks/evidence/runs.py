@@ -6,11 +6,10 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -90,12 +89,12 @@ def do_missing(
     seeds: Sequence[int],
     folder: Path,
     device: torch.device,
-    only: Mapping[str, str] = MappingProxyType({}),
+    only: Sequence[tuple[str, str]] = (),
 ) -> Iterator[tuple[Unit, Row]]:
     """Do the units that have no line yet, seeds outermost, and write a line after each.
 
     Args:
-        only: values of fields, as text; units with others are left out.
+        only: fields and values of theirs, as text: units with other values of these are left out.
 
     Raises:
         RuntimeError: another process does the same experiment in this folder.
@@ -105,7 +104,7 @@ def do_missing(
         done = [row.unit for row in load(experiment, folder)]
         for seed in seeds:
             for unit in experiment.units(experiment.settings, seed):
-                if unit in done or any(str(unit.get(k)) != v for k, v in only.items()):
+                if unit in done or any((k, str(unit.get(k))) not in only for k, _ in only):
                     continue
                 begun = time.perf_counter()
                 result = experiment.run(unit, experiment.settings, device)

@@ -20,8 +20,8 @@ def nll(probabilities: Tensor, labels: Tensor) -> float:
 
 
 def ece(probabilities: Tensor, labels: Tensor) -> float:
-    """Expected calibration error (Guo et al. 2017), in percent: the mean distance between confidence and
-    accuracy, over ten bins of confidence of equal width."""
+    """Expected calibration error (Guo et al. 2017), in percent: the mean distance between confidence
+    and accuracy, over ten bins of confidence of equal width."""
     confidence, guess = probabilities.double().max(-1)
     right = (guess == labels).double()
     bins = (confidence * BINS).long().clamp_max(BINS - 1)

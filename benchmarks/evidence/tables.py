@@ -13,11 +13,6 @@ from .runs import Row
 Values = Mapping[int, float]
 """By seed."""
 
-LEGEND = (
-    "Means over seeds; ± is a standard error over seeds. The difference to {base}, in brackets, is paired by "
-    "seed. A star: it is outside of the 95 % limits of Student's t."
-)
-
 
 @dataclass(frozen=True)
 class Column:
@@ -71,8 +66,8 @@ def beyond_noise(gaps: Sequence[float]) -> bool:
 def table(
     named: Mapping[str, Sequence[Row]], base: str, columns: Sequence[Column], first: str = "method"
 ) -> str:
-    """A line for each name that has rows. That of `base` has means with their errors, the others means and
-    differences to it."""
+    """A line for each name that has rows. That of `base` has means with their errors, the others means
+    and differences to it."""
     lines = [
         f"| {first} | seeds | " + " | ".join(column.title for column in columns) + " |",
         "|---" * (len(columns) + 2) + "|",
@@ -96,6 +91,8 @@ def cell(rows: Sequence[Row], base: Sequence[Row] | None, column: Column) -> str
     return f"{middle:.{digits}f} ({gaps})"
 
 
-def by(rows: Sequence[Row], names: Sequence[str], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+def by(
+    rows: Sequence[Row], names: Sequence[str], key: Callable[[Row], str]
+) -> dict[str, list[Row]]:
     """Rows by name, in the order of the names."""
     return {name: [row for row in rows if key(row) == name] for name in names}
