@@ -80,7 +80,8 @@ def prepare(settings: Settings, seed: int, device: torch.device) -> Task:
 
 @torch.no_grad()
 def logits(model: nn.Module, images: Tensor) -> Tensor:
-    return model(images)
+    found: Tensor = model(images)
+    return found
 
 
 @lru_cache(maxsize=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,13 @@ class Settings:
     """Z of the paper's algorithm 2."""
     drawn: int = 100
     """Test images for which these draws are made."""
-    rates: tuple[tuple[str, float], ...] = tuple((method, 0.03) for method in METHODS)
+    rates: tuple[tuple[str, float], ...] = (
+        (BASELINE, 0.03),
+        ("Dropout", 0.01),
+        ("DropConnect, batch", 0.01),
+        ("DropConnect, example", 0.1),
+        ("DropConnect, gaussian", 0.01),
+    )
     """The first learning rate of each method: what `rates` found."""
 
 
@@ -213,7 +220,7 @@ def experiment(data: Path = DEBIAN, settings: Settings | None = None) -> Experim
 class RateSettings:
     """Short trainings, by whose loss on validation images the rates of `Settings` were chosen."""
 
-    training: Settings = field(default_factory=lambda: replace(Settings(), epochs=5, rates=()))
+    training: Settings = field(default_factory=lambda: replace(Settings(), epochs=3, rates=()))
     candidates: tuple[float, ...] = (0.1, 0.03, 0.01)
 
 
@@ -227,17 +234,17 @@ def rate_units(settings: RateSettings, seed: int) -> list[Unit]:
 
 def run_rate(unit: Unit, settings: RateSettings, device: torch.device, data: Path) -> Result:
     found = train(unit, settings.training, device, data)[1]
-    return {"validation": found}
+    return {"validation": found if math.isfinite(found) else None}
 
 
 def rate_tables(rows: list[Row], settings: RateSettings) -> str:
     lines = ["| method | " + " | ".join(f"rate {rate:g}" for rate in settings.candidates) + " |"]
     lines.append("|---" * (len(settings.candidates) + 1) + "|")
     for method in METHODS:
-        cells = [
-            mean(values(select(rows, method=method, rate=rate), "validation"), 3)
-            for rate in settings.candidates
-        ]
+        cells = []
+        for rate in settings.candidates:
+            own = values(select(rows, method=method, rate=rate), "validation")
+            cells.append("diverges" if None in own.values() else mean(own, 3) if own else "–")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -8,7 +8,6 @@ import math
 import struct
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,7 +128,9 @@ def test_differences_are_those_of_the_paired_t_test(shift: float) -> None:
     gaps = tables.paired(dict(enumerate(own)), dict(enumerate(base)))
     found = stats.ttest_rel(own, base)
     assert tables.beyond_noise(gaps) == (found.pvalue < 0.05)
-    assert np.mean(gaps) / tables.estimate(gaps)[1] == pytest.approx(found.statistic)
+    error = np.std(gaps, ddof=1) / math.sqrt(len(gaps))
+    assert np.mean(gaps) / error == pytest.approx(found.statistic)
+    assert tables.difference(gaps, 2).rstrip("*") == f"{np.mean(gaps):+.2f} ± {error:.2f}"
 
 
 def test_only_seeds_that_both_have_are_compared() -> None:
@@ -237,7 +238,7 @@ def test_paper(tmp_path: Path) -> None:
     assert "moments_error" not in rows[0].result  # nothing was dropped
     assert {"moments_error", "drawn_nll", "votes"} <= set(rows[1].result)
     short = paper.RateSettings(dataclasses.replace(paper.TINY, rates=()), (0.1,))
-    assert len(run_all(paper.rate_experiment(tmp_path, short), tmp_path)) == len(paper.METHODS)
+    assert len(run_all(paper.rate_experiment(tmp_path, short), tmp_path)) == len(paper.Settings().rates)
 
 
 def test_without_the_images_it_is_said_where_they_are(tmp_path: Path, capsys) -> None:
@@ -267,7 +268,9 @@ def test_uncertainty_of_texts(tmp_path: Path, small_bert) -> None:
 
 def test_dropout_that_is_left_on_differs_from_sample_to_sample() -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3)).eval()
-    task = SimpleNamespace(samples=50, logits=lambda own, x: own(x).detach())
+    task = foreign.Task(
+        {}, torch.zeros(0), lambda *_: model, lambda own, x: own(x).detach(), lambda x: x, 50, 1
+    )
     found = foreign.with_dropout(task, model, 0, torch.ones(4, 6))
     assert not model.training
     assert (found.information > 0.001).all()
