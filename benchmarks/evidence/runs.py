@@ -99,6 +99,8 @@ def do_missing(
     Raises:
         RuntimeError: another process does the same experiment in this folder.
     """
+    if not seeds:  # then others may work on it
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder / f".{experiment.name}.lock"):
         done = [row.unit for row in load(experiment, folder)]
