@@ -18,6 +18,10 @@ from .tables import Column, by, select, table
 from .texts import Encoded, articles, classifier, encode, fine_tune, probabilities, sentences
 
 NONE, OWN, LORA = "no dropping", "own dropout, 0.1", "LoRA"
+LORA_DROPPED = "LoRA, dropped, p = 0.1"
+LORAS = (LORA, LORA_DROPPED)
+BEFORE = "before training"
+"""The checkpoint as it comes, which is the same for all seeds and numbers of labels."""
 ZERO, PRETRAINED, SEQUENCES = "toward zero", "toward pretrained", "a mask per text"
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -30,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     f"{SEQUENCES}, p = 0.1": {"dropconnect": {"p": 0.1, "sampling": "example"}},
     LORA: {"lora": True},
-    f"{LORA}, dropped, p = 0.1": {"lora": True, "dropconnect": {"p": 0.1}},
+    LORA_DROPPED: {"lora": True, "dropconnect": {"p": 0.1}},
 }
 
 
@@ -53,7 +57,8 @@ class Settings:
 
 
 def units(settings: Settings, seed: int) -> list[Unit]:
-    return [
+    before = [{"labels": 0, "method": BEFORE, "seed": seed}] if seed == 0 else []
+    return before + [
         {"labels": labels, "method": method, "seed": seed}
         for labels in settings.labels
         for method in settings.methods
@@ -62,6 +67,8 @@ def units(settings: Settings, seed: int) -> list[Unit]:
 
 def run(unit: Unit, settings: Settings, device: torch.device) -> Result:
     """Train once, and look how it classifies and what it still knows."""
+    if unit["method"] == BEFORE:
+        return {"recall": recall(*before(settings)), "kept": 1.0}
     pool, test, halves = load(settings)
     train = stratified_split(pool, unit["labels"], seed=unit["seed"])[0]
     learned = encode(train.texts, train.labels, settings.tokens).to(device)
@@ -140,8 +147,18 @@ def tables(rows: list[Row], settings: Settings) -> str:
     for labels in settings.labels:
         own = by(select(rows, labels=labels), settings.methods, lambda row: str(row.unit["method"]))
         if own[NONE]:
-            parts.append(f"#### {labels} labelled texts\n\n{table(own, NONE, COLUMNS)}")
+            lora = {name: own.pop(name) for name in LORAS if own.get(name)}
+            before = select(rows, method=BEFORE)
+            parts.append(f"#### {labels} labelled texts")
+            parts.append(table({**own, **lora_alone(lora), BEFORE: before}, NONE, COLUMNS))
+            if len(lora) == len(LORAS):
+                parts.append(table(lora, LORA, COLUMNS))
     return "\n\n".join(parts)
+
+
+def lora_alone(lora: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """Plain LoRA stands beside the other methods; what is dropped in it beside plain LoRA."""
+    return {LORA: lora[LORA]} if LORA in lora else {}
 
 
 def experiment(settings: Settings | None = None) -> Experiment:

@@ -205,7 +205,7 @@ def run_all(experiment: Experiment, folder: Path) -> list[Row]:
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # of PEFT
 def test_labels(tmp_path: Path, small_bert) -> None:
     rows = run_all(labels.experiment(labels.TINY), tmp_path)
-    assert [row.unit["method"] for row in rows] == list(labels.TINY.methods)
+    assert [row.unit["method"] for row in rows] == [labels.BEFORE, *labels.TINY.methods]
     for row in rows:
         assert 0 <= row.result["recall"] <= 100
         assert row.result["kept"] <= 1.0
@@ -238,7 +238,9 @@ def test_paper(tmp_path: Path) -> None:
     assert "moments_error" not in rows[0].result  # nothing was dropped
     assert {"moments_error", "drawn_nll", "votes"} <= set(rows[1].result)
     short = paper.RateSettings(dataclasses.replace(paper.TINY, rates=()), (0.1,))
-    assert len(run_all(paper.rate_experiment(tmp_path, short), tmp_path)) == len(paper.Settings().rates)
+    assert len(run_all(paper.rate_experiment(tmp_path, short), tmp_path)) == len(
+        paper.Settings().rates
+    )
 
 
 def test_without_the_images_it_is_said_where_they_are(tmp_path: Path, capsys) -> None:
