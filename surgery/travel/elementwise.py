@@ -24,7 +24,8 @@ from .. import ops
 from ..moments import torch_functions as table
 from .blocks import in_blocks
 from .run import ALONE, Run
-from .state import State, apart, fixed, is_recorded
+from .state import State, apart, fixed, is_recorded, same_columns
+from .swing import of_swing
 from .value import RULES, Call, Travelling, rule
 
 Function = Callable[[Tensor], Tensor]
@@ -152,12 +153,22 @@ def of_function(call: Call | None, function: Function, state: State, run: Run) -
                 run.settles(call.name)
             mean = torch.where(fine, mean, function(state.at))
             variance, gain = (torch.where(fine, one, 0) for one in (variance, gain))
+        bent = None
+        if state.swing is not None and state.factors is not None:
+            more = of_swing(state, *hermite(call, function, state.at, state.variance))
+            square = variance + mean.square() + more.square
+            mean, bent = mean + more.mean, more.columns
+            variance = (square - mean.square()).clamp_min(0)
         mean = mean.to(state.mean.dtype)
     if is_recorded(state.mean):
         mean = mean + gain.to(mean.dtype) * (state.mean - state.mean.detach())
     if not run.follows:
         return State(mean, variance)
     moved = state.scaled(mean, gain)
+    if bent is not None and moved.factors is not None:
+        factors = torch.add(*same_columns(moved.factors, bent.to(moved.factors.dtype)))
+        carried = factors.to(variance.dtype).square().sum(0)
+        moved = State(moved.mean, carried, factors)
     left = (variance - moved.variance).clamp_min(0)
     return run.born_apart(moved, left)
 
@@ -189,6 +200,30 @@ def _blocked(
         return in_blocks(three, mean, variance)
     first, second = in_blocks(lambda m, v: three(m, v)[:2], mean, variance)
     return first, second, torch.zeros((), dtype=first.dtype, device=first.device)
+
+
+def hermite(
+    call: Call | None, function: Function, mean: Tensor, variance: Tensor
+) -> tuple[Tensor, ...]:
+    """E[f(u) He_n(x)] for n = 2, 3, 4 and E[f(u)^2 He_n(x)] for n = 3, 4, where x is u standardised: in
+    closed form of a ReLU and its leaky kin, else by quadrature."""
+    deviation = variance.sqrt()
+    if call is not None and call.name in ("relu", "leaky_relu"):
+        slope = -function(-torch.ones((), dtype=mean.dtype, device=mean.device))
+        z = mean / deviation.clamp_min(torch.finfo(mean.dtype).tiny)
+        kink = (1 - slope) * deviation * _density(z)
+        of_square = 2 * (1 + slope) * deviation * kink
+        return kink, -z * kink, (z.square() - 1) * kink, of_square, -z * of_square
+    base = function(mean)
+    found = [torch.zeros_like(base) for _ in range(5)]
+    for node, weight in ops.gauss_hermite(NODES):
+        value = function(mean + node * deviation)
+        change, square = value - base, value.square() - base.square()
+        polynomials = node**2 - 1, node**3 - 3 * node, node**4 - 6 * node**2 + 3
+        values = change, change, change, square, square
+        for total, factor, one in zip(found, (*polynomials, *polynomials[1:]), values):
+            total.add_(one, alpha=weight * factor)
+    return tuple(found)
 
 
 def _reads_others(call: Call) -> bool:

@@ -98,7 +98,7 @@ class Run:
                 factors = new if factors is None else factors + new
             elif self.carrier == "exact":
                 factors = self._extended(factors, birth, mean)
-        return State(mean, variance, factors)
+        return State(mean, variance, factors, swing=state.swing)
 
     def born_apart(self, state: State, variance: Tensor) -> State:
         """The same for randomness that is independent between entries."""

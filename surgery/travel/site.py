@@ -89,6 +89,10 @@ def site_value(
         births = _births(
             state.at, root(state.at.square() + state.variance, state.at), known_part, fresh, site
         )
+        if run.carrier == "exact" and site.unit == "element" and state.factors is not None:
+            by = site.ratio * site.moving.to(state.factors.dtype).square()
+            at = 2 * state.mean.detach()
+            moved.swing = over_columns(lambda t: site.product(at * t, by, None), state.factors)
     for birth in births:
         moved = run.born(moved, birth)
     moved.points = points
