@@ -114,9 +114,9 @@ def grew(rounds: list[Held]) -> list[str]:
         before, after = (sorted(getattr(one, field) for one in part) for part in (first, last))
         if before != after:
             found.append(f"{field}: {before} at first, {after} at last")
-    before, after = (min(one.megabytes for one in part) for part in (first, last))
-    if after > before + max(20.0, 0.05 * before):
-        found.append(f"memory: {before:.0f} MB at first, {after:.0f} MB at last")
+    least, now = (min(one.megabytes for one in part) for part in (first, last))
+    if now > least + max(20.0, 0.05 * least):
+        found.append(f"memory: {least:.0f} MB at first, {now:.0f} MB at last")
     return found
 
 

@@ -16,6 +16,7 @@ from surgery.modules.state import SiteState
 from surgery.ops.hash import Key, key_tensor
 
 from ..expected import keep, masked
+from ..internals import without_extension
 from .world import World, backward, require, walk
 
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -50,6 +51,7 @@ def drawn_keys() -> Iterator[KeyOf]:
         return keys[0] if len(keys) == 1 else None
 
     with pytest.MonkeyPatch.context() as patch:
+        without_extension(patch)  # which draws unseen, from whenever it is compiled
         for cls in (SiteState, OwnGeneratorState):
             patch.setattr(cls, "new_key", noting(cls.new_key))
         yield key_of
