@@ -105,7 +105,7 @@ def run(seed: int, options: argparse.Namespace) -> Run:
         )
     # ---- and one forward, in which variances travel ---------------------------------------------
     single = {
-        kind: predict_moments(model, loader_of(own, texts[kind].labels))
+        kind: predict_moments(model, loader_of(own, texts[kind].labels), options.covariance)
         for kind, own in inputs.items()
     }
     # --------------------------------------------------------------------------------------------
@@ -385,6 +385,11 @@ def write(runs: list[Run], options: argparse.Namespace) -> None:
         (folder / "results.json").write_text(json.dumps(results, default=str) + "\n")
 
 
+def form_of(text: str) -> Any:
+    """Of a covariance, as `predict_moments` takes it."""
+    return int(text) if text.isdigit() else text
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
@@ -394,6 +399,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds to train with")
     parser.add_argument("--p", type=float, default=0.1, help="probability of dropping a weight")
     parser.add_argument("--samples", type=int, default=16, help="forwards with masks")
+    parser.add_argument(
+        "--covariance",
+        type=form_of,
+        default="diagonal",
+        help="of the one forward; a number: columns",
+    )
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-4)

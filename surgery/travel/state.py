@@ -66,15 +66,16 @@ class State:
     """(columns, *shape) or None: column k is what the value does when the k-th latent of the run,
     of mean 0 and variance 1, grows by 1. Two values of one run covary by the sum of products of their
     columns."""
-    swing: Tensor | None = None
-    """Columns of the variance that was born last, perhaps fewer: see `swing`. Known between a site and
-    the activation that follows it, where columns are exact."""
 
     points: Points | None = None
     """The few values that an entry can have, if they are so few: then the value is no Gaussian."""
 
     views: dict[Any, Any] = field(default_factory=dict)
     """What views of it are, by name and arguments: the same view again is the same state."""
+
+    swing: Tensor | None = None
+    """Columns of the variance that was born last, perhaps fewer: see `swing`. Known between a site and
+    the activation that follows it, where columns are exact."""
 
     @property
     def at(self) -> Tensor:
