@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..ops.versions import check_unmodified
-from ..torch_private.saved_hooks import hooks_are_allowed, take_out, top_hooks
+from ..torch_private.saved_hooks import hooks_are_allowed, see_through, take_out, top_hooks
 from ..torch_private.tensors import version_of
 from ..torch_private.tracing import is_traced
 
@@ -71,6 +71,7 @@ def _replacing(recipes: Sequence[Recipe]) -> saved_tensors_hooks:
     def unpack(saved: Any) -> Any:
         return _rebuild(saved) if isinstance(saved, _SavedView) else outer_unpack(saved)
 
+    see_through(pack)
     return saved_tensors_hooks(pack, unpack)
 
 

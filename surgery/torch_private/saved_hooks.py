@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import checkpoint
 
 top_hooks: Callable[[bool], tuple[Any, Any] | None]
 top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -30,6 +31,20 @@ hooks_are_allowed = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: 
 `torch.func` they may not, and doing it raises. Without it, operated modules would raise there."""
 
 
+_users: Callable[[], Any] | None
+_users = getattr(checkpoint, "_current_user_saved_tensors_hooks", None)
+"""Since torch 2.14: the hooks that what a selective checkpoint keeps may go through."""
+
+
+def see_through(pack: Any) -> None:
+    """Let selective activation checkpoints see the hooks below this function, and not it, while it is on
+    the stack: it hands on to the checkpoint what they keep. Without it, torch 2.14 would warn, and with
+    `respect_saved_tensors_hooks=True` a checkpoint would ask itself without end."""
+    if _users is not None:
+        pack._user_hooks = _users()
+        pack._checkpoint_internal = True
+
+
 def take_out(hooks: saved_tensors_hooks) -> None:
     """Take a pair of hooks off the stack, and what somebody who was killed inside has left on top of
     it; if it is there."""
@@ -37,6 +52,8 @@ def take_out(hooks: saved_tensors_hooks) -> None:
     while (top := top_hooks(False)) is not None:
         _pop()
         if top[0] is hooks.pack_hook:
+            if _users is not None:  # the graph keeps the function, and no other hooks by it
+                hooks.pack_hook._user_hooks = None
             return
         above.append(top)
     for pack, unpack in reversed(above):

@@ -6,6 +6,7 @@ has seen is the whole computation.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -303,9 +304,17 @@ def save_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoin
     return CheckpointPolicy.MUST_SAVE if "mm" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+NEW = "respect_saved_tensors_hooks"
+RESPECTING = [{NEW: True}] if NEW in inspect.signature(checkpoint).parameters else []
+"""Since torch 2.14."""
+
+
 @pytest.mark.parametrize("policy", [save_all, save_products])
 @pytest.mark.parametrize("options", [{}, *OPTIONS[:4]], ids=str)
-def test_checkpoints_that_keep_some_operations(options: dict[str, Any], policy: Any) -> None:
+@pytest.mark.parametrize("given", [{}, *RESPECTING], ids=str)
+def test_checkpoints_that_keep_some_operations(
+    options: dict[str, Any], policy: Any, given: dict[str, bool]
+) -> None:
     """Nothing writes to what they keep."""
     subject = BY_NAME["linear"]
     model, x = subject.operated(**options), subject.inputs()
@@ -313,7 +322,8 @@ def test_checkpoints_that_keep_some_operations(options: dict[str, Any], policy: 
     expected = step_gradients(model, x)
     model.zero_grad()
     torch.manual_seed(7)
-    checkpoint(model, x, use_reentrant=False, context_fn=contexts).square().sum().backward()
+    out = checkpoint(model, x, use_reentrant=False, context_fn=contexts, **given)
+    out.square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         plain = name.removesuffix("_raw")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
+from torch.utils import checkpoint
 
 from surgery.torch_private import saved_hooks
 
@@ -68,3 +70,21 @@ def test_where_hooks_are_allowed() -> None:
     torch.func.grad(asks)(torch.ones(2))
     assert seen == [False]
     assert saved_hooks.hooks_are_allowed()
+
+
+@canary(
+    saved_hooks,
+    "torch.utils.checkpoint._current_user_saved_tensors_hooks",
+    "_user_hooks",
+    "_checkpoint_internal",
+)
+def test_selective_checkpoints_see_what_is_below_ours() -> None:
+    users: Any = getattr(checkpoint, "_current_user_saved_tensors_hooks", lambda: None)
+    ours = saved_tensors_hooks(lambda tensor: tensor, _same)
+    for below in (nullcontext(), saved_tensors_hooks(_same, _other)):
+        with below:
+            seen = users()
+            saved_hooks.see_through(ours.pack_hook)
+            ours.__enter__()
+            assert users() == seen
+            saved_hooks.take_out(ours)
