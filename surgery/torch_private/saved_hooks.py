@@ -37,9 +37,9 @@ _users = getattr(checkpoint, "_current_user_saved_tensors_hooks", None)
 
 
 def see_through(pack: Any) -> None:
-    """Let selective activation checkpoints see the hooks below this function, and not it, while it is on
-    the stack: it hands on to the checkpoint what they keep. Without it, torch 2.14 would warn, and with
-    `respect_saved_tensors_hooks=True` a checkpoint would ask itself without end."""
+    """Let selective activation checkpoints see the hooks below this function, and not it, while it is
+    on the stack: it hands on to the checkpoint what they keep. Without it, torch 2.14 would warn, and
+    with `respect_saved_tensors_hooks=True` a checkpoint would ask itself without end."""
     if _users is not None:
         pack._user_hooks = _users()
         pack._checkpoint_internal = True

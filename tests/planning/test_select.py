@@ -248,7 +248,7 @@ def test_near_names_are_listed(target: str, near: str) -> None:
 
 
 def test_near_names_of_a_large_model() -> None:
-    deep = nn.Linear(2, 2)
+    deep: nn.Module = nn.Linear(2, 2)
     for name in ("query", "self", "attention", "layer", "encoder", "bert"):
         deep = nn.ModuleDict({name: deep, "other": nn.ReLU()})
     with pytest.raises(NoMatchError, match=r"Nearest names: bert\.encoder\.layer\..*\.query"):

@@ -305,7 +305,9 @@ def save_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 NEW = "respect_saved_tensors_hooks"
-RESPECTING = [{NEW: True}] if NEW in inspect.signature(checkpoint).parameters else []
+RESPECTING: list[dict[str, Any]] = (
+    [{NEW: True}] if NEW in inspect.signature(checkpoint).parameters else []
+)
 """Since torch 2.14."""
 
 
@@ -313,7 +315,7 @@ RESPECTING = [{NEW: True}] if NEW in inspect.signature(checkpoint).parameters el
 @pytest.mark.parametrize("options", [{}, *OPTIONS[:4]], ids=str)
 @pytest.mark.parametrize("given", [{}, *RESPECTING], ids=str)
 def test_checkpoints_that_keep_some_operations(
-    options: dict[str, Any], policy: Any, given: dict[str, bool]
+    options: dict[str, Any], policy: Any, given: dict[str, Any]
 ) -> None:
     """Nothing writes to what they keep."""
     subject = BY_NAME["linear"]
