@@ -117,11 +117,13 @@ test-newest test-newest-quick:
 	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager torch "$$(ls dist/*.whl)[test]"
 	$(NEWEST)/bin/pytest -n auto -m "not slow" $(WHICH)
 
-# Models of timm need a torchvision that was built for the torch that is there, so they come together.
+# Models of timm need a torchvision that was built for the torch that is there, so they come together; if they
+# do not fit, the sweep goes without them.
 SWEEP := .venv-sweep
 
 sweep:
 	$(MAKE) VENV=$(SWEEP) TORCH="$(TORCH) torchvision timm" $(SWEEP)/.test
+	$(SWEEP)/bin/python -c "import torchvision" 2>/dev/null || $(SWEEP)/bin/pip uninstall --quiet --yes torchvision timm
 	OMP_NUM_THREADS=1 $(SWEEP)/bin/python -m tests.sweep --workers 2
 
 # Libraries that pin and pull in much, in an environment of their own. PyPI's torch is gigabytes, so this is

@@ -107,7 +107,7 @@ class Travelling(Deferred):
         """Take the view again, if something was written to what it is a view of."""
         if self.base is not None and self.seen != self.base.changed():
             self.base.refresh()
-            self.take(Travelling.of(self.run, self.base.moments().moved(self.taken)))
+            self.adopt(Travelling.of(self.run, self.base.moments().moved(self.taken)))
             self.seen = self.base.changed()
 
     @staticmethod
@@ -135,7 +135,7 @@ class Travelling(Deferred):
         """The value as it is now: a write into this one does not change it."""
         value = _empty(self if self.like is None else self.like)
         value.run, value.stays = self.run, self.stays
-        value.take(self)
+        value.adopt(self)
         return value
 
     def state(self) -> State:
@@ -145,7 +145,7 @@ class Travelling(Deferred):
 
     def become(self, other: Travelling) -> Travelling:
         """Take another value, as an argument does that is written to."""
-        self.take(other)
+        self.adopt(other)
         self.changes += 1
         if self.base is not None:
             self.base.write(self.taken, self.moments())
@@ -154,11 +154,11 @@ class Travelling(Deferred):
 
     def take_form(self, other: Travelling) -> Travelling:
         """Take the form of a view of itself: no write."""
-        self.take(other)
+        self.adopt(other)
         self.like = other.state().mean
         return self
 
-    def take(self, other: Travelling) -> None:
+    def adopt(self, other: Travelling) -> None:
         self.origin, self.apply, self.is_linear = other.origin, other.apply, other.is_linear
         self.moments, self.under = other.moments, other.under
 
