@@ -350,10 +350,15 @@ def cell(mean: float, error: float, unit: str = "") -> str:
     return f"{mean:.{places}f} ± {error:.{places}f}{unit}"
 
 
+IMPORTS = """import torch
+import torch.nn.functional as F
+from torch import Tensor, nn"""
+
+
 def written_by_hand() -> str:
     """The code that the page shows."""
     parts = [inspect.getsource(part).rstrip() for part in (DropConnectLinear, expected_relu)]
-    return "```python\n" + "\n\n\n".join(parts) + "\n```"
+    return f"```python\n{IMPORTS}\n\n\n" + "\n\n\n".join(parts) + "\n```"
 
 
 def put_into(page: str, blocks: dict[str, str]) -> str:

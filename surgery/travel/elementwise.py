@@ -26,7 +26,7 @@ from .blocks import in_blocks
 from .run import ALONE, Run
 from .state import State, apart, fixed, is_recorded, same_columns
 from .swing import of_swing
-from .value import RULES, Call, Travelling, rule
+from .value import RULES, Call, Later, Travelling, rule
 
 Function = Callable[[Tensor], Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
@@ -66,7 +66,16 @@ def elementwise(call: Call) -> Any:
             return of_function(call, _around(call, positions[0]), moments(), run)
         return of_function(call if single and moments() is origin else None, function, origin, run)
 
-    result = Travelling.later(value, like, function, make_state, False)
+    def make_mean() -> Tensor:
+        state = moments()
+        given = torch.broadcast_tensors(state.at, state.variance)
+        return ops.expectation(_around(call, positions[0]), *given, call.name).to(state.mean.dtype)
+
+    alone = single and is_linear and origin.points is None and not run.follows
+    later = Later(
+        make_state, mean=make_mean if alone and ops.has_closed_form(call.name) else None
+    )
+    result = Travelling.later(value, like, function, later, False)
     if single and call.name in table.RISING and _rises(call):
         result.under = _around(call, positions[0]), value.copied()
     return result

@@ -44,16 +44,24 @@ def same(u: Tensor) -> Tensor:
 
 
 class Later:
-    """A state that is computed when somebody needs it, once."""
+    """A state that is computed when somebody needs it, once; of some, the mean alone takes less time."""
 
-    def __init__(self, make: Make | None, known: State | None = None) -> None:
-        self._make, self._known = make, known
+    def __init__(
+        self, make: Make | None, known: State | None = None, mean: Callable[[], Tensor] | None = None
+    ) -> None:
+        self._make, self._known, self._mean = make, known, mean
 
     def __call__(self) -> State:
         if self._known is None:
             assert self._make is not None
             self._known = self._make()
         return self._known
+
+    def mean(self) -> Tensor:
+        """The mean of the state."""
+        if self._known is None and self._mean is not None:
+            return self._mean()
+        return self().mean
 
 
 class Travelling(Deferred):
@@ -182,7 +190,8 @@ class Travelling(Deferred):
         """The mean; of a value that is no number, as a comparison, the value at the mean."""
         if not self.dtype.is_floating_point:
             return self.apply(self.origin.mean.detach())
-        return self.state().mean
+        self.refresh()
+        return self.moments.mean()
 
     def __repr__(self, *, tensor_contents: Any = None) -> Any:
         with without_torch_function():

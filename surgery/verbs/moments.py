@@ -223,7 +223,9 @@ class _Forward:
         value: Any = tensor_of(found[0], self.batch.rows, self.select)
         with torch.set_grad_enabled(records):
             if isinstance(value, Travelling):
-                return run, value.state()
+                mean = value.expectation()  # as a forward in inference="moments" ends
+                state = value.state()
+                return run, state if run.follows else State(mean, state.variance)
             if not run.births and run.settled:
                 raise SurgeryError(
                     f"no variance reaches the output; it was lost at {', '.join(run.settled)}"

@@ -30,7 +30,7 @@ def run(model):
     out = model(saved["x"])
     return out[0] if isinstance(out, tuple) else out
 for name, model in saved["models"].items():
-    assert torch.equal(run(model.eval()), saved["outputs"][name]), name
+    torch.testing.assert_close(run(model.eval()), saved["outputs"][name])  # moments: other steps
     torch.manual_seed(1)
     assert torch.equal(run(model.train()), saved["outputs"][name + " dropping"]), name
 print(len(saved["models"]))
