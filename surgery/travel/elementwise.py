@@ -68,13 +68,12 @@ def elementwise(call: Call) -> Any:
 
     def make_mean() -> Tensor:
         state = moments()
-        given = torch.broadcast_tensors(state.at, state.variance)
-        return ops.expectation(_around(call, positions[0]), *given, call.name).to(state.mean.dtype)
+        mean, variance = torch.broadcast_tensors(state.at, state.variance)
+        found = ops.expectation(_around(call, positions[0]), mean, variance, call.name)
+        return found.to(state.mean.dtype)
 
     alone = single and is_linear and origin.points is None and not run.follows
-    later = Later(
-        make_state, mean=make_mean if alone and ops.has_closed_form(call.name) else None
-    )
+    later = Later(make_state, mean=make_mean if alone and ops.has_closed_form(call.name) else None)
     result = Travelling.later(value, like, function, later, False)
     if single and call.name in table.RISING and _rises(call):
         result.under = _around(call, positions[0]), value.copied()

@@ -44,10 +44,13 @@ def same(u: Tensor) -> Tensor:
 
 
 class Later:
-    """A state that is computed when somebody needs it, once; of some, the mean alone takes less time."""
+    """A state that is computed once, when somebody needs it. Of some the mean alone takes less time."""
 
     def __init__(
-        self, make: Make | None, known: State | None = None, mean: Callable[[], Tensor] | None = None
+        self,
+        make: Make | None,
+        known: State | None = None,
+        mean: Callable[[], Tensor] | None = None,
     ) -> None:
         self._make, self._known, self._mean = make, known, mean
 
