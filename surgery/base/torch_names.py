@@ -128,3 +128,12 @@ def writes(name: str) -> bool:
     if name in WRITERS:
         return name != "imatmul"
     return name == "setitem" or name.endswith("_")
+
+
+def twin_of(name: str) -> Any:
+    """The function that returns what the one of this `spelling` would write; None if there is none."""
+    if name in WRITERS:
+        return getattr(torch.Tensor, f"__{WRITERS[name]}__")
+    plain = name.removesuffix("_")
+    twin = getattr(torch.Tensor, plain, None) or getattr(nn.functional, plain, None)
+    return twin if callable(twin) else None  # `requires_grad` is none

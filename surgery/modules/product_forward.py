@@ -177,11 +177,11 @@ class ProductCall(NamedTuple):
         """Mean and variance as one object, or the mean alone where nothing would settle that."""
         run, state = running(), self.weight.state
         alone = run is None and not state.settled and not in_scope()
-        if isinstance(self.x, Travelling) or not (alone or state.samples is not None):
+        if alone and not isinstance(self.x, Travelling):
+            return self.moments()[0]
+        if state.samples is None or isinstance(self.x, Travelling):
             return self.through(run or ALONE)
         mean, variance = self.moments()
-        if alone:
-            return mean
         shared = state.unit in ("input", "tensor")
         points = self.points(mean)
         return Gaussian.of(Source(mean, variance, state.site, state.samples, points, shared))

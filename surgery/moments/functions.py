@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base.torch_names import WRITERS, canonical, of_two, spelling, writes
+from ..base.torch_names import canonical, of_two, spelling, twin_of, writes
 from . import torch_functions as table
 from .gaussian import Apply, Gaussian, Source
 from .pointwise import Call, leaves_domain, pointwise
@@ -29,9 +28,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         a Gaussian, or what the function returns for tensors.
 
     Raises:
-        RuntimeError: the function mixes entries (softmax) and reads a pre-activation itself, so that
-            there is no expectation without draws; or a value that is read was written to through a
-            view.
+        RuntimeError: a value that is read was written to through a view.
     """
     if not args and "input" in kwargs:
         args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
@@ -92,7 +89,7 @@ def _handler(name: str) -> _Handler | None:
     if name in table.VIEWS:
         return _rearrange
     if name in table.JOINT:
-        return _joint
+        return _whole
     if name in table.DROPOUTS:
         return _dropout
     return _SPECIAL.get(name)
@@ -107,7 +104,7 @@ def _in_place(call: Call, spelled: str) -> Any:
     func, args, kwargs = call.func, call.args, call.kwargs
     target = args[0]
     pure = {k: v for k, v in kwargs.items() if k != "inplace"}
-    twin = func if kwargs.get("inplace") is True else _twin(spelled)
+    twin = func if kwargs.get("inplace") is True else twin_of(spelled)
     if isinstance(target, Gaussian):
         if spelled == "requires_grad_" and not kwargs.get("requires_grad", (*args, True)[1]):
             return target  # what was made without a gradient has none
@@ -123,15 +120,6 @@ def _in_place(call: Call, spelled: str) -> Any:
         moments = written, value.normal[1]
         return Gaussian.of(Source(*moments, source.site, source.draws, parents=(source,)))
     return written
-
-
-def _twin(spelled: str) -> Any:
-    """The function that returns what the one of this spelling would write; None if there is none."""
-    if spelled in WRITERS:
-        return getattr(Tensor, f"__{WRITERS[spelled]}__")
-    plain = spelled.removesuffix("_")
-    twin = getattr(Tensor, plain, None) or getattr(torch.nn.functional, plain, None)
-    return twin if callable(twin) else None  # `requires_grad` is none
 
 
 def _query(call: Call, value: Gaussian) -> Any:
@@ -163,12 +151,11 @@ def _mapped(
         function: of a tensor of the form of the value.
         normal: what becomes of mean and variance.
     """
-    before, closed = value.apply, value.closed
+    before = value.apply
     return Gaussian(
         value.source,
         lambda u: function(before(u)),
         None if value.normal is None else normal(*value.normal),
-        None if closed is None else lambda: function(closed()),
         value.captures,
     )
 
@@ -208,30 +195,6 @@ def _batch_norm(call: Call, value: Gaussian) -> Any:
     return _mapped(value, normalise, moments)
 
 
-def _layer_norm(call: Call, value: Gaussian) -> Any:
-    """The mean, less its own mean over the features, divided by the root of the *expected* square, of
-    which the variance is a part. The error is of the order of 1 / (number of features)."""
-    if value.source.draws is not None or value.normal is None:
-        return _whole(call, value)
-    names = ["input", "normalized_shape", "weight", "bias", "eps"]
-    if call.name == "rms_norm":
-        names.remove("bias")
-    given = {**dict(zip(names, call.args)), **call.kwargs}
-    dtype, wide = value.normal[0].dtype, torch.promote_types(value.normal[0].dtype, torch.float32)
-    mean, variance = (one.to(wide) for one in value.normal)
-    dims = tuple(range(-len(given["normalized_shape"]), 0))
-    added = variance.mean(dims, keepdim=True)
-    if call.name == "layer_norm":
-        mean = mean - mean.mean(dims, keepdim=True)
-        added = added * (1 - 1 / math.prod(given["normalized_shape"]))
-    eps = given.get("eps", 1e-5 if call.name == "layer_norm" else None)
-    eps = torch.finfo(dtype).eps if eps is None else eps
-    result = (mean * (mean.square().mean(dims, keepdim=True) + added + eps).rsqrt()).to(dtype)
-    weight, bias = given.get("weight"), given.get("bias")
-    result = result if weight is None else result * weight
-    return result if bias is None else result + bias
-
-
 def _glu(call: Call, value: Gaussian) -> Any:
     dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else -1)
     one, other = value.rearranged(lambda t: t.chunk(2, dim), ("chunk", (2, dim), ()))
@@ -250,21 +213,8 @@ def _prelu(call: Call, value: Gaussian) -> Any:
     return pointwise(Call(leaky, "leaky_relu", (value, slope), {}))
 
 
-def _joint(call: Call, value: Gaussian) -> Any:
-    if value.source.draws is None and value.normal is not None:
-        raise RuntimeError(
-            f"{value.source.site}: inference='moments' needs an elementwise activation after it, and "
-            f"found {call.name}. Give samples=Z to estimate it by draws, or give this site "
-            "inference='mean'"
-        )
-    return _whole(call, value)
-
-
 def _whole(call: Call, value: Gaussian) -> Any:
-    """A function that needs all entries together. With `samples=Z` it is applied to each draw; else to
-    the expectation."""
-    if value.source.draws is None:
-        return call.settled()
+    """A function that needs all entries together (softmax, layer norm): it is applied to each draw."""
     before, function = value.apply, call.of_first()
     source = dataclasses.replace(value.source, points=None)  # points are values of one entry alone
     # `captures` makes draws come one at a time: stacked along the first dimension, as they are
@@ -280,9 +230,9 @@ _SPECIAL: dict[str, _Handler] = {
     "iter": _iterate,
     "batch_norm": _batch_norm,
     "glu": _glu,
-    "layer_norm": _layer_norm,
+    "layer_norm": _whole,
     "prelu": _prelu,
-    "rms_norm": _layer_norm,
+    "rms_norm": _whole,
 }
 
 

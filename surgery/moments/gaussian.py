@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..base.torch_names import WRITERS, canonical
 from ..torch_private.modes import outside_of_inference
 from ..torch_private.tensors import version_of
 from .pieces import Piece, disjoint
 from .scope import Deferred
-from .torch_functions import ELEMENTWISE, VIEWS
+from .torch_functions import OPERATORS, VIEWS
 
 Apply = Callable[[Tensor], Tensor]
 Points = tuple[tuple[Tensor, Tensor], ...]
@@ -35,8 +34,8 @@ class Source:
     mean: Tensor
     variance: Tensor
     site: str
-    draws: int | None
-    """`samples=Z`: how many draws estimate an expectation; None if no draws are made."""
+    draws: int
+    """`samples=Z`: how many draws estimate an expectation."""
 
     points: Points | None = None
     """The few values that an entry can have, where one mask entry multiplies the whole pre-activation
@@ -100,15 +99,12 @@ class Gaussian(Deferred):
         source: Source,
         apply: Apply = _same,
         normal: tuple[Tensor, Tensor] | None = None,
-        closed: Callable[[], Tensor] | None = None,
         captures: bool = False,
     ) -> None:
         self.source = source
         self.apply = apply
         self.normal = normal
         """Mean and variance, while the value is Gaussian itself."""
-        self.closed = closed
-        """Computes the expectation where there is a better way than quadrature of `apply`."""
         self.captures = captures
         """Whether `apply` works for the shape of the source only: it holds tensors of that shape,
         or looks at dimensions. Then draws cannot be stacked."""
@@ -130,7 +126,8 @@ class Gaussian(Deferred):
         return cls(source, normal=(source.mean, source.variance))
 
     def expectation(self) -> Tensor:
-        """The mean of the value, in its dtype and shape. A value that is no floating-point number, as a
+        """The mean of the value, in its dtype and shape: known where the value is Gaussian itself or
+        the source has few values, else that of draws. A value that is no floating-point number, as a
         comparison, has none: it is taken at the mean of the source.
 
         Raises:
@@ -140,18 +137,14 @@ class Gaussian(Deferred):
         self.check()
         if self.normal is not None:
             return self.normal[0]
-        if source.draws is None and self.closed is not None:
-            return self.closed()
         like = self.at_mean()
         if not like.is_floating_point():
             return like
         if source.points is not None:
             expected = sum(self.apply(value) * probability for value, probability in source.points)
             assert isinstance(expected, Tensor)
-        elif source.draws is not None:
-            expected = self._by_draws(source.draws)
         else:
-            expected = ops.expectation(self.apply, source.mean, source.variance)
+            expected = self._by_draws(source.draws)
         return expected.to(like.dtype)
 
     def at_mean(self) -> Tensor:
@@ -270,7 +263,7 @@ class Gaussian(Deferred):
 
     def _take(self, value: Gaussian) -> None:
         self.source, self.apply, self.normal = value.source, value.apply, value.normal
-        self.closed, self.captures = value.closed, value.captures
+        self.captures = value.captures
 
     def __repr__(self) -> str:
         return f"Gaussian(site={self.source.site!r}, shape={tuple(self.shape)})"
@@ -303,10 +296,5 @@ def _operator(name: str) -> Callable[..., Any]:
     return operator
 
 
-_OPERATORS = (
-    "add radd sub rsub mul rmul truediv rtruediv pow rpow neg pos abs matmul rmatmul mod floordiv "
-    "gt lt ge le eq ne and or xor rand ror rxor invert getitem setitem len bool float int iter contains"
-)
-_WRITERS = (name for name in WRITERS if canonical(name) in ELEMENTWISE)
-for _name in (*_OPERATORS.split(), *_WRITERS):
+for _name in (*OPERATORS, "iter"):
     setattr(Gaussian, f"__{_name}__", _operator(f"__{_name}__"))

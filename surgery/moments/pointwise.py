@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
 from . import torch_functions as table
 from .gaussian import Gaussian, Source
 from .scope import settle
@@ -84,8 +83,7 @@ def pointwise(call: Call) -> Any:
     captures = captures or any(isinstance(other, Tensor) and other.ndim > 0 for other in others)
     alone = len(values) == 1 and any(arg is value for arg in args)
     normal = _affine(call, value) if alone else None
-    closed = _closed(call, value) if alone else None
-    return Gaussian(value.source, function, normal, closed, captures)
+    return Gaussian(value.source, function, normal, captures)
 
 
 def _bound(arg: Any) -> tuple[bool, Any]:
@@ -115,23 +113,6 @@ def _is_linear(call: Call) -> bool:
     """Whether the result is affine in the one Gaussian among the arguments."""
     positions = [i for i, arg in enumerate(call.args) if isinstance(arg, Gaussian)]
     return table.is_affine(call.name, positions)
-
-
-def _closed(call: Call, value: Gaussian) -> Callable[[], Tensor] | None:
-    """Computes the expectation of a function of one value without its composition with what came
-    before: for an activation that reads a Gaussian itself (some have closed forms), and for what is
-    affine in the result of such a one. None for others."""
-    if call.name in table.COMPARISONS or value.source.points is not None:
-        return None
-    before = value.closed
-    if before is not None and not call.kwargs and _is_linear(call):
-        return lambda: _with(call, value, before())
-    if value.normal is None:
-        return None
-    tanh = call.kwargs.get("approximate") == "tanh"  # the other GELU
-    name = None if tanh else call.name
-    mean, variance = torch.broadcast_tensors(*value.normal)
-    return lambda: ops.expectation(lambda t: _with(call, value, t), mean, variance, name)
 
 
 def _independent(call: Call, values: list[Gaussian]) -> Any:

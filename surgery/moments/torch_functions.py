@@ -1,12 +1,14 @@
 """What torch functions do to the entries of a tensor: the one table, by name.
 
-`surgery.moments` asks it what a function makes of a Gaussian, `surgery.transforms` what a node of a
-graph makes of a value. Names are those of `surgery.base.torch_names`.
+`surgery.travel` and `surgery.moments` ask it what a function makes of a Gaussian, `surgery.transforms`
+what a node of a graph makes of a value. Names are those of `surgery.base.torch_names`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from ..base.torch_names import WRITERS, canonical
 
 
 def _names(text: str) -> frozenset[str]:
@@ -56,6 +58,13 @@ PARTIAL = _names(
 function of one, as in `log(1 + exp(u))`."""
 
 ELEMENTWISE = ADDS | REVERSED | SCALES | POINTWISE | COMPARISONS | PARTIAL
+
+_OPERATORS = (
+    "add radd sub rsub mul rmul truediv rtruediv pow rpow neg pos abs matmul rmatmul mod floordiv "
+    "gt lt ge le eq ne and or xor rand ror rxor invert getitem setitem len bool float int contains"
+)
+OPERATORS = (*_OPERATORS.split(), *(name for name in WRITERS if canonical(name) in ELEMENTWISE))
+"""Python's operators, which look for a method of the class: `add` for `__add__`."""
 
 # --- the same entries, elsewhere or otherwise ------------------------------------------------------
 
@@ -117,16 +126,13 @@ KEEPING = RESHAPING | CASTING | DROPPING
 # --- of several entries together -------------------------------------------------------------------
 
 JOINT = _names("softmax log_softmax softmin safe_softmax logsumexp gumbel_softmax")
-"""Activations of several entries together: only draws can pass them."""
+"""Activations of several entries together."""
 
 GATING = _names("glu")
 """One half of the entries, each times the sigmoid of one of the other half."""
 
 ACROSS = JOINT | GATING
 """Activations that mix entries."""
-
-NORMALISING = _names("batch_norm")
-"""Affine in each channel in evaluation mode, and so of a Gaussian a Gaussian."""
 
 QUERIES = _names(
     "size dim ndimension numel nelement stride storage_offset element_size get_device is_contiguous "

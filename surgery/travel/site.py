@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..moments import Points
 from ..spec.config import Unit
 from .birth import Birth, Diagonal, OfInputs, OfOutputs, OfWeights, root
 from .run import Run
-from .state import Points, State, apart, certain, fixed, is_recorded, over_columns
+from .state import State, apart, certain, fixed, is_recorded, over_columns
 from .value import Travelling
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..moments import Points
 from ..torch_private.tracing import is_traced
-
-Points = tuple[tuple[Tensor, Tensor], ...]
-"""Pairs of a value, of the shape of the mean, and its probability, a number."""
 
 
 class _Recording(threading.local):

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..base.torch_names import WRITERS, canonical, of_two, spelling, writes
+from ..base.torch_names import canonical, of_two, spelling, twin_of, writes
 from ..moments.scope import Deferred
-from ..moments.torch_functions import ATTRIBUTES, ELEMENTWISE, QUERIES, VIEWS
+from ..moments.torch_functions import ATTRIBUTES, ELEMENTWISE, OPERATORS, QUERIES, VIEWS
 from ..torch_private.tensors import tensor_without_memory, without_torch_function
 from ..torch_private.tracing import is_traced
 from ..torch_private.trees import tree_map
@@ -30,12 +30,6 @@ Make = Callable[[], State]
 
 KEEPING = ("T", "mT", "H", "mH", "data", "real", "imag")
 """Properties whose value varies."""
-
-_OPERATORS = (
-    "add radd sub rsub mul rmul truediv rtruediv pow rpow neg pos abs matmul rmatmul mod floordiv "
-    "gt lt ge le eq ne and or xor rand ror rxor invert getitem setitem len bool float int contains"
-)
-"""Python's operators, which look for a method of the class."""
 
 
 def same(u: Tensor) -> Tensor:
@@ -231,8 +225,7 @@ def _operator(name: str) -> Callable[..., Any]:
     return operator
 
 
-_WRITERS = (name for name in WRITERS if canonical(name) in ELEMENTWISE)
-for _name in (*_OPERATORS.split(), *_WRITERS):
+for _name in OPERATORS:
     setattr(Travelling, f"__{_name}__", _operator(f"__{_name}__"))
 
 
@@ -401,7 +394,7 @@ def _in_place(call: Call) -> Any:
         kwargs = {k: v for k, v in call.kwargs.items() if k != "inplace"}
         twin = call.func
     else:
-        twin, kwargs = _twin(call.spelled), call.kwargs
+        twin, kwargs = twin_of(call.spelled), call.kwargs
     if twin is None:
         return call.settles()
     result = _result(Call.of(twin, call.args, kwargs))
@@ -410,15 +403,6 @@ def _in_place(call: Call) -> Any:
             return target.take_form(result) if call.name in VIEWS else target.become(result)
         return target.become(Travelling.of(target.run, certain(result)))
     return result  # of `x += y` Python takes what is returned
-
-
-def _twin(spelled: str) -> Any:
-    """The function that returns what the one of this spelling would write; None if there is none."""
-    if spelled in WRITERS:
-        return getattr(Tensor, f"__{WRITERS[spelled]}__")
-    plain = spelled.removesuffix("_")
-    twin = getattr(Tensor, plain, None) or getattr(torch.nn.functional, plain, None)
-    return twin if callable(twin) else None
 
 
 Travelling.dispatch = staticmethod(dispatch)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from surgery.base.torch_names import WRITERS, is_of_torch, name_of, of_two, spelling, writes
-from surgery.moments.torch_functions import ACROSS, ACTIVATIONS, DROPPING, NORMALISING
+from surgery.moments.torch_functions import ACROSS, ACTIVATIONS, DROPPING
 
 aten = torch.ops.aten
 
@@ -99,12 +99,6 @@ def test_a_module_has_the_name_of_the_function_that_it_calls(module: nn.Module) 
         assert name_of(module) in ACTIVATIONS | ACROSS
     if "dropout" in type(module).__module__:
         assert name_of(module) in DROPPING
-
-
-def test_only_batch_norm_is_affine_by_channel() -> None:
-    """The statistics of an instance norm are those of its input, in evaluation mode too."""
-    assert name_of(nn.BatchNorm2d(4)) in NORMALISING
-    assert name_of(nn.InstanceNorm2d(4)) not in NORMALISING
 
 
 def test_a_subclass_has_the_name_of_torchs_class() -> None:

@@ -1,4 +1,4 @@
-"""`inference="moments"` on whole models: Monte Carlo, draws, refusals, precision, compilation."""
+"""`inference="moments"` on whole models: Monte Carlo, draws, precision, compilation."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_every_elementwise_function_has_a_place() -> None:
 def test_a_function_is_in_one_table() -> None:
     sets = (table.ADDS, table.REVERSED, table.SCALES, table.POINTWISE, table.COMPARISONS,
             table.PARTIAL, table.CASTING, table.COPYING, table.VIEWS, table.JOINING, table.DROPOUTS,
-            table.JOINT, table.NORMALISING, table.QUERIES, table.ATTRIBUTES, table.GATING,
+            table.JOINT, table.QUERIES, table.ATTRIBUTES, table.GATING,
             table.DROPPING - table.DROPOUTS)  # fmt: skip
     known = frozenset().union(*sets)
     assert sum(map(len, sets)) == len(known)
