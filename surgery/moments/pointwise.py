@@ -11,11 +11,12 @@ from torch import Tensor
 
 from . import torch_functions as table
 from .gaussian import Gaussian, Source
-from .scope import settle
+from .scope import Deferred, settle
 
 
 class Call:
-    """A call of a torch function, with Gaussians among its arguments or inside of them.
+    """A call of a torch function, with Gaussians among its arguments or inside of them. Values that
+    travel (`surgery.travel`) settle where they meet one.
 
     Args:
         func, name: the torch function, and its canonical name.
@@ -23,7 +24,9 @@ class Call:
     """
 
     def __init__(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.func, self.name, self.args, self.kwargs = func, name, args, kwargs
+        self.func, self.name = func, name
+        self.args = tuple(map(_settled_other, args))
+        self.kwargs = {key: _settled_other(value) for key, value in kwargs.items()}
 
     def gaussians(self) -> list[Gaussian]:
         """Those that are arguments themselves."""
@@ -37,6 +40,11 @@ class Call:
         """The function of its first argument alone; the others are settled now."""
         rest, named = settle(self.args[1:]), settle(self.kwargs)
         return lambda first: self.func(first, *rest, **named)
+
+
+def _settled_other(value: Any) -> Any:
+    drawn = isinstance(value, Gaussian) or not isinstance(value, Deferred)
+    return value if drawn else settle(value)
 
 
 def leaves_domain(name: str, args: tuple[Any, ...]) -> bool:
