@@ -265,6 +265,9 @@ class Gaussian(Deferred):
         self.source, self.apply, self.normal = value.source, value.apply, value.normal
         self.captures = value.captures
 
+    def __float__(self) -> float:
+        return float(self.expectation())
+
     def __repr__(self) -> str:
         return f"Gaussian(site={self.source.site!r}, shape={tuple(self.shape)})"
 

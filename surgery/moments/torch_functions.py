@@ -61,10 +61,11 @@ ELEMENTWISE = ADDS | REVERSED | SCALES | POINTWISE | COMPARISONS | PARTIAL
 
 _OPERATORS = (
     "add radd sub rsub mul rmul truediv rtruediv pow rpow neg pos abs matmul rmatmul mod floordiv "
-    "gt lt ge le eq ne and or xor rand ror rxor invert getitem setitem len bool float int contains"
+    "gt lt ge le eq ne and or xor rand ror rxor invert getitem setitem len bool int contains"
 )
 OPERATORS = (*_OPERATORS.split(), *(name for name in WRITERS if canonical(name) in ELEMENTWISE))
-"""Python's operators, which look for a method of the class: `add` for `__add__`."""
+"""Python's operators, which look for a method of the class: `add` for `__add__`. All but `float`, whose
+name is that of a cast."""
 
 # --- the same entries, elsewhere or otherwise ------------------------------------------------------
 

@@ -194,6 +194,9 @@ class Travelling(Deferred):
         with without_torch_function():
             return f"Travelling(shape={tuple(self.shape)}, dtype={self.dtype})"
 
+    def __float__(self) -> float:
+        return float(self.expectation())
+
     def __iter__(self) -> Any:
         return iter(self.unbind(0))
 
@@ -234,6 +237,7 @@ class TravellingTensor(Tensor, Travelling):
     one."""
 
     __repr__ = Travelling.__repr__  # type: ignore[assignment]
+    __float__ = Travelling.__float__
     __iter__ = Travelling.__iter__
     __torch_function__ = Travelling.__torch_function__
 

@@ -135,6 +135,18 @@ def test_a_write_into_another_part_is_none_into_this() -> None:
     assert torch.equal(found, model(x))
 
 
+@pytest.mark.parametrize("draws", [None, DRAWS])
+@torch.no_grad()
+def test_an_entry_is_a_number_to_python(draws: int | None) -> None:
+    x = torch.randn(3, 6, dtype=torch.float64)
+    model = operated(
+        Around(lambda u: torch.tensor([float(u[0, 0]), float((3 * u + 1)[1, 2])])), draws
+    )
+    found = model(x)
+    with set_inference(model, "mean"):
+        torch.testing.assert_close(found, model(x))
+
+
 @pytest.mark.parametrize("drawn", ["a", "b"])
 @pytest.mark.parametrize("then", [torch.mul, torch.add, torch.sub])
 def test_what_is_drawn_meets_what_travels(
