@@ -250,7 +250,10 @@ class TestReadByAParent:
             assert (grad == 0).float().mean() > 0.4, site.name
 
 
-@pytest.mark.parametrize("name", ["bert", "t5", "llama", "mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    ["bert", "llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "mixtral"))],
+)
 def test_compiles_as_one_graph_without_recompiling(
     tiny: Any, inputs: Any, traced_experts: str, name: str
 ) -> None:

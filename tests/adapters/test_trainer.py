@@ -39,7 +39,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert different == []
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("toward", ["zero", "pretrained"])
 def test_resumes_bit_for_bit(tiny: Any, trainer: Any, name: str, toward: str) -> None:
     def callback() -> DropConnectCallback:

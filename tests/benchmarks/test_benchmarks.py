@@ -19,7 +19,7 @@ from surgery import strip_dropconnect
 
 IN_THIS_PROCESS = (
     "mask",
-    "rounds",
+    pytest.param("rounds", marks=pytest.mark.slow),
     "linear",
     "mixout",
     "lstm",

@@ -134,13 +134,11 @@ class Case:
 
 def few() -> Iterator[Case]:
     """Each kind, sampling, inference, unit and toward at least once."""
-    yield Case("linear", {"inference": "moments", "bias": True})
     yield Case("linear", {"sampling": "gaussian", "inference": "moments", "toward": "pretrained"})
     yield Case("conv", {"sampling": "example", "unit": "input", "toward": "pretrained"})
     yield Case("graph", {"sampling": "example", "inference": "moments", "samples": 2})
     yield Case("graph-linear", {"sampling": "example", "inference": "sample", "unit": "output"})
-    for name in ("cell", "lstm"):
-        yield Case(name, {"inference": "sample"})
+    yield Case("cell", {"inference": "sample"})
 
 
 def every() -> Iterator[Case]:

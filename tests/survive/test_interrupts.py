@@ -67,6 +67,7 @@ def times_torch_leaves_gradients_off(call: Callable[[nn.Module], object]) -> int
     return left_off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call",
     ["lambda m: m.load_state_dict(m.state_dict())", "copy.deepcopy"],

@@ -282,7 +282,8 @@ def test_full_of_shared_masks_against_monte_carlo(
 
 
 @pytest.mark.parametrize(
-    ("name", "attention"), [("llama", "sdpa"), ("t5", "eager"), ("vit", "sdpa")]
+    ("name", "attention"),
+    [("llama", "sdpa"), pytest.param("t5", "eager", marks=pytest.mark.slow), ("vit", "sdpa")],
 )
 def test_transformers_against_monte_carlo(name: str, attention: str) -> None:
     """Tiny models as they are made: gates, norms written out, caches, relative positions, both ways to
