@@ -18,7 +18,7 @@ from .. import ops
 from ..torch_private.modes import outside_of_inference
 from ..torch_private.tensors import version_of
 from .pieces import Piece, disjoint
-from .scope import Deferred
+from .scope import Deferred, hashable, same
 from .torch_functions import OPERATORS, VIEWS
 
 Apply = Callable[[Tensor], Tensor]
@@ -71,23 +71,6 @@ class Source:
         return frozenset().union(*(parent.roots() for parent in whole.parents))
 
 
-def _same(u: Tensor) -> Tensor:
-    return u
-
-
-def _hashable(key: Any) -> Any:
-    """A key of a dict for the arguments of a view, with slices as tuples; None if an argument (a
-    tensor) cannot be part of a key."""
-    if isinstance(key, slice):
-        return ("slice", key.start, key.stop, key.step)
-    if isinstance(key, (tuple, list)):
-        parts = [_hashable(part) for part in key]
-        return None if any(part is None for part in parts) else tuple(parts)
-    if key is None:
-        return "None"
-    return key if isinstance(key, (str, int, float, type(Ellipsis), torch.dtype)) else None
-
-
 class Gaussian(Deferred):
     """`apply(u)` with `u` a Gaussian source: what the rest of a forward takes for a tensor."""
 
@@ -97,7 +80,7 @@ class Gaussian(Deferred):
     def __init__(
         self,
         source: Source,
-        apply: Apply = _same,
+        apply: Apply = same,
         normal: tuple[Tensor, Tensor] | None = None,
         captures: bool = False,
     ) -> None:
@@ -191,7 +174,7 @@ class Gaussian(Deferred):
         self.check()
         if self.normal is None or self.shown is not None:
             return function(self._show())
-        name = _hashable(key) if self.apply is _same else None
+        name = hashable(key) if self.apply is same else None
         sources = None if name is None else self.source.views.get(name)
         if sources is None:
             sources = self._views(function, key)

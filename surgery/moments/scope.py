@@ -29,6 +29,24 @@ class Deferred:
         raise NotImplementedError
 
 
+def same(u: Tensor) -> Tensor:
+    """The identity: what a value is of itself."""
+    return u
+
+
+def hashable(key: Any) -> Any:
+    """A key of a dict for the arguments of a view, with slices as tuples; None if an argument (a
+    tensor) cannot be part of a key."""
+    if isinstance(key, slice):
+        return ("slice", key.start, key.stop, key.step)
+    if isinstance(key, (tuple, list)):
+        parts = [hashable(part) for part in key]
+        return None if any(part is None for part in parts) else tuple(parts)
+    if key is None:
+        return "None"
+    return key if isinstance(key, (str, int, float, type(Ellipsis), torch.dtype)) else None
+
+
 def settle(value: Any) -> Any:
     """`value` with every `Deferred` in it (in tuples, lists, dicts and dataclasses) replaced by its
     expectation. What holds none is returned as it is."""

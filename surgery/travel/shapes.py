@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..moments.scope import hashable
 from ..moments.torch_functions import ALIASING, CASTING, COPYING, DROPOUTS, VIEWS
 from ..torch_private.tensors import memory_of
 from ..torch_private.tracing import is_traced
@@ -41,19 +42,6 @@ def view(call: Call) -> Any:
         _taken(value, state, part, call.name, partial(_part, function, index))
         for index, part in enumerate(found)
     )
-
-
-def hashable(key: Any) -> Any:
-    """A key of a dict for the arguments of a view, with slices as tuples; None if an argument (a
-    tensor) cannot be part of a key."""
-    if isinstance(key, slice):
-        return ("slice", key.start, key.stop, key.step)
-    if isinstance(key, (tuple, list)):
-        parts = [hashable(part) for part in key]
-        return None if any(part is None for part in parts) else tuple(parts)
-    if key is None:
-        return "None"
-    return key if isinstance(key, (str, int, float, type(Ellipsis), torch.dtype)) else None
 
 
 def _moved(state: State, function: Apply) -> State | list[State]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..base.torch_names import canonical, of_two, spelling, twin_of, writes
-from ..moments.scope import Deferred
+from ..moments.scope import Deferred, same
 from ..moments.torch_functions import ATTRIBUTES, ELEMENTWISE, OPERATORS, QUERIES, VIEWS
 from ..torch_private.tensors import tensor_without_memory, without_torch_function
 from ..torch_private.tracing import is_traced
@@ -30,11 +30,6 @@ Make = Callable[[], State]
 
 KEEPING = ("T", "mT", "H", "mH", "data", "real", "imag")
 """Properties whose value varies."""
-
-
-def same(u: Tensor) -> Tensor:
-    """The identity: what a value is of itself."""
-    return u
 
 
 class Later:
