@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from surgery.adapters.transformers import DropConnectCallback
 
+from ..forks import fork
+
 STEPS = 60
 
 
@@ -42,7 +44,7 @@ def test_it_ends_with_the_bits_of_a_run_that_was_left_alone(
     train(tiny, trainer, tmp_path / "alone")
     longest, rng, kills = time.monotonic() - began, random.Random(5), 0
     for _ in range(40):
-        child = os.fork()
+        child = fork()
         if child == 0:
             code = 1
             try:

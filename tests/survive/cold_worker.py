@@ -1,4 +1,4 @@
-"""Compile first, each case in a process in which nothing has run: `python cold_worker.py [all]`.
+"""Compile first, each case in a process in which nothing has run: `-m tests.survive.cold_worker [all]`.
 
 This process only imports; every case is a fork of it, so it starts as a fresh process does (what
 `torch._dynamo.reset` leaves behind, attributes of threads and of caches, is not there yet) and costs no
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from surgery import apply_dropconnect, set_inference, set_p
+
+from ..forks import fork
 
 
 class Cell(nn.Module):
@@ -227,7 +229,7 @@ def check(case: Case) -> None:
 def forked(case: Case) -> str | None:
     """What goes wrong with a case in a process of its own."""
     read, write = os.pipe()
-    child = os.fork()
+    child = fork()
     if child == 0:
         os.close(read)
         os.dup2(write, 1)

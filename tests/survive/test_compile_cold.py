@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).with_name("cold_worker.py")
+ROOT = Path(__file__).parents[2]
 
 ENVIRONMENT = {**os.environ, "TORCHINDUCTOR_VEC_ISA_OK": "0"}
 """torch 2.9 compiles guards of shapes, and before that takes ten seconds to ask for vectors."""
@@ -19,8 +19,10 @@ ENVIRONMENT = {**os.environ, "TORCHINDUCTOR_VEC_ISA_OK": "0"}
 @pytest.mark.parametrize("cases", ["few", pytest.param("all", marks=pytest.mark.slow)])
 def test_compiled_first_the_life_of_a_model_is_the_eager_one(cases: str) -> None:
     """A step, no_grad, another batch size, eval, train, set_p (no new graph), set_inference."""
-    command = [sys.executable, str(WORKER), cases]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    command = [sys.executable, "-m", "tests.survive.cold_worker", cases]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=ENVIRONMENT, cwd=ROOT
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout)
     assert found["cases"] >= (5 if cases == "few" else 200)

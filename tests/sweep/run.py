@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from ..forks import fork
 from .check import Failed, check, line_of
 from .models import Case, NotBuilt, build
 
@@ -92,7 +93,7 @@ def _start(case: Case) -> tuple[int, Any]:
     """A process that writes its result into a file."""
     pipe = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  read once it has ended
     sys.stdout.flush()
-    pid = os.fork()
+    pid = fork()
     if pid:
         return pid, pipe
     try:
