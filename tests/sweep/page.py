@@ -58,7 +58,7 @@ REASONS = {
 
 def page(results: Iterable[Result], missing: Sequence[str] = ()) -> str:
     """The whole page, from the results of a sweep and the cases that it did not reach."""
-    known = {str(one["case"]): one for one in results}
+    known = {one["case"]: one for one in sorted(results, key=lambda one: str(one["case"]))}
     types = [one for one in known.values() if not one["head"]]
     heads = [one for one in known.values() if one["head"]]
     parts = [
