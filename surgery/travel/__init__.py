@@ -1,6 +1,7 @@
 """Values that travel with mean, variance and covariance through a whole model.
 
     value        `Travelling`: what a forward takes for a tensor
+    call         a call of a torch function, which finds its rule, or settles its values
     state, run   what is known of a value; what one forward is asked for
     birth        what is added where randomness begins: at sites, and where a function is not linear
     rules        what a torch function does to the moments; each file has the rules of one family

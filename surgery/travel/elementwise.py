@@ -23,10 +23,11 @@ from torch import Tensor
 from .. import ops
 from ..moments import torch_functions as table
 from .blocks import in_blocks
+from .call import RULES, Call, rule
 from .run import ALONE, Run
 from .state import State, apart, fixed, is_recorded, same_columns
 from .swing import of_swing
-from .value import RULES, Call, Later, Travelling, rule
+from .value import Later, Travelling
 
 Function = Callable[[Tensor], Tensor]
 Three = tuple[Tensor, Tensor, Tensor]

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import in_blocks
+from .call import Call, rule
 from .run import Run
 from .state import State, apart, fixed, is_quiet
-from .value import Call, Travelling, rule
+from .value import Travelling
 
 
 class _Softmax(NamedTuple):

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .call import Call, rule
 from .run import Run
 from .state import State, apart, fixed, over_columns
-from .value import Call, Travelling, rule
+from .value import Travelling
 
 Map = Callable[[Tensor], Tensor]
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .call import Call, rule
 from .elementwise import rectified
 from .run import Run
 from .shapes import state_of
 from .state import State, apart, combined, covariance_of, is_recorded, sum_of, variance_of_sum
-from .value import Call, Travelling, rule
+from .value import Travelling
 
 
 @rule("pair")

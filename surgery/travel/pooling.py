@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .call import Call, rule
 from .pairs import larger_of
 from .state import State, apart
-from .value import Call, Travelling, rule
+from .value import Travelling
 
 _MAXIMA = tuple(f"max_pool{n}d" for n in (1, 2, 3))
 

@@ -13,8 +13,9 @@ from ..moments.torch_functions import ALIASING, CASTING, COPYING, DROPOUTS, VIEW
 from ..torch_private.tensors import memory_of
 from ..torch_private.tracing import is_traced
 from .birth import OfOutputs, root
+from .call import RULES, Call, rule
 from .state import State, aligned, apart, certain, wide
-from .value import RULES, Apply, Call, Travelling, rule
+from .value import Apply, Travelling
 
 
 def state_of(value: Any) -> State:

@@ -12,9 +12,10 @@ from torch.overrides import TorchFunctionMode
 from ..base.torch_names import name_of
 from ..moments.torch_functions import DROPOUTS
 from .birth import OfOutputs
+from .call import Call
 from .run import Run, Table
 from .state import certain
-from .value import Call, Travelling
+from .value import Travelling
 
 
 class Sources(TorchFunctionMode):

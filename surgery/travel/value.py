@@ -1,9 +1,8 @@
 """What a forward takes for a tensor: a function of a value whose moments are known.
 
 A `Travelling` tensor has a shape and a dtype, and no memory. Every torch function that reads one
-comes to `__torch_function__`, which looks for a rule. Elementwise functions are put off, so that
-`x * sigmoid(1.702 * x)` is one function of one value; see `elementwise`. Where there is no rule,
-the value settles: the function gets the mean, and the run notes where.
+comes to `__torch_function__`; `call` says what it makes of it. Elementwise functions are put off, so
+that `x * sigmoid(1.702 * x)` is one function of one value; see `elementwise`.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..base.torch_names import canonical, of_two, spelling, twin_of, writes
 from ..moments.scope import Deferred, same
-from ..moments.torch_functions import ATTRIBUTES, ELEMENTWISE, OPERATORS, QUERIES, VIEWS
+from ..moments.torch_functions import OPERATORS
 from ..torch_private.tensors import tensor_without_memory, without_torch_function
 from ..torch_private.tracing import is_traced
 from ..torch_private.trees import tree_map
 from .run import ALONE, Run
-from .state import State, certain, same_columns
+from .state import State, same_columns
 
 Apply = Callable[[Tensor], Tensor]
 Make = Callable[[], State]
@@ -59,8 +57,8 @@ class Later:
 class Travelling(Deferred):
     """`apply(u)`, where the moments of `u` are known."""
 
-    dispatch: ClassVar[Callable[[Call], Any]]
-    """What a torch function makes of it; `rules` puts it here."""
+    dispatch: ClassVar[Callable[..., Any]]
+    """`dispatch(func, args, kwargs)`: what a torch function makes of it; `call` puts it here."""
 
     run: Run
     origin: State
@@ -180,9 +178,9 @@ class Travelling(Deferred):
 
     def expectation(self) -> Tensor:
         """The mean; of a value that is no number, as a comparison, the value at the mean."""
+        self.refresh()
         if not self.dtype.is_floating_point:
             return self.apply(self.origin.mean.detach())
-        self.refresh()
         return self.moments.mean()
 
     def __repr__(self, *, tensor_contents: Any = None) -> Any:
@@ -200,18 +198,32 @@ class Travelling(Deferred):
         if callable(member):
             return functools.partial(_call, member, self)
         if name in KEEPING:
-            return Travelling.dispatch(Call(lambda t: getattr(t, name), name, name, (self,), {}))
+            return Travelling.dispatch(_READERS[name], (self,), {})
         return getattr(self.like, name)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return Travelling.dispatch(Call.of(func, args, kwargs or {}))
+        return Travelling.dispatch(func, args, kwargs or {})
 
 
 def _call(member: Any, *args: Any, **kwargs: Any) -> Any:
-    return Travelling.dispatch(Call.of(member, args, kwargs))
+    return Travelling.dispatch(member, args, kwargs)
+
+
+def _reader(name: str) -> Apply:
+    """A property as a function of this name."""
+
+    def read(tensor: Tensor) -> Tensor:
+        found: Tensor = getattr(tensor, name)
+        return found
+
+    read.__name__ = name
+    return read
+
+
+_READERS = {name: _reader(name) for name in KEEPING}
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -241,7 +253,8 @@ class TravellingTensor(Tensor, Travelling):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """An operation that no torch function stands before: of the means."""
-        return Call.of(func, args, kwargs or {}).settled()
+        args, kwargs = tree_map(expected, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _columns(state: State) -> Tensor:
@@ -261,147 +274,6 @@ def _empty(like: Any) -> Travelling:
     return made
 
 
-class Call:
-    """A call of a torch function, with travelling values among its arguments or inside of them."""
-
-    def __init__(
-        self, func: Any, spelled: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self.func, self.spelled, self.name = func, spelled, name
-        self._values: list[Travelling] = []
-        self.args, self.kwargs = tree_map(self._note, (args, kwargs))
-
-    @classmethod
-    def of(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        if not args and "input" in kwargs:
-            args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
-        spelled = spelling(func)
-        if spelled == "get":  # of a property, whose own name tells what it is
-            spelled = getattr(func.__self__, "__name__", spelled)
-        return cls(func, spelled, of_two(canonical(spelled), args), args, kwargs)
-
-    def _note(self, value: Any) -> Any:
-        if isinstance(value, Travelling):
-            value.refresh()
-            self._values.append(value)
-            return value
-        return value.expectation() if isinstance(value, Deferred) else value
-
-    @property
-    def values(self) -> list[Travelling]:
-        """All that travel."""
-        return self._values
-
-    @property
-    def run(self) -> Run:
-        """The run that they are part of."""
-        return self._values[0].run
-
-    @property
-    def first(self) -> Any:
-        return self.args[0] if self.args else None
-
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument by its position or name."""
-        return self.kwargs.get(name, self.args[position] if len(self.args) > position else default)
-
-    def on(self, *first: Any) -> Any:
-        """The function with other first arguments."""
-        return self.func(*first, *self.args[len(first) :], **self.kwargs)
-
-    def of_first(self) -> Apply:
-        """The function of its first argument."""
-        return lambda first: self.on(first)
-
-    def settled(self) -> Any:
-        """What the function makes of the means."""
-        args, kwargs = tree_map(_settled, (self.args, self.kwargs))
-        return self.func(*args, **kwargs)
-
-    def settles(self) -> Any:
-        """The same, noted by the run."""
-        result = self.settled()
-        if any(one.dtype.is_floating_point for one in self.values) and _holds_numbers(result):
-            self.run.settles(self.name)
-        return result
-
-
-def _settled(value: Any) -> Any:
-    return value.expectation() if isinstance(value, Travelling) else value
-
-
-def _holds_numbers(result: Any) -> bool:
-    found: list[bool] = []
-    tree_map(
-        lambda one: found.append(isinstance(one, Tensor) and one.dtype.is_floating_point), result
-    )
-    return any(found)
-
-
-Rule = Callable[[Call], Any]
-RULES: dict[str, Rule] = {}
-"""What a torch function makes of travelling values, by its canonical name. A rule returns
-`NotImplemented` where it does not know; then the values settle."""
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for functions of these canonical names."""
-
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
-
-
-def dispatch(call: Call) -> Any:
-    """What a torch function makes of its arguments."""
-    func, name = call.func, call.name
-    is_property = call.spelled != spelling(func)
-    asks = call.spelled not in KEEPING if is_property else name in QUERIES or name in ATTRIBUTES
-    if asks or not call.values:
-        if isinstance(call.first, Travelling) and call.first.like is not None:
-            return call.on(call.first.like)
-        with without_torch_function():
-            return func(*call.args, **call.kwargs)
-    if call.kwargs.get("out") is not None:
-        return call.settles()
-    if writes(call.spelled) or call.kwargs.get("inplace") is True:
-        return _in_place(call)
-    return _result(call)
-
-
-def _result(call: Call) -> Any:
-    known = RULES.get(call.name)
-    if known is None and call.name in ELEMENTWISE:
-        known = RULES["elementwise"]
-    if known is not None:
-        found = known(call)
-        if found is not NotImplemented:
-            return found
-    return call.settles()
-
-
-def _in_place(call: Call) -> Any:
-    """What a function does that writes into its first argument; returns that argument."""
-    target = call.first
-    if call.spelled == "setitem":
-        return RULES["setitem"](call)
-    if call.spelled == "requires_grad_":
-        return target
-    if call.kwargs.get("inplace") is True:
-        kwargs = {k: v for k, v in call.kwargs.items() if k != "inplace"}
-        twin = call.func
-    else:
-        twin, kwargs = twin_of(call.spelled), call.kwargs
-    if twin is None:
-        return call.settles()
-    result = _result(Call.of(twin, call.args, kwargs))
-    if isinstance(target, Travelling):
-        if isinstance(result, Travelling):
-            return target.take_form(result) if call.name in VIEWS else target.become(result)
-        return target.become(Travelling.of(target.run, certain(result)))
-    return result  # of `x += y` Python takes what is returned
-
-
-Travelling.dispatch = staticmethod(dispatch)
+def expected(value: Any) -> Any:
+    """The tensor in the place of what is taken for one; anything else as it is."""
+    return value.expectation() if isinstance(value, Deferred) else value
