@@ -135,7 +135,7 @@ test-libraries:
 	$(MAKE) VENV=$(LIBRARIES) TORCH="torch torchvision" $(LIBRARIES)/.libraries
 	$(LIBRARIES)/bin/pytest tests/libraries
 
-# A tenth of a second each on one core; a fault prints the command that plays its sequence again.
+# A twentieth of a second each on one core; a fault prints the command that plays its sequence again.
 COUNT := 10000
 FIRST := 0
 

@@ -1,7 +1,9 @@
-"""A full snapshot of a model, and its sites and parameters by their plain names."""
+"""A full snapshot of a model, the bits of tensors, sites and parameters by their plain names."""
 
 from __future__ import annotations
 
+import math
+from ctypes import string_at
 from typing import Any
 
 import torch
@@ -22,11 +24,22 @@ def bits_of(tensor: Tensor | None) -> Any:
         return None
     if isinstance(tensor, UninitializedParameter):
         return type(tensor)
-    form = tuple(tensor.shape), tensor.stride(), tensor.dtype, str(tensor.device)
-    if tensor.device.type == "meta" or not tensor.numel():
+    form = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    if tensor.is_meta or not tensor.numel():
         return form
-    value = tensor.detach().contiguous().view(-1)
-    return form, value.view(torch.uint8).numpy().tobytes()
+    value = tensor if tensor.is_contiguous() else tensor.detach().contiguous()
+    return form, string_at(value.data_ptr(), value.nbytes)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """All bits, one NaN being as good as another."""
+    one = torch.where(tensor.isnan(), torch.full_like(tensor, math.nan), tensor.detach())
+    return one.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+
+
+def sorts(tensor: Tensor) -> Tensor:
+    """Which numbers are NaN, and which infinities."""
+    return tensor.isnan() + 2 * tensor.isposinf() + 3 * tensor.isneginf()
 
 
 class Snapshot:

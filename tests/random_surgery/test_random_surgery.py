@@ -10,8 +10,8 @@ import torch
 from . import verbs
 from .play import command, many, play, shortest
 
-OFTEN, SELDOM = 40, 10
-"""Sequences of models and of graphs for each of the tests below."""
+OFTEN, SELDOM = 60, 30
+"""Sequences of models and of graphs for each of the tests below: 300 in all."""
 
 
 @pytest.fixture(autouse=True)
@@ -22,13 +22,14 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("first", [0, OFTEN])
+@pytest.mark.parametrize("first", range(0, 4 * OFTEN, OFTEN))
 def test_models_beside_their_plain_twins(first: int) -> None:
     check(first, OFTEN, of_graphs=False)
 
 
-def test_graphs_beside_their_plain_twins() -> None:
-    check(0, 2 * SELDOM, of_graphs=True)
+@pytest.mark.parametrize("first", range(0, 2 * SELDOM, SELDOM))
+def test_graphs_beside_their_plain_twins(first: int) -> None:
+    check(first, SELDOM, of_graphs=True)
 
 
 @pytest.mark.slow

@@ -59,7 +59,9 @@ def apply(world: World, rng: Random) -> Any:
             chosen, p, exclude = plan[0], None, None
     values = objects(world.model)
     done = world.attempt(
-        lambda: apply_dropconnect(world.model, chosen, p, exclude=exclude, **how), ValueError
+        lambda: apply_dropconnect(world.model, chosen, p, exclude=exclude, **how),
+        ValueError,
+        values=values,
     )
     require(objects(world.model) == values, "apply changes nothing of the plain model")
     if plan:

@@ -29,10 +29,27 @@ class Fault(AssertionError):
     """Something that was promised does not hold."""
 
 
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of the plain model under all their names."""
+    for name, module in walk(model):
+        for key, value in (*plain_parameters(module).items(), *_buffers(module).items()):
+            if value is not None:
+                yield f"{name}.{key}" if name else key, value
+
+
+def memory_of(tensor: Tensor) -> Any:
+    """Where the values of a tensor lie, and how they are read: what two have in common that are one."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 OF_GRAPHS = frozenset(
     ("_graph", "_code", "_lineno_map", "_prologue_start", "_load_state_dict_pre_hooks")
 )
 """Attributes that surgery changes of graph modules, and of those that hold parameters for them."""
+
+
+TABLES = ("_parameters", "_buffers", "_modules")
+"""Of a module; surgery puts names of its own into them, so what is plain in them is looked at."""
 
 
 def require(holds: bool, promise: str, *details: Any) -> None:
@@ -75,16 +92,15 @@ def shape(model: nn.Module, buffers: bool = True) -> list[Any]:
         ]
         for key, value in _buffers(module).items():
             found.append((key, bits_of(value) if buffers else None))
-        found.append(sorted(_own_attributes(module)))
+        found.append(vars(module).keys() - _ours(module))
     return found
 
 
-def _own_attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module without what surgery has put there."""
+def _ours(module: nn.Module) -> set[str]:
+    """The attributes that surgery has put into a module."""
     ours = {*DropConnectModule.OWN, *(state.live for state in states_of(module).values())}
     in_graph = isinstance(module, fx.GraphModule) or plain_class(module) is nn.Module
-    ours |= OF_GRAPHS if in_graph else REBUILT
-    return {key: value for key, value in vars(module).items() if key not in ours}
+    return ours | (OF_GRAPHS if in_graph else REBUILT)
 
 
 def class_of(module: nn.Module) -> Any:
@@ -96,14 +112,14 @@ def objects(model: nn.Module, values: bool = True) -> list[Any]:
     """The same by identity: what stays when nothing has been done to the plain model."""
     found: list[Any] = []
     for name, module in walk(model):
-        parameters, kept = plain_parameters(module), _own_attributes(module)
-        held = ("_parameters", "_buffers", "_modules")
+        parameters, kept, ours = plain_parameters(module), vars(module), _ours(module)
         found.append((name, id(module), plain_class(module), module.training))
         found += [
-            (key, id(value), _inside(value)) for key, value in kept.items() if key not in held
+            (key, id(value), None if key in TABLES else _inside(value))
+            for key, value in kept.items()
+            if key not in ours
         ]
         found.append([(key, id(child)) for key, child in children(module).items()])
-        found.append([id(kept[key]) for key in held])
         for key, p in (*parameters.items(), *_buffers(module).items()):
             found.append((key, id(p), p is not None and p.requires_grad))
             if values and p is not None:
@@ -112,7 +128,9 @@ def objects(model: nn.Module, values: bool = True) -> list[Any]:
 
 
 def _inside(value: Any) -> Any:
-    return [(key, id(item)) for key, item in value.items()] if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        return None
+    return (list(value), list(map(id, value.values()))) if value else ()
 
 
 def dropping(model: nn.Module, around: bool = True) -> list[Any]:
@@ -165,6 +183,13 @@ def set_mode(model: nn.Module, mode: bool) -> None:
         module.training = mode
 
 
+def _type_of(module: nn.Module) -> Any:
+    """What of a module decides whether torch has its forward and its backward."""
+    of = [(p.dtype, p.requires_grad) for p in module._parameters.values() if p is not None]
+    hooks = len(module._forward_hooks), len(module._backward_hooks)
+    return id(module), module.training, hooks, tuple(of)
+
+
 class World:
     """What one sequence of actions works on."""
 
@@ -177,6 +202,8 @@ class World:
 
     def rebase(self) -> None:
         """From now on, these are the parameters that must stay the same objects."""
+        self.known: dict[Any, bool] = {}
+        """Whether the plain model trains, for what was asked of it so far."""
         self.own = list(self.model.parameters())
         self.optimizer = self.rng.choice([torch.optim.SGD, torch.optim.Adam])(
             self.own or [nn.Parameter(torch.zeros(1))], lr=0.01
@@ -211,13 +238,19 @@ class World:
 
     def trains(self, way: str = "plain") -> bool:
         """Whether a step of the plain model, as it is now, ends without an error: torch does not have
-        everything in every type."""
-        twin = copy.deepcopy(self.twin)
-        try:
-            backward(self.run(twin, way=way))
-            return True
-        except (RuntimeError, NotImplementedError):
-            return False
+        everything in every type. Values make no difference to that."""
+        about = way, tuple(map(_type_of, (module for _, module in walk(self.twin))))
+        if about not in self.known:
+            buffers = [(one, one.clone()) for one in self.twin.buffers()]
+            try:
+                backward(self.run(self.twin, way=way))
+                self.known[about] = True
+            except (RuntimeError, NotImplementedError):
+                self.known[about] = False
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            self.twin.zero_grad()
+        return self.known[about]
 
     def both(self, change: Callable[[nn.Module], Any]) -> None:
         """Do something to the model and to its twin."""
@@ -236,9 +269,17 @@ class World:
                     if mine is not None:
                         its.copy_(mine)
 
-    def attempt(self, call: Callable[[], Any], *refusals: type[Exception]) -> bool:
-        """Whether a verb did what it was asked for. If it refuses, nothing may have changed."""
-        before = objects(self.model), dropping(self.model)
+    def attempt(
+        self, call: Callable[[], Any], *refusals: type[Exception], values: list[Any] | None = None
+    ) -> bool:
+        """Whether a verb did what it was asked for. If it refuses, nothing may have changed.
+
+        Args:
+            call: calls the verb.
+            refusals: errors that are refusals, too.
+            values: the objects of now, where they are known.
+        """
+        before = objects(self.model) if values is None else values, dropping(self.model)
         try:
             call()
             return True
@@ -274,9 +315,9 @@ class World:
         """Raw keys in the plain order, anchors beside; and plain ones of the plain model."""
         plain, twins = plain_state_dict(self.model), self.twin.state_dict()
         require(list(plain) == list(twins), "plain keys are those of the plain model")
-        same = [
-            bits_of(one) == bits_of(other) for one, other in zip(plain.values(), twins.values())
-        ]
+        # Whose values are those of the twin, as `shape` has said.
+        own = {key: value for key, value in named_tensors(self.model)}
+        same = [memory_of(value) == memory_of(own[key]) for key, value in plain.items()]
         require(all(same), "plain values are those of the plain model")
         renamed, anchors = {}, set()
         for place in places(self.model, remove_duplicate=False):

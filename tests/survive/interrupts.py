@@ -110,6 +110,7 @@ class AtOpcode:
 
 def run_traced(call: Callable[[], Any], tracer: AtOpcode) -> bool:
     """Whether the interrupt landed."""
+    before = sys.gettrace()  # that of a debugger, or of coverage
     sys.settrace(tracer)
     try:
         call()
@@ -120,7 +121,7 @@ def run_traced(call: Callable[[], Any], tracer: AtOpcode) -> bool:
             raise
         return True
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
     return False
 
 
