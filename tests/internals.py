@@ -164,7 +164,9 @@ def note_kernels(patch: Patch, note: Callable[..., None]) -> None:
     def noted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args: (note(name, *args), kernel(*args))[1]
 
-    for name in ("drop", "example_product", "example_gradients", "excess", "sample"):
+    names = "drop example_product example_gradients excess sample"
+    of_moments = "moments_of_entries moments_of_norm moments_of_softmax"
+    for name in f"{names} {of_moments}".split():
         patch.setattr(native, name, noted(name, getattr(native, name)))
 
 

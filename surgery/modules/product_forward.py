@@ -204,7 +204,7 @@ class ProductCall(NamedTuple):
                 F.linear if matrix else functools.partial(self.product.run, self.module),
                 weight,
                 moving,
-                ops.ratio_of(law),
+                law,
                 state.unit,
                 state.sampling == "batch"
                 or (state.example_dim == 0 and state.sampling == "example"),

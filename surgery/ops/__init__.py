@@ -19,7 +19,14 @@ from .expect import (
 )
 from .extension.loading import release
 from .formula import keep_mask, masked_formula
-from .gaussian import average, gaussian_sample, linear_moments, moments_of, safe_sqrt
+from .gaussian import (
+    average,
+    gaussian_sample,
+    linear_moments,
+    moments_of,
+    safe_sqrt,
+    variance_of_product,
+)
 from .gaussian_linear import gaussian_linear
 from .hash import draw_key, hash_bits, key_from_seed
 from .law import Law, Layout, ratio_of
@@ -52,4 +59,5 @@ __all__ = [
     "register_closed_form",
     "release",
     "safe_sqrt",
+    "variance_of_product",
 ]

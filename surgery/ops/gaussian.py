@@ -103,6 +103,35 @@ linear_moments = functools.partial(moments_of, F.linear)
 """`moments_of` a linear layer: x is (..., in), the weight (out, in), and each moment (..., out)."""
 
 
+def variance_of_product(
+    product: ProductFunction, mean: Tensor, variance: Tensor, weight: Tensor, law: Law
+) -> Tensor:
+    """The variance of `product(x, W_used)` under masks by element or by input, towards zero, where the
+    entries of x vary independently: `W^2 (p mean^2 + variance) / (1 - p)`, by one product.
+
+    Args:
+        mean, variance: of x, in a wide dtype.
+        weight: not contiguous, or of a narrow dtype, it is copied.
+    """
+    wide = variance.dtype
+    recorded = variance if variance.requires_grad else mean
+    block = _block_for_squares(recorded, weight, wide)
+    squares = squared_difference(weight, None, wide, block)
+    if law.numbers is None:
+        dropped = law.threshold.to(wide) * 2.0**-32 + 0.5
+        both = (variance + dropped * mean.square()) * law.scale.to(wide)
+        return product(both, squares, None)
+    dropped, scale = (law.numbers[0] + 2**31) / 2**32, law.numbers[1]
+    both = torch.addcmul(variance, mean, mean, value=dropped)
+    if block is not None and weight.numel() < both.numel():
+        squares.mul_(scale)
+    else:
+        both = both * scale
+    found = product(both, squares, None)
+    give_back(block)
+    return found
+
+
 def _variance_of_two(
     product: ProductFunction,
     x: Tensor,

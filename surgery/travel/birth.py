@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.grams import weighted_gram
+
 Signs = Callable[[tuple[int, ...], Tensor], Tensor]
 Linear = Callable[[Tensor, Tensor], Tensor]
 """`product(x, weight)`: linear in both, row by row of x."""
@@ -28,11 +30,13 @@ class Birth:
     def __init__(self, variance: Tensor) -> None:
         self.variance = variance
         self.delta: Tensor | None = None
+        """The mean of the value that it was added to."""
 
-    def delta_for(self, mean: Tensor) -> Tensor:
-        """Zeros that are added to the mean, and by which outputs are differentiated."""
-        self.delta = torch.zeros_like(mean, requires_grad=True)
-        return self.delta
+    def added_to(self, mean: Tensor) -> Tensor:
+        """The mean as the tensor by which outputs are differentiated."""
+        own = mean.view_as(mean) if mean.requires_grad else mean.detach().requires_grad_()
+        self.delta = own
+        return own
 
     def latents(self, rows: int) -> int | None:
         """How many independent numbers each example has; None if they are not given one by one."""
@@ -156,45 +160,72 @@ class OfWeights(Birth):
     """One number for each mask entry of a weight, shared by all rows of an example."""
 
     def __init__(
-        self, variance: Tensor, x: Tensor, weight: Tensor, product: Linear, matrix: bool
+        self,
+        variance: Tensor,
+        x: Tensor,
+        columns: Tensor | None,
+        weight: Tensor,
+        product: Linear,
+        matrix: bool,
+        features: int,
     ) -> None:
         """
         Args:
-            x: the root of the expected square of each input, signed.
+            x: the mean of each input; without columns the root of its expected square, signed.
+            columns: of the input. They tell how its rows covary: E[x_s x_t] is what masks multiply.
             weight: what a mask entry multiplies, times its standard deviation.
             product: what combines them to the value.
             matrix: whether that is `x @ weight.T`.
+            features: the dimension of the features in x, counted from the end.
         """
         super().__init__(variance)
-        self.x, self.weight, self.product, self.matrix = x, weight, product, matrix
+        self.x, self.columns, self.weight = x, columns, weight
+        self.product, self.matrix, self.features = product, matrix, features
+        self.drawn: Tensor | None = None
+        """A draw of what varies of the input: that of each feature has signs of its own, since
+        different mask entries multiply different features."""
 
     def latents(self, rows: int) -> int | None:
         return None
 
     def sketched(self, columns: int, signs: Signs) -> Tensor:
-        scale = 1 / math.sqrt(columns)
-        found = [
-            self.product(self.x, self.weight * signs(tuple(self.weight.shape), self.weight))
-            for _ in range(columns)
-        ]
+        scale, found = 1 / math.sqrt(columns), []
+        if self.columns is not None:
+            self.drawn = (self.columns * self._signs(len(self.columns), signs)).sum(0)
+        for column in range(columns):
+            x = self.x
+            if self.columns is not None:
+                x = x + self.columns[column] * self._signs(1, signs)[0] * math.sqrt(columns)
+            weight = self.weight * signs(tuple(self.weight.shape), self.weight)
+            found.append(self.product(x, weight))
         return torch.stack(found) * scale
 
+    def _signs(self, count: int, signs: Signs) -> Tensor:
+        """One for each column and feature."""
+        shape = [1] * self.x.ndim
+        shape[self.features] = self.x.shape[self.features]
+        return signs((count, *shape), self.x)
+
     def gram(self, by: Tensor, rows: int) -> Tensor:
+        found = self._gram(by, self.x, rows)
+        return found if self.drawn is None else found + self._gram(by, self.drawn, rows)
+
+    def _gram(self, by: Tensor, inputs: Tensor, rows: int) -> Tensor:
+        if self.matrix:
+            each = math.prod(inputs.shape[:-1]) // max(1, rows)
+            x = inputs.reshape(rows, each, inputs.shape[-1])
+            by = by.reshape(len(by), rows, each, by.shape[-1])
+            return weighted_gram(by, x, self.weight.square())
         grams = [
             self._of_example(by.unflatten(1, (rows, -1))[:, row], x)
-            for row, x in enumerate(self.x.unflatten(0, (rows, -1)))
+            for row, x in enumerate(inputs.unflatten(0, (rows, -1)))
         ]
         return torch.stack(grams)
 
     def _of_example(self, by: Tensor, x: Tensor) -> Tensor:
         """(outputs, outputs). `by`: (outputs, rows, ...); `x`: (rows, ...)."""
-        if self.matrix:
-            x = x.flatten(0, -2)
-            by = by.flatten(1, -2)
-            of_weight = torch.einsum("cto,ti->coi", by, x)
-        else:
-            pull: Any = torch.func.vjp(lambda weight: self.product(x, weight), self.weight)[1]
-            (of_weight,) = torch.vmap(pull)(by)
+        pull: Any = torch.func.vjp(lambda weight: self.product(x, weight), self.weight)[1]
+        (of_weight,) = torch.vmap(pull)(by)
         effects = (of_weight * self.weight).reshape(len(by), -1)
         return effects @ effects.t()
 

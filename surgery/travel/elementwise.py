@@ -12,7 +12,6 @@ for the covariance of f(u) with a Gaussian, and of first order for that of two s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,10 +21,11 @@ from torch import Tensor
 
 from .. import ops
 from ..moments import torch_functions as table
-from .blocks import in_blocks
+from ..ops import independent
+from ..ops.blocks import in_blocks
 from .call import RULES, Call, rule
 from .run import ALONE, Run
-from .state import State, apart, fixed, is_recorded, same_columns
+from .state import State, apart, fixed, linked, same_columns
 from .swing import of_swing
 from .value import Later, Travelling
 
@@ -169,8 +169,7 @@ def of_function(call: Call | None, function: Function, state: State, run: Run) -
             mean, bent = mean + more.mean, more.columns
             variance = (square - mean.square()).clamp_min(0)
         mean = mean.to(state.mean.dtype)
-    if is_recorded(state.mean):
-        mean = mean + gain.to(mean.dtype) * (state.mean - state.mean.detach())
+    mean = linked(mean, state.mean, gain.to(mean.dtype))
     if not run.follows:
         return State(mean, variance)
     moved = state.scaled(mean, gain)
@@ -191,7 +190,7 @@ def three_of(
     if call is not None:
         form = FORMS.get(call.name)
         if form is not None:
-            return _blocked(partial(form, function), mean, variance, moves)
+            return form(function, mean, variance, moves)
         if call.name in table.PARTIAL:
             return by_quadrature(function, mean, variance, 3)
         if ops.has_closed_form(call.name):
@@ -220,7 +219,7 @@ def hermite(
     if call is not None and call.name in ("relu", "leaky_relu"):
         slope = -function(-torch.ones((), dtype=mean.dtype, device=mean.device))
         z = mean / deviation.clamp_min(torch.finfo(mean.dtype).tiny)
-        kink = (1 - slope) * deviation * _density(z)
+        kink = (1 - slope) * deviation * independent.normal_density(z)
         of_square = 2 * (1 + slope) * deviation * kink
         return kink, -z * kink, (z.square() - 1) * kink, of_square, -z * of_square
     base = function(mean)
@@ -277,61 +276,20 @@ def by_quadrature(function: Function, mean: Tensor, variance: Tensor, count: int
     return base + first, (second - first.square()).clamp_min(0), gain
 
 
-Form = Callable[[Function, Tensor, Tensor], Three]
-"""Of the function, and mean and variance of what it is of."""
+Form = Callable[[Function, Tensor, Tensor, bool], Three]
+"""Of the function, mean and variance of what it is of, and whether the gain is asked for."""
 
 
-def _cdf(z: Tensor) -> Tensor:
-    return torch.erfc(z * -math.sqrt(0.5)).mul_(0.5)
+def _relu(function: Function, mean: Tensor, variance: Tensor, moves: bool) -> Three:
+    return independent.leaky_relu(mean, variance, mean.new_zeros(()), moves)
 
 
-def _density(z: Tensor) -> Tensor:
-    return z.square().mul_(-0.5).sub_(math.log(2 * math.pi) / 2).exp_()
+def _leaky(function: Function, mean: Tensor, variance: Tensor, moves: bool) -> Three:
+    return independent.leaky_relu(mean, variance, -function(-mean.new_ones(())), moves)
 
 
-def rectified(mean: Tensor, variance: Tensor) -> Three:
-    """Of max(u, 0): mean, expected square, and the probability that u is positive."""
-    deviation = ops.safe_sqrt(variance)
-    z = mean / deviation.clamp_min(torch.finfo(mean.dtype).tiny)
-    positive, density = _cdf(z), _density(z)
-    first = mean * positive + deviation * density
-    second = (mean.square() + variance) * positive + mean * deviation * density
-    return first, second, positive
-
-
-def _relu(function: Function, mean: Tensor, variance: Tensor) -> Three:
-    first, second, positive = rectified(mean, variance)
-    return first, (second - first.square()).clamp_min(0), positive
-
-
-def _leaky(function: Function, mean: Tensor, variance: Tensor) -> Three:
-    """`slope * u + (1 - slope) * relu(u)`."""
-    slope = -function(-torch.ones((), dtype=mean.dtype, device=mean.device))
-    first, second, positive = rectified(mean, variance)
-    of_relu = second - first.square()
-    covariance = variance * positive  # of u with relu(u)
-    rest = 1 - slope
-    total = slope**2 * variance + rest**2 * of_relu + 2 * slope * rest * covariance
-    return slope * mean + rest * first, total.clamp_min(0), slope + rest * positive
-
-
-def _gelu(function: Function, mean: Tensor, variance: Tensor) -> Three:
-    """Mean and gain in closed form. The variance is the series of Hermite,
-    sum of variance^k / k! * E[f^(k)]^2, up to the third term; the tanh form differs by less than
-    1e-3."""
-    narrower = (1 + variance).reciprocal()
-    inverse = narrower.sqrt()
-    z = mean * inverse
-    density, below = _density(z), _cdf(z)
-    falling = z * density * narrower
-    gain = below + falling
-    bend = torch.addcmul(narrower, z.square(), narrower, value=-1).add(1)
-    density = density * inverse
-    first = below.mul(mean).addcmul(variance, density)
-    third = bend.add(narrower, alpha=2).mul(falling)
-    inner = density.mul(bend).square().mul(0.5).addcmul(variance, third.square(), value=1 / 6)
-    total = gain.square().addcmul(variance, inner).mul(variance)
-    return first, total, gain
+def _gelu(function: Function, mean: Tensor, variance: Tensor, moves: bool) -> Three:
+    return independent.gelu(mean, variance, moves)
 
 
 FORMS: dict[str, Form] = {

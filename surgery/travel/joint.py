@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import in_blocks
+from ..ops import independent
 from .call import Call, rule
 from .run import Run
-from .state import State, apart, fixed, is_quiet
+from .state import State, apart
 from .value import Travelling
 
 
@@ -42,9 +42,9 @@ def softmax(call: Call) -> Any:
     if not (isinstance(value, Travelling) and isinstance(dim, int)):
         return NotImplemented
     state, run = value.state(), value.run
-    if not run.follows and is_quiet() and dim in (-1, state.mean.ndim - 1):
-        found = in_blocks(_softmax_apart, state.at, state.variance, width=state.mean.shape[-1])
-        return Travelling.of(run, State(found[0].to(state.mean.dtype), found[1]))
+    if not run.follows and dim in (-1, state.mean.ndim - 1):
+        mean, variance = independent.softmax(state.at, state.variance)
+        return Travelling.of(run, State(mean.to(state.mean.dtype), variance))
     share, spread, centred = _softmax(state, dim)
     mean = (state.mean + (spread / 2).to(state.mean.dtype)).softmax(dim)
     if run.carrier == "sketch" and state.factors is not None:
@@ -55,16 +55,6 @@ def softmax(call: Call) -> Any:
         factors = None if centred is None else share.to(centred.dtype) * centred
         variance = share.square() * spread
     return Travelling.of(run, run.mixed(State(mean, variance, factors)))
-
-
-def _softmax_apart(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of logits that are independent, along the last dimension."""
-    share = mean.softmax(-1).nan_to_num_(0)
-    square = share.square()
-    common = (square * variance).sum(-1, keepdim=True)
-    spread = share.mul_(-2).add_(1).mul_(variance).add_(common).clamp_min_(0)
-    variance = square.mul_(spread)
-    return spread.mul_(0.5).add_(mean).softmax(-1), variance
 
 
 def over_points(function: Callable[[Tensor], Tensor], state: State) -> Tensor:
@@ -224,14 +214,8 @@ def normed(
     """
     count = math.prod([state.mean.shape[dim] for dim in dims])
     one = 1 / count if centred else 0.0
-    if not run.follows and is_quiet() and len(dims) == 1 and dims[0] == -1:
-
-        def alone(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-            added = variance.mean(dims, keepdim=True) * (1 - one)
-            unscaled, inverse, moved = _normal(mean, variance, added + eps, dims, centred)
-            return _affine(unscaled, weight, bias), moved * _scale(inverse, weight).square()
-
-        result, moved = in_blocks(alone, state.at, state.variance, width=count)
+    if not run.follows and dims == (-1,):
+        result, moved = independent.norm(state.at, state.variance, weight, bias, eps, centred)
         return State(result.to(state.mean.dtype), moved)
     mean, variance, factors = state.mean.to(state.variance.dtype), state.variance, state.factors
     with apart():
@@ -239,10 +223,10 @@ def normed(
         if centred and factors is not None:
             common = factors.mean(dims, keepdim=True).square().sum(0)
             added = (variance.mean(dims, keepdim=True) - common).clamp_min(0)
-    unscaled, inverse, moved = _normal(mean, variance, added + eps, dims, centred)
+    unscaled, inverse = independent.normed(mean, added + eps, dims, centred)
     with apart():
-        gain = _scale(inverse, weight)
-        moved = moved * gain.square()
+        gain = inverse if weight is None else inverse * weight
+        moved = independent.moved_by_norm(unscaled, variance, dims, centred) * gain.square()
         bent = torch.zeros_like(inverse)
         if factors is not None:
             y = unscaled.detach().to(factors.dtype)
@@ -252,44 +236,10 @@ def normed(
             by_scale = along * inverse.square().to(factors.dtype)
             bent = 1.5 * y * (along * by_scale).sum(0) - (factors * by_scale).sum(0)
             factors = (factors - y * along) * gain.to(factors.dtype)
-    result = _affine(unscaled + bent, weight, bias)
+    result = unscaled + bent
+    result = result if weight is None else result * weight
+    result = result if bias is None else result + bias
     return run.mixed(State(result.to(state.mean.dtype), moved, factors))
-
-
-def _normal(
-    mean: Tensor, variance: Tensor, added: Tensor, dims: tuple[int, ...], centred: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The normalised mean, by what it was multiplied, and the variance that it moves to, without that
-    factor.
-
-    Args:
-        added: what the expected square has beside that of the mean.
-    """
-    if centred:
-        mean = mean - mean.mean(dims, keepdim=True)
-    inverse = (mean.square().mean(dims, keepdim=True) + added).rsqrt()
-    unscaled = mean * inverse
-    with apart():
-        y, inverse = fixed(unscaled), fixed(inverse)
-        square = y.square()
-        count = math.prod([mean.shape[dim] for dim in dims])
-        by_square = variance * square
-        moved = variance * (1 - 2 / count) if centred else variance.clone()
-        moved = moved.add(by_square, alpha=-2 / count)
-        moved = moved.addcmul(square, by_square.sum(dims, keepdim=True) / count**2)
-        if centred:
-            along = (variance * y).sum(dims, keepdim=True) * (2 / count**2)
-            moved = moved.add(variance.sum(dims, keepdim=True) / count**2).addcmul(y, along)
-    return unscaled, inverse, moved.clamp_min(0)
-
-
-def _scale(inverse: Tensor, weight: Tensor | None) -> Tensor:
-    return inverse if weight is None else inverse * fixed(weight)
-
-
-def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
 
 
 _BATCH_NORM = tuple(inspect.signature(F.batch_norm).parameters)

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.independent import rectified
 from .call import Call, rule
-from .elementwise import rectified
 from .run import Run
 from .shapes import state_of
-from .state import State, apart, combined, covariance_of, is_recorded, sum_of, variance_of_sum
+from .state import State, apart, combined, covariance_of, linked, sum_of, variance_of_sum
 from .value import Travelling
 
 
@@ -111,11 +111,9 @@ def larger_of(one: State, other: State, run: Run) -> State:
             + (first + second) * density
         )
         variance = (square - expected.square()).clamp_min(0)
-    mean = expected.to(one.mean.dtype)
-    if is_recorded(one.mean) or is_recorded(other.mean):
-        weight = share.to(mean.dtype)
-        change = weight * one.mean + (1 - weight) * other.mean
-        mean = mean + (change - change.detach())
+        slope = share.to(one.mean.dtype)
+        rest = 1 - slope
+    mean = linked(linked(expected.to(one.mean.dtype), one.mean, slope), other.mean, rest)
     with apart():
         factors = combined(mean, (one.factors, share), (other.factors, 1 - share))
         covariance = (one.variance + other.variance - spread) / 2

@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..moments import Points
+from ..ops import Law, ratio_of, variance_of_product
 from ..spec.config import Unit
 from .birth import Birth, Diagonal, OfInputs, OfOutputs, OfWeights, root
 from .run import Run
-from .state import State, apart, certain, fixed, is_recorded, over_columns
+from .state import State, apart, certain, fixed, over_columns
 from .value import Travelling
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -36,8 +36,8 @@ class Site(NamedTuple):
     """The expectation of the masked weight."""
     moving: Tensor
     """What a mask multiplies, W - A."""
-    ratio: Tensor
-    """p / (1 - p)."""
+    law: Law
+    """The drop probability p."""
     unit: Unit
     shares_rows: bool
     """Whether the rows of an example share their masks."""
@@ -49,6 +49,11 @@ class Site(NamedTuple):
     """Its expectation, (out,)."""
     bias_variance: Tensor | None
     """(out,): of a bias that is dropped entry by entry; None if none is."""
+
+    @property
+    def ratio(self) -> Tensor:
+        """p / (1 - p)."""
+        return ratio_of(self.law)
 
     def of_bias(self, like: Tensor) -> Tensor | None:
         """The variance of such a bias, in the shape of the result."""
@@ -72,24 +77,28 @@ def site_value(
         known: mean and variance of the product for an input that does not vary.
         points_of: the few values that it then has, if it has few, from the input and the mean.
     """
-    state = x.state() if isinstance(x, Travelling) else certain(x)
+    varies = isinstance(x, Travelling)
+    state = x.state() if varies else certain(x)
+    mean = site.product(state.mean, site.weight, site.bias) if varies else None
     with apart():
-        mean, variance, fresh = _three(run, state, isinstance(x, Travelling), known, site)
+        mean, variance, fresh = _three(run, state, mean, known, site)
         factors = state.factors
         if factors is not None:
             factors = over_columns(lambda t: site.product(t, site.weight, None), factors)
-    if is_recorded(state.mean):
-        mean = mean + site.product(state.mean - state.mean.detach(), site.weight, None)
-    points = None if isinstance(x, Travelling) else points_of(state.mean, mean)
+    points = None if varies else points_of(state.mean, mean)
+    if _is_together(run, site, varies, fresh.ndim):
+        with apart():
+            births = _births(state, fresh, fresh, site) if run.records else []
+        for birth in births:
+            mean = run.noted(mean, birth)
+        return Travelling.of(run, State(mean, fresh, points=points))
     moved, known_part = run.mixed(State(mean, variance, factors)), fresh
     if site.unit in ("output", "tensor") and site.moving is site.weight:
         fresh = fresh + site.ratio * moved.variance
     if not run.follows:
         return Travelling.of(run, State(mean, moved.variance + fresh, points=points))
     with apart():
-        births = _births(
-            state.at, root(state.at.square() + state.variance, state.at), known_part, fresh, site
-        )
+        births = _births(state, known_part, fresh, site)
         if run.carrier == "exact" and site.unit == "element" and state.factors is not None:
             by = site.ratio * site.moving.to(state.factors.dtype).square()
             at = 2 * state.mean.detach()
@@ -100,48 +109,63 @@ def site_value(
     return Travelling.of(run, moved)
 
 
+def _is_together(run: Run, site: Site, varies: bool, ndim: int) -> bool:
+    """Whether what comes in and what is born are known together alone: by one product, where nobody asks
+    for the variance of either."""
+    if not varies:
+        return run.carrier == "none"
+    if site.moving is not site.weight or site.unit not in ("element", "input"):
+        return False
+    alone = site.unit == "element" and (ndim == 2 or not site.shares_rows)
+    return run.carrier == "none" and not (run.records and alone)
+
+
 def _three(
     run: Run,
     state: State,
-    varies: bool,
+    mean: Tensor | None,
     known: Callable[[Tensor], tuple[Tensor, Tensor]],
     site: Site,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean; the variance that came in; and that which is born."""
+    """The mean; the variance that came in; and that which is born.
+
+    Args:
+        mean: None of an input that does not vary.
+    """
     dtype = state.variance.dtype
-    if not varies:
+    if mean is None:
         mean, fresh = known(fixed(state.mean))
-        return mean, torch.zeros_like(fresh, dtype=dtype), fresh.to(dtype)
+        fresh = fresh.to(dtype)
+        return mean, fresh.new_zeros(()).expand(fresh.shape), fresh
+    if _is_together(run, site, True, mean.ndim):
+        fresh = variance_of_product(site.product, state.at, state.variance, site.weight, site.law)
+        added = site.of_bias(fresh)
+        variance = fresh.new_zeros(()).expand(fresh.shape)
+        return mean, variance, fresh if added is None else fresh + added
     squared = site.weight.to(dtype).square()
     moving = squared if site.moving is site.weight else site.moving.to(dtype).square()
     if site.unit in ("output", "tensor"):
-        mean, fresh = known(fixed(state.mean))
-        fresh, variance = fresh.to(dtype), site.product(state.variance, squared, None)
+        fresh = known(fixed(state.mean))[1].to(dtype)
+        variance = site.product(state.variance, squared, None)
         if moving is not squared:
             fresh = fresh + site.ratio * site.product(state.variance, moving, None)
         return mean, variance, fresh
-    mean = site.product(fixed(state.mean), site.weight, site.bias)
     square = state.at.square().add_(state.variance).mul_(site.ratio)
-    if run.follows or moving is not squared:
-        variance = site.product(state.variance, squared, None)
-        fresh = site.product(square, moving, None)
-    else:  # one product for both
-        both = square.add_(state.variance)
-        fresh = site.product(both, squared, None)
-        variance = torch.zeros((), dtype=dtype, device=fresh.device).expand(fresh.shape)
+    variance = site.product(state.variance, squared, None)
+    fresh = site.product(square, moving, None)
     added = site.of_bias(fresh)
     return mean, variance, fresh if added is None else fresh + added
 
 
-def _births(x: Tensor, size: Tensor, known: Tensor, fresh: Tensor, site: Site) -> list[Birth]:
+def _births(state: State, known: Tensor, fresh: Tensor, site: Site) -> list[Birth]:
     """What is born.
 
     Args:
-        x, size: the mean of the input, and the root of its expected square, signed.
+        state: of the input.
         known: the part of `fresh` that the mean of the input causes.
         fresh: the variance of all that is born.
     """
-    rows = tuple(range(-fresh.ndim, 0))
+    x, rows = state.at, tuple(range(-fresh.ndim, 0))
     if site.unit in ("output", "tensor"):
         effect = root(
             known, site.product(x.to(site.moving.dtype), site.moving, None).to(fresh.dtype)
@@ -155,10 +179,16 @@ def _births(x: Tensor, size: Tensor, known: Tensor, fresh: Tensor, site: Site) -
     if added is not None:
         fresh = (fresh - added).clamp_min(0)
         births.append(OfOutputs(added.sqrt(), (site.features,) if site.shares_rows else rows))
-    noisy = (site.moving * site.ratio.sqrt()).to(size.dtype)
+    noisy = (site.moving * site.ratio.sqrt()).to(x.dtype)
+    size = root(x.square() + state.variance, x)
     if site.unit == "input":
         return [*births, OfInputs(fresh, size, noisy, site.shares_rows)]
     if not site.shares_rows or fresh.ndim == 2:
         return [*births, Diagonal(fresh)]
-    run = site.product
-    return [*births, OfWeights(fresh, size, noisy, lambda t, w: run(t, w, None), site.matrix)]
+    columns = None if state.factors is None else state.factors.to(x.dtype)
+    inputs = (size, None) if columns is None else (x, columns)
+    product = site.product
+    birth = OfWeights(
+        fresh, *inputs, noisy, lambda t, w: product(t, w, None), site.matrix, site.features
+    )
+    return [*births, birth]

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..moments import Points
-from ..torch_private.tracing import is_traced
 
 
 class _Recording(threading.local):
@@ -37,11 +36,6 @@ def apart() -> AbstractContextManager[Any]:
     return torch.no_grad() if _recording.on else nullcontext()
 
 
-def is_quiet() -> bool:
-    """Whether nobody follows the operations: neither autograd, nor a trace."""
-    return not torch.is_grad_enabled() and not is_traced()
-
-
 def fixed(tensor: Tensor) -> Tensor:
     """A tensor that has no part in such a graph."""
     return tensor.detach() if _recording.on else tensor
@@ -50,6 +44,28 @@ def fixed(tensor: Tensor) -> Tensor:
 def is_recorded(mean: Tensor) -> bool:
     """Whether a mean has a part in one."""
     return _recording.on and mean.requires_grad
+
+
+class _Linked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, source: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        ctx.shape = source.shape
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (slope,) = ctx.saved_tensors
+        own = grads[0] if ctx.needs_input_grad[0] else None
+        return own, (grads[0] * slope).sum_to_size(ctx.shape), None
+
+
+def linked(value: Tensor, source: Tensor, slope: Tensor) -> Tensor:
+    """The value; in a graph that is recorded it has this slope by its source."""
+    if not is_recorded(source):
+        return value
+    found: Tensor = _Linked.apply(value, source, slope)  # type: ignore[no-untyped-call]
+    return found
 
 
 @dataclass(eq=False)

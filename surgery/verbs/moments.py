@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from .batches import Batch, Select, batches_of, is_loader, tensor_of
 from .gaussians import LowRank, Prediction, joined_predictions, prediction_of
 from .sampling import while_dropping
 
-Covariance = Literal["diagonal", "full"]
+Covariance = Literal["diagonal", "outputs", "full"]
 
 COLUMNS = 32
 """Columns of the sketch that a full covariance takes where exact columns would be too many."""
@@ -80,7 +80,7 @@ def predict_moments(
             the inputs or outputs are none that can be read.
         ValueError: an argument is out of range.
     """
-    rank = _rank(covariance)
+    _check_form(covariance)
     at = list(places(model))
     drops = not at if dropout is None else dropout
     if not at and not drops and input_variance is None:
@@ -88,7 +88,9 @@ def predict_moments(
     _check(at)
 
     def predict(batch: Batch) -> Prediction:
-        return _Forward(model, batch, input_variance, drops, output, at).predict(rank, class_dim)
+        return _Forward(model, batch, input_variance, drops, output, at).predict(
+            covariance, class_dim
+        )
 
     forward = Forward(model)
     if not is_loader(inputs):
@@ -97,17 +99,14 @@ def predict_moments(
     return joined_predictions([predict(one).cpu() for one in batches_of(inputs, forward, device)])
 
 
-def _rank(covariance: Any) -> int | None:
-    """The number of columns: 0 for none, None for full."""
-    if covariance == "diagonal":
-        return 0
-    if covariance == "full":
-        return None
+def _check_form(covariance: Any) -> None:
+    if isinstance(covariance, str) and covariance in get_args(Covariance):
+        return
     if isinstance(covariance, bool) or not isinstance(covariance, int) or covariance < 1:
         raise ValueError(
-            f"covariance must be 'diagonal', 'full' or a positive number of columns; got {covariance!r}"
+            "covariance must be 'diagonal', 'outputs', 'full' or a positive number of columns; got "
+            f"{covariance!r}"
         )
-    return covariance
 
 
 def _is_table(place: Place) -> bool:
@@ -169,22 +168,20 @@ class _Forward:
         self.model, self.batch, self.select, self.at = model, batch, select, at
         self.input_variance, self.dropout = input_variance, dropout
 
-    def predict(self, rank: int | None, class_dim: int | None) -> Prediction:
-        if rank is not None:
-            run, found = self.run("sketch" if rank else "none", rank)
-            factors = found.factors
-            low = None
-            if rank and factors is not None:
-                low = _low_rank(factors, found.variance)
-            return prediction_of(found.mean, found.variance, low, class_dim, run.settled)
-        try:
-            run, found = self.run("exact", 0)
-        except TooWide:
-            pass
-        else:
-            return self._of_columns(run, found, class_dim)
-        run, found = self.run("sketch", COLUMNS, records=True)
-        return self._of_backward(run, found, class_dim)
+    def predict(self, form: Covariance | int, class_dim: int | None) -> Prediction:
+        if form == "full":
+            try:
+                return self._of_columns(*self.run("exact"), class_dim)
+            except TooWide:
+                return self._of_backward(*self.run("sketch", COLUMNS, records=True), class_dim)
+        if form == "outputs":
+            return self._of_backward(*self.run("none", records=True), class_dim)
+        columns = form if isinstance(form, int) else 0
+        run, found = self.run("sketch" if columns else "none", columns)
+        low = None
+        if columns and found.factors is not None:
+            low = _low_rank(found.factors, found.variance)
+        return prediction_of(found.mean, found.variance, low, class_dim, run.settled)
 
     def _of_columns(self, run: Run, found: State, class_dim: int | None) -> Prediction:
         mean, rows = found.mean, self.batch.rows
@@ -202,7 +199,7 @@ class _Forward:
         mean = found.mean.detach()
         return prediction_of(mean, variance, whole.detach(), class_dim, run.settled)
 
-    def run(self, carrier: Carrier, columns: int, records: bool = False) -> tuple[Run, State]:
+    def run(self, carrier: Carrier, columns: int = 0, records: bool = False) -> tuple[Run, State]:
         """One forward; what is known of the output."""
         run = Run(unwrapped(self.model), self.batch.rows, carrier, columns, records, self.dropout)
         for place in self.at:
@@ -216,7 +213,8 @@ class _Forward:
                 inside.enter_context(torch.compiler.set_stance("force_eager"))
                 inside.enter_context(current(run))
                 batch = self._noisy(run)
-                inside.enter_context(Sources(run))
+                if run.tables or run.dropout:
+                    inside.enter_context(Sources(run))
                 found.append(batch.call(self.model))
 
         while_dropping(self.model, self.at, "moments", None, call)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surgery import apply_dropconnect, predict_moments
 from surgery.ops import gauss_hermite
-from surgery.travel.blocks import BLOCK
+from surgery.ops.blocks import BLOCK
 
 NOISE = 0.01
 """Variance of both inputs."""

@@ -1,7 +1,8 @@
 """The kernels for the CPU: C++ of a few hundred lines, compiled by the machine's compiler at first use.
 
 `kernels/*masks.cpp` and `kernels/products.cpp` compute those of `formula.py` and
-`example_product.py` with the mask in registers, `kernels/activations.cpp` one of `expect.py`.
+`example_product.py` with the mask in registers, `kernels/activations.cpp` one of `expect.py`, and
+`kernels/moments.cpp` those of `independent.py`.
 `docs/performance.md` says what inductor reaches with the same formulas, and why that was not enough.
 They take one to four seconds to compile. How they are compiled, kept and loaded is in `build.py`.
 """
@@ -38,6 +39,7 @@ Functions = Mapping[str, Sequence[Any]]
 """The functions of a library, with the types of their arguments."""
 
 _POINTER, _INT, _SIZE, _WORD = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
+_FLOAT = ctypes.c_float
 DROP_ARGUMENTS: list[Any] = [*[_POINTER] * 8, _SIZE, _WORD, _SIZE, _INT]
 """Of the functions that `DROP` in `kernels/drop.h` makes."""
 
@@ -55,6 +57,13 @@ _SIGNATURES: dict[str, dict[str, list[Any]]] = {
     "activations": {
         "excess": [_POINTER] * 3 + [_SIZE, _INT],
         "sample": [_POINTER] * 4 + [_SIZE, _INT],
+    },
+    "grams": {"weighted_gram": [_POINTER] * 4 + [_SIZE] * 5 + [_INT]},
+    "moments": {
+        "leaky_relu_moments": [_POINTER] * 5 + [_FLOAT, _SIZE, _INT],
+        "gelu_moments": [_POINTER] * 5 + [_SIZE, _INT],
+        "norm_moments": [_POINTER] * 6 + [_FLOAT, _INT, _SIZE, _SIZE, _INT],
+        "softmax_moments": [_POINTER] * 4 + [_SIZE, _SIZE, _INT],
     },
 }
 
@@ -117,10 +126,10 @@ def takes(first: Tensor, *others: Tensor | None) -> bool:
     return True
 
 
-def _run(function: Any, tensors: tuple[Tensor | None, ...], *sizes: int) -> None:
-    """Call a function of a library: it takes addresses, sizes, and the number of threads."""
+def _run(function: Any, tensors: tuple[Tensor | None, ...], *numbers: float) -> None:
+    """Call a function of a library: it takes addresses, numbers, and that of threads."""
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    function(*addresses, *sizes, torch.get_num_threads())
+    function(*addresses, *numbers, torch.get_num_threads())
 
 
 def _tensors_of(mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,3 +266,53 @@ def sample(mean: Tensor, var: Tensor, noise: Tensor, ratio: Tensor) -> None:
         ratio: float32, 0-d.
     """
     _run(library("activations").sample, (mean, var, noise, ratio), mean.numel())
+
+
+def moments_of_entries(
+    name: str, mean: Tensor, variance: Tensor, moves: bool, *parameters: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Mean and variance of a function of each entry, and its gain if it `moves`: see
+    `surgery.ops.independent`.
+
+    Args:
+        name: of the function of the library.
+        mean, variance: float32, dense and of one shape, as in the functions below.
+    """
+    first, second = torch.empty_like(mean), torch.empty_like(mean)
+    gain = torch.empty_like(mean) if moves else None
+    tensors = (mean, variance, first, second, gain)
+    _run(getattr(library("moments"), name), tensors, *parameters, mean.numel())
+    return first, second, gain
+
+
+def moments_of_softmax(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a softmax along the last dimension."""
+    first, second = torch.empty_like(mean), torch.empty_like(mean)
+    tensors, width = (mean, variance, first, second), mean.shape[-1]
+    _run(library("moments").softmax_moments, tensors, mean.numel() // width, width)
+    return first, second
+
+
+def moments_of_norm(
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
+    """Of a norm along the last dimension."""
+    first, second = torch.empty_like(mean), torch.empty_like(mean)
+    tensors, width = (mean, variance, weight, bias, first, second), mean.shape[-1]
+    sizes = (eps, int(centred), mean.numel() // width, width)
+    _run(library("moments").norm_moments, tensors, *sizes)
+    return first, second
+
+
+def weighted_gram(by: Tensor, x: Tensor, square: Tensor) -> Tensor:
+    """What `surgery.ops.grams.weighted_gram` computes; float32 and contiguous."""
+    outputs, examples, rows, out = by.shape
+    found = x.new_empty(examples, outputs, outputs)
+    sizes = (outputs, examples, rows, out, x.shape[-1])
+    _run(library("grams").weighted_gram, (by, x, square, found), *sizes)
+    return found
