@@ -165,7 +165,7 @@ def note_kernels(patch: Patch, note: Callable[..., None]) -> None:
         return lambda *args: (note(name, *args), kernel(*args))[1]
 
     names = "drop example_product example_gradients excess sample"
-    of_moments = "moments_of_entries moments_of_norm moments_of_softmax"
+    of_moments = "moments_of_entries moments_of_norm moments_of_softmax weighted_gram"
     for name in f"{names} {of_moments}".split():
         patch.setattr(native, name, noted(name, getattr(native, name)))
 

@@ -118,11 +118,11 @@ def variance_of_product(
     block = _block_for_squares(recorded, weight, wide)
     squares = squared_difference(weight, None, wide, block)
     if law.numbers is None:
-        dropped = law.threshold.to(wide) * 2.0**-32 + 0.5
-        both = (variance + dropped * mean.square()) * law.scale.to(wide)
+        share = law.threshold.to(wide) * 2.0**-32 + 0.5
+        both = (variance + share * mean.square()) * law.scale.to(wide)
         return product(both, squares, None)
-    dropped, scale = (law.numbers[0] + 2**31) / 2**32, law.numbers[1]
-    both = torch.addcmul(variance, mean, mean, value=dropped)
+    p, scale = (law.numbers[0] + 2**31) / 2**32, law.numbers[1]
+    both = torch.addcmul(variance, mean, mean, value=p)
     if block is not None and weight.numel() < both.numel():
         squares.mul_(scale)
     else:

@@ -80,7 +80,7 @@ def norm(
     eps: float,
     centred: bool,
 ) -> Two:
-    """Of a layer norm along the last dimension, or if it is not `centred` of a root-mean-square norm."""
+    """Of a layer norm along the last dimension; if it is not `centred`, of a root-mean-square norm."""
     given = _for_kernel(mean, variance, weight, bias)
     if given is not None:
         return native.moments_of_norm(*given, weight, bias, eps, centred)

@@ -93,6 +93,7 @@ def tensor_without_memory(cls: type[Tensor], like: Tensor) -> Any:
 
     Without it, a subclass would have to compute its values when it is made.
     """
-    return torch.Tensor._make_wrapper_subclass(
-        cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
-    )
+    with without_torch_function():
+        return torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+        )

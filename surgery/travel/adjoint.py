@@ -29,18 +29,20 @@ def output_covariance(mean: Tensor, run: Run) -> Tensor:
     flat = mean.reshape(rows, -1)
     count = flat.shape[1]
     total = flat.new_zeros(rows, count, count).detach()
-    births = [one for one in run.births if one.delta is not None]
-    if not births or not flat.requires_grad:
+    pairs = [(birth, birth.delta) for birth in run.births if birth.delta is not None]
+    if not pairs or not flat.requires_grad:
         return total
-    deltas = [one.delta for one in births if one.delta is not None]
-    by: list[list[Tensor]] = [[] for _ in births]
+    deltas = [delta for _, delta in pairs]
+    by = [delta.new_zeros(count, *delta.shape) for delta in deltas]
     for output in range(count):
         found = torch.autograd.grad(
             flat[:, output].sum(), deltas, retain_graph=output + 1 < count, allow_unused=True
         )
-        for own, delta, gradient in zip(by, deltas, found):
-            own.append(torch.zeros_like(delta) if gradient is None else gradient)
+        for own, gradient in zip(by, found):
+            if gradient is not None:
+                own[output] = gradient
     with torch.no_grad():
-        for birth, own in zip(births, by):
-            total += birth.gram(torch.stack(own).to(birth.variance.dtype), rows).to(total.dtype)
+        for birth, _ in reversed(pairs):
+            own = by.pop()  # which frees it: there are many
+            total += birth.gram(own.to(birth.variance.dtype), rows).to(total.dtype)
     return total

@@ -226,7 +226,7 @@ class OfWeights(Birth):
         """(outputs, outputs). `by`: (outputs, rows, ...); `x`: (rows, ...)."""
         pull: Any = torch.func.vjp(lambda weight: self.product(x, weight), self.weight)[1]
         (of_weight,) = torch.vmap(pull)(by)
-        effects = (of_weight * self.weight).reshape(len(by), -1)
+        effects: Tensor = (of_weight * self.weight).reshape(len(by), -1)
         return effects @ effects.t()
 
 

@@ -27,7 +27,8 @@ class Call:
     ) -> None:
         self.func, self.spelled, self.name = func, spelled, name
         self._values: list[Travelling] = []
-        self.args, self.kwargs = tree_map(self._note, (args, kwargs))
+        self.args = tuple([self._noted(one) for one in args])
+        self.kwargs = {key: self._noted(one) for key, one in kwargs.items()}
 
     @classmethod
     def of(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -37,6 +38,12 @@ class Call:
         if spelled == "get":  # of a property, whose own name tells what it is
             spelled = getattr(func.__self__, "__name__", spelled)
         return cls(func, spelled, of_two(canonical(spelled), args), args, kwargs)
+
+    def _noted(self, value: Any) -> Any:
+        """The same, with values inside of it seen."""
+        if isinstance(value, (tuple, list, dict)):
+            return tree_map(self._note, value)
+        return self._note(value)
 
     def _note(self, value: Any) -> Any:
         if isinstance(value, Travelling):

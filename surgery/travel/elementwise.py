@@ -99,6 +99,8 @@ def _like(call: Call, value: Travelling, function: Function) -> Tensor:
         return function(mean)
     if value.shape != mean.shape or call.name in table.COMPARISONS:
         return function(mean)
+    if call.name in table.ACTIVATIONS:
+        return mean
     dtype = call.func(*(_single(one) for one in call.args), **_singles(call.kwargs)).dtype
     return mean if dtype == mean.dtype else mean.to(dtype)
 

@@ -110,8 +110,8 @@ def site_value(
 
 
 def _is_together(run: Run, site: Site, varies: bool, ndim: int) -> bool:
-    """Whether what comes in and what is born are known together alone: by one product, where nobody asks
-    for the variance of either."""
+    """Whether what comes in and what is born are known together alone: by one product, where nobody
+    asks for the variance of either."""
     if not varies:
         return run.carrier == "none"
     if site.moving is not site.weight or site.unit not in ("element", "input"):
@@ -186,9 +186,9 @@ def _births(state: State, known: Tensor, fresh: Tensor, site: Site) -> list[Birt
     if not site.shares_rows or fresh.ndim == 2:
         return [*births, Diagonal(fresh)]
     columns = None if state.factors is None else state.factors.to(x.dtype)
-    inputs = (size, None) if columns is None else (x, columns)
-    product = site.product
-    birth = OfWeights(
-        fresh, *inputs, noisy, lambda t, w: product(t, w, None), site.matrix, site.features
-    )
-    return [*births, birth]
+    given = size if columns is None else x
+
+    def product(t: Tensor, weight: Tensor) -> Tensor:
+        return site.product(t, weight, None)
+
+    return [*births, OfWeights(fresh, given, columns, noisy, product, site.matrix, site.features)]

@@ -74,25 +74,28 @@ def test_one_layer_is_exact(unit: str) -> None:
     model, x = nn.Sequential(nn.Linear(3, 2)).double(), torch.randn(4, 3, dtype=torch.float64)
     mean, covariance = enumerated(model, x, unit)
     apply_dropconnect(model, nn.Linear, p=P, unit=unit)
-    for form in ("diagonal", "full", 64):
+    for form in ("diagonal", "outputs", "full", 64):
         found = predict_moments(model, x, form, class_dim=None)
         torch.testing.assert_close(found.mean, mean)
         torch.testing.assert_close(found.variance, covariance.diagonal(dim1=1, dim2=2))
-    full = predict_moments(model, x, "full", class_dim=None)
-    torch.testing.assert_close(full.covariance, covariance)
+    for form in ("outputs", "full"):
+        found = predict_moments(model, x, form, class_dim=None)
+        torch.testing.assert_close(found.covariance, covariance)
 
 
 @pytest.mark.parametrize("unit", ["element", "input", "output", "tensor"])
 def test_two_linear_layers_are_exact(unit: str) -> None:
-    """Without an activation nothing is Gaussian here, and yet both moments are exact."""
+    """Without an activation nothing is Gaussian here, and yet both moments are exact. That hidden units
+    covary, as they do where one number multiplies all, `"outputs"` does not know."""
     model, x = chain(nn.Identity()), torch.randn(3, 4, dtype=torch.float64)
     mean, covariance = enumerated(model, x, unit)
     apply_dropconnect(model, nn.Linear, p=P, unit=unit)
-    found = predict_moments(model, x, "full", class_dim=None)
-    torch.testing.assert_close(found.mean, mean)
-    if unit in ("element", "tensor"):
-        torch.testing.assert_close(found.covariance, covariance)
-    torch.testing.assert_close(found.variance, covariance.diagonal(dim1=1, dim2=2))
+    for form in ("full",) if unit == "tensor" else ("full", "outputs"):
+        found = predict_moments(model, x, form, class_dim=None)
+        torch.testing.assert_close(found.mean, mean)
+        if unit in ("element", "tensor"):
+            torch.testing.assert_close(found.covariance, covariance)
+        torch.testing.assert_close(found.variance, covariance.diagonal(dim1=1, dim2=2))
 
 
 @pytest.mark.parametrize("unit", ["element", "input", "output", "tensor"])
@@ -135,8 +138,9 @@ def test_tokens_share_a_mask_or_do_not(unit: str, dim: Any) -> None:
         each = [enumerated(model.fc, token, unit)[1] for token in x.unbind(1)]
         wanted = torch.stack(each).sum(0) / 25
     apply_dropconnect(model, nn.Linear, p=P, unit=unit, sampling="example", example_dim=dim)
-    found = predict_moments(model, x, "full", class_dim=None)
-    torch.testing.assert_close(found.covariance, wanted)
+    for form in ("outputs", "full"):
+        found = predict_moments(model, x, form, class_dim=None)
+        torch.testing.assert_close(found.covariance, wanted)
 
 
 ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], float, float]] = {
@@ -277,8 +281,10 @@ def test_full_of_shared_masks_against_monte_carlo(
     model = make().eval()
     targets = ["gate", "up", "down", "head"] if make is Residual else [nn.Conv2d, nn.Linear]
     apply_dropconnect(model, targets, p=0.1)
-    _, ratio = against_samples(model, torch.randn(*shape), 800, "full")
-    assert low < ratio < high
+    x, ratios = torch.randn(*shape), {}
+    for form in ("full", "outputs"):
+        _, ratios[form] = against_samples(model, x, 800, form)
+    assert all(low < ratio < high for ratio in ratios.values()), ratios
 
 
 @pytest.mark.parametrize(
