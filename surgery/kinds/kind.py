@@ -69,6 +69,11 @@ class Kind:
     children (`out_proj.weight`), but not what these read when they are called. They need not exist.
     None if that is not known: then the source of the forward tells."""
 
+    varies: Callable[[type[nn.Module], str], bool] = lambda cls, name: False
+    """From (plain class of a module, name of a parameter relative to it, as in `reads`): whether
+    moments travel through the functions that its forward gives the parameter to, though it is no
+    product."""
+
     linear: bool = False
     """Whether the target `"all-linear"` takes it."""
 
@@ -155,6 +160,17 @@ def reads_of(*known: type[nn.Module], names: Sequence[str]) -> ReadsOf:
             if cls.forward is forward and issubclass(cls, one) and not _adds_to(cls, one):
                 return names
         return None
+
+    return of
+
+
+def varies_in(*known: type[nn.Module], names: Callable[[str], bool]) -> Callable[..., bool]:
+    """For `Kind.varies`: parameters with these names, of classes whose forward is that of one in
+    `known`."""
+    forwards = [one.forward for one in known]
+
+    def of(cls: type[nn.Module], name: str) -> bool:
+        return names(name) and any(cls.forward is forward for forward in forwards)
 
     return of
 

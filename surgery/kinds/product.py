@@ -37,6 +37,12 @@ def needs_product(sampling: Sampling, inference: Inference) -> bool:
     return sampling != "batch" or inference == "moments"
 
 
+_NO_DRAWS = (
+    "samples= draws the pre-activation of a linear layer or convolution, and this weight has none of "
+    "its own; leave samples out, then moments travel"
+)
+
+
 @dataclass(frozen=True)
 class Demand:
     """What the options of a site ask of the product that it is part of. Plans of modules and of graphs,
@@ -48,10 +54,13 @@ class Demand:
     unit: Unit
     bias: bool = False
     """Whether the bias drops with the weight."""
+    draws: bool = False
+    """Whether moments are those of draws of a pre-activation (`samples=Z`)."""
 
     @classmethod
     def of(cls, config: DropConnectConfig) -> Demand:
-        return cls(config.sampling, config.inference, config.unit, config.bias)
+        draws = config.samples is not None
+        return cls(config.sampling, config.inference, config.unit, config.bias, draws)
 
     @property
     def mode(self) -> str | None:
@@ -61,7 +70,12 @@ class Demand:
         return "inference='moments'" if self.sampling == "batch" else f"sampling={self.sampling!r}"
 
     def refused(
-        self, product: Product | None, otherwise: str = "needs a product", *, bias: bool = False
+        self,
+        product: Product | None,
+        otherwise: str = "needs a product",
+        *,
+        bias: bool = False,
+        varies: bool = False,
     ) -> str | None:
         """Why a parameter cannot be dropped as the options say, and what to do; or None.
 
@@ -69,9 +83,13 @@ class Demand:
             product: whose weight the parameter is; None if it is the weight of none.
             otherwise: what is wrong then; the message goes on with it after the option.
             bias: whether the parameter is the bias of a product.
+            varies: whether moments travel through the functions that read the parameter, though it is
+                the weight of no product.
         """
         if self.mode is None or (bias and self.bias):
             return None
+        if varies and self.sampling == "batch":
+            return _NO_DRAWS if self.draws else None
         if bias:
             return f"{self.mode} drops a bias with its weight only; use bias=True"
         if product is None:

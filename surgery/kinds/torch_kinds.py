@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..torch_private.recurrent import names_of
-from .kind import OTHER, Axes, Kind, reads_of, register_kind
+from .kind import OTHER, Axes, Kind, reads_of, register_kind, varies_in
 from .product import LINEAR_PRODUCT, Product, conv_product, product_of
 
 
@@ -92,6 +92,11 @@ def _recurrent_weights(module: nn.Module) -> Sequence[str]:
     return tuple(name for name in names_of(module) if name.startswith("weight_hh"))
 
 
+def _is_of_product(name: str) -> bool:
+    """Whether a parameter of a recurrent layer is one of its products: all are."""
+    return name.startswith(("weight_", "bias_"))
+
+
 def _refuse_embedding(module: nn.Module, name: str) -> str | None:
     if getattr(module, "max_norm", None) is not None:
         return "max_norm rewrites the weight in its forward; construct the module without max_norm"
@@ -115,6 +120,9 @@ _ATTENTION_READS = (
 )
 """The forward does not call `out_proj`."""
 
+_ATTENTION_VARIES = tuple(one for one in _ATTENTION_READS if one not in ("bias_k", "bias_v"))
+"""Those of products."""
+
 _ENCODER_LAYER_READS = (
     *("self_attn.in_proj_weight", "self_attn.in_proj_bias"),
     *("self_attn.out_proj.weight", "self_attn.out_proj.bias"),
@@ -122,6 +130,9 @@ _ENCODER_LAYER_READS = (
     *(f"{child}.{name}" for child in ("norm1", "norm2") for name in ("weight", "bias")),
 )
 """In `eval()` one kernel computes the whole layer from the weights of the children."""
+
+_ENCODER_LAYER_VARIES = tuple(one for one in _ENCODER_LAYER_READS if not one.startswith("norm"))
+"""Those of products."""
 
 _ONLY_CALL = (nn.Sequential, nn.Transformer, nn.TransformerDecoder, nn.TransformerDecoderLayer)
 """Classes whose forward reads no weight: it calls the children."""
@@ -165,6 +176,7 @@ for _kind in (
         bias=_bias,
         # Names by which an RNN looks up its list of weights.
         reads=lambda cls, module: names_of(module),
+        varies=varies_in(nn.RNN, nn.LSTM, nn.GRU, names=_is_of_product),
     ),
     Kind(
         name="rnn-cell",
@@ -178,6 +190,7 @@ for _kind in (
             nn.GRUCell,
             names=("weight_ih", "weight_hh", "bias_ih", "bias_hh"),
         ),
+        varies=varies_in(nn.RNNCell, nn.LSTMCell, nn.GRUCell, names=_is_of_product),
     ),
     Kind(
         name="attention",
@@ -186,10 +199,12 @@ for _kind in (
         axes=_attention,
         bias=_attention_bias,
         reads=reads_of(nn.MultiheadAttention, names=_ATTENTION_READS),
+        varies=varies_in(nn.MultiheadAttention, names=_ATTENTION_VARIES.__contains__),
     ),
     OTHER.but(
         classes=(nn.TransformerEncoderLayer,),
         reads=reads_of(nn.TransformerEncoderLayer, names=_ENCODER_LAYER_READS),
+        varies=varies_in(nn.TransformerEncoderLayer, names=_ENCODER_LAYER_VARIES.__contains__),
     ),
     OTHER.but(
         classes=_ONLY_CALL,

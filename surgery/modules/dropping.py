@@ -22,6 +22,7 @@ from .masking import Operand, draw_keys, is_managed, masked_weight
 from .product_forward import drops_in_product, product_forward, replaced_product
 from .recompute import call_recomputing
 from .state import SiteState
+from .varying import Varying
 from .watch import refuse_recomputation
 
 
@@ -109,7 +110,11 @@ def drawn_children(module: Any) -> Iterator[Any]:
 def _open_own(module: Any, opened: list[Open], outside: bool = False) -> None:
     """Draw the masks of a module's own sites. `outside`: for the forward of a module around it."""
     flat = None if outside or torch.compiler.is_compiling() else flat_of(module)
-    operands = [_operand(module, state) for state in _to_mask(module, outside)]
+    masked, varying = _to_open(module, outside)
+    for state in varying:
+        weight = Varying.of(_operand(module, state))
+        _hand_out(module, Open(module, state, weight, 0, None), opened)
+    operands = [_operand(module, state) for state in masked]
     if not operands:
         return
     keep_law = not getattr(module, REPLICA, False)
@@ -124,16 +129,20 @@ def _open_own(module: Any, opened: list[Open], outside: bool = False) -> None:
             _hand_out(module, one, opened)
 
 
-def _to_mask(module: Any, outside: bool) -> list[SiteState]:
-    """The sites that this call masks: not those that have a mask now, or that a product drops."""
+def _to_open(module: Any, outside: bool) -> tuple[list[SiteState], list[SiteState]]:
+    """The sites that this call masks, and those of which moments travel: not those that have a mask
+    now, or that a product drops."""
     compiling = torch.compiler.is_compiling()
-    states = []
+    states: list[SiteState] = []
+    varying: list[SiteState] = []
     for state in module._dropconnect.values():
         mode = state.mode(module.training)
         if mode is None or (module.__dict__[state.live] is not None and runs_now(module)):
             continue
         if mode == "batch":
             states.append(state)
+        elif mode == "moments" and state.varies:
+            varying.append(state)
         if compiling:  # activation checkpoints in a graph forbid to note anything
             continue
         if mode != "batch":
@@ -142,7 +151,7 @@ def _to_mask(module: Any, outside: bool) -> list[SiteState]:
             state.drawn_outside = True
         elif state.drawn_outside:
             refuse_recomputation(state)
-    return states
+    return states, varying
 
 
 def _hand_out(module: Any, one: Open, opened: list[Open]) -> None:

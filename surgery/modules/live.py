@@ -29,6 +29,7 @@ from ..torch_private.compiler import (
 )
 from ..torch_private.tensors import counter, memory_of, no_torch_function, version_of
 from ..torch_private.tracing import is_graphed
+from ..travel import Weight
 from .recompute import Recipe
 from .state import SiteState
 
@@ -126,6 +127,8 @@ def check_unwritten(reader: nn.Module, opened: list[Open]) -> None:
         opened: what it had.
     """
     for one in opened:
+        if isinstance(one.used, Weight):
+            continue  # which has no values to write to
         if torch.compiler.is_dynamo_compiling():
             look_in_trace(_look, _check_now, reader, one.state, one.used, one.version)
         else:

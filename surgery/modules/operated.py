@@ -30,7 +30,7 @@ from .flat import flat_weights
 from .functional import teach_functional_call
 from .keys import take_plain_keys
 from .live import refuse_write
-from .places import StatesHolder
+from .places import StatesHolder, states_in
 from .state import live_name, refusal_to_script
 from .takers import Parametrizations, Qconfig, refuse_quantised, refuse_taking
 from .watch import notice
@@ -186,6 +186,8 @@ def operated_class(base: type[nn.Module], names: tuple[str, ...]) -> type[DropCo
             body[name] = _of_stored_weights(getattr(base, name))
         # Dynamo runs RNNs eagerly; without this it would compile each helper of `_forward` alone.
         body["forward"] = torch.compiler.disable(body["forward"])
+    if issubclass(base, nn.TransformerEncoder):
+        body["use_nested_tensor"] = NestedTensors()
     if _is_laid_out_as_modules_are(base):
         return type(base.__name__, (DropConnectModule, base), body)
     metaclass = _marked_later(type(base))
@@ -240,6 +242,22 @@ def _weight_property(name: str) -> property:
         )
 
     return property(get, refuse, keep)
+
+
+class NestedTensors:
+    """The option of `nn.TransformerEncoder` to compute with nested tensors, by a kernel of its own for
+    a whole layer. It is off while moments travel, of which neither knows."""
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        if module is None or "use_nested_tensor" not in module.__dict__:
+            raise AttributeError("use_nested_tensor")
+        training = module.training
+        if any(state.mode(training) == "moments" for state in states_in(module)):
+            return False
+        return module.__dict__["use_nested_tensor"]
+
+    def __set__(self, module: Any, value: Any) -> None:
+        module.__dict__["use_nested_tensor"] = value
 
 
 def _ignore_flat_weights(self: Any, value: Any) -> None:

@@ -98,6 +98,30 @@ def product_site(place: Place) -> SiteState | None:
     return None
 
 
+def moved_by(place: Place) -> SiteState | None:
+    """The site whose function mean and variance come from: itself, or the weight that a bias is dropped
+    with."""
+    return place.state if place.state.varies else product_site(place)
+
+
+def without_moments(by: SiteState | None, draws: bool = False) -> str | None:
+    """Why no moments are known of a site, and what to do; or None. A forward in `inference="moments"`,
+    `predict_moments`, `tree` and plans ask this.
+
+    Args:
+        by: `moved_by` of it.
+        draws: whether they are those of `samples=Z`.
+    """
+    if by is None or not (by.product or by.varies):
+        return "no moments are known of what reads it"
+    return by.refused(by.sampling, "moments", draws)
+
+
+def is_table(state: SiteState, owner: nn.Module) -> bool:
+    """Whether a site is the weight of an embedding, whose moments `predict_moments` knows."""
+    return state.kind == "embedding" and isinstance(owner, nn.Embedding)
+
+
 def set_state(module: nn.Module, state: SiteState) -> None:
     """Replace the state of one parameter of a module."""
     for states in _read_together(module):

@@ -26,7 +26,7 @@ from ..ops.ordinary import is_dense
 from ..ops.part import Part, part_of
 from ..ops.part_mask import is_sharded, local_anchor
 from ..torch_private.tracing import is_graphed
-from ..travel import ALONE, Run, Site, Travelling, running, site_value
+from ..travel import ALONE, Run, Shared, Site, Travelling, running, site_value
 from ..travel.state import apart, fixed
 from .cut import Cut
 from .masking import Operand, check_anchor, draw_keys
@@ -88,7 +88,7 @@ def product_forward(
         x = settle(x)
         if not isinstance(x, Tensor):
             raise TypeError(f"{state.site}: the input must be a Tensor, not {type(x).__name__}")
-        _check_dense(x, state, mode)
+        check_dense(x, state, mode)
     assert state.product is not None
     call = ProductCall(state.product, module, x, weight, bias)
     if mode == "probe":
@@ -103,7 +103,7 @@ def product_forward(
     return call.travelling()
 
 
-def _check_dense(x: Tensor, state: SiteState, mode: str) -> None:
+def check_dense(x: Tensor, state: SiteState, mode: str) -> None:
     """Raise `RuntimeError` for an input that this mode cannot use."""
     if is_dense(x):
         return
@@ -186,8 +186,14 @@ class ProductCall(NamedTuple):
         points = self.points(mean)
         return Gaussian.of(Source(mean, variance, state.site, state.samples, points, shared))
 
-    def through(self, run: Run) -> Travelling:
-        """Mean, variance and covariances, in a run through a whole model."""
+    def through(
+        self, run: Run, shared: Shared | None = None, of_shared_bias: Shared | None = None
+    ) -> Travelling:
+        """Mean, variance and covariances, in a run through a whole model.
+
+        Args:
+            shared, of_shared_bias: the numbers of the masks, if other products may use them too.
+        """
         raw, state, anchor = self.weight
         with apart():
             law, bias = _law(self.weight), self.dropped_bias()
@@ -212,6 +218,8 @@ class ProductCall(NamedTuple):
                 self.product.features,
                 self.added() if bias is None else ops.average(bias.raw, bias.anchor, _law(bias)),
                 None if bias is None else ops.ratio_of(_law(bias)) * _moving(bias).square(),
+                shared,
+                of_shared_bias,
             )
         return site_value(run, self.x, self.moments_with, self.points_with, site)
 

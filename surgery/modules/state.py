@@ -78,6 +78,8 @@ class SiteState(HasLaw):
     """Which part of the weight this process has, if a mesh shares it (tensor parallelism)."""
     drawn_together = 0
     """How often the processes of a mesh have drawn a key for it together."""
+    varies = False
+    """Whether moments travel through the functions that read it, though it is of no product."""
     held: Any = None
     """While masks are held: the masked weight, as `masking.Held`."""
 
@@ -90,6 +92,7 @@ class SiteState(HasLaw):
         follows: str | None,
         site: str,
         product: Product | None = None,
+        varies: bool = False,
     ) -> None:
         self.name = name
         self.site = site
@@ -119,6 +122,8 @@ class SiteState(HasLaw):
         self.independent = config.ranks == "independent"
         self.product = product
         """How the module computes its pre-activation, if that is a product and this its weight."""
+        if varies:
+            self.varies = True
         self.fusible = self._is_fusible()
         """Whether it is the weight of a Linear, masked by element and in one piece: see
         `surgery.modules.fused`."""
@@ -200,9 +205,14 @@ class SiteState(HasLaw):
             config = config.replace(inference=inference, samples=samples)
         return {"_config": config, "inference": inference, "samples": samples}
 
-    def refused(self, sampling: Sampling, inference: Inference) -> str | None:
-        """Why the product of this weight cannot be had with these options, and what to do; or None."""
-        return Demand(sampling, inference, self.unit).refused(self.product)
+    def refused(self, sampling: Sampling, inference: Inference, draws: bool = False) -> str | None:
+        """Why this weight cannot be dropped with these options, and what to do; or None.
+
+        Args:
+            draws: whether its pre-activation is drawn: `samples=Z` of `inference="moments"`.
+        """
+        demand = Demand(sampling, inference, self.unit, draws=draws)
+        return demand.refused(self.product, varies=self.varies)
 
     def mode(self, training: bool) -> Sampling | Literal["moments", "probe"] | None:
         """What a forward does: how it samples, `"moments"`, or None for nothing. The value of p is

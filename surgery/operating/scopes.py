@@ -13,7 +13,7 @@ from ..modules.places import carriers, places
 from ..modules.walk import named_modules
 from ..moments.scope import needs_scope
 from ..planning.catalogue import Catalogue
-from ..planning.prepare import Change
+from ..planning.prepare import Change, settling
 from ..spec.config import DropConnectConfig
 from .swap import swap, unswap
 
@@ -29,17 +29,17 @@ def rescope(
         configs: those that states, by their id, are about to get.
     """
     coming = configs or {}
-    owners = [
-        place.owner
+    asking = [
+        place
         for place in places(model)
         if needs_scope(coming.get(id(place.state)) or place.state.config)
     ]
     wanted: dict[int, nn.Module] = {}
-    if owners:
+    if asking:
         catalogue = Catalogue(model)
-        wanted = {
-            id(one): one for owner in owners for one in catalogue.enclosing(catalogue.of(owner))
-        }
+        for place in asking:
+            for one in settling(catalogue, catalogue.of(place.owner), place.state):
+                wanted[id(one)] = one
     for module in wanted.values():
         if not _has_scope(module):
             swap(changes, Change(module, scope=True), {})

@@ -13,7 +13,7 @@ from ..kinds.product import Demand
 from ..modules.laws import give_laws
 from ..modules.masking import is_managed
 from ..modules.operated import DropConnectModule, operated_class, plain_class
-from ..modules.places import plain_parameters, states_of
+from ..modules.places import is_table, plain_parameters, states_of, without_moments
 from ..modules.ranks import note_mesh
 from ..modules.state import SiteState
 from ..moments.scope import needs_scope
@@ -22,7 +22,7 @@ from ..ops.part_mask import is_sharded
 from ..spec.config import DropConnectConfig
 from ..spec.errors import raise_all
 from ..spec.plan import Plan, Site, Use
-from .catalogue import Catalogue
+from .catalogue import Catalogue, Owner
 from .graphs import Survey
 from .known import Known
 from .refusals import Candidate, no_class, refused
@@ -73,6 +73,8 @@ class Planned(NamedTuple):
     names: list[str]
     parameter: Tensor
     drawn_by: list[str]
+    no_moments: str | None
+    """Why no moments are known of it."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,12 @@ class Prepared:
         return Plan(tuple(self._site(*planned) for planned in self.sites))
 
     def _site(
-        self, state: SiteState, names: list[str], parameter: Tensor, drawn_by: list[str]
+        self,
+        state: SiteState,
+        names: list[str],
+        parameter: Tensor,
+        drawn_by: list[str],
+        no_moments: str | None,
     ) -> Site:
         return Site(
             module=names[0].rpartition(".")[0],
@@ -106,6 +113,7 @@ class Prepared:
             shared_with=tuple(names[1:]),
             drawn_by=tuple(drawn_by),
             uses=self.uses.get(names[0], ()),
+            no_moments=no_moments,
         )
 
 
@@ -167,14 +175,32 @@ def _site(
                 catalogue.of(reader).name for reader in catalogue.graphs.readers(module)
             )
         if needs_scope(user.config):
-            for around in catalogue.enclosing(user.owner):
+            for around in settling(catalogue, user.owner, state):
                 _change(changes, around).scope = True
         for drawer, path in one.drawers:
             draws = _change(changes, drawer).draws
             if path not in draws:
                 draws.append(path)
             drawn_by.add(catalogue.of(drawer).name)
-    return Planned(states[0], names, candidates[0].parameter, catalogue.in_order(drawn_by))
+    problems = (_no_moments(one, state) for one, state in zip(candidates, states))
+    problem = next(filter(None, problems), None)
+    return Planned(states[0], names, candidates[0].parameter, catalogue.in_order(drawn_by), problem)
+
+
+def _no_moments(one: Candidate, state: SiteState) -> str | None:
+    """Why no moments are known of a parameter. Those of a bias that is dropped with its weight are
+    known if those of the weight are, which `_lone_biases` looks after."""
+    if is_table(state, one.user.module) or (state.with_weight and not state.varies):
+        return None
+    return without_moments(state)
+
+
+def settling(catalogue: Catalogue, owner: Owner, state: SiteState) -> Iterator[nn.Module]:
+    """The modules whose forward may be the outermost one that a site is part of, and settles what
+    leaves it. A product that is called alone returns a tensor by itself."""
+    yield from catalogue.enclosing(owner)
+    if state.varies:
+        yield owner.module
 
 
 def _change(changes: dict[int, Change], module: nn.Module) -> Change:
@@ -193,7 +219,8 @@ def _state(one: Candidate) -> SiteState:
     if follows_weight(user.config.unit):
         weights = (name for name in owner.parameters if owner.kind.bias(name) == user.name)
         follows = next(weights, None)
-    state = SiteState(user.name, one.kind, user.config, layout, follows, user.full, one.product)
+    config, product, varies = user.config, one.product, one.varies
+    state = SiteState(user.name, one.kind, config, layout, follows, user.full, product, varies)
     if is_sharded(one.parameter):
         state.part = part_of(one.parameter)
     return state

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kinds.derived import computed, fix
-from ..kinds.kind import follows_weight, needs_axes
+from ..kinds.kind import follows_weight, kind_of, needs_axes
 from ..kinds.product import Demand, Product
 from ..kinds.torch_kinds import SEPARATE_PROJECTIONS
 from ..modules.masking import AFTER_FSDP, is_managed
-from ..modules.operated import DropConnectModule
+from ..modules.operated import DropConnectModule, plain_class
 from ..modules.state import live_name, refusal_to_cut
 from ..modules.wrapped import rewired
 from ..ops.part import part_of
@@ -35,21 +35,32 @@ class Candidate(NamedTuple):
     """How the parameter is read, as `Site.kind`."""
     product: Product | None
     """The product that is made of it and of nothing else."""
+    varies: bool
+    """Whether moments travel through the functions that read it, though it is of no product."""
     catalogue: Catalogue
     known: Known
 
     @classmethod
     def of(cls, user: Choice, catalogue: Catalogue, known: Known) -> Candidate:
         """Of a parameter that is there."""
-        owner, drawers = user.owner, known.drawers(user)
+        owner, drawers, varies = user.owner, known.drawers(user), False
         if catalogue.graphs is not None and owner.in_graph:
             kind = catalogue.graphs.kind(owner.module, user.name)
             product = catalogue.graphs.product(owner.module, user.name)
         else:
             alone = user.name == "weight" and not drawers
             kind, product = owner.kind.name, owner.kind.product(owner.cls) if alone else None
+            varies = product is None and _varies(user, drawers)
         assert user.parameter is not None
-        return cls(user, user.parameter, drawers, kind, product, catalogue, known)
+        return cls(user, user.parameter, drawers, kind, product, varies, catalogue, known)
+
+
+def _varies(user: Choice, drawers: Sequence[tuple[nn.Module, str]]) -> bool:
+    """`Kind.varies` of all whose forwards read a parameter."""
+    readers = [(module, f"{path}.{user.name}") for module, path in drawers]
+    kinds = [(kind_of(module), plain_class(module), name) for module, name in readers]
+    kinds = kinds or [(user.owner.kind, user.owner.cls, user.name)]
+    return all(kind.varies(cls, name) for kind, cls, name in kinds)
 
 
 Rule = Callable[[Candidate], "str | None"]
@@ -218,15 +229,16 @@ def _refused_by_product(one: Candidate) -> str | None:
     else:
         otherwise = f"is for the weight of {owner.cls.__name__} only"
     bias = product is not None and user.name == owner.kind.bias("weight")
-    return demand.refused(one.product, otherwise, bias=bias)
+    return demand.refused(one.product, otherwise, bias=bias, varies=one.varies)
 
 
 def _product_that_is_cut(one: Candidate) -> str | None:
     """Of a weight that processes share, only what each can do with its part."""
-    if not is_sharded(one.parameter) or one.product is None:
+    if not is_sharded(one.parameter) or not (one.product or one.varies):
         return None
     demand = Demand.of(one.user.config)
-    if demand.sampling == "example" and demand.inference != "moments" and one.product.is_matrix:
+    by = one.product
+    if demand.sampling == "example" and demand.inference != "moments" and by and by.is_matrix:
         return None
     return refusal_to_cut(str(demand.mode))
 

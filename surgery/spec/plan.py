@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, overload
 
 from .config import DropConnectConfig
@@ -72,6 +72,10 @@ class Site:
     uses: tuple[Use, ...] = ()
     """Which operations use the weight, and which activation follows, if the model was looked at while
     it ran (`example_inputs`, or a transformers model); else empty."""
+
+    no_moments: str | None = field(default=None, compare=False)
+    """Why `predict_moments` would refuse this site; None if mean and variance travel through what reads
+    it. Not part of the JSON: it follows from the rest, in the model that the plan is made for."""
 
     @property
     def name(self) -> str:
@@ -176,6 +180,8 @@ class Plan:
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * w for w in widths).rstrip())
         lines.append(f"{counted(len(self), 'site')}, {counted(self.numel, 'weight')}")
+        if any(site.config.inference == "moments" for site in self.sites):
+            lines += moments_known({one.name: one.no_moments for one in self if one.no_moments})
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -204,6 +210,17 @@ class Plan:
         return cls(read["sites"])
 
 
+def moments_known(without: Mapping[str, str]) -> Iterator[str]:
+    """Lines that say of which sites mean and variance are known.
+
+    Args:
+        without: by the names of those without, why.
+    """
+    yield from (f"no moments: {name}: {problem}" for name, problem in without.items())
+    if not without:
+        yield "every site has moments"
+
+
 _HEAD = ("site", "kind", "shape", "used by", "then", "p", "options", "notes")
 
 
@@ -213,6 +230,7 @@ def _row(site: Site) -> Sequence[str]:
     then = ", ".join(dict.fromkeys(use.activation or "-" for use in site.uses))
     notes = [f"tied with {name}" for name in site.shared_with]
     notes += [f"drawn by {name or '(root)'}" for name in site.drawn_by]
+    notes += ["no moments"] if site.no_moments else []
     return (
         *(site.name, site.kind, as_text(site.shape), used_by, then, f"{site.p:g}"),
         *(", ".join(options), ", ".join(notes)),

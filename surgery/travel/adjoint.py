@@ -12,9 +12,12 @@ that a forward would multiply by.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from .birth import Birth
 from .run import Run
 
 
@@ -33,16 +36,25 @@ def output_covariance(mean: Tensor, run: Run) -> Tensor:
     if not pairs or not flat.requires_grad:
         return total
     deltas = [delta for _, delta in pairs]
-    by = [delta.new_zeros(count, *delta.shape) for delta in deltas]
+    by = {id(birth): delta.new_zeros(count, *delta.shape) for birth, delta in pairs}
     for output in range(count):
         found = torch.autograd.grad(
             flat[:, output].sum(), deltas, retain_graph=output + 1 < count, allow_unused=True
         )
-        for own, gradient in zip(by, found):
+        for own, gradient in zip(by.values(), found):
             if gradient is not None:
                 own[output] = gradient
     with torch.no_grad():
-        for birth, _ in reversed(pairs):
-            own = by.pop()  # which frees it: there are many
-            total += birth.gram(own.to(birth.variance.dtype), rows).to(total.dtype)
+        for births in _with_the_same_numbers([birth for birth, _ in pairs]):
+            # Taken out, which frees them: there are many.
+            theirs = [by.pop(id(one)).to(one.variance.dtype) for one in births]
+            total += births[0].gram(theirs, rows, births[1:]).to(total.dtype)
     return total
+
+
+def _with_the_same_numbers(births: list[Birth]) -> Iterable[list[Birth]]:
+    """The births, those together that share their numbers."""
+    groups: dict[int, list[Birth]] = {}
+    for birth in births:
+        groups.setdefault(id(birth.shared or birth), []).append(birth)
+    return groups.values()

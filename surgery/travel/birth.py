@@ -2,13 +2,13 @@
 
 A birth adds to a value. It says how much variance it adds, and gives what it adds in columns:
 exact ones, one for each independent random number, or a sketch of all. `gram` gives the covariance
-that it causes in the outputs, from their derivatives by what was added.
+that births of the same numbers cause in the outputs, from their derivatives by what was added.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,51 @@ Linear = Callable[[Tensor, Tensor], Tensor]
 """`product(x, weight)`: linear in both, row by row of x."""
 
 
+LIMIT = 2**27
+"""Numbers that columns of one value, or of a weight, may have: half a GiB."""
+
+
+class Shared:
+    """The random numbers of a mask that several products use: their births have the same."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._signed: Tensor | None = None
+
+    def signs(self, purpose: int) -> Signs:
+        """Random signs: for the same purpose the same, whenever as many are drawn."""
+
+        def drawn(shape: tuple[int, ...], like: Tensor) -> Tensor:
+            generator = torch.Generator(like.device).manual_seed(4 * self._seed + purpose)
+            return drawn_signs(shape, like, generator)
+
+        return drawn
+
+    def signed(self, weight: Tensor, columns: int) -> Tensor:
+        """(columns, *shape of the weight): the weight times signs. Made once, where it is not large."""
+        if self._signed is not None:
+            return self._signed
+        signed = self.signs(0)((columns, *weight.shape), weight).mul_(weight)
+        if signed.numel() <= LIMIT:
+            self._signed = signed
+        return signed
+
+
+def drawn_signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random signs, of the device and dtype of a tensor."""
+    drawn = torch.randint(0, 2, shape, generator=generator, device=like.device)
+    return drawn.to(like.dtype).mul_(2).sub_(1)
+
+
 class Birth:
-    """Randomness that is added to a value, independent of all before."""
+    """Randomness that is added to a value, independent of all before, but of births with the same
+    `shared`."""
 
     variance: Tensor
     """Of each entry of the value."""
 
-    def __init__(self, variance: Tensor) -> None:
-        self.variance = variance
+    def __init__(self, variance: Tensor, shared: Shared | None = None) -> None:
+        self.variance, self.shared = variance, shared
         self.delta: Tensor | None = None
         """The mean of the value that it was added to."""
 
@@ -52,12 +89,21 @@ class Birth:
         number of columns."""
         raise NotImplementedError
 
-    def gram(self, by: Tensor, rows: int) -> Tensor:
+    def gram(self, by: Sequence[Tensor], rows: int, others: Sequence[Any] = ()) -> Tensor:
         """(rows, outputs, outputs): the covariance of the outputs that comes from here.
 
         Args:
-            by: (outputs, *shape): derivatives of each output by what is added.
+            by: (outputs, *shape): derivatives of each output by what is added, here and by each other.
+            others: births with the same numbers.
         """
+        effects = self.effects(by[0], rows)
+        for other, own in zip(others, by[1:]):
+            effects = effects + other.effects(own, rows)
+        by_row = effects.transpose(0, 1)
+        return by_row @ by_row.transpose(1, 2)
+
+    def effects(self, by: Tensor, rows: int) -> Tensor:
+        """(outputs, rows, numbers): what numbers of variance 1 do to the outputs of each example."""
         raise NotImplementedError
 
 
@@ -78,21 +124,21 @@ class Diagonal(Birth):
         root = (self.variance / columns).sqrt()
         return root * signs((columns, *root.shape), root)
 
-    def gram(self, by: Tensor, rows: int) -> Tensor:
-        return _gram(_rows_of(by * self.variance.sqrt(), rows))
+    def effects(self, by: Tensor, rows: int) -> Tensor:
+        return (by * self.variance.sqrt()).reshape(len(by), rows, -1)
 
 
 class OfOutputs(Birth):
     """One number for each index of some dimensions, and shared by all other entries of an example:
     where one mask entry multiplies a whole channel, or the whole value."""
 
-    def __init__(self, effect: Tensor, own: tuple[int, ...]) -> None:
+    def __init__(self, effect: Tensor, own: tuple[int, ...], shared: Shared | None = None) -> None:
         """
         Args:
             effect: what the number adds, signed; the shape of the value.
             own: dimensions along which there are several numbers, counted from the end.
         """
-        super().__init__(effect.square())
+        super().__init__(effect.square(), shared)
         self.effect, self.own = effect, own
 
     def _sizes(self) -> list[int]:
@@ -115,26 +161,33 @@ class OfOutputs(Birth):
         drawn = signs((columns, *self._view()), self.effect)
         return drawn * self.effect / math.sqrt(columns)
 
-    def gram(self, by: Tensor, rows: int) -> Tensor:
+    def effects(self, by: Tensor, rows: int) -> Tensor:
         effects = by * self.effect
         split = effects.reshape(len(by), rows, -1, *self.effect.shape[1:])
         own = {dim % self.effect.ndim for dim in self.own}
         shared = [2 + dim for dim in range(1, self.effect.ndim) if dim not in own]
         summed = split.sum([2, *shared])
-        return _gram(summed.reshape(len(by), rows, -1))
+        return summed.reshape(len(by), rows, -1)
 
 
 class OfInputs(Birth):
     """One number for each feature of the input of a matrix product."""
 
-    def __init__(self, variance: Tensor, x: Tensor, weight: Tensor, shares_rows: bool) -> None:
+    def __init__(
+        self,
+        variance: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        shares_rows: bool,
+        shared: Shared | None = None,
+    ) -> None:
         """
         Args:
             x: (rows, ..., in): the root of the expected square of each input, signed.
             weight: (out, in): what a number multiplies, times its standard deviation.
             shares_rows: whether all rows of an example have the same numbers.
         """
-        super().__init__(variance)
+        super().__init__(variance, shared)
         self.x, self.weight, self.shares_rows = x, weight, shares_rows
 
     def latents(self, rows: int) -> int | None:
@@ -150,10 +203,10 @@ class OfInputs(Birth):
         view = (columns, *leading, self.x.shape[-1])
         return (self.x * signs(view, self.x) / math.sqrt(columns)) @ self.weight.t()
 
-    def gram(self, by: Tensor, rows: int) -> Tensor:
+    def effects(self, by: Tensor, rows: int) -> Tensor:
         effects = (by @ self.weight) * self.x
         apart = effects.reshape(len(by), rows, -1, self.x.shape[-1])
-        return _gram(apart.sum(2) if self.shares_rows else apart.flatten(2))
+        return apart.sum(2) if self.shares_rows else apart.flatten(2)
 
 
 class OfWeights(Birth):
@@ -168,6 +221,7 @@ class OfWeights(Birth):
         product: Linear,
         matrix: bool,
         features: int,
+        shared: Shared | None = None,
     ) -> None:
         """
         Args:
@@ -178,7 +232,8 @@ class OfWeights(Birth):
             matrix: whether that is `x @ weight.T`.
             features: the dimension of the features in x, counted from the end.
         """
-        super().__init__(variance)
+        super().__init__(variance, shared)
+        assert shared is None or matrix
         self.x, self.columns, self.weight = x, columns, weight
         self.product, self.matrix, self.features = product, matrix, features
         self.drawn: Tensor | None = None
@@ -189,9 +244,18 @@ class OfWeights(Birth):
         return None
 
     def sketched(self, columns: int, signs: Signs) -> Tensor:
-        scale, found = 1 / math.sqrt(columns), []
+        shared, scale = self.shared, 1 / math.sqrt(columns)
         if self.columns is not None:
-            self.drawn = (self.columns * self._signs(len(self.columns), signs)).sum(0)
+            of_draw = signs if shared is None else shared.signs(1)
+            self.drawn = (self.columns * self._signs(len(self.columns), of_draw)).sum(0)
+        if shared is not None and self.matrix:
+            x = self.x.expand(columns, *self.x.shape)
+            if self.columns is not None:
+                own = self._signs(columns, shared.signs(2))
+                x = x + self.columns * own * math.sqrt(columns)
+            signed = shared.signed(self.weight, columns)
+            return torch.einsum("k...i,koi->k...o", x, signed) * scale
+        found = []
         for column in range(columns):
             x = self.x
             if self.columns is not None:
@@ -206,19 +270,24 @@ class OfWeights(Birth):
         shape[self.features] = self.x.shape[self.features]
         return signs((count, *shape), self.x)
 
-    def gram(self, by: Tensor, rows: int) -> Tensor:
-        found = self._gram(by, self.x, rows)
-        return found if self.drawn is None else found + self._gram(by, self.drawn, rows)
+    def gram(self, by: Sequence[Tensor], rows: int, others: Sequence[Any] = ()) -> Tensor:
+        births: list[OfWeights] = [self, *others]
+        found = self._gram(by, [one.x for one in births], rows)
+        if all(one.drawn is None for one in births):
+            return found
+        drawn = [torch.zeros_like(one.x) if one.drawn is None else one.drawn for one in births]
+        return found + self._gram(by, drawn, rows)
 
-    def _gram(self, by: Tensor, inputs: Tensor, rows: int) -> Tensor:
-        if self.matrix:
-            each = math.prod(inputs.shape[:-1]) // max(1, rows)
-            x = inputs.reshape(rows, each, inputs.shape[-1])
-            by = by.reshape(len(by), rows, each, by.shape[-1])
-            return weighted_gram(by, x, self.weight.square())
+    def _gram(self, by: Sequence[Tensor], inputs: Sequence[Tensor], rows: int) -> Tensor:
+        if self.matrix:  # uses of one mask are like rows of one example
+            each = [math.prod(one.shape[:-1]) // max(1, rows) for one in inputs]
+            x = _joined([one.reshape(rows, n, one.shape[-1]) for n, one in zip(each, inputs)], 1)
+            flat = [one.reshape(len(one), rows, n, one.shape[-1]) for n, one in zip(each, by)]
+            own = _joined(flat, 2)
+            return weighted_gram(own, x, self.weight.square())
         grams = [
-            self._of_example(by.unflatten(1, (rows, -1))[:, row], x)
-            for row, x in enumerate(inputs.unflatten(0, (rows, -1)))
+            self._of_example(by[0].unflatten(1, (rows, -1))[:, row], x)
+            for row, x in enumerate(inputs[0].unflatten(0, (rows, -1)))
         ]
         return torch.stack(grams)
 
@@ -230,15 +299,8 @@ class OfWeights(Birth):
         return effects @ effects.t()
 
 
-def _rows_of(values: Tensor, rows: int) -> Tensor:
-    """(outputs, rows, rest)."""
-    return values.reshape(len(values), rows, -1)
-
-
-def _gram(effects: Tensor) -> Tensor:
-    """(rows, outputs, outputs) of effects (outputs, rows, numbers)."""
-    by_row = effects.transpose(0, 1)
-    return by_row @ by_row.transpose(1, 2)
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def root(square: Tensor, sign_of: Tensor) -> Tensor:

@@ -17,16 +17,20 @@ from ..torch_private.trees import tree_map
 from .run import Run
 from .state import certain
 from .value import KEEPING, Apply, Travelling, expected
+from .weight import Weight
 
 
 class Call:
-    """A call of a torch function, with travelling values among its arguments or inside of them."""
+    """A call of a torch function, with travelling values or weights that drop among its arguments or
+    inside of them."""
 
     def __init__(
         self, func: Any, spelled: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.func, self.spelled, self.name = func, spelled, name
         self._values: list[Travelling] = []
+        self.weights: list[Weight] = []
+        """All that drop."""
         self.args = tuple([self._noted(one) for one in args])
         self.kwargs = {key: self._noted(one) for key, one in kwargs.items()}
 
@@ -50,6 +54,9 @@ class Call:
             value.refresh()
             self._values.append(value)
             return value
+        if isinstance(value, Weight):
+            self.weights.append(value)
+            return value
         return expected(value)
 
     @property
@@ -60,7 +67,7 @@ class Call:
     @property
     def run(self) -> Run:
         """The run that they are part of."""
-        return self._values[0].run
+        return self._values[0].run if self._values else self.weights[0].run
 
     @property
     def first(self) -> Any:
@@ -86,9 +93,22 @@ class Call:
     def settles(self) -> Any:
         """The same, noted by the run."""
         result = self.settled()
-        if any(one.dtype.is_floating_point for one in self.values) and _holds_numbers(result):
+        varies = self.weights or any(one.dtype.is_floating_point for one in self.values)
+        if varies and _holds_numbers(result):
             self.run.settles(self.name)
         return result
+
+    def without_weights(self) -> Any:
+        """What the function makes of the expectations of the weights."""
+        if not self.values:
+            return self.settles()
+        self.run.settles(self.name)
+        args, kwargs = tree_map(_of_weight, (self.args, self.kwargs))
+        return self.func(*args, **kwargs)
+
+
+def _of_weight(value: Any) -> Any:
+    return value.expectation() if isinstance(value, Weight) else value
 
 
 def _holds_numbers(result: Any) -> bool:
@@ -104,12 +124,20 @@ RULES: dict[str, Rule] = {}
 """What a torch function makes of travelling values, by its canonical name. A rule returns
 `NotImplemented` where it does not know; then the values settle."""
 
+OF_WEIGHTS: set[str] = set()
+"""Functions whose rule takes weights that drop."""
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for functions of these canonical names."""
+
+def rule(*names: str, weights: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for functions of these canonical names.
+
+    Args:
+        weights: whether it takes a `Weight` where the function takes a weight.
+    """
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
+        OF_WEIGHTS.update(names if weights else ())
         return function
 
     return register
@@ -121,8 +149,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = call.name
     is_property = call.spelled != spelling(func)
     asks = call.spelled not in KEEPING if is_property else name in QUERIES or name in ATTRIBUTES
-    if asks or not call.values:
-        if isinstance(call.first, Travelling) and call.first.like is not None:
+    if asks or not (call.values or call.weights):
+        if isinstance(call.first, (Travelling, Weight)) and call.first.like is not None:
             return call.on(call.first.like)
         with without_torch_function():
             return func(*call.args, **call.kwargs)
@@ -134,6 +162,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _result(call: Call) -> Any:
+    if call.weights and call.name not in OF_WEIGHTS:
+        return call.without_weights()
     known = RULES.get(call.name)
     if known is None and call.name in ELEMENTWISE:
         known = RULES["elementwise"]

@@ -1,4 +1,4 @@
-"""Functions of several entries together: softmax, attention, norms."""
+"""Functions of several entries together: softmax and norms."""
 
 from __future__ import annotations
 
@@ -99,81 +99,6 @@ def _softmax(state: State, dim: int) -> _Softmax:
             common = (share.square() * state.variance).sum(dim, keepdim=True)
             spread = state.variance * (1 - 2 * share) + common
         return _Softmax(share, spread.clamp_min(0), centred)
-
-
-@rule("scaled_dot_product_attention")
-def attention(call: Call) -> Any:
-    """softmax(q k^T * scale + mask) v, step by step."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = {**dict(zip(names, call.args)), **call.kwargs}
-    query, key, value = (given[name] for name in names[:3])
-    scale = given.get("scale")
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if given.get("enable_gqa"):
-        repeats = query.shape[-3] // key.shape[-3]
-        key, value = (one.repeat_interleave(repeats, -3) for one in (key, value))
-    scores = torch.matmul(query * scale, key.transpose(-2, -1))
-    mask = given.get("attn_mask")
-    if given.get("is_causal"):
-        shape = (query.shape[-2], key.shape[-2])
-        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = _additive(~mask, query.dtype)
-        scores = scores + mask
-    return torch.matmul(torch.softmax(scores, -1), value)
-
-
-_ATTENTION = inspect.signature(F.multi_head_attention_forward)
-
-
-@rule("multi_head_attention_forward")
-def multi_head_attention(call: Call) -> Any:
-    """What `nn.MultiheadAttention` computes, for the usual options."""
-    given = _ATTENTION.bind(*call.args, **call.kwargs)
-    given.apply_defaults()
-    of = given.arguments
-    unusual = ("bias_k", "bias_v", "static_k", "static_v")
-    if any(of[name] is not None for name in unusual) or of["add_zero_attn"]:
-        return NotImplemented
-    inputs = [of[name] for name in ("query", "key", "value")]
-    if inputs[0].ndim != 3:
-        return NotImplemented
-    if of["use_separate_proj_weight"]:
-        weights = [of[f"{name}_proj_weight"] for name in "qkv"]
-    else:
-        weights = list(of["in_proj_weight"].chunk(3))
-    biases = [None] * 3 if of["in_proj_bias"] is None else list(of["in_proj_bias"].chunk(3))
-    heads, (_, rows, width) = of["num_heads"], inputs[0].shape
-    query, key, value = (
-        split_heads(F.linear(x, weight, bias), heads)
-        for x, weight, bias in zip(inputs, weights, biases)
-    )
-    scores = torch.matmul(query, key.transpose(-2, -1)) / math.sqrt(width // heads)
-    mask, padding = of["attn_mask"], of["key_padding_mask"]
-    if mask is not None:
-        mask = mask if mask.ndim == 2 else mask.view(rows, heads, *mask.shape[1:])
-        scores = scores + _additive(mask, query.dtype)
-    if padding is not None:
-        scores = scores + _additive(padding.view(rows, 1, 1, -1), query.dtype)
-    shares = torch.softmax(scores, -1)
-    mixed = torch.matmul(shares, value).permute(2, 0, 1, 3).flatten(2)
-    result = F.linear(mixed, of["out_proj_weight"], of["out_proj_bias"])
-    if not of["need_weights"]:
-        return result, None
-    return result, shares.mean(1) if of["average_attn_weights"] else shares
-
-
-def split_heads(x: Any, heads: int) -> Any:
-    """(rows, heads, tokens, width of a head) of (tokens, rows, width)."""
-    return x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask of truth values (True: left out) as what is added to scores."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
 
 
 @rule("layer_norm", "rms_norm")

@@ -17,6 +17,7 @@ from .call import Call, rule
 from .run import Run
 from .state import State, apart, fixed, over_columns
 from .value import Travelling
+from .weight import Weight
 
 Map = Callable[[Tensor], Tensor]
 
@@ -44,9 +45,13 @@ def _travels(value: Any) -> bool:
     return isinstance(value, Travelling)
 
 
-@rule("linear")
+@rule("linear", weights=True)
 def linear(call: Call) -> Any:
     x, weight, bias = call.first, call.argument(1, "weight"), call.argument(2, "bias")
+    if isinstance(weight, Weight):
+        return weight.product(x, bias)
+    if isinstance(bias, Weight):
+        return bias.added_to(F.linear(x, weight))
     if not _travels(x) or _travels(weight) or _travels(bias):
         return NotImplemented
     weight = fixed(weight)

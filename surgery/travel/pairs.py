@@ -144,3 +144,25 @@ _RULES = {
     "sub": _sum,
     "where": _where,
 }
+
+
+def mixture(share: Any, one: Any, other: Any) -> Any:
+    """`share * one + (1 - share) * other`. Without columns, the three are taken as independent: of the
+    sum of two products, the second would not know that the share is the same."""
+    values = [value for value in (share, one, other) if isinstance(value, Travelling)]
+    if not values or values[0].run.carrier == "exact":
+        return other + share * (one - other)
+    run = values[0].run
+    by, first, second = (state_of(value) for value in (share, one, other))
+    gap = first.at - second.at
+    with apart():
+        moved = by.at.square() * first.variance + (1 - by.at).square() * second.variance
+        moved = moved + gap.square() * by.variance
+        new = by.variance * (first.variance + second.variance)
+    mean = second.mean + by.mean * (first.mean - second.mean)
+    if not run.follows:
+        return Travelling.of(run, State(mean, moved + new))
+    with apart():
+        terms = (first.factors, by.at), (second.factors, 1 - by.at), (by.factors, gap)
+        factors = combined(mean, *terms)
+    return Travelling.of(run, run.born_apart(run.mixed(State(mean, moved, factors)), new))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.config import Unit
-from .birth import Birth, Diagonal
+from .birth import LIMIT, Birth, Diagonal, Shared, drawn_signs
 from .state import State, apart, record
 
 Carrier = Literal["none", "exact", "sketch"]
@@ -24,9 +24,6 @@ Carrier = Literal["none", "exact", "sketch"]
 have the
   right expectation; a relative error of sqrt(2 / columns) is averaged over the entries of a value.
 """
-
-LIMIT = 2**27
-"""Numbers that the factors of one value may have when they are exact: half a GiB."""
 
 
 class Table(NamedTuple):
@@ -70,6 +67,7 @@ class Run:
         modules = [] if model is None else model.named_modules()
         self._names = {id(module): name for name, module in modules}
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._masks = 0
 
     @property
     def follows(self) -> bool:
@@ -81,8 +79,12 @@ class Run:
         device = like.device
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(0)
-        drawn = torch.randint(0, 2, shape, generator=self._generators[device], device=device)
-        return drawn.to(like.dtype).mul_(2).sub_(1)
+        return drawn_signs(shape, like, self._generators[device])
+
+    def shared(self) -> Shared:
+        """The random numbers of a mask that several products will use."""
+        self._masks += 1
+        return Shared(self._masks)
 
     def born(self, state: State, birth: Birth) -> State:
         """The state with randomness added that is independent of all before."""
@@ -91,7 +93,8 @@ class Run:
             variance = state.variance + birth.variance
             factors = state.factors
             if self.carrier == "sketch":
-                new = birth.sketched(self.columns, self.signs).to(mean.dtype)
+                signs = self.signs if birth.shared is None else birth.shared.signs(0)
+                new = birth.sketched(self.columns, signs).to(mean.dtype)
                 factors = new if factors is None else factors + new
             elif self.carrier == "exact":
                 factors = self._extended(factors, birth, mean)
@@ -125,7 +128,7 @@ class Run:
 
     def _extended(self, factors: Tensor | None, birth: Birth, mean: Tensor) -> Tensor:
         """The factors with columns of their own for what is born."""
-        count = birth.latents(self.rows)
+        count = birth.latents(self.rows) if birth.shared is None else None
         if count is None or (self.columns + count) * mean.numel() > LIMIT:
             raise TooWide
         old = mean.new_zeros(self.columns, *mean.shape)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..moments.scope import hashable
@@ -14,6 +15,7 @@ from ..torch_private.tensors import memory_of
 from ..torch_private.tracing import is_traced
 from .birth import OfOutputs, root
 from .call import RULES, Call, rule
+from .run import Run
 from .state import State, aligned, apart, certain, wide
 from .value import Apply, Travelling
 
@@ -182,3 +184,8 @@ def dropout(call: Call) -> Any:
     channel = 1 - state.mean.ndim
     birth = OfOutputs(root(fresh, state.at), (channel,))
     return Travelling.of(run, run.born(state, birth))
+
+
+def dropped_inside(run: Run, value: Any, p: float) -> Any:
+    """A value after a dropout that a function has inside of it, as attention and RNNs do."""
+    return F.dropout(Travelling.made_of(run, value), p) if run.dropout and p else value  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..moments import Points
 from ..ops import Law, ratio_of, variance_of_product
 from ..spec.config import Unit
-from .birth import Birth, Diagonal, OfInputs, OfOutputs, OfWeights, root
+from .birth import Birth, Diagonal, OfInputs, OfOutputs, OfWeights, Shared, root
 from .run import Run
 from .state import State, apart, certain, fixed, over_columns
 from .value import Travelling
@@ -49,6 +49,10 @@ class Site(NamedTuple):
     """Its expectation, (out,)."""
     bias_variance: Tensor | None
     """(out,): of a bias that is dropped entry by entry; None if none is."""
+    shared: Shared | None = None
+    """The numbers of the mask, if other products may use it too."""
+    of_shared_bias: Shared | None = None
+    """The same of the bias."""
 
     @property
     def ratio(self) -> Tensor:
@@ -173,17 +177,21 @@ def _births(state: State, known: Tensor, fresh: Tensor, site: Site) -> list[Birt
         own = () if site.shares_rows else tuple(dim for dim in rows if dim != site.features)
         own = (*own, site.features) if site.unit == "output" else own
         rest = (fresh - known).clamp_min(0)
-        return [OfOutputs(effect, own), *([Diagonal(rest)] if bool(rest.any()) else [])]
+        return [
+            OfOutputs(effect, own, site.shared),
+            *([Diagonal(rest)] if bool(rest.any()) else []),
+        ]
     births: list[Birth] = []
     added = site.of_bias(fresh)
     if added is not None:
         fresh = (fresh - added).clamp_min(0)
-        births.append(OfOutputs(added.sqrt(), (site.features,) if site.shares_rows else rows))
+        own = (site.features,) if site.shares_rows else rows
+        births.append(OfOutputs(added.sqrt(), own, site.of_shared_bias))
     noisy = (site.moving * site.ratio.sqrt()).to(x.dtype)
     size = root(x.square() + state.variance, x)
     if site.unit == "input":
-        return [*births, OfInputs(fresh, size, noisy, site.shares_rows)]
-    if not site.shares_rows or fresh.ndim == 2:
+        return [*births, OfInputs(fresh, size, noisy, site.shares_rows, site.shared)]
+    if site.shared is None and (not site.shares_rows or fresh.ndim == 2):
         return [*births, Diagonal(fresh)]
     columns = None if state.factors is None else state.factors.to(x.dtype)
     given = size if columns is None else x
@@ -191,4 +199,5 @@ def _births(state: State, known: Tensor, fresh: Tensor, site: Site) -> list[Birt
     def product(t: Tensor, weight: Tensor) -> Tensor:
         return site.product(t, weight, None)
 
-    return [*births, OfWeights(fresh, given, columns, noisy, product, site.matrix, site.features)]
+    form = site.matrix, site.features
+    return [*births, OfWeights(fresh, given, columns, noisy, product, *form, site.shared)]

@@ -13,6 +13,7 @@ from ..base.torch_names import name_of
 from ..moments.torch_functions import DROPOUTS
 from .birth import OfOutputs
 from .call import Call
+from .recurrent import RECURRENT, is_packed
 from .run import Run, Table
 from .state import certain
 from .value import Travelling
@@ -39,10 +40,19 @@ class Sources(TorchFunctionMode):
             table = self._run.tables.get(id(call.argument(1, "weight")))
             if table is not None:
                 return looked_up(self._run, call, table)
-        drops = name in DROPOUTS and self._run.dropout
+        drops = self._run.dropout and (name in DROPOUTS or _drops_inside(name, args, given))
         if drops and args and type(args[0]) is Tensor and args[0].is_floating_point():
             return func(Travelling.of(self._run, certain(args[0])), *args[1:], **given)
         return func(*args, **given)
+
+
+def _drops_inside(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a function has a dropout inside of it."""
+    if name == "multi_head_attention_forward":
+        return bool(kwargs.get("dropout_p", args[10] if len(args) > 10 else 0))
+    if name in RECURRENT:
+        return bool(args[6 if is_packed(args) else 5])
+    return False
 
 
 def looked_up(run: Run, call: Call, table: Table) -> Travelling:

@@ -20,7 +20,7 @@ from ..torch_private.tensors import tensor_without_memory, without_torch_functio
 from ..torch_private.tracing import is_traced
 from ..torch_private.trees import tree_map
 from .run import ALONE, Run
-from .state import State, same_columns
+from .state import State, certain, same_columns
 
 Apply = Callable[[Tensor], Tensor]
 Make = Callable[[], State]
@@ -89,6 +89,11 @@ class Travelling(Deferred):
         value.moments, value.under = Later(None, state), None
         value.stays = run is not ALONE
         return value
+
+    @staticmethod
+    def made_of(run: Run, value: Any) -> Travelling:
+        """The value itself, or a tensor as one that does not vary."""
+        return value if isinstance(value, Travelling) else Travelling.of(run, certain(value))
 
     def viewed(self, state: State, taken: Apply) -> Travelling:
         """A view of this value, with these moments."""

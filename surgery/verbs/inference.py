@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..base.journal import Changes, Reversible, Step, at_once
-from ..modules.places import Place, places, product_site
+from ..modules.places import Place, moved_by, places, without_moments
 from ..modules.state import SiteState
 from ..modules.walk import unwrapped
 from ..operating.scopes import rescope
@@ -55,7 +55,7 @@ class set_inference(Reversible):
         for state in states:  # raises if they do not go together
             state.config.replace(inference=mode, samples=samples)
         if mode == "moments":
-            _check_products(self._model, states)
+            _check_moments(self._model, states, samples is not None)
             _check_followed(self._model, states)
         self._states, self._mode, self._samples = states, mode, samples
         changes, self._back = self._changes()
@@ -98,20 +98,20 @@ def _check_followed(model: nn.Module, states: list[SiteState]) -> None:
             raise SurgeryError(f"{place.state.site}: {problem}. The model is unchanged")
 
 
-def _check_products(model: nn.Module, states: list[SiteState]) -> None:
+def _check_moments(model: nn.Module, states: list[SiteState], draws: bool) -> None:
     named = set(map(id, states))
     chosen = [place for place in places(model) if id(place.state) in named]
-    without = [place.state.site for place in chosen if not _has_moments(place, named)]
+    without = [place.state.site for place in chosen if not _has_moments(place, named, draws)]
     if without:
         raise SurgeryError(
-            "inference='moments' needs a forward that is a product of input and weight, and for a "
-            f"convolution another unit than 'input'; {counted(len(without), 'site')} without, the "
-            f"first is {without[0]!r}. Name the others in targets, or use 'sample'. The model is "
-            "unchanged"
+            "inference='moments' needs a forward that is a product of input and weight, or that of an "
+            "attention or a recurrent layer of torch without samples=, and for a convolution another "
+            f"unit than 'input'; {counted(len(without), 'site')} without, the first is {without[0]!r}. "
+            "Name the others in targets, or use 'sample'. The model is unchanged"
         )
 
 
-def _has_moments(place: Place, named: set[int]) -> bool:
-    """Whether mean and variance of the pre-activation are known: of a bias, with its weight."""
-    by = product_site(place)
-    return by is not None and id(by) in named and by.refused(by.sampling, "moments") is None
+def _has_moments(place: Place, named: set[int], draws: bool) -> bool:
+    """Whether mean and variance are known: of the bias of a product, with its weight."""
+    by = moved_by(place)
+    return id(by) in named and without_moments(by, draws) is None

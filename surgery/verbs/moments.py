@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..modules.places import Place, places, product_site
+from ..modules.places import Place, is_table, moved_by, places, without_moments
 from ..modules.walk import unwrapped
 from ..ops import ratio_of
 from ..spec.errors import NotOperatedError, SurgeryError
@@ -109,34 +109,33 @@ def _check_form(covariance: Any) -> None:
         )
 
 
-def _is_table(place: Place) -> bool:
-    """Whether a site is the weight of an embedding."""
-    state = place.state
-    return state.kind == "embedding" and isinstance(place.owner, nn.Embedding)
-
-
 def _table(place: Place) -> Table:
     raw, state = place.raw.detach(), place.state
     moving = raw if place.anchor is None else raw - place.anchor
     return Table(ratio_of(state.law_for(raw)) * moving.square(), state.unit)
 
 
-def without_moments(at: Iterable[Place]) -> dict[str, str]:
+def sites_without_moments(at: Iterable[Place]) -> dict[str, str]:
     """The sites of which no moments are known, and why."""
     found = {}
     for place in at:
-        by = product_site(place)
-        problem = "no moments are known" if by is None else by.refused(by.sampling, "moments")
-        if problem is not None and place.state.p > 0 and not _is_table(place):
+        problem = without_moments(moved_by(place))
+        if problem is not None and place.state.p > 0 and not is_table(place.state, place.owner):
             found[place.state.site] = problem
     return found
 
 
 def _check(at: Iterable[Place]) -> None:
-    for site, problem in without_moments(at).items():
+    for site, problem in sites_without_moments(at).items():
         raise SurgeryError(
             f"{site}: {problem}; strip this site, or use mc_predict. The model is unchanged"
         )
+
+
+def _has_a_fast_path(model: nn.Module) -> bool:
+    """Whether a part computes whole layers by a kernel of its own, from nested tensors. It does not
+    where somebody sees the torch functions, as `Sources` does."""
+    return any(isinstance(module, nn.TransformerEncoder) for module in model.modules())
 
 
 def _device_of(model: nn.Module, at: list[Place]) -> torch.device:
@@ -203,7 +202,7 @@ class _Forward:
         """One forward; what is known of the output."""
         run = Run(unwrapped(self.model), self.batch.rows, carrier, columns, records, self.dropout)
         for place in self.at:
-            if _is_table(place) and place.state.p > 0:
+            if is_table(place.state, place.owner) and place.state.p > 0:
                 run.tables[id(place.raw)] = _table(place)
         found: list[Any] = []
 
@@ -213,7 +212,7 @@ class _Forward:
                 inside.enter_context(torch.compiler.set_stance("force_eager"))
                 inside.enter_context(current(run))
                 batch = self._noisy(run)
-                if run.tables or run.dropout:
+                if run.tables or run.dropout or _has_a_fast_path(self.model):
                     inside.enter_context(Sources(run))
                 found.append(batch.call(self.model))
 

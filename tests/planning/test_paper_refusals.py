@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery import SurgeryError, apply_dropconnect, hold_masks, set_inference
+from surgery import (
+    SurgeryError,
+    apply_dropconnect,
+    hold_masks,
+    plan_dropconnect,
+    set_inference,
+)
 
 from ..helpers import Snapshot
 
@@ -46,22 +52,41 @@ def refused(model: nn.Module, targets: Any, words: list[str], **options: Any) ->
     assert Snapshot(model) == before
 
 
+VARYING = ("LSTM", "GRUCell", "MultiheadAttention")
+"""Moments travel through the functions that these give their weights to."""
+
+
 @every_mode
 @pytest.mark.parametrize("cls", OTHERS)
 def test_no_product(name: str, mode: dict[str, Any], cls: str) -> None:
     layer, parameter = OTHERS[cls]
+    if name == "inference='moments'" and cls in VARYING:
+        plan = plan_dropconnect(layer, "*", inference="moments")
+        assert str(plan).endswith("every site has moments")
+        mode = {"inference": "moments", "samples": 3}
+        refused(copy.deepcopy(layer), "*", [f"{parameter} ({cls}): samples= draws"], **mode)
+        return
     rule = f"{name} needs a forward that is a product of input and weight, and that of {cls} is not"
     fix = "use sampling='batch' and inference='mean' or 'sample' for it"
     model = nn.ModuleDict({"site": copy.deepcopy(layer)})
     refused(model, "site", [f"site.{parameter} ({cls}): {rule}", fix], **mode)
 
 
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out_proj = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.out_proj.weight
+
+
 @every_mode
 def test_a_parent_that_reads_the_weight_itself(name: str, mode: dict[str, Any]) -> None:
-    model = nn.ModuleDict({"site": nn.MultiheadAttention(4, 2)})
-    rule = (
-        f"{name} replaces the product in its own forward, but MultiheadAttention reads the weight"
-    )
+    moments = name == "inference='moments'"
+    model = nn.ModuleDict({"site": Reader() if moments else nn.MultiheadAttention(4, 2)})
+    reader = type(model["site"]).__name__
+    rule = f"{name} replaces the product in its own forward, but {reader} reads the weight"
     refused(model, "site.out_proj", ["site.out_proj.weight", rule, "sampling='batch'"], **mode)
 
 

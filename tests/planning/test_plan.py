@@ -41,11 +41,11 @@ class Model(nn.Module):
 TARGETS = ["embed", "reader.*", "scalar"]
 
 TABLE = """\
-site                kind       shape   p     options                          notes
-------------------  ---------  ------  ----  -------------------------------  ---------------------
-scalar              other      scalar  0.25  unit=tensor, toward=pretrained
-embed.weight        embedding  10x4    0.25  unit=tensor, toward=pretrained   tied with head.weight
-reader.proj.weight  linear     4x6     0.25  unit=tensor, toward=pretrained   drawn by reader
+site                kind       shape   p     options                         notes
+------------------  ---------  ------  ----  ------------------------------  ---------------------------
+scalar              other      scalar  0.25  unit=tensor, toward=pretrained  no moments
+embed.weight        embedding  10x4    0.25  unit=tensor, toward=pretrained  tied with head.weight
+reader.proj.weight  linear     4x6     0.25  unit=tensor, toward=pretrained  drawn by reader, no moments
 3 sites, 65 weights"""
 
 

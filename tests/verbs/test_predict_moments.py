@@ -74,6 +74,7 @@ def test_one_layer_is_exact(unit: str) -> None:
     model, x = nn.Sequential(nn.Linear(3, 2)).double(), torch.randn(4, 3, dtype=torch.float64)
     mean, covariance = enumerated(model, x, unit)
     apply_dropconnect(model, nn.Linear, p=P, unit=unit)
+    form: Any
     for form in ("diagonal", "outputs", "full", 64):
         found = predict_moments(model, x, form, class_dim=None)
         torch.testing.assert_close(found.mean, mean)
@@ -90,7 +91,8 @@ def test_two_linear_layers_are_exact(unit: str) -> None:
     model, x = chain(nn.Identity()), torch.randn(3, 4, dtype=torch.float64)
     mean, covariance = enumerated(model, x, unit)
     apply_dropconnect(model, nn.Linear, p=P, unit=unit)
-    for form in ("full",) if unit == "tensor" else ("full", "outputs"):
+    forms: tuple[Any, ...] = ("full",) if unit == "tensor" else ("full", "outputs")
+    for form in forms:
         found = predict_moments(model, x, form, class_dim=None)
         torch.testing.assert_close(found.mean, mean)
         if unit in ("element", "tensor"):
@@ -425,10 +427,10 @@ def test_a_loader_and_a_compiled_model() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(NotOperatedError, match="input_variance"):
         predict_moments(nn.Linear(2, 2), torch.randn(1, 2), dropout=False)
-    model = nn.LSTM(3, 3)
-    apply_dropconnect(model, nn.LSTM, p=P)
-    with pytest.raises(SurgeryError, match="weight_hh_l0"):
-        predict_moments(model, torch.randn(2, 2, 3))
+    model = nn.Bilinear(3, 3, 3)
+    apply_dropconnect(model, "weight", p=P)
+    with pytest.raises(SurgeryError, match="weight: no moments are known"):
+        predict_moments(model, (torch.randn(2, 3), torch.randn(2, 3)))
     for wrong in (0, True, "low", 1.5):
         with pytest.raises(ValueError, match="covariance"):
             predict_moments(nn.Linear(2, 2), torch.randn(1, 2), wrong, input_variance=1.0)  # type: ignore[arg-type]

@@ -10,8 +10,8 @@ from torch import nn
 from surgery import Prediction, dropconnect_sites
 from surgery.modules.places import places
 from surgery.spec.forms import counted
-from surgery.spec.plan import Plan
-from surgery.verbs.moments import without_moments
+from surgery.spec.plan import Plan, moments_known
+from surgery.verbs.moments import sites_without_moments
 
 from .outline import Part, Weight, outline
 
@@ -93,7 +93,7 @@ def _settled(moments: bool | Prediction) -> dict[str, list[str]]:
 
 
 def _without(model: nn.Module) -> dict[str, str]:
-    return without_moments(places(model))
+    return sites_without_moments(places(model))
 
 
 def _noted(root: Part, lines: list[_Line], settled: dict[str, list[str]]) -> Iterator[_Line]:
@@ -113,9 +113,7 @@ def _far(
 ) -> Iterator[str]:
     """What is said of mean and variance below the tree."""
     if moments is True:
-        yield from (f"no moments: {site}: {problem}" for site, problem in without.items())
-        if not without:
-            yield "every site has moments"
+        yield from moments_known(without)
     elif moments and settled:
         count = sum(map(len, settled.values()))
         yield f"variance is lost at {counted(count, 'function')} ({CUT})"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery import apply_dropconnect, predict_moments
+from surgery import SurgeryError, apply_dropconnect, plan_dropconnect, predict_moments
 from surgery.transforms import tree
 
 
@@ -32,9 +33,20 @@ def test_variance_that_goes_all_the_way() -> None:
 
 
 def test_sites_without_moments_are_known_at_rest() -> None:
-    model = nn.ModuleDict({"rnn": nn.LSTM(3, 4), "fc": nn.Linear(4, 2)})
+    """A plan says the same, and `predict_moments` refuses for the same reason."""
+    model = nn.ModuleDict({"pair": nn.Bilinear(3, 3, 4), "fc": nn.Linear(4, 2)})
+    assert str(plan_dropconnect(model, "fc", inference="moments")).endswith(
+        "every site has moments"
+    )
+    assert "moments" not in str(plan_dropconnect(model, "fc"))
+    plan = plan_dropconnect(model, ["fc", "pair.weight"], p=0.3)
     apply_dropconnect(model, "fc", p=0.3)
     assert tree(model, moments=True).endswith("every site has moments")
-    apply_dropconnect(model, "rnn.weight_hh_l0", p=0.3)
+    apply_dropconnect(model, "pair.weight", p=0.3)
     last = tree(model, moments=True).splitlines()[-1]
-    assert last.startswith("no moments: rnn.weight_hh_l0: ")
+    assert last == "no moments: pair.weight: no moments are known of what reads it"
+    assert plan[0].no_moments == "no moments are known of what reads it"
+    assert str(plan).splitlines()[2].endswith("no moments")
+    assert plan[1].no_moments is None
+    with pytest.raises(SurgeryError, match=r"pair\.weight: no moments are known of what reads it"):
+        predict_moments(model, torch.randn(2, 3))
