@@ -48,6 +48,8 @@ class Case:
     forms: tuple[Any, ...]
     sampling_rows: int
     """Rows that run together in Monte Carlo; 1: samples one by one."""
+    draws: tuple[int, ...] = (10, 100)
+    """Of each pre-activation, as in the paper; none where not every site is a product."""
 
 
 def perceptron(depth: int, p: float, steps: int) -> Case:
@@ -146,6 +148,56 @@ def minilms(steps: int) -> Iterator[Case]:
     )  # fmt: skip
 
 
+class Reader(nn.Module):
+    """Reads the rows of an image one after the other: ten classes from the state at the end."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.layer(x.squeeze(1))[0][:, -1])
+        return found
+
+
+def recurrents(steps: int) -> Iterator[Case]:
+    """An LSTM and a GRU of 64, trained on the digits; all their weights drop."""
+    x, labels = digits()
+    for cls in (nn.LSTM, nn.GRU):
+        torch.manual_seed(0)
+        model = Reader(cls(8, 64, batch_first=True))
+        train(model, x[:1500], labels[:1500], steps)
+        apply_dropconnect(model, ["layer.weight_*", "head"], p=0.3)
+        name = f"{cls.__name__} of 64, p = 0.3"
+        yield Case(name, model.eval(), x[1500:1532], None, FORMS, 1, draws=())
+
+
+class Encoder(nn.Module):
+    """Two of torch's encoder layers over the rows of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+        self.first, self.layers = nn.Linear(8, 64), nn.TransformerEncoder(layer, 2)
+        self.place, self.head = nn.Parameter(0.3 * torch.randn(8, 64)), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.layers(self.first(x.squeeze(1)) + self.place).mean(1))
+        return found
+
+
+def encoders(steps: int) -> Iterator[Case]:
+    """Packed attention and all linear layers of torch's encoder, trained on the digits."""
+    torch.manual_seed(0)
+    model = Encoder()
+    x, labels = digits()
+    train(model, x[:1500], labels[:1500], steps)
+    targets = [nn.Linear, nn.MultiheadAttention]
+    apply_dropconnect(model, targets, p=0.1)
+    name = "nn.TransformerEncoder, 2 layers of 64, p = 0.1"
+    yield Case(name, model.eval(), x[1500:1532], None, FORMS, 1, draws=())
+
+
 class Logits(nn.Module):
     """What a classifier of transformers says of its inputs, as a tensor."""
 
@@ -180,6 +232,8 @@ CASES: dict[str, Callable[[int], Iterator[Case]]] = {
     "resnet": resnets,
     "minilm": minilms,
     "vit": vits,
+    "rnn": recurrents,
+    "encoder": encoders,
 }
 
 
@@ -261,7 +315,7 @@ def table(case: Case, samples: int) -> tuple[str, list[Point], float]:
             f"{needed(spread, max(now, own / 2))} |"
         )
 
-    for draws in (10, 100):
+    for draws in case.draws:
         with set_inference(case.model, "moments", samples=draws), torch.no_grad():
             seconds = forward_time(lambda: called(case.model, case.inputs), 3)
             drawn = plain_of(case)

@@ -43,17 +43,7 @@ class Varying(Weight):
         if state.part is not None or is_sharded(raw):
             option = "inference='moments'"
             raise RuntimeError(f"{state.site}: {refusal_to_cut(option)}")
-        return Varying._made(operand, {}, None)
-
-    @staticmethod
-    def _made(operand: Operand, masks: dict[int | None, Shared], part: int | None) -> Varying:
-        value: Any
-        if is_traced():
-            value, value.like = Varying(), operand.raw
-        else:
-            value, value.like = tensor_without_memory(VaryingTensor, operand.raw), None
-        value.operand, value.masks, value.part = operand, masks, part
-        return value  # type: ignore[no-any-return]
+        return _made(operand, {}, None)
 
     @property
     def run(self) -> Run:  # type: ignore[override]
@@ -77,7 +67,7 @@ class Varying(Weight):
         raw, state, anchor = self.operand
         anchors = [None] * count if anchor is None else anchor.chunk(count)
         pairs = enumerate(zip(raw.chunk(count), anchors))
-        return [self._made(Operand(one, state, its), self.masks, i) for i, (one, its) in pairs]
+        return [_made(Operand(one, state, its), self.masks, i) for i, (one, its) in pairs]
 
     def product(self, x: Any, bias: Any) -> Travelling:
         state = self.operand.state
@@ -108,3 +98,13 @@ class VaryingTensor(WeightTensor, Varying):
 
     __torch_function__ = Weight.__torch_function__
     __repr__ = Weight.__repr__  # type: ignore[assignment]
+
+
+def _made(operand: Operand, masks: dict[int | None, Shared], part: int | None) -> Varying:
+    value: Any
+    if is_traced():
+        value, value.like = Varying(), operand.raw
+    else:
+        value, value.like = tensor_without_memory(VaryingTensor, operand.raw), None
+    value.operand, value.masks, value.part = operand, masks, part
+    return value  # type: ignore[no-any-return]

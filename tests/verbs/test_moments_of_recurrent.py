@@ -116,6 +116,8 @@ def test_steps_share_their_masks(name: str, unit: str) -> None:
     found = predict_moments(model, x, "full", class_dim=None)
     size = float(sampled.variance.sum())
     assert float(found.variance.sum()) == pytest.approx(size, rel=0.1)
+    outputs = predict_moments(model, x, "outputs", class_dim=None)
+    assert float(outputs.variance.sum()) == pytest.approx(size, rel=0.1)
     if unit == "element":
         columns = predict_moments(model, x, 256, class_dim=None)
         assert float(columns.variance.sum()) == pytest.approx(size, rel=0.12)
