@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,6 +13,7 @@ from ..modules.places import Place, is_table, moved_by, places, without_moments
 from ..modules.walk import unwrapped
 from ..ops import ratio_of
 from ..spec.errors import NotOperatedError, SurgeryError
+from ..torch_private.modes import outside_of_inference
 from ..torch_private.trees import tree_map
 from ..travel import Run, State, TooWide, Travelling, current
 from ..travel.adjoint import output_covariance
@@ -152,6 +153,13 @@ def _low_rank(factors: Tensor, variance: Tensor) -> LowRank:
     return LowRank((wide * scale).movedim(0, -1))
 
 
+@contextmanager
+def _recording(on: bool) -> Iterator[None]:
+    """Inside, a graph for backward passes is recorded, or none is, whatever the caller does."""
+    with outside_of_inference() if on else nullcontext(), torch.set_grad_enabled(on):
+        yield
+
+
 class _Forward:
     """The forwards of one batch."""
 
@@ -193,7 +201,8 @@ class _Forward:
         return prediction_of(mean, found.variance, whole, class_dim, run.settled)
 
     def _of_backward(self, run: Run, found: State, class_dim: int | None) -> Prediction:
-        whole = output_covariance(found.mean, run)
+        with _recording(True):
+            whole = output_covariance(found.mean, run)
         variance = whole.diagonal(dim1=1, dim2=2).reshape(found.mean.shape).to(found.variance.dtype)
         mean = found.mean.detach()
         return prediction_of(mean, variance, whole.detach(), class_dim, run.settled)
@@ -208,7 +217,7 @@ class _Forward:
 
         def call() -> None:
             with ExitStack() as inside:
-                inside.enter_context(torch.set_grad_enabled(records))
+                inside.enter_context(_recording(records))
                 inside.enter_context(torch.compiler.set_stance("force_eager"))
                 inside.enter_context(current(run))
                 batch = self._noisy(run)
@@ -218,7 +227,7 @@ class _Forward:
 
         while_dropping(self.model, self.at, "moments", None, call)
         value: Any = tensor_of(found[0], self.batch.rows, self.select)
-        with torch.set_grad_enabled(records):
+        with _recording(records):
             if isinstance(value, Travelling):
                 mean = value.expectation()  # as a forward in inference="moments" ends
                 state = value.state()
