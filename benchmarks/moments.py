@@ -32,10 +32,11 @@ from surgery import (
     mc_predict,
     predict_moments,
     set_inference,
+    set_p,
     strip_dropconnect,
 )
 
-FORMS: tuple[Any, ...] = ("diagonal", 8, 32, "full")
+FORMS: tuple[Any, ...] = ("diagonal", "outputs", 8, 32, "full")
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,18 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def cnns(steps: int) -> Iterator[Case]:
-    """A small CNN on scikit-learn's digits: convolutions, batch norm, max and mean pooling."""
+    """A small CNN on scikit-learn's digits, whose first layer has 25 inputs, and one where it has 9."""
+    for kernel in (5, 3):
+        model, x = cnn(kernel, steps)
+        name = f"CNN on digits, first kernel {kernel} x {kernel}, p = 0.1"
+        yield Case(name, model, x, None, FORMS, 1)
+
+
+def cnn(kernel: int, steps: int) -> tuple[nn.Module, Tensor]:
+    """Convolutions, batch norm, max and mean pooling, trained while weights drop; and inputs."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(1, 16, kernel, padding=kernel // 2), nn.BatchNorm2d(16), nn.ReLU(),
         nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
@@ -108,7 +117,42 @@ def cnns(steps: int) -> Iterator[Case]:
     targets = [nn.Conv2d, nn.Linear]
     apply_dropconnect(model, targets, p=0.1)
     train(model, x[:1500], labels[:1500], steps)
-    yield Case("CNN on digits, p = 0.1", model.eval(), x[1500:1532], None, FORMS, 1)
+    return model.eval(), x[1500:1532]
+
+
+def first_layers(steps: int, samples: int) -> str:
+    """How far the first layer of a CNN is from what masks do: beside masks, and beside Gaussian numbers
+    of the same variance in their place."""
+    lines = [
+        "### The first layer of the CNNs alone, p = 0.1",
+        "",
+        "| first kernel | variance / Monte Carlo | the same where masks are Gaussian numbers |",
+        "|---|---|---|",
+    ]
+    for kernel in (5, 3):
+        model, x = cnn(kernel, steps)
+        set_p(model, 0.0)
+        set_p(model, 0.1, ["0.weight"])
+        own = predict_moments(model, x, "full", class_dim=None).variance.sum()
+        masks = mc_predict(model, x, samples, seed=1, batch_size=1, class_dim=None).variance.sum()
+        strip_dropconnect(model)
+        noise = with_noise(model, x, model[0].weight, 0.1 / 0.9, samples).sum()  # type: ignore[index]
+        lines.append(f"| {kernel} x {kernel} | {own / masks:.3f} | {own / noise:.3f} |")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def with_noise(model: nn.Module, x: Tensor, weight: Tensor, ratio: float, samples: int) -> Tensor:
+    """The variance of the outputs where each entry of a weight is multiplied by a Gaussian number of
+    mean 1 and variance `ratio`."""
+    kept, generator = weight.clone(), torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(samples):
+        noise = torch.randn(kept.shape, generator=generator)
+        weight.copy_(kept * (1 + math.sqrt(ratio) * noise))
+        found.append(model(x))
+    weight.copy_(kept)
+    return torch.stack(found).var(0)
 
 
 def resnets(steps: int) -> Iterator[Case]:
@@ -384,6 +428,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     for name in options.cases:
+        if name == "cnn":
+            print(f"{first_layers(options.steps, options.samples)}\n", flush=True)
         for case in CASES[name](options.steps):
             text, points, spread = table(case, options.samples)
             print(f"{text}\n", flush=True)

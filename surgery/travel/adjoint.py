@@ -36,14 +36,15 @@ def output_covariance(mean: Tensor, run: Run) -> Tensor:
     if not pairs or not flat.requires_grad:
         return total
     deltas = [delta for _, delta in pairs]
-    by = {id(birth): delta.new_zeros(count, *delta.shape) for birth, delta in pairs}
+    by = {
+        id(birth): torch.empty_like(delta.expand(count, *delta.shape)) for birth, delta in pairs
+    }
     for output in range(count):
         found = torch.autograd.grad(
             flat[:, output].sum(), deltas, retain_graph=output + 1 < count, allow_unused=True
         )
         for own, gradient in zip(by.values(), found):
-            if gradient is not None:
-                own[output] = gradient
+            own[output] = 0 if gradient is None else gradient
     with torch.no_grad():
         for births in _with_the_same_numbers([birth for birth, _ in pairs]):
             # Taken out, which frees them: there are many.

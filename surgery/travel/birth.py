@@ -305,4 +305,4 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
 
 def root(square: Tensor, sign_of: Tensor) -> Tensor:
     """The root of expected squares, with the sign of the mean."""
-    return torch.where(sign_of < 0, -1.0, 1.0).to(square.dtype) * square.sqrt()
+    return torch.copysign(square.sqrt(), sign_of)

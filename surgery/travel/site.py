@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..moments import Points
@@ -188,7 +189,7 @@ def _births(state: State, known: Tensor, fresh: Tensor, site: Site) -> list[Birt
         own = (site.features,) if site.shares_rows else rows
         births.append(OfOutputs(added.sqrt(), own, site.of_shared_bias))
     noisy = (site.moving * site.ratio.sqrt()).to(x.dtype)
-    size = root(x.square() + state.variance, x)
+    size = root(torch.addcmul(state.variance, x, x), x)
     if site.unit == "input":
         return [*births, OfInputs(fresh, size, noisy, site.shares_rows, site.shared)]
     if site.shared is None and (not site.shares_rows or fresh.ndim == 2):

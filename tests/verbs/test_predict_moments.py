@@ -445,13 +445,13 @@ def test_prediction_is_public() -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("form", ["outputs", "full"])
-def test_backward_passes_whatever_the_caller_does(mode: Any, form: str) -> None:
+def test_backward_passes_whatever_the_caller_does(mode: Any, form: Any) -> None:
     torch.manual_seed(0)
     model = convolutions().eval()
     apply_dropconnect(model, nn.Conv2d, p=0.1)
     x = torch.randn(2, 4, 8, 8)
-    expected = predict_moments(model, x, form).covariance
+    expected = predict_moments(model, x, form).variance
     with mode():
-        found = predict_moments(model, x.clone(), form).covariance
+        found = predict_moments(model, x.clone(), form).variance
         assert torch.equal(found, expected)
-    assert (found.diagonal(dim1=1, dim2=2) > 0).all()
+    assert bool((found > 0).all())

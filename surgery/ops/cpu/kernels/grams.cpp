@@ -26,7 +26,7 @@ inline void derivatives(const float *from, const float *x, float *to, const Size
       for (int v = 0; v < WIDE; ++v) values[v] = load(at + v * LANES);
       for (int k = 0; k < TOGETHER; ++k)
         for (int v = 0; v < WIDE; ++v)
-          sums[k][v] = fused(Floats{} + own[k], values[v], sums[k][v]);
+          sums[k][v] = fused(splat(own[k]), values[v], sums[k][v]);
     }
     for (int k = 0; k < TOGETHER; ++k)
       for (int v = 0; v < WIDE; ++v) store(to + k * of.padded + i + v * LANES, sums[k][v]);

@@ -32,6 +32,16 @@ inline void store_some(float *to, Floats value, int64_t count) {
   std::memcpy(to, &value, sizeof(float) * count);
 }
 
+inline Floats splat(float value) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_set1_ps(value);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_set1_ps(value);
+#else
+  return Floats{} + value;
+#endif
+}
+
 inline Floats fused(Floats a, Floats b, Floats sum) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
