@@ -79,7 +79,8 @@ def test_one_layer_is_exact(unit: str) -> None:
         found = predict_moments(model, x, form, class_dim=None)
         torch.testing.assert_close(found.mean, mean)
         torch.testing.assert_close(found.variance, covariance.diagonal(dim1=1, dim2=2))
-    for form in ("outputs", "full"):
+    both: tuple[Any, ...] = ("outputs", "full")
+    for form in both:
         found = predict_moments(model, x, form, class_dim=None)
         torch.testing.assert_close(found.covariance, covariance)
 
