@@ -429,7 +429,7 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     for name in options.cases:
         if name == "cnn":
-            print(f"{first_layers(options.steps, options.samples)}\n", flush=True)
+            print(f"{first_layers(options.steps, 4 * options.samples)}\n", flush=True)
         for case in CASES[name](options.steps):
             text, points, spread = table(case, options.samples)
             print(f"{text}\n", flush=True)

@@ -36,9 +36,7 @@ def output_covariance(mean: Tensor, run: Run) -> Tensor:
     if not pairs or not flat.requires_grad:
         return total
     deltas = [delta for _, delta in pairs]
-    by = {
-        id(birth): torch.empty_like(delta.expand(count, *delta.shape)) for birth, delta in pairs
-    }
+    by = {id(birth): torch.empty_like(delta.expand(count, *delta.shape)) for birth, delta in pairs}
     for output in range(count):
         found = torch.autograd.grad(
             flat[:, output].sum(), deltas, retain_graph=output + 1 < count, allow_unused=True
