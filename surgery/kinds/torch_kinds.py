@@ -166,6 +166,7 @@ for _kind in (
         axes=columns,
         bias=lambda name: None,
         refuse=_refuse_embedding,
+        varies=lambda cls, name: issubclass(cls, nn.Embedding) and name == "weight",
         reads=reads_of(nn.Embedding, nn.EmbeddingBag, names=("weight",)),
     ),
     Kind(

@@ -117,11 +117,6 @@ def without_moments(by: SiteState | None, draws: bool = False) -> str | None:
     return by.refused(by.sampling, "moments", draws)
 
 
-def is_table(state: SiteState, owner: nn.Module) -> bool:
-    """Whether a site is the weight of an embedding, whose moments `predict_moments` knows."""
-    return state.kind == "embedding" and isinstance(owner, nn.Embedding)
-
-
 def set_state(module: nn.Module, state: SiteState) -> None:
     """Replace the state of one parameter of a module."""
     for states in _read_together(module):

@@ -1,10 +1,11 @@
 """The weight that a forward reads in `inference="moments"`, if it is no product that can be replaced:
-forwards of attention and of recurrent layers hand their weights to functions of torch."""
+forwards of attention, recurrent layers and embeddings hand their weights to functions of torch."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
@@ -13,8 +14,8 @@ from ..ops.part_mask import is_sharded
 from ..torch_private.tensors import tensor_without_memory
 from ..torch_private.tracing import is_traced
 from ..travel import ALONE, Run, Shared, Travelling, Weight, WeightTensor, running
-from ..travel.birth import OfOutputs
-from ..travel.state import apart
+from ..travel.birth import Birth, OfOutputs, OfWords
+from ..travel.state import apart, certain
 from ..travel.value import expected
 from .masking import Operand, check_anchor
 from .product_forward import ProductCall, check_dense
@@ -79,6 +80,20 @@ class Varying(Weight):
         return call.through(
             self.run, self.shared(), bias.shared() if isinstance(bias, Varying) else None
         )
+
+    def looked_up(self, index: Tensor) -> Travelling:
+        raw, state, anchor = self.operand
+        run, law = self.run, state.law_for(raw)
+        found = certain(F.embedding(index, self.expectation()))
+        with apart():
+            moving = F.embedding(index, raw if anchor is None else raw - anchor)
+            effect = ops.ratio_of(law).sqrt() * moving.to(found.variance.dtype)
+        birth: Birth
+        if state.unit in ("output", "tensor"):
+            birth = OfOutputs(effect, (-1,) if state.unit == "output" else ())
+        else:
+            birth = OfWords(effect, index, whole=state.unit == "input")
+        return Travelling.of(run, run.born(found, birth))
 
     def added_to(self, value: Any) -> Travelling:
         raw, state, anchor = self.operand

@@ -13,7 +13,7 @@ from ..kinds.product import Demand
 from ..modules.laws import give_laws
 from ..modules.masking import is_managed
 from ..modules.operated import DropConnectModule, operated_class, plain_class
-from ..modules.places import is_table, plain_parameters, states_of, without_moments
+from ..modules.places import plain_parameters, states_of, without_moments
 from ..modules.ranks import note_mesh
 from ..modules.state import SiteState
 from ..moments.scope import needs_scope
@@ -190,9 +190,8 @@ def _site(
 def _no_moments(one: Candidate, state: SiteState) -> str | None:
     """Why no moments are known of a parameter. Those of a bias that is dropped with its weight are
     known if those of the weight are, which `_lone_biases` looks after."""
-    if is_table(state, one.user.module) or (state.with_weight and not state.varies):
-        return None
-    return without_moments(state)
+    lone = state.with_weight and not state.varies
+    return None if lone else without_moments(state)
 
 
 def settling(catalogue: Catalogue, owner: Owner, state: SiteState) -> Iterator[nn.Module]:

@@ -209,6 +209,56 @@ class OfInputs(Birth):
         return apart.sum(2) if self.shares_rows else apart.flatten(2)
 
 
+class OfWords(Birth):
+    """Rows of an embedding: one number for each entry of a row, or for the whole row. The same word has
+    the same in all places of an example."""
+
+    def __init__(self, effect: Tensor, index: Tensor, whole: bool) -> None:
+        """
+        Args:
+            effect: (rows, ..., out): what the numbers add, signed.
+            index: (rows, ...): the words.
+            whole: whether a word has one number.
+        """
+        super().__init__(effect.square())
+        self.effect, self.index, self.whole = effect, index, whole
+
+    def _words(self) -> tuple[Tensor, Tensor]:
+        """(rows, words, out): the effect; and (rows, words, 1): where the same word stands first."""
+        words = self.index.reshape(len(self.index), math.prod(self.index.shape[1:]))
+        same = words.unsqueeze(-1) == words.unsqueeze(-2)
+        first = same.to(torch.uint8).argmax(-1, keepdim=True)
+        return self.effect.view(*words.shape, self.effect.shape[-1]), first
+
+    def latents(self, rows: int) -> int | None:
+        if len(self.index) != rows:
+            return None
+        return math.prod(self.index.shape[1:]) * (1 if self.whole else self.effect.shape[-1])
+
+    def exact(self, rows: int) -> Tensor:
+        effect, first = self._words()
+        count, out = effect.shape[1:]
+        at = torch.nn.functional.one_hot(first.squeeze(-1), count).to(effect.dtype)
+        columns = at.permute(2, 0, 1).unsqueeze(-1) * effect  # (places, rows, words, out)
+        if not self.whole:
+            eye = torch.eye(out, dtype=effect.dtype, device=effect.device)
+            columns = columns.unsqueeze(1) * eye.view(out, 1, 1, out)
+        return columns.reshape(-1, *self.effect.shape)
+
+    def sketched(self, columns: int, signs: Signs) -> Tensor:
+        effect, first = self._words()
+        drawn = signs((columns, *effect.shape[:2], 1 if self.whole else effect.shape[-1]), effect)
+        drawn = drawn.gather(2, first.expand(drawn.shape)) / math.sqrt(columns)
+        return (drawn * effect).view(columns, *self.effect.shape)
+
+    def effects(self, by: Tensor, rows: int) -> Tensor:
+        effect, first = self._words()
+        each = by.view(len(by), *effect.shape) * effect
+        each = each.sum(-1, keepdim=True) if self.whole else each
+        summed = torch.zeros_like(each).scatter_add_(2, first.expand(each.shape), each)
+        return summed.reshape(len(by), rows, -1)
+
+
 class OfWeights(Birth):
     """One number for each mask entry of a weight, shared by all rows of an example."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .call import Call, rule
 from .run import Run
 from .state import State, apart, fixed, over_columns
-from .value import Travelling
+from .value import Travelling, expected
 from .weight import Weight
 
 Map = Callable[[Tensor], Tensor]
@@ -232,10 +232,12 @@ def average_pool(call: Call) -> Any:
     )
 
 
-@rule("embedding")
+@rule("embedding", weights=True)
 def embedding(call: Call) -> Any:
     """Rows of a weight that varies."""
     weight = call.argument(1, "weight")
+    if isinstance(weight, Weight):
+        return weight.looked_up(expected(call.first))
     if not _travels(weight) or _travels(call.first):
         return NotImplemented
     index, state = call.first, weight.state()

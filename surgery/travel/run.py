@@ -6,12 +6,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..spec.config import Unit
 from .birth import LIMIT, Birth, Diagonal, Shared, drawn_signs
 from .state import State, apart, record
 
@@ -24,14 +23,6 @@ Carrier = Literal["none", "exact", "sketch"]
 have the
   right expectation; a relative error of sqrt(2 / columns) is averaged over the entries of a value.
 """
-
-
-class Table(NamedTuple):
-    """The weight of an embedding that drops."""
-
-    variance: Tensor
-    """Of each entry."""
-    unit: Unit
 
 
 class TooWide(Exception):
@@ -59,8 +50,6 @@ class Run:
         """Whether means get a graph, and births are kept, for backward passes."""
         self.dropout = dropout
         """Whether dropouts of the model drop."""
-        self.tables: dict[int, Table] = {}
-        """Embeddings that drop, by the id of their weight."""
         self.births: list[Birth] = []
         self.settled: list[str] = []
         """Where a value became its mean, and what did that."""

@@ -1,8 +1,8 @@
 """A weight that drops, where a function takes it as an argument.
 
-The forwards of attention and of recurrent layers hand their weights to functions of torch. So that
-moments travel there, a forward reads a `Weight` in the place of its parameter. The functions that have
-a rule for it make products of it; any other gets the expectation, and the run notes that.
+The forwards of attention, recurrent layers and embeddings hand their weights to functions of torch. So
+that moments travel there, a forward reads a `Weight` in the place of its parameter. The functions that
+have a rule for it know what it does; any other gets the expectation, and the run notes that.
 """
 
 from __future__ import annotations
@@ -36,6 +36,14 @@ class Weight(Deferred):
 
     def added_to(self, value: Any) -> Travelling:
         """A value (rows, ..., out) with this bias added, whose weight does not vary."""
+        raise NotImplementedError
+
+    def looked_up(self, index: Tensor) -> Travelling:
+        """Rows of the weight, as an embedding looks them up: (rows, ..., out).
+
+        Args:
+            index: (rows, ...): examples come first.
+        """
         raise NotImplementedError
 
     def parts(self, count: int) -> list[Weight]:

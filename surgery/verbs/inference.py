@@ -105,9 +105,10 @@ def _check_moments(model: nn.Module, states: list[SiteState], draws: bool) -> No
     if without:
         raise SurgeryError(
             "inference='moments' needs a forward that is a product of input and weight, or that of an "
-            "attention or a recurrent layer of torch without samples=, and for a convolution another "
-            f"unit than 'input'; {counted(len(without), 'site')} without, the first is {without[0]!r}. "
-            "Name the others in targets, or use 'sample'. The model is unchanged"
+            "attention, a recurrent layer or an embedding of torch without samples=, and for a "
+            f"convolution another unit than 'input'; {counted(len(without), 'site')} without, the "
+            f"first is {without[0]!r}. Name the others in targets, or use 'sample'. The model is "
+            "unchanged"
         )
 
 

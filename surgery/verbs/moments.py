@@ -9,15 +9,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..modules.places import Place, is_table, moved_by, places, without_moments
+from ..modules.places import Place, moved_by, places, without_moments
 from ..modules.walk import unwrapped
-from ..ops import ratio_of
 from ..spec.errors import NotOperatedError, SurgeryError
 from ..torch_private.modes import outside_of_inference
 from ..torch_private.trees import tree_map
 from ..travel import Run, State, TooWide, Travelling, current
 from ..travel.adjoint import output_covariance
-from ..travel.run import Carrier, Table
+from ..travel.run import Carrier
 from ..travel.sources import Sources
 from ..travel.state import certain
 from .arguments import Forward
@@ -110,18 +109,12 @@ def _check_form(covariance: Any) -> None:
         )
 
 
-def _table(place: Place) -> Table:
-    raw, state = place.raw.detach(), place.state
-    moving = raw if place.anchor is None else raw - place.anchor
-    return Table(ratio_of(state.law_for(raw)) * moving.square(), state.unit)
-
-
 def sites_without_moments(at: Iterable[Place]) -> dict[str, str]:
     """The sites of which no moments are known, and why."""
     found = {}
     for place in at:
         problem = without_moments(moved_by(place))
-        if problem is not None and place.state.p > 0 and not is_table(place.state, place.owner):
+        if problem is not None and place.state.p > 0:
             found[place.state.site] = problem
     return found
 
@@ -210,9 +203,6 @@ class _Forward:
     def run(self, carrier: Carrier, columns: int = 0, records: bool = False) -> tuple[Run, State]:
         """One forward; what is known of the output."""
         run = Run(unwrapped(self.model), self.batch.rows, carrier, columns, records, self.dropout)
-        for place in self.at:
-            if is_table(place.state, place.owner) and place.state.p > 0:
-                run.tables[id(place.raw)] = _table(place)
         found: list[Any] = []
 
         def call() -> None:
@@ -221,7 +211,7 @@ class _Forward:
                 inside.enter_context(torch.compiler.set_stance("force_eager"))
                 inside.enter_context(current(run))
                 batch = self._noisy(run)
-                if run.tables or run.dropout or _has_a_fast_path(self.model):
+                if run.dropout or _has_a_fast_path(self.model):
                     inside.enter_context(Sources(run))
                 found.append(batch.call(self.model))
 

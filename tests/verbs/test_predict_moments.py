@@ -19,6 +19,7 @@ from surgery import (
     apply_dropconnect,
     mc_predict,
     predict_moments,
+    set_inference,
     strip_dropconnect,
 )
 
@@ -355,6 +356,35 @@ def test_an_embedding_is_exact() -> None:
     row = model.weight.detach()[index]
     torch.testing.assert_close(found.mean, row)
     torch.testing.assert_close(found.variance, 0.25 * row**2)
+
+
+@pytest.mark.parametrize("unit", ["element", "input", "output", "tensor"])
+def test_the_same_word_has_the_same_mask(unit: str) -> None:
+    """Words 1 and 1 covary, of which the second is no other; exact for every form that knows it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 2), nn.Flatten()).double().eval()
+    index = torch.tensor([[1, 2, 1], [0, 4, 3]])
+    rows = model[0].weight.detach()[index]
+    same = (index.unsqueeze(2) == index.unsqueeze(1)).double()
+    alike = torch.eye(2).double()
+    shares = {
+        "element": torch.einsum("bst,de->bsdte", same, alike),
+        "input": torch.einsum("bst,de->bsdte", same, torch.ones(2, 2).double()),
+        "output": torch.einsum("bst,de->bsdte", torch.ones(2, 3, 3).double(), alike),
+        "tensor": torch.ones(2, 3, 2, 3, 2).double(),
+    }[unit]
+    wanted = 0.25 * torch.einsum("bsd,bte,bsdte->bsdte", rows, rows, shares).view(2, 6, 6)
+    apply_dropconnect(model, nn.Embedding, p=P, unit=unit)
+    form: Any
+    for form in ("full", "outputs"):
+        found = predict_moments(model, index, form, class_dim=None)
+        torch.testing.assert_close(found.covariance, wanted)
+        torch.testing.assert_close(found.mean, rows.flatten(1))
+    columns = predict_moments(model, index, 4096, class_dim=None).covariance
+    assert isinstance(columns, LowRank)
+    torch.testing.assert_close(columns.dense(), wanted, rtol=0.0, atol=0.08 * float(wanted.max()))
+    with set_inference(model, "moments"):
+        assert torch.equal(model(index), rows.flatten(1))
 
 
 class Sorting(nn.Module):
