@@ -77,6 +77,11 @@ def live_masks(model: nn.Module) -> Iterator[Tensor]:
                 yield vars(module)[site.live]
 
 
+def kernel_functions() -> list[str]:
+    """The C++ kernels: library and function."""
+    return [f"{name}.{one}" for name, functions in native._SIGNATURES.items() for one in functions]
+
+
 def free_blocks() -> list[Tensor]:
     """The memory that waits for the masked weight of the next product."""
     return [block.base for blocks in workspace._free.values() for block in blocks]

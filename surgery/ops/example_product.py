@@ -278,16 +278,20 @@ def _fused_gradients(
     counted = masks.counted()
     if counted is None or rows.dtype != torch.float32:
         return None
-    if not masks.kernels("products", rows, inputs) or not _are_finite(rows, inputs, masks.weight):
+    if not masks.kernels("products", rows, inputs):
+        return None
+    # These kernels multiply what is dropped by 0, of which infinities and NaN would make NaN.
+    if not _is_finite(rows) or (want_weight and not _is_finite(inputs)):
         return None
     args = (*masks.factors(), counted, masks.each_row())
-    return native.example_gradients(rows, inputs, *args, want_x, want_weight)
+    of_x, of_weight = native.example_gradients(rows, inputs, *args, want_x, want_weight)
+    # Such a weight would show in the gradient of each row, which is read faster than the weight.
+    return (of_x, of_weight) if of_x is None or _is_finite(of_x) else None
 
 
-def _are_finite(*tensors: Tensor) -> bool:
-    """Whether all numbers are finite, and their sums too: these kernels multiply what is dropped by 0,
-    of which infinities and NaN would make NaN."""
-    return all(math.isfinite(tensor.sum().item()) for tensor in tensors)
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite, and their sum too. For the CPU, where this waits for nothing."""
+    return math.isfinite(tensor.sum().item())
 
 
 def _block_gradients(

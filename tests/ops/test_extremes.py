@@ -27,6 +27,7 @@ from surgery.ops.law import Mask
 from surgery.ops.mask import drop_both
 
 from ..expected import example_weights, keep, keep_examples, masked
+from ..helpers import bits, sorts
 
 CPU = torch.device("cpu")
 KEY = key_from_seed(5)
@@ -46,17 +47,6 @@ def specials(dtype: torch.dtype) -> Tensor:
     of = torch.tensor([*SPECIAL, *ends], dtype=torch.float64).to(dtype)
     chosen = of[torch.randint(len(of), SHAPE)]
     return torch.where(torch.rand(SHAPE) < 0.25, torch.randn(SHAPE).to(dtype), chosen)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """All bits, one NaN being as good as another."""
-    one = torch.where(tensor.isnan(), torch.full_like(tensor, math.nan), tensor.detach())
-    return one.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
-
-
-def sorts(tensor: Tensor) -> Tensor:
-    """Which numbers are NaN, and which infinities."""
-    return tensor.isnan() + 2 * tensor.isposinf() + 3 * tensor.isneginf()
 
 
 @every_dtype
@@ -116,6 +106,19 @@ def test_products_of_examples_pass_on_what_is_no_number(
         switch_kernels(kernels)
         for rows in (1, 6):
             check_products(dtype, rows, anchored, bad)
+
+
+@pytest.mark.parametrize("bad", ["x", "weight"])
+def test_what_only_the_other_gradient_needs_may_be_no_number(bad: str) -> None:
+    """In a gradient that is asked for alone, nothing of the other's tensor is seen."""
+    x, weight, grad = torch.randn(5, 1, 21), torch.randn(7, 21), torch.randn(5, 1, 7)
+    asked, law, found = weight if bad == "weight" else x, Law.of(0.5, CPU, torch.float32), []
+    asked.requires_grad_()
+    for value in (1.0, math.nan):
+        asked.data.view(-1)[3] = value
+        product = example_linear(x, weight, KEY, law, "element")
+        found.append(torch.autograd.grad(product, asked, grad)[0])
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("bad", ["x", "grad", "weight"])
