@@ -39,7 +39,7 @@ help:
 	@echo "make bench-moments predict_moments beside Monte Carlo and plain weights (20 minutes)"
 	@echo "make bench-gpu    the same on a GPU, into out/bench-gpu.md (under 4 minutes); nothing without one"
 	@echo "make evidence  SEEDS (5) of what is missing in docs/evidence.md; DEVICE=cuda on a GPU (hours on 2 cores)"
-	@echo "make docs      the site, into out/site (open out/site/index.html)"
+	@echo "make docs      the site, into out/site (python3 -m http.server -d out/site; search needs a server)"
 	@echo "make lint      ruff and mypy"
 	@echo "make wheel     build the wheel and check what is in it"
 	@echo "make test-libraries  the tests with real libraries: timm, diffusers, Lightning, TRL, ... (10 minutes and more)"
