@@ -104,7 +104,10 @@ def test_keys_and_values_of_other_widths() -> None:
     torch.testing.assert_close(found.variance, wanted.variance)
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize(
+    "unit",
+    ["element", "tensor", *(pytest.param(one, marks=pytest.mark.slow) for one in UNITS[1:3])],
+)
 def test_what_shares_a_mask_varies_together(unit: str) -> None:
     """Where masks move little, first order is all there is: tokens share masks, and for "tensor" the
     three projections do. Against Monte Carlo, whose own relative error is about sqrt(2 / 600) for one
