@@ -402,8 +402,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--covariance",
         type=form_of,
-        default="diagonal",
-        help="of the one forward; a number: columns",
+        default="outputs",
+        help="of the one forward: diagonal, outputs, full, or a number of columns",
     )
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)

@@ -275,8 +275,9 @@ class OfWeights(Birth):
     ) -> None:
         """
         Args:
-            x: the mean of each input; without columns the root of its expected square, signed.
-            columns: of the input. They tell how its rows covary: E[x_s x_t] is what masks multiply.
+            x: the mean of each input.
+            columns: of the input, if it varies. They tell how its rows covary: E[x_s x_t] is what masks
+                multiply.
             weight: what a mask entry multiplies, times its standard deviation.
             product: what combines them to the value.
             matrix: whether that is `x @ weight.T`.

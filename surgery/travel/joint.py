@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ops import independent
 from .call import Call, rule
 from .run import Run
-from .state import State, apart, is_recorded
+from .state import State, apart
 from .value import Travelling
 
 
@@ -101,29 +101,6 @@ def _softmax(state: State, dim: int) -> _Softmax:
         return _Softmax(share, spread.clamp_min(0), centred)
 
 
-class _Normed(torch.autograd.Function):
-    """A normed mean, which moves with the mean that it is of as `independent.moved_by_norm` says."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, mean: Tensor, weight: Tensor | None, added: Tensor, centred: bool
-    ) -> Tensor:
-        ctx.save_for_backward(mean, weight, added)
-        ctx.centred = centred
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        mean, weight, added = ctx.saved_tensors
-        y, inverse = independent.normed(mean.to(added.dtype), added, (-1,), ctx.centred)
-        by = grads[0] if weight is None else grads[0] * weight
-        along = (by * y).mean(-1, keepdim=True)
-        moved = torch.addcmul(by, y, along, value=-1)
-        if ctx.centred:
-            moved = moved - by.mean(-1, keepdim=True)
-        return None, (moved * inverse).to(mean.dtype), None, None, None
-
-
 @rule("layer_norm", "rms_norm")
 def layer_norm(call: Call) -> Any:
     """(x - its mean) / root of the expected square. It moves as the derivative there does."""
@@ -162,14 +139,9 @@ def normed(
     """
     count = math.prod([state.mean.shape[dim] for dim in dims])
     one = 1 / count if centred else 0.0
-    if run.carrier == "none" and dims == (-1,):
-        with apart():
-            result, moved = independent.norm(state.at, state.variance, weight, bias, eps, centred)
-            result = result.to(state.mean.dtype)
-        if is_recorded(state.mean):
-            added = eps + state.variance.mean(-1, keepdim=True) * (1 - one)
-            result = _Normed.apply(result, state.mean, weight, added, centred)  # type: ignore[no-untyped-call]
-        return State(result, moved)
+    if not run.follows and dims == (-1,):
+        result, moved = independent.norm(state.at, state.variance, weight, bias, eps, centred)
+        return State(result.to(state.mean.dtype), moved)
     mean, variance, factors = state.mean.to(state.variance.dtype), state.variance, state.factors
     with apart():
         added = variance.mean(dims, keepdim=True) * (1 - one)

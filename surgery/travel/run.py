@@ -77,7 +77,10 @@ class Run:
 
     def born(self, state: State, birth: Birth) -> State:
         """The state with randomness added that is independent of all before."""
-        mean = self.noted(state.mean, birth)
+        mean = state.mean
+        if self.records:
+            mean = birth.added_to(mean)
+            self.births.append(birth)
         with apart():
             variance = state.variance + birth.variance
             factors = state.factors
@@ -88,13 +91,6 @@ class Run:
             elif self.carrier == "exact":
                 factors = self._extended(factors, birth, mean)
         return State(mean, variance, factors, swing=state.swing)
-
-    def noted(self, mean: Tensor, birth: Birth) -> Tensor:
-        """The mean of a value, in which the backward passes of this run will find a birth."""
-        if not self.records:
-            return mean
-        self.births.append(birth)
-        return birth.added_to(mean)
 
     def born_apart(self, state: State, variance: Tensor) -> State:
         """The same for randomness that is independent between entries."""

@@ -91,11 +91,7 @@ def site_value(
         if factors is not None:
             factors = over_columns(lambda t: site.product(t, site.weight, None), factors)
     points = None if varies else points_of(state.mean, mean)
-    if _is_together(run, site, varies, fresh.ndim):
-        with apart():
-            births = _births(state, fresh, fresh, site) if run.records else []
-        for birth in births:
-            mean = run.noted(mean, birth)
+    if not run.follows and (not varies or _is_one_product(site)):
         return Travelling.of(run, State(mean, fresh, points=points))
     moved, known_part = run.mixed(State(mean, variance, factors)), fresh
     if site.unit in ("output", "tensor") and site.moving is site.weight:
@@ -114,15 +110,9 @@ def site_value(
     return Travelling.of(run, moved)
 
 
-def _is_together(run: Run, site: Site, varies: bool, ndim: int) -> bool:
-    """Whether what comes in and what is born are known together alone: by one product, where nobody
-    asks for the variance of either."""
-    if not varies:
-        return run.carrier == "none"
-    if site.moving is not site.weight or site.unit not in ("element", "input"):
-        return False
-    alone = site.unit == "element" and (ndim == 2 or not site.shares_rows)
-    return run.carrier == "none" and not (run.records and alone)
+def _is_one_product(site: Site) -> bool:
+    """Whether one product gives the variances of what comes in and what is born, together."""
+    return site.moving is site.weight and site.unit in ("element", "input")
 
 
 def _three(
@@ -142,7 +132,7 @@ def _three(
         mean, fresh = known(fixed(state.mean))
         fresh = fresh.to(dtype)
         return mean, fresh.new_zeros(()).expand(fresh.shape), fresh
-    if _is_together(run, site, True, mean.ndim):
+    if not run.follows and _is_one_product(site):
         fresh = variance_of_product(site.product, state.at, state.variance, site.weight, site.law)
         added = site.of_bias(fresh)
         variance = fresh.new_zeros(()).expand(fresh.shape)
@@ -189,16 +179,15 @@ def _births(state: State, known: Tensor, fresh: Tensor, site: Site) -> list[Birt
         own = (site.features,) if site.shares_rows else rows
         births.append(OfOutputs(added.sqrt(), own, site.of_shared_bias))
     noisy = (site.moving * site.ratio.sqrt()).to(x.dtype)
-    size = root(torch.addcmul(state.variance, x, x), x)
     if site.unit == "input":
+        size = root(torch.addcmul(state.variance, x, x), x)
         return [*births, OfInputs(fresh, size, noisy, site.shares_rows, site.shared)]
     if site.shared is None and (not site.shares_rows or fresh.ndim == 2):
         return [*births, Diagonal(fresh)]
     columns = None if state.factors is None else state.factors.to(x.dtype)
-    given = size if columns is None else x
 
     def product(t: Tensor, weight: Tensor) -> Tensor:
         return site.product(t, weight, None)
 
     form = site.matrix, site.features
-    return [*births, OfWeights(fresh, given, columns, noisy, product, *form, site.shared)]
+    return [*births, OfWeights(fresh, x, columns, noisy, product, *form, site.shared)]

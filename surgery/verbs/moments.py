@@ -29,6 +29,10 @@ Covariance = Literal["diagonal", "outputs", "full"]
 COLUMNS = 32
 """Columns of the sketch that a full covariance takes where exact columns would be too many."""
 
+FEW = 2
+"""Columns for the covariance of outputs: enough to tell how large variances are over all features of a
+row, so that derivatives are taken of the right means."""
+
 
 def predict_moments(
     model: nn.Module,
@@ -56,12 +60,15 @@ def predict_moments(
         inputs: one batch, or a loader of batches, as for `mc_predict`.
         covariance: how values covary on the way, and what is returned of the outputs.
 
-            * `"diagonal"`: not at all. The cheapest: the time of about five forwards. Variances of
+            * `"diagonal"`: not at all. The cheapest: the time of two to three forwards. Variances of
               trained networks come out too small, and of residual ones by far.
+            * `"outputs"`: by two columns of random signs, and one backward pass for each output of an
+              example, which gives the covariance of the outputs to first order, with all that tokens
+              or positions share. For outputs of few entries, as logits; takes the memory of their
+              derivatives by all activations.
             * `"full"`: the covariance of all outputs of an example. Where every random number of an
-              example fits into the memory (perceptrons), it is carried through the forward; else a
-              sketch is carried, and one backward pass for each output of an example gives the
-              covariance to first order. For outputs of few entries, as logits.
+              example fits into the memory (perceptrons), it is carried through the forward; else the
+              same as `"outputs"` with 32 columns.
             * a number r: random signs spread all randomness over r columns; costs about five forwards
               for each, and r times the memory of the activations. The covariance is returned as
               its factors.
@@ -175,7 +182,7 @@ class _Forward:
             except TooWide:
                 return self._of_backward(*self.run("sketch", COLUMNS, records=True), class_dim)
         if form == "outputs":
-            return self._of_backward(*self.run("none", records=True), class_dim)
+            return self._of_backward(*self.run("sketch", FEW, records=True), class_dim)
         columns = form if isinstance(form, int) else 0
         run, found = self.run("sketch" if columns else "none", columns)
         low = None
