@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..kinds.examples import where_examples_lie
 from ..kinds.product import LINEAR_PRODUCT, Product
-from ..moments import Gaussian, Points, Source
+from ..moments import Gaussian, Points, Source, points_of_two
 from ..moments.scope import in_scope, scope_shapes, settle
 from ..ops import Law, Layout, drop_weight
 from ..ops.hash import Key
@@ -256,7 +256,7 @@ class ProductCall(NamedTuple):
         bias_law = law if bias is None else _law(bias)
         if bias_law is not law:
             of_weight = self.run(self.x, moving, None)
-            return _points_of_two(mean, of_weight, part - of_weight, law.scale, bias_law.scale)
+            return points_of_two(mean, of_weight, part - of_weight, law.scale, bias_law.scale)
         never = law.scale == 0  # p = 1: the mean is that of dropped weights
         kept = torch.where(never, mean, mean + ops.ratio_of(law) * part).to(mean.dtype)
         dropped = torch.where(never, mean, mean - part).to(mean.dtype)
@@ -364,25 +364,6 @@ def tilt(samples: int, features: int, device: torch.device, dtype: torch.dtype) 
     index = torch.arange(features, device=device)
     one, other = 0.5 + (index // 2 % 2).to(dtype), 1.5 - (index % 2).to(dtype)
     return torch.stack([other if (i - samples // 2) % 2 else one for i in range(samples)])
-
-
-def _points_of_two(
-    mean: Tensor, of_weight: Tensor, of_bias: Tensor, scale: Tensor, bias_scale: Tensor
-) -> Points:
-    """`ProductCall.points` where weight and bias differ in p: both are kept, or the one of smaller p,
-    or none."""
-    # p = 1 is in the mean already: nothing moves, as for p = 0.
-    of_weight, of_bias = (
-        torch.where(one == 0, 0, part) for one, part in ((scale, of_weight), (bias_scale, of_bias))
-    )
-    scale, bias_scale = (torch.where(one == 0, 1, one) for one in (scale, bias_scale))
-    none = mean - of_weight - of_bias
-    weight_kept, bias_kept = none + scale * of_weight, none + bias_scale * of_bias
-    one = torch.where(scale < bias_scale, weight_kept, bias_kept)
-    both = weight_kept + bias_scale * of_bias
-    often, seldom = 1 / torch.minimum(scale, bias_scale), 1 / torch.maximum(scale, bias_scale)
-    points = (both, seldom), (one, often - seldom), (none, 1 - often)
-    return tuple((value.to(mean.dtype), probability) for value, probability in points)
 
 
 def _law(operand: Operand) -> Law:

@@ -12,6 +12,6 @@ Here too are the table of torch's functions, and the scope in which values are n
 """
 
 from . import functions
-from .gaussian import Gaussian, Points, Source
+from .gaussian import Gaussian, Points, Source, points_of_two
 
-__all__ = ["Gaussian", "Points", "Source", "functions"]
+__all__ = ["Gaussian", "Points", "Source", "functions", "points_of_two"]

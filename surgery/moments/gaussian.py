@@ -284,3 +284,27 @@ def _operator(name: str) -> Callable[..., Any]:
 
 for _name in (*OPERATORS, "iter"):
     setattr(Gaussian, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def points_of_two(
+    mean: Tensor, of_weight: Tensor, of_bias: Tensor, scale: Tensor, bias_scale: Tensor
+) -> Points:
+    """The points of a pre-activation whose weight and bias each have one mask entry, of one draw: both
+    are kept, or the one of smaller p, or none.
+
+    Args:
+        of_weight, of_bias: what the masks multiply.
+        scale, bias_scale: 1 / (1 - p) of each; 0 where p is 1.
+    """
+    # p = 1 is in the mean already: nothing moves, as for p = 0.
+    of_weight, of_bias = (
+        torch.where(one == 0, 0, part) for one, part in ((scale, of_weight), (bias_scale, of_bias))
+    )
+    scale, bias_scale = (torch.where(one == 0, 1, one) for one in (scale, bias_scale))
+    none = mean - of_weight - of_bias
+    weight_kept, bias_kept = none + scale * of_weight, none + bias_scale * of_bias
+    one = torch.where(scale < bias_scale, weight_kept, bias_kept)
+    both = weight_kept + bias_scale * of_bias
+    often, seldom = 1 / torch.minimum(scale, bias_scale), 1 / torch.maximum(scale, bias_scale)
+    points = (both, seldom), (one, often - seldom), (none, 1 - often)
+    return tuple((value.to(mean.dtype), probability) for value, probability in points)

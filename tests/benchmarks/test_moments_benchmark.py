@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 moments = pytest.importorskip("benchmarks.moments")
+models = pytest.importorskip("benchmarks.moments_models")
 
 
 def test_a_table_and_its_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    case = dataclasses.replace(moments.perceptron(1, 0.2, 2), forms=("diagonal", 2))
+    case = dataclasses.replace(models.perceptron(1, 0.2, 2), forms=("diagonal", 2))
     text, points, spread = moments.table(case, 8)
     rows = text.splitlines()
     assert rows[0] == "### MLP 32-64-10, p = 0.2"

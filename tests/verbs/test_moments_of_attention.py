@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from surgery import apply_dropconnect, mc_predict, plan_dropconnect, predict_moments, set_inference
 
@@ -255,6 +256,36 @@ def test_compiled() -> None:
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), model(x))
+
+
+def encoder() -> tuple[nn.Module, Tensor]:
+    return Encoder(), torch.randn(3, TOKENS, WIDTH)
+
+
+def words() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2), nn.ReLU()), torch.randint(
+        0, 9, (3, 5)
+    )
+
+
+def recurrent() -> tuple[nn.Module, Tensor]:
+    return nn.LSTM(4, 3, batch_first=True), torch.randn(2, 5, 4)
+
+
+TARGETS: dict[Any, Any] = {encoder: "all-linear", words: [nn.Embedding, nn.Linear], recurrent: ""}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", TARGETS)
+def test_exported(make: Any) -> None:
+    torch.manual_seed(0)
+    model, x = make()
+    apply_dropconnect(model.eval(), TARGETS[make], p=P, inference="moments")
+    with torch.no_grad():
+        wanted = model(x)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), wanted)
+        with set_inference(model, "mean"):
+            assert not torch.equal(tree_leaves(model(x))[0], tree_leaves(wanted)[0])
 
 
 def test_the_plan_says_so() -> None:
