@@ -11,7 +11,7 @@ SOURCES := pyproject.toml $(shell find surgery transforms adapters -name '*.py' 
 .PHONY: help setup demo examples test random interrupts test-all test-no-compiler test-oldest test-oldest-quick \
 	test-newest test-newest-quick test-libraries \
 	bench bench-quick bench-page bench-strip bench-moments bench-gpu evidence mutants \
-	fuzz statistics soak sweep docs lint wheel release-check clean
+	coverage fuzz statistics soak sweep docs lint wheel release-check clean
 .NOTPARALLEL:  # targets share build/, dist/ and the cores
 
 help:
@@ -29,8 +29,9 @@ help:
 	@echo "make random    COUNT (10000) random sequences of what is done to models, and half as many to graphs"
 	@echo "make interrupts  COUNT (10000) interrupts of every verb, and a tenth as many writes that are cut off"
 	@echo "make mutants   change the code of ROOM (planning) here and there, list what no test notices"
+	@echo "make coverage  the tests again, and which lines and branches of the package they do not reach (15 minutes)"
 	@echo "make fuzz      COUNT (10000) changed files given to inspect, strip, convert, bake and load (a minute)"
-	@echo "make statistics  the tests of masks, with those of dieharder where it is installed"
+	@echo "make statistics  the tests of masks, with those of TestU01 and dieharder where they are installed"
 	@echo "make soak      train for MINUTES (30) with schedules, checkpoints and resumes; nothing may grow"
 	@echo "make bench     speed and memory beside plain layers and peers, into out/bench (about 15 minutes)"
 	@echo "make bench-quick  the same without what takes long (under 2 minutes)"
@@ -156,12 +157,24 @@ mutants: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/pip install --quiet cosmic-ray coverage
 	OMP_NUM_THREADS=1 $(BIN)/python .ci/mutate.py $(ROOM) --sample $(SAMPLE)
 
+# Processes that tests start count too; code that torch.compile traces, C++ and Triton's own do not. All
+# processes take the folder, and not the wheel. How it is measured stands in pyproject.toml.
+coverage: export PYTHONPATH := $(CURDIR)
+coverage: $(VENV)/.test $(VENV)/.examples
+	$(BIN)/pip install --quiet "coverage>=7.17"
+	rm -rf out/coverage
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n auto -m "not slow"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage json --quiet -o out/coverage/all.json
+	$(BIN)/python .ci/gaps.py < out/coverage/all.json
+
 SEED := 0
 
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.checkpoints.fuzz --count $(COUNT) --seed $(SEED)
 
-# dieharder comes from Debian (apt-get install dieharder); without it, the other tests.
+# TestU01 and dieharder come from Debian (apt-get install libtestu01-0-dev, of its part non-free, and dieharder);
+# without them, the other tests.
 statistics: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ops.battery
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/ops/test_randomness.py -s

@@ -1,10 +1,10 @@
 """`make statistics`: what masks are tested by beside `test_randomness.py`.
 
-    python -m tests.ops.battery [--psamples N] [--seed SEED]
+    python -m tests.ops.battery [--psamples N] [--testu01 BATTERY] [--seed SEED]
 
-Own tests, then those of dieharder (R. G. Brown; Marsaglia's Diehard and a part of NIST's STS), if it is
-installed, on three streams of masks. It prints a table, and fails where a result is one that chance
-gives once in a hundred thousand sets.
+Own tests, then those of TestU01 (P. L'Ecuyer and R. Simard) and of dieharder (R. G. Brown; Marsaglia's
+Diehard and a part of NIST's STS), where they are installed, on three streams of masks. It prints a
+table, and fails where a result is one that chance gives once in a hundred thousand sets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import math
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import scipy
@@ -156,15 +158,14 @@ def own(size: int, keys: int, hash_of: Hash = hash_bits) -> list[str]:
 
 
 class Line(NamedTuple):
-    """One result of dieharder."""
+    """One result of TestU01 or dieharder."""
 
     name: str
     p_value: float
 
 
-def dieharder(number: int, masks: Masks, psamples: int) -> list[Line]:
-    """Feed a stream to one of its tests until it has enough."""
-    command = ["dieharder", "-g", "200", "-d", str(number), "-p", str(psamples)]
+def fed(command: list[str], masks: Masks) -> list[str]:
+    """What a command prints that reads a stream from its standard input, until it has enough."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
     assert process.stdout is not None
@@ -176,7 +177,30 @@ def dieharder(number: int, masks: Masks, psamples: int) -> list[Line]:
     lines = process.stdout.read().decode().splitlines()
     process.stdout.close()
     process.wait()
-    return [*_results(lines)]
+    return lines
+
+
+def dieharder(number: int, masks: Masks, psamples: int) -> list[Line]:
+    """The results of one of its tests."""
+    command = ["dieharder", "-g", "200", "-d", str(number), "-p", str(psamples)]
+    return [*_results(fed(command, masks))]
+
+
+def compiled(folder: str) -> str | None:
+    """A program with TestU01's batteries, compiled into a folder; None if that is not installed."""
+    program, source = f"{folder}/testu01", str(Path(__file__).with_name("testu01.c"))
+    libraries = ("-ltestu01", "-ltestu01probdist", "-ltestu01mylib", "-lm")
+    command = ["cc", "-O2", "-o", program, source, *libraries]
+    with contextlib.suppress(FileNotFoundError):
+        done = subprocess.run(command, capture_output=True, check=False)
+        return None if done.returncode else program
+    return None
+
+
+def of_battery(program: str, battery: str, masks: Masks) -> list[Line]:
+    """The results of one of its batteries."""
+    cells = [line.split("|") for line in fed([program, battery], masks)]
+    return [Line(name, float(p)) for name, p in (pair for pair in cells if len(pair) == 2)]
 
 
 def _results(lines: list[str]) -> Iterator[Line]:
@@ -186,34 +210,54 @@ def _results(lines: list[str]) -> Iterator[Line]:
             yield Line(cells[0], float(cells[4]))
 
 
-def installed(psamples: int, seed: int) -> list[str]:
-    """Print a line for each stream and test of dieharder; what is wrong."""
+def judged(what: str, found: list[Line]) -> list[str]:
+    """Print a line of the table; what is wrong."""
+    # dieharder prints eight digits, so that 1 may be a little less.
+    scores = [float(scipy.stats.norm.isf(min(max(p, 1e-8), 1 - 1e-8))) for _, p in found]
+    largest, bound = max(map(abs, scores), default=math.nan), allowed(max(1, len(scores)))
+    print(f"| {what} | {len(scores)} | {largest:.2f} | {bound:.2f} |", flush=True)
+    return [] if largest <= bound else [what]
+
+
+def by_testu01(battery: str, seed: int) -> list[str]:
+    """Print a line for each stream; what is wrong."""
+    wrong = []
+    with tempfile.TemporaryDirectory() as folder:
+        program = compiled(folder)
+        if program is None:
+            print(
+                "TestU01 is not installed (libtestu01-0-dev of Debian's non-free)", file=sys.stderr
+            )
+            return []
+        for stream, masks in STREAMS.items():
+            torch.manual_seed(seed)
+            wrong += judged(f"{stream}: {battery}", of_battery(program, battery, masks()))
+    return wrong
+
+
+def by_dieharder(psamples: int, seed: int) -> list[str]:
+    """Print a line for each stream and test; what is wrong."""
+    if not shutil.which("dieharder"):
+        print("dieharder is not installed (apt-get install dieharder)", file=sys.stderr)
+        return []
     wrong = []
     for stream, masks in STREAMS.items():
         for name, number in DIEHARDER.items():
             torch.manual_seed(seed + number)
-            found = [line.p_value for line in dieharder(number, masks(), psamples)]
-            # dieharder prints eight digits, so that 1 may be a little less.
-            scores = [float(scipy.stats.norm.isf(min(max(p, 1e-8), 1 - 1e-8))) for p in found]
-            largest, bound = max(map(abs, scores), default=math.nan), allowed(max(1, len(scores)))
-            line = f"| {stream}: {name} | {len(scores)} | {largest:.2f} | {bound:.2f} |"
-            print(line, flush=True)
-            if not largest <= bound:
-                wrong.append(f"{stream}: {name}")
+            wrong += judged(f"{stream}: {name}", dieharder(number, masks(), psamples))
     return wrong
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--psamples", type=int, default=20, help="of dieharder; fewer skew it")
+    parser.add_argument("--testu01", choices=("SmallCrush", "Crush"), default="SmallCrush")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     print("| what | scores | largest | bound |\n|---|---|---|---|")
     wrong = own(1 << 20, 16)
-    if shutil.which("dieharder"):
-        wrong += installed(options.psamples, options.seed)
-    else:
-        print("dieharder is not installed (apt-get install dieharder)", file=sys.stderr)
+    wrong += by_testu01(options.testu01, options.seed)
+    wrong += by_dieharder(options.psamples, options.seed)
     print(*wrong or ["nothing is wrong"], sep="\n")
     return int(bool(wrong))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,5 @@ STREAMS: dict[str, Callable[[], Masks]] = {
 
 def packed(masks: Masks) -> Iterator[bytes]:
     """32 entries in a word."""
-    places = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
     for mask in masks:
-        octets = mask.view(-1, 8).to(torch.uint8)
-        yield (octets * places).sum(1, dtype=torch.uint8).numpy().tobytes()
+        yield np.packbits(mask.numpy(), bitorder="little").tobytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from .battery import (
     avalanche,
     birthdays,
     gaps,
+    of_battery,
     one_bit_of,
     other_seeds,
     own,
@@ -66,3 +68,13 @@ def test_lines_of_dieharder() -> None:
     lines = ["#====#", "        test_name   |ntup| tsamples |psamples|  p-value |Assessment"]
     lines.append("   diehard_birthdays|   0|       100|      20|0.12345678|  PASSED  ")
     assert [*_results(lines)] == [("diehard_birthdays", 0.12345678)]
+
+
+def test_lines_of_testu01(tmp_path: Path) -> None:
+    """Of a program that stops reading when it has enough, and tells other things too."""
+    program = tmp_path / "testu01"
+    program.write_text(
+        "#!/bin/sh\nhead -c 4096 > /dev/null\necho '= Summary ='\necho \"$1 W|0.25\"\n"
+    )
+    program.chmod(0o755)
+    assert of_battery(str(program), "Crush", STREAMS["calls"]()) == [("Crush W", 0.25)]
