@@ -73,6 +73,28 @@ def raw_state_dict(model: nn.Module, state_dict: Mapping[str, Value]) -> dict[st
     return as_state_dict_of(state_dict, raw)
 
 
+def state_dict_taken(
+    model: nn.Module, state_dict: Mapping[str, Value], keys: Iterable[str]
+) -> Mapping[str, Tensor | Value]:
+    """A state dict from a file with the keys that `model.state_dict()` has, for what matches keys by
+    itself: raw keys of weights that the model does not drop become plain, as by `keys_made_plain`, and
+    plain keys of those that it drops become raw, as by `raw_state_dict`.
+
+    Args:
+        model: operated or not; not changed. It has the prefixes of the file.
+        state_dict: what was read.
+        keys: of the whole checkpoint, of which the file may be a part.
+    """
+    own, there = plain_keys(model), set(keys)
+    if not own and not any(key.endswith(RAW) for key in there):
+        return state_dict
+    made_plain = keys_made_plain(there, plain_state_dict(model))
+    foreign = {key: plain for key, plain in made_plain.items() if key not in own}
+    taken = {foreign.get(key, key): value for key, value in state_dict.items()}
+    known = {key: value for key, value in taken.items() if key is not None}
+    return raw_state_dict(model, as_state_dict_of(state_dict, known))
+
+
 def keys_made_plain(keys: Iterable[str], own: Iterable[str]) -> dict[str, str | None]:
     """The plain name of every raw key of a checkpoint that goes into a plain model; None for anchors.
 

@@ -15,6 +15,7 @@ import json
 import os
 import types
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..base.journal import at_once, content, restoring
-from ..modules.keys import keys_made_plain, plain_keys, plain_state_dict
+from ..modules.keys import keys_made_plain, plain_keys, plain_state_dict, state_dict_taken
 from ..modules.places import places
 from ..modules.walk import unwrapped
 from ..operating.surgeon import can_undo
@@ -38,6 +39,8 @@ Result = TypeVar("Result")
 
 taught: dict[str, None] = {}
 """The full names of what was taught in this process, in order."""
+_reading: ContextVar[nn.Module | None] = ContextVar("_reading", default=None)
+"""The model into which a loader that was taught reads a file now."""
 
 
 def teach(owner: type, name: str, how: Callable[[Method], Method]) -> None:
@@ -104,21 +107,63 @@ def works_plain(function: Method) -> Method:
     return better
 
 
-def reads_file(load: Method) -> Method:
-    """For `load(model, path, ...)`: a file, an index of files or a folder with plain keys is read into
-    the plain model, as by `works_plain`, and one with raw keys into the operated model as it is."""
-    signature, plain = inspect.signature(load), works_plain(load)
+def reads_file(load: Method, model_at: int = 0) -> Method:
+    """For `load(model, path, ...)` that matches keys by itself: a file, an index of files or a folder
+    with plain keys is read into the plain model, as by `works_plain`, and one with raw keys of its
+    sites into the operated model as it is. Whatever it reads meanwhile by a function that
+    `gives_keys_taken` has taught has the keys that the model has.
+
+    Args:
+        model_at: which argument is the model; the path comes next.
+    """
+    signature = inspect.signature(load)
 
     @functools.wraps(load)
     def better(*args: Any, **kwargs: Any) -> Any:
-        model = _argument(signature, 0, args, kwargs)
-        if is_operated(model):
-            path = _argument(signature, 1, args, kwargs)
-            if not plain_keys(model).keys().isdisjoint(stored_keys(path)):
+        model = _argument(signature, model_at, args, kwargs)
+
+        def call() -> Any:
+            token = _reading.set(model)
+            try:
                 return load(*args, **kwargs)
-        return plain(*args, **kwargs)
+            finally:
+                _reading.reset(token)
+
+        if is_operated(model):
+            path = _argument(signature, model_at + 1, args, kwargs)
+            if plain_keys(model).keys().isdisjoint(stored_keys(path)):
+                return with_plain_names(model, call)
+        return call()
 
     return better
+
+
+def gives_keys_taken(read: Method) -> Method:
+    """For `read(file, ...)` of a state dict: nothing, but while a function that `reads_file` has taught
+    loads a model, for which the state dict has the keys of that model."""
+
+    @functools.wraps(read)
+    def better(*args: Any, **kwargs: Any) -> Any:
+        state, model = read(*args, **kwargs), _reading.get()
+        if model is None or not (
+            isinstance(state, Mapping) and all(isinstance(key, str) for key in state)
+        ):
+            return state
+        return state_dict_taken(model, state, state.keys() | _keys_with(next(iter(args), None)))
+
+    return better
+
+
+def _keys_with(file: Any) -> set[str]:
+    """The keys of the checkpoint of which a file is a part, if an index beside it says so: an anchor
+    can be in another part than its weight."""
+    with contextlib.suppress(Exception):
+        path = Path(file)
+        for index in path.parent.glob("*.index.json"):
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            if path.name in files.values():
+                return set(files)
+    return set()
 
 
 def writes_plain(save: Method, model_at: int = 0) -> Method:
