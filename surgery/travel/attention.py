@@ -51,41 +51,51 @@ def multi_head_attention(call: Call) -> Any:
         return NotImplemented
     if of["is_causal"] and of["attn_mask"] is None:
         return NotImplemented  # which torch refuses
-    padding, heads = of["key_padding_mask"], of["num_heads"]
-    inputs = [of[name] for name in ("query", "key", "value")]
-    batched = inputs[0].ndim == 3
-    if batched:
-        inputs = [x.transpose(0, 1) for x in inputs]
-    else:
-        inputs = [x.unsqueeze(0) for x in inputs]
-        padding = None if padding is None else padding.unsqueeze(0)
+    batched, heads = of["query"].ndim == 3, of["num_heads"]
+    inputs = [
+        x.transpose(0, 1) if batched else x.unsqueeze(0)
+        for x in (of[name] for name in ("query", "key", "value"))
+    ]
     query, key, value = _projected(inputs, of)
-    added = 0
-    if of["bias_k"] is not None:
-        key, value = _longer(key, of["bias_k"]), _longer(value, of["bias_v"])
-        added += 1
-    if of["add_zero_attn"]:
-        zero = torch.zeros(1, 1, query.shape[-1], dtype=query.dtype, device=query.device)
-        key, value = _longer(key, zero), _longer(value, zero)
-        added += 1
+    more = _added_keys(of, query)
+    for one, other in more:
+        key, value = _longer(key, one), _longer(value, other)
     query, key, value = (_heads(x, heads) for x in (query, key, value))
     scores = torch.matmul(query / math.sqrt(query.shape[-1]), key.transpose(-2, -1))
-    rows = query.shape[0]
-    if of["attn_mask"] is not None:
-        mask = F.pad(_additive(of["attn_mask"], query.dtype), (0, added))
-        scores = scores + (mask if mask.ndim == 2 else mask.view(rows, heads, *mask.shape[1:]))
-    if padding is not None:
-        padding = F.pad(_additive(padding, query.dtype), (0, added))
-        scores = scores + padding.view(rows, 1, 1, -1)
+    for mask in _masks(of, query, len(more)):
+        scores = scores + mask
     shares = torch.softmax(scores, -1)
     shares = dropped_inside(call.run, shares, of["dropout_p"])
     mixed = torch.matmul(shares, value).transpose(1, 2).flatten(2)
     result = F.linear(mixed, of["out_proj_weight"], of["out_proj_bias"])
     shares = shares.mean(1) if of["average_attn_weights"] else shares
-    result, shares = (
-        (result.transpose(0, 1), shares) if batched else (result.squeeze(0), shares.squeeze(0))
-    )
+    if batched:
+        result = result.transpose(0, 1)
+    else:
+        result, shares = result.squeeze(0), shares.squeeze(0)
     return result, shares if of["need_weights"] else None
+
+
+def _added_keys(of: dict[str, Any], like: Any) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values that every row gets, (1, 1, width) each."""
+    found = [] if of["bias_k"] is None else [(of["bias_k"], of["bias_v"])]
+    if of["add_zero_attn"]:
+        zero = torch.zeros(1, 1, like.shape[-1], dtype=like.dtype, device=like.device)
+        found.append((zero, zero))
+    return found
+
+
+def _masks(of: dict[str, Any], query: Any, added: int) -> list[Tensor]:
+    """What is added to the scores, (rows, heads, queries, keys). All see the keys that were added."""
+    rows, heads = query.shape[:2]
+    found = []
+    if of["attn_mask"] is not None:
+        mask = F.pad(_additive(of["attn_mask"], query.dtype), (0, added))
+        found.append(mask if mask.ndim == 2 else mask.reshape(rows, heads, *mask.shape[1:]))
+    if of["key_padding_mask"] is not None:
+        padding = F.pad(_additive(of["key_padding_mask"], query.dtype), (0, added))
+        found.append(padding.reshape(rows, 1, 1, -1))
+    return found
 
 
 def _projected(inputs: list[Any], of: dict[str, Any]) -> list[Any]:
