@@ -8,7 +8,7 @@ Loaded through the entry point `surgery.plugins` once `accelerate` is imported. 
 
 import functools
 
-from accelerate import Accelerator
+from accelerate.accelerator import Accelerator  # `accelerate` itself does not have it yet
 from accelerate.utils.fsdp_utils import save_fsdp_model
 from accelerate.utils.modeling import load_checkpoint_in_model, load_state_dict
 

@@ -9,6 +9,8 @@ from functools import partial
 
 from huggingface_hub import ModelHubMixin, PyTorchModelHubMixin, serialization
 
+import surgery.adapters.safetensors
+import surgery.adapters.torch  # noqa: F401  these read its files
 from surgery.verbs.savers import reads_file, teach, teach_function, writes_plain
 
 teach(ModelHubMixin, "save_pretrained", writes_plain)

@@ -16,7 +16,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import load_sharded_checkpoint
 
-import surgery.adapters.conventions  # noqa: F401  it says what "all-linear" leaves out
+import surgery.adapters.conventions  # it says what "all-linear" leaves out
+import surgery.adapters.safetensors
+import surgery.adapters.torch  # noqa: F401  these read its files
 from surgery.kinds.kind import reads_of, register_kind
 from surgery.kinds.product import COLUMN_PRODUCT, product_of
 from surgery.kinds.torch_kinds import LINEAR, columns
