@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery import apply_dropconnect, mc_predict, predict_moments
+from surgery import apply_dropconnect, mc_predict, predict_moments, strip_dropconnect
 
 from .moments import called
 
@@ -111,9 +111,9 @@ def main() -> None:
         print(f"| | plain, ms | {' | '.join(others)} |\n|{'---|' * (len(WAYS) + 1)}")
         for case in options.cases:
             for name, model, inputs in CASES[case]():
-                target = [nn.Linear]
-                apply_dropconnect(model.eval(), target, p=P)
+                apply_dropconnect(model.eval(), [nn.Linear], p=P)
                 found = times(model, inputs, options.seconds)
+                strip_dropconnect(model)
                 ratios = [f"{found[other] / found['plain']:.1f}" for other in others]
                 print(
                     f"| {name} | {1000 * found['plain']:.1f} | {' | '.join(ratios)} |", flush=True
