@@ -200,6 +200,7 @@ bench-strip: $(VENV)/.wheel
 
 bench-moments: $(VENV)/.wheel
 	$(BIN)/python -m benchmarks.moments
+	$(BIN)/python -m benchmarks.moments_cost
 
 HAS_GPU := -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 

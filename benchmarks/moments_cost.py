@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from surgery import apply_dropconnect, mc_predict, predict_moments, strip_dropconnect
 
@@ -75,23 +75,20 @@ WAYS: dict[str, Callable[[nn.Module, Any], Any]] = {
 }
 
 
-def rows_of(inputs: Any) -> Tensor:
-    found: Tensor = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
-    return found
-
-
 @torch.no_grad()
-def times(model: nn.Module, inputs: Any, seconds: float) -> dict[str, float]:
+def times(
+    model: nn.Module, inputs: Any, seconds: float, names: Sequence[str] = tuple(WAYS)
+) -> dict[str, float]:
     """The least of each way, in seconds."""
-    least = {}
-    for name, way in WAYS.items():
+    least, ways = {}, {name: WAYS[name] for name in names}
+    for name, way in ways.items():
         way(model, inputs)
         begun = time.perf_counter()
         way(model, inputs)
         least[name] = time.perf_counter() - begun
     rounds = max(3, min(50, round(seconds / sum(least.values()))))
     for _ in range(rounds):
-        for name, way in WAYS.items():
+        for name, way in ways.items():
             begun = time.perf_counter()
             way(model, inputs)
             least[name] = min(least[name], time.perf_counter() - begun)
@@ -103,16 +100,18 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=list(CASES), help=", ".join(CASES))
     parser.add_argument("--threads", type=int, nargs="*", default=[1, os.cpu_count() or 1])
     parser.add_argument("--seconds", type=float, default=20.0, help="for each model")
+    others = [name for name in WAYS if name != "plain"]
+    parser.add_argument("--ways", nargs="*", choices=others, default=others)
     options = parser.parse_args()
+    others = options.ways
     for threads in options.threads:
         torch.set_num_threads(threads)
-        others = [name for name in WAYS if name != "plain"]
         print(f"{threads} thread{'s' * (threads > 1)}\n")
-        print(f"| | plain, ms | {' | '.join(others)} |\n|{'---|' * (len(WAYS) + 1)}")
+        print(f"| | plain, ms | {' | '.join(others)} |\n|{'---|' * (len(others) + 2)}")
         for case in options.cases:
             for name, model, inputs in CASES[case]():
                 apply_dropconnect(model.eval(), [nn.Linear], p=P)
-                found = times(model, inputs, options.seconds)
+                found = times(model, inputs, options.seconds, ["plain", *others])
                 strip_dropconnect(model)
                 ratios = [f"{found[other] / found['plain']:.1f}" for other in others]
                 print(

@@ -29,3 +29,11 @@ def test_a_table_and_its_figure(tmp_path: Path) -> None:
     assert spread > 0
     moments.draw(case.name, points, spread, tmp_path / "moments.png")
     assert (tmp_path / "moments.png").stat().st_size > 5000
+
+
+def test_costs_of_every_way() -> None:
+    cost = pytest.importorskip("benchmarks.moments_cost")
+    case = models.perceptron(1, 0.2, 2)
+    found = cost.times(case.model, case.inputs, 0.0)
+    assert list(found) == ["plain", "diagonal", "outputs", "8 columns", "2 samples"]
+    assert all(seconds > 0 for seconds in found.values())
