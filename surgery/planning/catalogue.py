@@ -84,9 +84,23 @@ class Catalogue:
         return [owner.name for owner in self if owner.name in names]
 
     def all_names(self) -> list[str]:
-        """Every module name and every parameter name."""
+        """Every module name and every parameter name, in all spellings."""
         modules = [name for owner in self for name in owner.names if name]
-        return modules + [name for names, _, _ in self.parameters() for name in names]
+        return modules + [name for names, _, _ in self.spelled() for name in names]
+
+    def spelled(self) -> Iterator[tuple[list[str], Owner, str]]:
+        """As `parameters`; those that a container stands for have also the names in which it is named
+        instead of them (`lora_A.weight`), as in the files of an adapter."""
+        short: dict[int, list[str]] = {}
+        for ident, parts in self.conventions.inside.items():
+            for part in parts:
+                for path, inner in named_modules(part) if id(part) != ident else ():
+                    names = short.setdefault(id(inner), [])
+                    outer = self._owners[ident].names
+                    names += [join(name, path) if path else name for name in outer]
+        for names, owner, parameter in self.parameters():
+            also = [join(name, parameter) for name in short.get(id(owner.module), ())]
+            yield [*names, *also], owner, parameter
 
     def parameters(self) -> Iterator[tuple[list[str], Owner, str]]:
         """(dotted plain names, owner, plain name in the owner) of every parameter."""

@@ -203,7 +203,7 @@ def _matched(catalogue: Catalogue, target: Any, where: str) -> Pairs:
     if owners:
         return _weights_of(catalogue, owners, target, where)
     pairs = [
-        (owner, name) for names, owner, name in catalogue.parameters() if any(map(matches, names))
+        (owner, name) for names, owner, name in catalogue.spelled() if any(map(matches, names))
     ]
     if not pairs:
         raise _no_match(catalogue, target, where)
@@ -272,7 +272,11 @@ def _no_match(catalogue: Catalogue, target: str, where: str) -> NoMatchError:
     """The error that lists the names nearest to the target."""
     names = catalogue.all_names()
     wanted = re.sub(r"^re:|[*?\[\]\\^$()]", "", target).strip(".")
-    near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3)
+    parts = wanted.count(".") + 1
+    ends = {".".join(name.split(".")[-parts:]): name for name in reversed(names)}
+    near = [ends[one] for one in difflib.get_close_matches(wanted, ends, n=3, cutoff=0.7)]
+    for name in difflib.get_close_matches(wanted, names, n=5, cutoff=0.3):
+        near += [name] if name not in near else []
     tail = wanted.rsplit(".", 1)[-1].lower()
     if not near:  # by the last part: names of large models are long
         by_tail = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}

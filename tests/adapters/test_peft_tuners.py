@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import surgery.adapters.conventions  # noqa: F401  the first plan loads it where it is installed
@@ -217,6 +219,28 @@ def test_several_adapters_are_all_meant() -> None:
     model.add_adapter("second", TUNERS["lora"][0]())
     assert len(found(model, "*.lora_A")) == 8
     assert len(found(model, "*.lora_A.second")) == 4
+
+
+def test_keys_of_adapter_files_are_names() -> None:
+    """`adapter_model.safetensors` has neither `.default` nor `modules_to_save` in its keys."""
+    model = adapted("lora")
+    assert found(model, "*lora_B.weight") == found(model, "*.lora_B.default.weight")
+    model.add_adapter("second", TUNERS["lora"][0]())
+    assert found(model, "*.lora_B.weight") == found(model, "*.lora_B")
+    assert found(model, "*.lora_B.second.weight") == found(model, "*.lora_B.second")
+    with pytest.raises(NoMatchError, match=r"Nearest names: [^ ]*lora_B\.weight, "):
+        found(model, "*lora_C.weight")
+    apply_dropconnect(model, "*lora_?.weight", p=0.5, exclude="*.lora_B.weight")
+    dropped = [site.name.rpartition(".lora_A.")[1] for site in dropconnect_sites(model)]
+    assert dropped == [".lora_A."] * 8
+
+
+@pytest.mark.parametrize("kind", ["lora", "modules to save", "ia3"])
+def test_every_key_of_an_adapter_file_is_a_name(kind: str, tmp_path: Path) -> None:
+    model = adapted(kind)
+    model.save_pretrained(tmp_path)
+    for key in load_file(tmp_path / "adapter_model.safetensors"):
+        assert found(model, key), key
 
 
 def test_exclude_takes_the_same_names() -> None:
