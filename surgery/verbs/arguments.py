@@ -50,7 +50,7 @@ class Forward:
             SurgeryError: the forward does not take them.
         """
         args, kwargs = _arguments(inputs)
-        hint = ""
+        hint = self._hint_of_names(inputs, "(inputs,)")
         if isinstance(inputs, list):
             if len(inputs) > 1 and all(map(self._is_of_names, inputs)):
                 raise SurgeryError(f"inputs is a list of {len(inputs)} mappings{_OF_BATCHES}")
@@ -66,8 +66,17 @@ class Forward:
         """
         args, kwargs = _arguments(inputs)
         args, kwargs = self._without_targets(args), self._without_labels(kwargs)
-        self._check(args, kwargs)
+        self._check(args, kwargs, self._hint_of_names(inputs, "((b,) for b in loader)"))
         return args, kwargs
+
+    def _hint_of_names(self, inputs: Any, instead: str) -> str:
+        """What to write if a mapping was meant as the one argument, and not as several by name."""
+        if not isinstance(inputs, Mapping) or len(self._needed) != 1:
+            return ""
+        (name,) = self._needed
+        return (
+            f". A mapping is taken for arguments by name; if it is {name!r} itself, write {instead}"
+        )
 
     def _without_targets(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Of `(x, y)` as many as the forward needs. What it could do without is a target too, if it has

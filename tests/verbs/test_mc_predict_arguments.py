@@ -250,3 +250,24 @@ def test_every_seed_of_torch(seed: int, sampling: str) -> None:
     step = 0 if sampling == "batch" else 1
     alone = [mc_predict(model, X, 4, seed=(seed + step * i) % 2**64).mean for i in range(3)]
     assert torch.equal(found, torch.cat(alone))
+
+
+class Whole(Notes):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.noted(batch["x"])
+
+
+def test_a_mapping_that_is_the_one_argument() -> None:
+    model, batch = operated(Whole), {"x": X}
+    begin = "missing a required argument: 'batch'. A mapping is taken for arguments by name; "
+    with pytest.raises(SurgeryError) as loader:
+        mc_predict(model, iter([batch]), 2)
+    assert str(loader.value).endswith(
+        f"{begin}if it is 'batch' itself, write ((b,) for b in loader)"
+    )
+    with pytest.raises(SurgeryError) as alone:
+        mc_predict(model, batch, 2)
+    assert "unexpected keyword argument 'x'" in str(alone.value) or begin in str(alone.value)
+    assert str(alone.value).endswith("if it is 'batch' itself, write (inputs,)")
+    mc_predict(model, ((b,) for b in iter([batch])), 2)
+    mc_predict(model, (batch,), 2)
