@@ -76,6 +76,8 @@ def unfinished_folder(parent: Path) -> Iterator[Path]:
     Raises:
         OSError: there is no `parent`, or it cannot be written.
     """
+    if not parent.is_dir():
+        raise FileNotFoundError(no_folder(parent))
     sweep(parent)
     folder, lock = _locked_folder(parent)
     try:
@@ -84,6 +86,11 @@ def unfinished_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def no_folder(folder: Path) -> str:
+    """What is said where a file was to be written and there is no folder for it."""
+    return f"there is no folder {folder}; make it first, or name another"
 
 
 @contextlib.contextmanager

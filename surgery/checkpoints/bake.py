@@ -101,7 +101,7 @@ def bake_checkpoint(
 
     Args:
         source: a safetensors file, an index of several, or a folder with one checkpoint; raw or plain.
-        out: a new file or folder, as the source is one.
+        out: a new file `*.safetensors` or folder, as the source is one.
         seed: of the masks; None draws one, which the result names.
         toward: the checkpoint that holds the anchors, in any of the forms of `convert_checkpoint`; None
             is zero, or what the plan says.

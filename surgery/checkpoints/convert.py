@@ -14,10 +14,9 @@ import torch
 from ..stored.tensors import write_tensors
 from .conventions import looks_raw, renaming
 from .copying import nobody
-from .output import copy_companions, new_file, new_folder
+from .output import copy_companions, is_file, new_file, new_folder
 from .strip import Total
 from .tensors import Stored, read_tensors
-from .weights import SAFETENSORS, WrongUse
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,13 @@ def convert_checkpoint(
 @contextmanager
 def _target(source: Path, out: Path) -> Iterator[Path]:
     """The path of the file to write."""
-    if out.name.endswith(SAFETENSORS):
+    if is_file(out, source.is_dir()):
         with new_file(out) as folder:
             yield folder / out.name
-    elif source.is_dir():
+    else:
         with new_folder(out) as folder:
             yield folder / "model.safetensors"
             copy_companions(source, folder)
-    else:
-        raise WrongUse(f"{out} must end in {SAFETENSORS}: that is what is written")
 
 
 def _write(path: Path, tensors: dict[str, Stored], progress: Total) -> None:

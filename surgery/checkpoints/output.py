@@ -28,11 +28,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..base.files import publish, sweep, sync_folder, unfinished_folder, whole_file
+from ..base.files import no_folder, publish, sweep, sync_folder, unfinished_folder, whole_file
 from ..spec.errors import SurgeryError
 from ..spec.forms import is_cached, real
 from ..spec.saved import PLAN_FILE, are_anchors
 from .weights import (
+    PICKLES,
     SAFETENSORS,
     Weights,
     WrongUse,
@@ -54,9 +55,10 @@ def new_checkpoint(weights: Weights, out: Path) -> Iterator[tuple[Path, dict[str
     block ends: a folder, with what else lies in the folder of the old one, or a file.
 
     Raises:
-        WrongUse: there is something already, or no folder for it; or several files were to be one.
+        WrongUse: there is something already, or no folder for it; or several files were to be one; or
+            a file would have a wrong name.
     """
-    if out.name.endswith(SAFETENSORS) or not (weights.path.is_dir() or weights.index):
+    if is_file(out, weights.path.is_dir() or weights.index is not None):
         if weights.index is not None:
             raise WrongUse(f"{weights.path} is several files; name a folder to write, not {out}")
         with new_file(out) as folder:
@@ -72,6 +74,28 @@ def new_checkpoint(weights: Weights, out: Path) -> Iterator[tuple[Path, dict[str
                 write_index(folder / weights.index_name, index)
 
 
+def is_file(out: Path, folder: bool) -> bool:
+    """Whether `out` names a file of safetensors to be written, and not a folder for a checkpoint.
+
+    Args:
+        folder: whether it may be a folder.
+
+    Raises:
+        WrongUse: it has to be a file, or is named as one, and does not end as such files do.
+    """
+    if out.name.endswith(SAFETENSORS):
+        return True
+    if not folder or out.name.endswith(PICKLES):
+        check_ending(out, SAFETENSORS)
+    return False
+
+
+def check_ending(out: Path, ending: str) -> None:
+    """Raise `WrongUse` unless the name of a file says what is written into it."""
+    if not out.name.endswith(ending):
+        raise WrongUse(f"{out} must end in {ending}: that is what is written")
+
+
 @contextmanager
 def new_file(out: Path) -> Iterator[Path]:
     """A folder in which to write a file of the name of `out`, which becomes `out` when the block ends.
@@ -79,7 +103,7 @@ def new_file(out: Path) -> Iterator[Path]:
     Raises:
         WrongUse: there is something already, or no folder for it.
     """
-    _check_new(out, "file")
+    check_new(out, "file")
     with unfinished_folder(out.parent) as folder:
         yield folder
         publish(folder / out.name, out)
@@ -92,7 +116,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         WrongUse: there is something already, or no folder for it.
     """
-    _check_new(out, "folder")
+    check_new(out, "folder")
     with unfinished_folder(out.parent) as unfinished:
         folder = unfinished / out.name
         folder.mkdir()
@@ -105,9 +129,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         sync_folder(out.parent)
 
 
-def _check_new(out: Path, kind: str) -> None:
-    """Raise `WrongUse` unless a new file or folder can be made there. An empty folder may become one
-    that is not."""
+def check_new(out: Path, kind: str) -> None:
+    """Raise `WrongUse` unless a new `kind` (file, folder) can be made there. An empty folder may become
+    one that is not."""
     name = os.path.basename(out)
     if name in ("", ".", ".."):
         raise WrongUse(f"{out} names a folder that is there already; name a new one in it")
@@ -120,7 +144,7 @@ def _check_new(out: Path, kind: str) -> None:
     if any(out.iterdir()) if out.is_dir() else out.exists():
         raise WrongUse(f"{out} is there already; name one that is not, or remove it")
     if not out.parent.is_dir():
-        raise WrongUse(f"there is no folder {out.parent}; make it first, or name another")
+        raise WrongUse(no_folder(out.parent))
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

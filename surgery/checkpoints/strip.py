@@ -65,9 +65,9 @@ def strip_checkpoint(
 
     Args:
         source: a safetensors file, an index of several, or a folder with one checkpoint.
-        out: a new file or folder, as the source is one. What else lies in a folder (config, tokenizer)
-            is copied. None puts the new files in the place of the old ones; `dropconnect.json` and its
-            anchors stay there, for runs that are resumed.
+        out: a new file `*.safetensors` or folder, as the source is one. What else lies in a folder
+            (config, tokenizer) is copied. None puts the new files in the place of the old ones;
+            `dropconnect.json` and its anchors stay there, for runs that are resumed.
         verify: read all that was written again, and compare it with the source.
         progress: called with the number of bytes that are to be done; what it returns is called with
             the number of each part.
@@ -75,7 +75,7 @@ def strip_checkpoint(
     Raises:
         NotOperatedError: no key is raw.
         SurgeryError: there is no checkpoint, a file of it is damaged, both names of a weight are taken,
-            or what was written is not what was read.
+            `out` cannot be made, or what was written is not what was read.
         OSError: a file cannot be read or written. In all cases the source is as it was.
     """
     path = Path(source)
@@ -95,12 +95,13 @@ def strip_checkpoint(
                 _write(weights, files, folder, verify, done)
                 change_index(index, roles, files)
     kept = {name: file for name, file in files.items() if file.entries}
+    target = path if out is None else Path(out)
     return Stripped(
         source=path,
-        out=path if out is None else Path(out),
+        out=target,
         raw=len(roles.keys("raw")),
         anchors=len(roles.keys("anchor")),
-        files=tuple(kept),
+        files=tuple(kept) if out is None or target.is_dir() else (target.name,),
         bytes=sum(file.bytes for file in kept.values()),
         verified=verify,
     )

@@ -39,7 +39,10 @@ In = Annotated[
         metavar="IN", help="A file, an index of several, or a folder with one checkpoint."
     ),
 ]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="A new file, or folder if IN is one.")]
+Out = Annotated[
+    Path,
+    typer.Argument(metavar="OUT", help="A new file *.safetensors, or a new folder if IN is one."),
+]
 Model = Annotated[
     Path, typer.Option("--model", metavar="DIR", help="A folder that transformers can load.")
 ]
@@ -127,7 +130,8 @@ def strip(
     out: Annotated[
         Path | None,
         typer.Argument(
-            metavar="OUT", help="A new file, or folder if IN is one. Without: in place."
+            metavar="OUT",
+            help="A new file *.safetensors, or a new folder if IN is one. Without: in place.",
         ),
     ] = None,
     verify: Annotated[
@@ -212,7 +216,7 @@ def plan(
 @app.command()
 def draw(
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The picture: a file *.svg.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The picture: a new file *.svg.")],
     targets: Annotated[
         list[str] | None, typer.Option("--targets", "-t", help="Sites to mark, as in `plan`.")
     ] = None,

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoints.output import check_ending, check_new
 from ..checkpoints.weights import WrongUse
 from ..spec.plan import Plan
 from ..verbs.apply import plan_dropconnect
@@ -32,9 +33,16 @@ def drawn(
     p: float | None,
     exclude: Sequence[str] | None,
 ) -> int:
-    """Write the picture of the model in a folder; returns how many sites are marked."""
+    """Write the picture of the model in a folder; returns how many sites are marked.
+
+    Raises:
+        WrongUse: `out` is there already, there is no folder for it, or it is named as no picture that
+            can be made.
+    """
     from surgery.transforms import draw
 
+    check_ending(out, ".svg")
+    check_new(out, "file")
     if not targets:
         draw(load(folder), out)
         return 0

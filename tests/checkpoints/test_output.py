@@ -71,12 +71,35 @@ def test_an_out_that_cannot_be_made_is_refused(
     cases = places(home)
     before = everything(tmp_path)
     for case, (out, words) in cases.items():
-        if verb == "convert" and kind == "file":
+        if kind == "file":
             words = r"must end in \.safetensors"
         with pytest.raises(WrongUse, match=words) as caught:
             VERBS[verb](source, Path(out))
         assert len(str(caught.value).splitlines()) == 1, case
         assert everything(tmp_path) == before, case
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_file_has_the_name_of_what_is_written(verb: str, tmp_path: Path) -> None:
+    """torch.load would not read safetensors from a `.bin`."""
+    folder = write(operated(), tmp_path / "raw")
+    before = everything(tmp_path)
+    for source, out in (
+        *((folder / "model.safetensors", name) for name in ("x.bin", "plain/", "x.pt", "plain")),
+        *((folder, name) for name in ("x.bin", "x.pth")),
+    ):
+        with pytest.raises(WrongUse, match=r"must end in \.safetensors: that is what is written"):
+            VERBS[verb](source, Path(f"{tmp_path}/{out}"))
+        assert everything(tmp_path) == before
+
+
+def test_the_files_that_were_written_are_named(tmp_path: Path) -> None:
+    folder = write(operated(), tmp_path / "raw")
+    out = tmp_path / "new.safetensors"
+    assert strip_checkpoint(folder / "model.safetensors", out).files == ("new.safetensors",)
+    assert strip_checkpoint(folder, tmp_path / "one.safetensors").files == ("one.safetensors",)
+    assert strip_checkpoint(folder, tmp_path / "out").files == ("model.safetensors",)
+    assert strip_checkpoint(folder).files == ("model.safetensors",)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -149,6 +149,23 @@ def test_draw(bert: Path, tmp_path: Path) -> None:
     assert marked != (tmp_path / "y.svg").read_text()
 
 
+def test_a_picture_goes_into_a_new_svg(bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "there.svg").write_text("mine")
+    (tmp_path / "link.svg").symlink_to("there.svg")
+    for out, words in {
+        "x.png": "x.png must end in .svg: that is what is written",
+        "x": "x must end in .svg: that is what is written",
+        "there.svg": "there.svg is there already; name one that is not, or remove it",
+        "link.svg": "link.svg is a link, to there.svg; name a path that is none, or remove it",
+        "no/x.svg": f"there is no folder {tmp_path}/no; make it first, or name another",
+    }.items():
+        result = call("draw", "--model", bert, tmp_path / out)
+        assert result.exit_code == 2, out
+        assert result.stderr.endswith(f"{words}\n"), result.stderr
+    assert sorted(os.listdir(tmp_path)) == ["link.svg", "there.svg"]
+    assert (tmp_path / "there.svg").read_text() == "mine"
+
+
 def test_exit_codes_and_one_line_on_stderr(bert: Path, tmp_path: Path) -> None:
     plain, bad = tmp_path / "plain.safetensors", tmp_path / "bad.safetensors"
     save_file({"w": torch.ones(1)}, plain)

@@ -47,7 +47,8 @@ def draw(
 
     Args:
         model: plain or operated, or a `torch.fx.GraphModule`. Not changed.
-        path: where to write the picture too; the file appears whole or not at all.
+        path: where to write the picture too, as SVG whatever the name is. A file that is there is
+            replaced (`surgery draw` refuses); the new one appears whole or not at all.
         plan: mark these sites instead of those in place: what `apply_dropconnect` would do.
         example_inputs: for `surgery.transforms.capture`, which finds out what feeds what.
         detail: `"modules"` draws the modules that hold weights or compute, and the operations that
@@ -61,6 +62,7 @@ def draw(
         ImportError: Graphviz is missing.
         CaptureError: it cannot be found out what feeds what; the message says what to give.
         ValueError: `detail="nodes"` for a model that is not a graph.
+        OSError: the file cannot be written.
     """
     panel = _panel(model, plan, example_inputs, detail, {})
     return _written(_sheet([panel], [], []), path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -312,3 +313,12 @@ def test_a_residual_starts_before_a_norm_whose_cast_does_nothing(
     picture = Picture(draw(model, example_inputs=torch.ones(2, 8)))
     assert ("input x", " add 1") in picture.arrows
     assert not {("norm", " add 1"), ("norm", "norm")} & picture.arrows
+
+
+def test_the_file_of_a_picture_is_replaced_and_needs_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "x.svg"
+    path.write_text("old")
+    assert draw(cnn(), path) == path.read_text(encoding="utf-8")
+    message = f"there is no folder {tmp_path / 'no'}; make it first, or name another"
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        draw(cnn(), tmp_path / "no" / "x.svg")
