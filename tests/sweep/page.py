@@ -97,7 +97,26 @@ def _summary(types: Sequence[Result], heads: Sequence[Result]) -> str:
             *(counted[s] for s in (PASSED, REFUSED, FAILED, EMPTY, NOT_BUILT)),
         )
         lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+    refused, built = zip(*(_refused_of_built(own) for own in (types, [*types, *heads])))
+    return "\n".join(lines) + "\n\n" + share_refused(refused, built)
+
+
+def _refused_of_built(results: Sequence[Result]) -> tuple[int, int]:
+    counted = Counter(one["status"] for one in results)
+    return counted[REFUSED], len(results) - counted[NOT_BUILT]
+
+
+def share_refused(refused: Sequence[int], built: Sequence[int]) -> str:
+    """The sentence that says how many are refused, of the model types and of these and classes with
+    heads together."""
+    types, together = (
+        f"{some} of {whole}, {100 * some / max(whole, 1):.1f} %"
+        for some, whole in zip(refused, built)
+    )
+    return (
+        f"Refused of the model types that were built: {types}; with the classes with heads: "
+        f"{together}.\n"
+    )
 
 
 def _refused(results: Sequence[Result]) -> str:

@@ -16,7 +16,7 @@ import surgery.transforms  # noqa: E402, F401
 from . import run  # noqa: E402
 from .check import check  # noqa: E402
 from .models import Case, NotBuilt, build, cases  # noqa: E402
-from .page import page  # noqa: E402
+from .page import page, share_refused  # noqa: E402
 from .run import Result, results  # noqa: E402
 
 SLICE = (
@@ -105,6 +105,8 @@ def test_the_page_groups_what_it_is_told() -> None:
     text = page(RESULTS)
     assert "| model types | 3 | 2 | 1 | 1 | 0 | 0 | 1 |" in text
     assert "| classes with heads | 2 | 1 | 0 | 0 | 1 | 0 | 1 |" in text
+    share = "built: 1 of 2, 50.0 %; with the classes with heads: 1 of 3, 33.3 %.\n"
+    assert f"\n\nRefused of the model types that were {share}" in text
     assert "**is odd** (1, with how many of their weights):\nc (2 of 5)." in text
     assert "**it broke** (1):\ne/lm." in text
     assert "**too large with widths that suit its other settings** (2):\nd, d/lm." in text
@@ -116,6 +118,9 @@ def test_the_page_that_is_there_tells_of_no_failure() -> None:
     text = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (model types|classes with heads) \| (.*) \|$", text, re.M)
     assert len(rows) == 2
+    built, refused = ([int(cells.split(" | ")[at]) for _, cells in rows] for at in (1, 3))
+    share = share_refused([refused[0], sum(refused)], [built[0], sum(built)])
+    assert f"\n\n{share}" in text
     for _, cells in rows:
         total, built, passed, refused, failed, empty, not_built = map(int, cells.split(" | "))
         assert total == built + not_built
