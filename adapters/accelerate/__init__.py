@@ -16,6 +16,7 @@ from surgery.verbs.raw_files import keeps_raw
 from surgery.verbs.savers import (
     gives_keys_taken,
     reads_file,
+    resumes,
     teach,
     teach_function,
     writes_plain,
@@ -23,6 +24,7 @@ from surgery.verbs.savers import (
 
 teach(Accelerator, "save_model", functools.partial(writes_plain, model_at=1))
 teach(Accelerator, "save_state", keeps_raw)
+teach(Accelerator, "load_state", resumes)
 teach_function(save_fsdp_model, keeps_raw)  # Trainer calls it by itself
 teach_function(load_checkpoint_in_model, reads_file)
 teach_function(load_state_dict, gives_keys_taken)  # it also reads for several devices by itself

@@ -41,6 +41,8 @@ taught: dict[str, None] = {}
 """The full names of what was taught in this process, in order."""
 _reading: ContextVar[nn.Module | None] = ContextVar("_reading", default=None)
 """The model into which a loader that was taught reads a file now."""
+_resuming: ContextVar[bool] = ContextVar("_resuming", default=False)
+"""Whether the state of a run is read now."""
 
 
 def teach(owner: type, name: str, how: Callable[[Method], Method]) -> None:
@@ -123,7 +125,7 @@ def reads_file(load: Method, model_at: int = 0) -> Method:
         model = _argument(signature, model_at, args, kwargs)
 
         def call() -> Any:
-            token = _reading.set(model)
+            token = _reading.set(None if _resuming.get() else model)
             try:
                 return load(*args, **kwargs)
             finally:
@@ -134,6 +136,21 @@ def reads_file(load: Method, model_at: int = 0) -> Method:
             if plain_keys(model).keys().isdisjoint(stored_keys(path)):
                 return with_plain_names(model, call)
         return call()
+
+    return better
+
+
+def resumes(load: Method) -> Method:
+    """For a function that reads the state of a run: its keys are as they are, so that a strict loader
+    refuses a model which does not drop what that run did."""
+
+    @functools.wraps(load)
+    def better(*args: Any, **kwargs: Any) -> Any:
+        token = _resuming.set(True)
+        try:
+            return load(*args, **kwargs)
+        finally:
+            _resuming.reset(token)
 
     return better
 

@@ -157,6 +157,18 @@ class TestAccelerate:
         run.load_state(tmp_path)
         assert_same(model.state_dict(), before)
 
+    @pytest.mark.parametrize("sites", [[], ["first"]], ids=["plain", "fewer"])
+    def test_a_run_is_not_resumed_without_its_sites(self, tmp_path: Path, sites: list[str]) -> None:
+        run = accelerate.Accelerator(cpu=True)
+        run.prepare(operated(1))
+        run.save_state(tmp_path)
+        other, model = accelerate.Accelerator(cpu=True), Net(2)
+        if sites:
+            apply_dropconnect(model, sites, p=0.3, toward="pretrained")
+        other.prepare(model)
+        with pytest.raises(RuntimeError, match=r"embed\.weight_raw"):
+            other.load_state(tmp_path)
+
 
 def write_shards(state: dict[str, torch.Tensor], folder: Path) -> None:
     """One file for each of two halves, and the index."""
