@@ -33,6 +33,7 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
 from coverage import Coverage
+from some_cases import keep_some
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ("surgery", "transforms", "adapters", "tests", "examples", "benchmarks", "docs")
@@ -109,12 +110,7 @@ class Trials:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Keep some cases of each test."""
-        cases: dict[str, list[pytest.Item]] = {}
-        for item in items:
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-        draw, most = random.Random(self.given.seed), self.given.cases or len(items)
-        kept = {one for of in cases.values() for one in draw.sample(of, min(most, len(of)))}
-        items[:] = [item for item in items if item in kept]
+        keep_some(items, self.given.cases, self.given.seed)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Try all changes that are drawn."""

@@ -386,3 +386,12 @@ def test_an_rnn_with_one_layer_parametrized_is_not_dropped_in_part() -> None:
         with pytest.raises(SurgeryError, match=r"weight_hh_l1 is parametrized; .*remove_param"):
             apply_dropconnect(model, "", p=0.5)
         apply_dropconnect(model, "weight_hh_l0", p=0.5)
+
+
+def test_a_weight_that_is_not_there() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    model[0].register_parameter("weight", None)
+    before = Snapshot(model)
+    with pytest.raises(SurgeryError, match=r"0.weight: Linear has no such parameter .*exclude it"):
+        apply_dropconnect(model, "0", p=0.5)
+    assert Snapshot(model) == before
