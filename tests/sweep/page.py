@@ -97,8 +97,8 @@ def _summary(types: Sequence[Result], heads: Sequence[Result]) -> str:
             *(counted[s] for s in (PASSED, REFUSED, FAILED, EMPTY, NOT_BUILT)),
         )
         lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
-    refused, built = zip(*(_refused_of_built(own) for own in (types, [*types, *heads])))
-    return "\n".join(lines) + "\n\n" + share_refused(refused, built)
+    share = share_refused(_refused_of_built(types), _refused_of_built([*types, *heads]))
+    return "\n".join(lines) + f"\n\n{share}"
 
 
 def _refused_of_built(results: Sequence[Result]) -> tuple[int, int]:
@@ -106,17 +106,11 @@ def _refused_of_built(results: Sequence[Result]) -> tuple[int, int]:
     return counted[REFUSED], len(results) - counted[NOT_BUILT]
 
 
-def share_refused(refused: Sequence[int], built: Sequence[int]) -> str:
-    """The sentence that says how many are refused, of the model types and of these and classes with
-    heads together."""
-    types, together = (
-        f"{some} of {whole}, {100 * some / max(whole, 1):.1f} %"
-        for some, whole in zip(refused, built)
-    )
-    return (
-        f"Refused of the model types that were built: {types}; with the classes with heads: "
-        f"{together}.\n"
-    )
+def share_refused(types: tuple[int, int], both: tuple[int, int]) -> str:
+    """The sentence that says how many are refused of how many: of the model types, and of these and
+    classes with heads together."""
+    one, other = (f"{some} of {of}, {100 * some / max(of, 1):.1f} %" for some, of in (types, both))
+    return f"Refused of the model types that were built: {one}; with the classes with heads: {other}.\n"
 
 
 def _refused(results: Sequence[Result]) -> str:
