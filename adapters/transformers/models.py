@@ -25,6 +25,7 @@ from surgery.kinds.torch_kinds import LINEAR, columns
 from surgery.modules.keys import keys_made_plain
 from surgery.verbs.savers import (
     Method,
+    is_operated,
     reads_file,
     resizes_plain,
     stored_keys,
@@ -58,10 +59,32 @@ def _finds_raw(offload: Method) -> Method:
     return better
 
 
+def _reads_parts(load: Method) -> Method:
+    """For `load_sharded_checkpoint(model, folder, ...)`, which reports by the keys of an index what it
+    has not loaded: without what a plain model has taken from raw keys."""
+    signature, reading = inspect.signature(load), reads_file(load)
+
+    @functools.wraps(load)
+    def better(*args: Any, **kwargs: Any) -> Any:
+        result = reading(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        if is_operated(given["model"]):
+            return result
+        own, unexpected = given["model"].state_dict(), result.unexpected_keys
+        names = keys_made_plain({*own.keys() - result.missing_keys, *unexpected}, own)
+        taken = set(names.values())
+        return result._replace(
+            missing_keys=[key for key in result.missing_keys if key not in taken],
+            unexpected_keys=[key for key in unexpected if key not in names],
+        )
+
+    return better
+
+
 teach(PreTrainedModel, "save_pretrained", writes_plain)
 teach(PreTrainedModel, "resize_token_embeddings", resizes_plain)
 teach(PeftAdapterMixin, "load_adapter", works_plain)
-teach_function(load_sharded_checkpoint, reads_file)
+teach_function(load_sharded_checkpoint, _reads_parts)
 # In `from_pretrained`:
 teach_function(convert_and_load_state_dict_in_model, takes_raw)
 teach_function(_load_state_dict_into_zero3_model, takes_raw)

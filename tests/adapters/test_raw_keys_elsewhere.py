@@ -157,8 +157,22 @@ def test_parts_of_transformers(tmp_path: Path, takes: str) -> None:
     source, model = HAVE["two"](), TAKES[takes]()
     before = own_anchors(model)
     write(source.state_dict(), tmp_path, "sharded")
-    load_sharded_checkpoint(model, tmp_path, strict=False)
+    result = load_sharded_checkpoint(model, tmp_path, strict=False)
     assert_loaded(model, source, before)
+    if takes == "plain":  # Trainer would warn of weights that are missing
+        assert result == ([], [])
+
+
+def test_parts_of_transformers_say_what_is_missing(tmp_path: Path) -> None:
+    from transformers.trainer_utils import load_sharded_checkpoint
+
+    state = operated(1, "0").state_dict()
+    state["other.weight_raw"] = state.pop("2.weight")
+    write(state, tmp_path, "sharded")
+    result = load_sharded_checkpoint(make(2), tmp_path, strict=False)
+    assert result.missing_keys == ["2.weight"]
+    with pytest.raises(RuntimeError, match=r"0\.weight"):
+        load_sharded_checkpoint(make(2), tmp_path)
 
 
 def test_who_reads_a_file_by_hand_gets_what_is_in_it(tmp_path: Path) -> None:
