@@ -69,7 +69,7 @@ for entry in plugins._entries():
         continue  # it waits for a verb, or is not installed
     importlib.import_module(name)
     if entry.value not in plugins._loaded:
-        print(name)
+        print("not taught:", name)
 """
 
 
@@ -77,7 +77,7 @@ def test_an_import_alone_teaches_a_library() -> None:
     """The plugin of a library is imported when not all of that is there."""
     result = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == []
+    assert "not taught" not in result.stdout  # libraries print lines of their own
 
 
 LOADS = """

@@ -81,11 +81,36 @@ def samples() -> Iterator[Tensor]:
     yield from (mean, var)
 
 
+def moments_of_entries(name: str, *parameters: float) -> Iterator[Tensor]:
+    found = native.moments_of_entries(name, torch.randn(SIZE), torch.rand(SIZE), True, *parameters)
+    yield from (one for one in found if one is not None)
+
+
+def moments_of_rows(norm: bool) -> Iterator[Tensor]:
+    width = 96
+    given = torch.randn(5 * ROWS, width), torch.rand(5 * ROWS, width)
+    if norm:
+        yield from native.moments_of_norm(*given, torch.rand(width), torch.rand(width), 1e-5, True)
+    else:
+        yield from native.moments_of_softmax(*given)
+
+
+def grams() -> Iterator[Tensor]:
+    yield native.weighted_gram(
+        torch.randn(5, 3, ROWS, 70), torch.randn(3, ROWS, 50), torch.rand(70, 50)
+    )
+
+
 KERNELS: dict[str, Callable[[], Iterator[Tensor]]] = {
     "products.example_product": products,
     "products.example_gradients": gradients_of_products,
     "activations.excess": excesses,
     "activations.sample": samples,
+    "grams.weighted_gram": grams,
+    "moments.gelu_moments": lambda: moments_of_entries("gelu_moments"),
+    "moments.leaky_relu_moments": lambda: moments_of_entries("leaky_relu_moments", 0.1),
+    "moments.norm_moments": lambda: moments_of_rows(norm=True),
+    "moments.softmax_moments": lambda: moments_of_rows(norm=False),
 }
 for dtype, name in native.NAMES.items():
     KERNELS[f"masks.drop_{name}"] = lambda dtype=dtype: drops(dtype, None)
