@@ -1,4 +1,4 @@
-"""A full snapshot of a model, the bits of tensors, sites and parameters by their plain names."""
+"""A snapshot of a model, the bits of tensors, sites and parameters by their plain names; layers."""
 
 from __future__ import annotations
 
@@ -94,3 +94,12 @@ def site_names(model: nn.Module) -> list[str]:
 def plain_parameter(module: nn.Module, name: str) -> nn.Parameter:
     """A parameter by its plain name, whether or not it is operated."""
     return module._parameters[f"{name}_raw" if f"{name}_raw" in module._parameters else name]
+
+
+def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A layer with copies of these."""
+    made = nn.Linear(weight.shape[1], len(weight), dtype=weight.dtype)
+    with torch.no_grad():
+        made.weight.copy_(weight)
+        made.bias.copy_(bias)
+    return made

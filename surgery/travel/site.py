@@ -55,9 +55,8 @@ class Site(NamedTuple):
     of_shared_bias: Shared | None = None
     """The same of the bias."""
 
-    @property
     def ratio(self) -> Tensor:
-        """p / (1 - p)."""
+        """p / (1 - p). No property: dynamo of torch 2.9 does not know those of named tuples."""
         return ratio_of(self.law)
 
     def of_bias(self, like: Tensor) -> Tensor | None:
@@ -95,13 +94,13 @@ def site_value(
         return Travelling.of(run, State(mean, fresh, points=points))
     moved, known_part = run.mixed(State(mean, variance, factors)), fresh
     if site.unit in ("output", "tensor") and site.moving is site.weight:
-        fresh = fresh + site.ratio * moved.variance
+        fresh = fresh + site.ratio() * moved.variance
     if not run.follows:
         return Travelling.of(run, State(mean, moved.variance + fresh, points=points))
     with apart():
         births = _births(state, known_part, fresh, site)
         if run.carrier == "exact" and site.unit == "element" and state.factors is not None:
-            by = site.ratio * site.moving.to(state.factors.dtype).square()
+            by = site.ratio() * site.moving.to(state.factors.dtype).square()
             at = 2 * state.mean.detach()
             moved.swing = over_columns(lambda t: site.product(at * t, by, None), state.factors)
     for birth in births:
@@ -143,9 +142,9 @@ def _three(
         fresh = known(fixed(state.mean))[1].to(dtype)
         variance = site.product(state.variance, squared, None)
         if moving is not squared:
-            fresh = fresh + site.ratio * site.product(state.variance, moving, None)
+            fresh = fresh + site.ratio() * site.product(state.variance, moving, None)
         return mean, variance, fresh
-    square = state.at.square().add_(state.variance).mul_(site.ratio)
+    square = state.at.square().add_(state.variance).mul_(site.ratio())
     variance = site.product(state.variance, squared, None)
     fresh = site.product(square, moving, None)
     added = site.of_bias(fresh)
@@ -178,7 +177,7 @@ def _births(state: State, known: Tensor, fresh: Tensor, site: Site) -> list[Birt
         fresh = (fresh - added).clamp_min(0)
         own = (site.features,) if site.shares_rows else rows
         births.append(OfOutputs(added.sqrt(), own, site.of_shared_bias))
-    noisy = (site.moving * site.ratio.sqrt()).to(x.dtype)
+    noisy = (site.moving * site.ratio().sqrt()).to(x.dtype)
     if site.unit == "input":
         size = root(torch.addcmul(state.variance, x, x), x)
         return [*births, OfInputs(fresh, size, noisy, site.shares_rows, site.shared)]

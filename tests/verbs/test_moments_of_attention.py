@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from surgery import apply_dropconnect, mc_predict, plan_dropconnect, predict_moments, set_inference
 
+from ..helpers import linear
+
 P = 0.2
 WIDTH, HEADS, TOKENS = 8, 2, 4
 UNITS = ("element", "input", "output", "tensor")
@@ -54,14 +56,6 @@ class Twin(nn.Module):
         mixed = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
         found: Tensor = self.head(self.out(mixed).mean(1))
         return found
-
-
-def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], len(weight), dtype=weight.dtype)
-    with torch.no_grad():
-        made.weight.copy_(weight)
-        made.bias.copy_(bias)
-    return made
 
 
 def made(scale: float = 2.0) -> tuple[Packed, Twin, Tensor]:

@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from surgery import SurgeryError, apply_dropconnect, mc_predict, predict_moments, set_inference
 
+from ..helpers import linear
+
 P = 0.2
 WIDTH, HIDDEN, STEPS = 3, 6, 5
 KINDS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
@@ -49,14 +51,6 @@ class Written(nn.Module):
             else:
                 hidden = (one + other).tanh()
         return hidden
-
-
-def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], len(weight), dtype=weight.dtype)
-    with torch.no_grad():
-        made.weight.copy_(weight)
-        made.bias.copy_(bias)
-    return made
 
 
 def made(name: str, **options: Any) -> tuple[nn.Module, Tensor]:
