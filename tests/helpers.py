@@ -6,10 +6,12 @@ import math
 from ctypes import string_at
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from surgery import predict_moments
 from surgery.spec.plan import join
 
 from .internals import states_of
@@ -103,3 +105,13 @@ def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
         made.weight.copy_(weight)
         made.bias.copy_(bias)
     return made
+
+
+def assert_moments_of_draws(model: nn.Module, x: Tensor, count: int = 2000) -> None:
+    """A forward draws; mean and variance with full covariance are those of so many."""
+    with torch.no_grad():
+        drawn = torch.stack([model(x) for _ in range(count)])
+    found = predict_moments(model, x, "full", class_dim=None)
+    gap = (found.mean - drawn.mean(0)) / (drawn.std(0) / math.sqrt(count))
+    assert gap.square().mean() < 2
+    assert float(found.variance.sum() / drawn.var(0).sum()) == pytest.approx(1, abs=0.1)

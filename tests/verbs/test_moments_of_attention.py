@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from surgery import apply_dropconnect, mc_predict, plan_dropconnect, predict_moments, set_inference
 
-from ..helpers import linear
+from ..helpers import assert_moments_of_draws, linear
 
 P = 0.2
 WIDTH, HEADS, TOKENS = 8, 2, 4
@@ -225,14 +225,7 @@ def test_dropout_of_shares_counts() -> None:
     torch.manual_seed(0)
     model = Packed(dropout=0.3).double().eval()
     x = torch.randn(5, TOKENS, WIDTH, dtype=torch.float64)
-    count = 2000
-    model.train()
-    with torch.no_grad():
-        drawn = torch.stack([model(x) for _ in range(count)])
-    found = predict_moments(model, x, "full", class_dim=None)
-    gap = (found.mean - drawn.mean(0)) / (drawn.std(0) / math.sqrt(count))
-    assert gap.square().mean() < 2
-    assert float(found.variance.sum() / drawn.var(0).sum()) == pytest.approx(1, abs=0.1)
+    assert_moments_of_draws(model.train(), x)
 
 
 def test_gradients_flow_and_tensors_leave() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from surgery import SurgeryError, apply_dropconnect, mc_predict, predict_moments, set_inference
 
-from ..helpers import linear
+from ..helpers import assert_moments_of_draws, linear
 
 P = 0.2
 WIDTH, HIDDEN, STEPS = 3, 6, 5
@@ -233,13 +232,7 @@ def test_packed_inside() -> None:
 def test_dropout_between_layers_counts() -> None:
     torch.manual_seed(0)
     layer = nn.LSTM(WIDTH, HIDDEN, num_layers=2, dropout=0.3, batch_first=True).double()
-    model, x, count = Last(layer).train(), torch.randn(4, 2, WIDTH, dtype=torch.float64), 2000
-    with torch.no_grad():
-        drawn = torch.stack([model(x) for _ in range(count)])
-    found = predict_moments(model, x, "full", class_dim=None)
-    gap = (found.mean - drawn.mean(0)) / (drawn.std(0) / math.sqrt(count))
-    assert gap.square().mean() < 2
-    assert float(found.variance.sum() / drawn.var(0).sum()) == pytest.approx(1, abs=0.1)
+    assert_moments_of_draws(Last(layer).train(), torch.randn(4, 2, WIDTH, dtype=torch.float64))
 
 
 def test_variance_goes_through_layers_that_do_not_drop() -> None:
