@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    labels: tuple[int, ...] = (50, 256)
+    labels: tuple[int, ...] = (50, 100, 256, 1000)
     """How many labelled texts there are to learn from."""
     tokens: int = 32
     steps: int = 64
