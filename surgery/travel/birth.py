@@ -125,7 +125,7 @@ class Diagonal(Birth):
         return root * signs((columns, *root.shape), root)
 
     def effects(self, by: Tensor, rows: int) -> Tensor:
-        return (by * self.variance.sqrt()).reshape(len(by), rows, -1)
+        return of_examples(by * self.variance.sqrt(), rows).flatten(2)
 
 
 class OfOutputs(Birth):
@@ -163,11 +163,10 @@ class OfOutputs(Birth):
 
     def effects(self, by: Tensor, rows: int) -> Tensor:
         effects = by * self.effect
-        split = effects.reshape(len(by), rows, -1, *self.effect.shape[1:])
+        split = of_examples(effects, rows)
         own = {dim % self.effect.ndim for dim in self.own}
         shared = [2 + dim for dim in range(1, self.effect.ndim) if dim not in own]
-        summed = split.sum([2, *shared])
-        return summed.reshape(len(by), rows, -1)
+        return split.sum([2, *shared], keepdim=True).flatten(2)
 
 
 class OfInputs(Birth):
@@ -205,7 +204,7 @@ class OfInputs(Birth):
 
     def effects(self, by: Tensor, rows: int) -> Tensor:
         effects = (by @ self.weight) * self.x
-        apart = effects.reshape(len(by), rows, -1, self.x.shape[-1])
+        apart = of_examples(effects, rows).flatten(2, -2)
         return apart.sum(2) if self.shares_rows else apart.flatten(2)
 
 
@@ -256,7 +255,7 @@ class OfWords(Birth):
         each = by.view(len(by), *effect.shape) * effect
         each = each.sum(-1, keepdim=True) if self.whole else each
         summed = torch.zeros_like(each).scatter_add_(2, first.expand(each.shape), each)
-        return summed.reshape(len(by), rows, -1)
+        return of_examples(summed, rows).flatten(2)
 
 
 class OfWeights(Birth):
@@ -331,14 +330,14 @@ class OfWeights(Birth):
 
     def _gram(self, by: Sequence[Tensor], inputs: Sequence[Tensor], rows: int) -> Tensor:
         if self.matrix:  # uses of one mask are like rows of one example
-            each = [math.prod(one.shape[:-1]) // max(1, rows) for one in inputs]
-            x = _joined([one.reshape(rows, n, one.shape[-1]) for n, one in zip(each, inputs)], 1)
-            flat = [one.reshape(len(one), rows, n, one.shape[-1]) for n, one in zip(each, by)]
-            own = _joined(flat, 2)
+            x = _joined([of_examples(one.unsqueeze(0), rows).flatten(2, -2) for one in inputs], 2)[
+                0
+            ]
+            own = _joined([of_examples(one, rows).flatten(2, -2) for one in by], 2)
             return weighted_gram(own, x, self.weight.square())
         grams = [
-            self._of_example(by[0].unflatten(1, (rows, -1))[:, row], x)
-            for row, x in enumerate(inputs[0].unflatten(0, (rows, -1)))
+            self._of_example(of_examples(by[0], rows)[:, row], x)
+            for row, x in enumerate(of_examples(inputs[0].unsqueeze(0), rows)[0])
         ]
         return torch.stack(grams)
 
@@ -346,8 +345,14 @@ class OfWeights(Birth):
         """(outputs, outputs). `by`: (outputs, rows, ...); `x`: (rows, ...)."""
         pull: Any = torch.func.vjp(lambda weight: self.product(x, weight), self.weight)[1]
         (of_weight,) = torch.vmap(pull)(by)
-        effects: Tensor = (of_weight * self.weight).reshape(len(by), -1)
+        effects: Tensor = (of_weight * self.weight).flatten(1)
         return effects @ effects.t()
+
+
+def of_examples(tensor: Tensor, rows: int) -> Tensor:
+    """(n, examples * each, ...) as (n, examples, each, ...), also where there is nothing of some size."""
+    each = tensor.shape[1] // max(1, rows)
+    return tensor.reshape(len(tensor), rows, each, *tensor.shape[2:])
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

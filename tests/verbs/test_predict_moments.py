@@ -92,17 +92,21 @@ def test_leaves_the_model_as_it_was(fails: bool, form: Any) -> None:
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("covariance", ["diagonal", "full", 3])
-@pytest.mark.parametrize("site", ["0", "2"])
+@pytest.mark.parametrize("covariance", ["diagonal", "outputs", "full", 3])
+@pytest.mark.parametrize("unit", ["element", "input", "output", "tensor"])
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_layers_without_units(site: str, covariance: Any) -> None:
-    """What passes through them is the bias alone."""
-    model = nn.Sequential(nn.Linear(4, 0), nn.ReLU(), nn.Linear(0, 3))
-    apply_dropconnect(model, site, P)
-    for leading in ((2, 5), (2,)):
-        found = predict_moments(model, torch.randn(*leading, 4), covariance)
-        assert torch.equal(found.mean, model[2].bias.detach().expand(*leading, 3))
-        assert not found.variance.any()
+def test_layers_without_units(unit: Any, covariance: Any) -> None:
+    """What passes through them is the bias alone; nothing comes out of a last one."""
+    for leading in ((2, 5), (2,), (2, 0)):
+        for site in ("0", "2"):
+            model = nn.Sequential(nn.Linear(4, 0), nn.ReLU(), nn.Linear(0, 3))
+            apply_dropconnect(model, site, P, unit=unit)
+            found = predict_moments(model, torch.randn(*leading, 4), covariance)
+            assert torch.equal(found.mean, model[2].bias.detach().expand(*leading, 3))
+            assert not found.variance.any()
+        last = apply_dropconnect(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 0)), "*", P, unit=unit)
+        found = predict_moments(last, torch.randn(*leading, 4), covariance, class_dim=None)
+        assert found.mean.shape == found.variance.shape == (*leading, 0)
 
 
 def test_a_loader_and_a_compiled_model() -> None:
