@@ -26,7 +26,7 @@ from ..ops.ordinary import is_dense
 from ..ops.part import Part, part_of
 from ..ops.part_mask import is_sharded, local_anchor
 from ..torch_private.tracing import is_graphed
-from ..travel import ALONE, Run, Shared, Site, Travelling, running, site_value
+from ..travel import ALONE, Numbers, Run, Site, Travelling, running, site_value
 from ..travel.state import apart, fixed
 from .cut import Cut
 from .masking import Operand, check_anchor, draw_keys
@@ -187,7 +187,7 @@ class ProductCall(NamedTuple):
         return Gaussian.of(Source(mean, variance, state.site, state.samples, points, shared))
 
     def through(
-        self, run: Run, shared: Shared | None = None, of_shared_bias: Shared | None = None
+        self, run: Run, shared: Numbers | None = None, of_shared_bias: Numbers | None = None
     ) -> Travelling:
         """Mean, variance and covariances, in a run through a whole model.
 

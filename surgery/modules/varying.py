@@ -13,7 +13,7 @@ from ..kinds.product import LINEAR_PRODUCT
 from ..ops.part_mask import is_sharded
 from ..torch_private.tensors import tensor_without_memory
 from ..torch_private.tracing import is_traced
-from ..travel import ALONE, Run, Shared, Travelling, Weight, WeightTensor, running
+from ..travel import ALONE, Numbers, Run, Travelling, Weight, WeightTensor, running
 from ..travel.birth import Birth, OfOutputs, OfWords
 from ..travel.state import apart, certain
 from ..travel.value import expected
@@ -26,7 +26,7 @@ class Varying(Weight):
     """A dropped weight, bias, or part of one."""
 
     operand: Operand
-    masks: dict[int | None, Shared]
+    masks: dict[int | None, Numbers]
     """The numbers of the masks of one forward: of each part, or of all where the whole weight has one
     mask entry."""
     part: int | None
@@ -50,14 +50,14 @@ class Varying(Weight):
     def run(self) -> Run:  # type: ignore[override]
         return running() or ALONE
 
-    def shared(self) -> Shared | None:
+    def shared(self) -> Numbers | None:
         """The numbers of its mask; None if nobody follows them."""
         run = self.run
         if not run.follows:
             return None
         part = None if self.operand.state.unit == "tensor" else self.part
         if part not in self.masks:
-            self.masks[part] = run.shared()
+            self.masks[part] = run.numbers()
         return self.masks[part]
 
     def expectation(self) -> Tensor:
@@ -87,12 +87,13 @@ class Varying(Weight):
         found = certain(F.embedding(index, self.expectation()))
         with apart():
             moving = F.embedding(index, raw if anchor is None else raw - anchor)
-            effect = ops.ratio_of(law).sqrt() * moving.to(found.variance.dtype)
+            ratio = ops.ratio_of(law)
+            effect = ratio.sqrt() * moving.to(found.variance.dtype)
         birth: Birth
         if state.unit in ("output", "tensor"):
-            birth = OfOutputs(effect, (-1,) if state.unit == "output" else ())
+            birth = OfOutputs(effect, (-1,) if state.unit == "output" else (), ratio)
         else:
-            birth = OfWords(effect, index, whole=state.unit == "input")
+            birth = OfWords(effect, index, state.unit == "input", ratio)
         return Travelling.of(run, run.born(found, birth))
 
     def added_to(self, value: Any) -> Travelling:
@@ -102,10 +103,11 @@ class Varying(Weight):
         total = travelling + self.expectation()
         with apart():
             moving = raw if anchor is None else raw - anchor
-            effect = ops.ratio_of(law).sqrt() * moving.to(total.state().variance.dtype)
+            ratio = ops.ratio_of(law)
+            effect = ratio.sqrt() * moving.to(total.state().variance.dtype)
             effect = effect.expand(total.shape)
         own = () if state.unit == "tensor" else (-1,)
-        return Travelling.of(run, run.born(total.state(), OfOutputs(effect, own, shared)))
+        return Travelling.of(run, run.born(total.state(), OfOutputs(effect, own, ratio, shared)))
 
 
 class VaryingTensor(WeightTensor, Varying):
@@ -115,7 +117,7 @@ class VaryingTensor(WeightTensor, Varying):
     __repr__ = Weight.__repr__  # type: ignore[assignment]
 
 
-def _made(operand: Operand, masks: dict[int | None, Shared], part: int | None) -> Varying:
+def _made(operand: Operand, masks: dict[int | None, Numbers], part: int | None) -> Varying:
     value: Any
     if is_traced():
         value, value.like = Varying(), operand.raw

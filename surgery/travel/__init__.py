@@ -13,7 +13,7 @@ covariance of the outputs alone comes from a backward pass for each of them (`ad
 """
 
 from . import attention, elementwise, joint, linear, pairs, pooling, recurrent, shapes
-from .birth import Shared
+from .numbers import Numbers
 from .run import ALONE, Run, TooWide, current, running
 from .site import Site, site_value
 from .state import State
@@ -22,8 +22,8 @@ from .weight import Weight, WeightTensor
 
 __all__ = [
     "ALONE",
+    "Numbers",
     "Run",
-    "Shared",
     "Site",
     "State",
     "TooWide",

@@ -25,7 +25,7 @@ from ..ops import independent
 from ..ops.blocks import in_blocks
 from .call import RULES, Call, rule
 from .run import ALONE, Run
-from .state import State, apart, fixed, linked, same_columns
+from .state import State, apart, fixed, linked, of_draws, same_columns
 from .swing import of_swing
 from .value import Later, Travelling
 
@@ -180,7 +180,19 @@ def of_function(call: Call | None, function: Function, state: State, run: Run) -
         carried = factors.to(variance.dtype).square().sum(0)
         moved = State(moved.mean, carried, factors)
     left = (variance - moved.variance).clamp_min(0)
-    return run.born_apart(moved, left)
+
+    def safely(draw: Tensor) -> Tensor:
+        """By its slope where it is not defined."""
+        value = function(draw)
+        straight = fixed(mean) + gain * (draw - fixed(state.mean))
+        return torch.where(value.isfinite(), value, straight.to(value.dtype))
+
+    partial_one = call is not None and call.name in table.PARTIAL
+
+    def columns() -> Tensor | None:
+        return of_draws(safely if partial_one else function, mean, run.columns, state)
+
+    return run.after(mean, moved.variance, left, lambda: moved.factors, columns)
 
 
 def three_of(

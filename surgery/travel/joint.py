@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..ops import independent
 from .call import Call, rule
 from .run import Run
-from .state import State, apart
+from .state import State, apart, of_draws
 from .value import Travelling
 
 
@@ -35,7 +34,7 @@ def softmax(call: Call) -> Any:
 
         E[softmax(z)]_i = s_i (1 + (w_i - sum_k s_k w_k) / 2)  ~  softmax(m + w / 2)_i
 
-    which stays a distribution. Where there is a sketch, its points have all orders. It moves as
+    which stays a distribution. Draws, and their mirror images, have all orders. It moves as
     `s * (dz - sum_j s_j dz_j)`.
     """
     value, dim = call.first, call.argument(1, "dim", -1)
@@ -47,22 +46,25 @@ def softmax(call: Call) -> Any:
         return Travelling.of(run, State(mean.to(state.mean.dtype), variance))
     share, spread, centred = _softmax(state, dim)
     mean = (state.mean + (spread / 2).to(state.mean.dtype)).softmax(dim)
-    if run.carrier == "sketch" and state.factors is not None:
+    if run.carrier == "draws" and state.factors is not None:
         with apart():
-            more = over_points(lambda t: t.softmax(dim), state) - mean
+            more = torch.zeros_like(mean)
+            for draw in range(run.columns):
+                for sign in (1.0, -1.0):
+                    more += state.draw(draw, sign).softmax(dim)
+            more = more / (2 * run.columns) - mean
         mean = mean + more
     with apart():
-        factors = None if centred is None else share.to(centred.dtype) * centred
         variance = share.square() * spread
-    return Travelling.of(run, run.mixed(State(mean, variance, factors)))
 
+    def linear() -> Tensor | None:
+        return None if centred is None else share.to(centred.dtype) * centred
 
-def over_points(function: Callable[[Tensor], Tensor], state: State) -> Tensor:
-    """The expectation of a function by points of a sketch, m + F_k sqrt(r) and m - F_k sqrt(r): each is
-    like a draw, and the mean and covariance of all are those of the value."""
-    assert state.factors is not None
-    mean, step = state.mean.detach(), state.factors * math.sqrt(len(state.factors))
-    return (function(mean + step).mean(0) + function(mean - step).mean(0)) / 2
+    def columns() -> Tensor | None:
+        return of_draws(lambda t: t.softmax(dim), mean, run.columns, state)
+
+    new = torch.zeros_like(variance)
+    return Travelling.of(run, run.after(mean, variance, new, linear, columns, mixes=True))
 
 
 @rule("softmin")
@@ -82,7 +84,14 @@ def log_softmax(call: Call) -> Any:
     with apart():
         curvature = (share * spread).sum(dim, keepdim=True) / 2
     mean = state.mean.log_softmax(dim) - curvature.to(state.mean.dtype)
-    return Travelling.of(value.run, State(mean, spread, centred))
+
+    run = value.run
+
+    def columns() -> Tensor | None:
+        return of_draws(lambda t: t.log_softmax(dim), mean, run.columns, state)
+
+    new = torch.zeros_like(spread)
+    return Travelling.of(run, run.after(mean, spread, new, lambda: centred, columns))
 
 
 def _softmax(state: State, dim: int) -> _Softmax:
@@ -164,7 +173,20 @@ def normed(
     result = unscaled + bent
     result = result if weight is None else result * weight
     result = result if bias is None else result + bias
-    return run.mixed(State(result.to(state.mean.dtype), moved, factors))
+
+    def of_draw(draw: Tensor) -> Tensor:
+        wide, alone = draw.to(variance.dtype), torch.full_like(added, eps)
+        found, _ = independent.normed(wide, alone, dims, centred)
+        found = found if weight is None else found * weight
+        return found if bias is None else found + bias
+
+    new = torch.zeros_like(moved)
+    mean = result.to(state.mean.dtype)
+
+    def columns() -> Tensor | None:
+        return of_draws(of_draw, mean, run.columns, state)
+
+    return run.after(mean, moved, new, lambda: factors, columns, mixes=True)
 
 
 _BATCH_NORM = tuple(inspect.signature(F.batch_norm).parameters)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .call import Call, rule
 from .run import Run
-from .state import State, apart, fixed, over_columns
+from .state import State, apart, fixed, of_draws, over_columns, same_columns
 from .value import Travelling, expected
 from .weight import Weight
 
@@ -152,7 +152,7 @@ def bilinear(
     product: Callable[[Tensor, Tensor], Tensor], one: State, other: State, run: Run
 ) -> State:
     """The state of a sum of products of two values. How they covary is part of the mean where there are
-    columns: those of a sketch have the right sum of products in expectation. For the variance of what
+    columns: those of draws have the right sum of products in expectation. For the variance of what
     is new they are taken as independent.
     """
     mean = product(one.mean, other.mean)
@@ -163,23 +163,25 @@ def bilinear(
             return State(mean, variance.add_(product(one.variance, others)))
         moved = product(squares, other.variance) + product(one.variance, others)
         new = product(one.variance, other.variance)
-        factors, covaried = None, None
-        if one.factors is not None:
-            factors = torch.vmap(lambda t: product(t, fixed(other.mean)))(one.factors)
-        if other.factors is not None:
-            through = torch.vmap(lambda t: product(fixed(one.mean), t))(other.factors)
-            if factors is None:
-                factors = through
-            else:
-                count = min(len(factors), len(through))
-                longer = factors if len(factors) >= len(through) else through
-                factors = torch.cat([factors[:count] + through[:count], longer[count:]])
+        together: Tensor | None = None
         if one.factors is not None and other.factors is not None:
             count = min(len(one.factors), len(other.factors))
-            covaried = torch.vmap(product)(one.factors[:count], other.factors[:count]).sum(0)
-    if covaried is not None:
-        mean = mean + covaried
-    return run.born_apart(run.mixed(State(mean, moved, factors)), new)
+            together = torch.vmap(product)(one.factors[:count], other.factors[:count])
+    if together is not None:
+        mean = mean + together.sum(0)
+
+    def linear() -> Tensor | None:
+        parts = []
+        if one.factors is not None:
+            parts.append(torch.vmap(lambda t: product(t, fixed(other.mean)))(one.factors))
+        if other.factors is not None:
+            parts.append(torch.vmap(lambda t: product(fixed(one.mean), t))(other.factors))
+        return torch.add(*same_columns(*parts)) if len(parts) == 2 else parts[0] if parts else None
+
+    def columns() -> Tensor | None:
+        return of_draws(product, mean, run.columns, one, other)
+
+    return run.after(mean, moved, new, linear, columns, mixes=True)
 
 
 @rule("sum", "mean")

@@ -19,7 +19,16 @@ from ..ops.independent import rectified
 from .call import Call, rule
 from .run import Run
 from .shapes import state_of
-from .state import State, apart, combined, covariance_of, linked, sum_of, variance_of_sum
+from .state import (
+    State,
+    apart,
+    combined,
+    covariance_of,
+    linked,
+    of_draws,
+    sum_of,
+    variance_of_sum,
+)
 from .value import Travelling
 
 
@@ -61,12 +70,16 @@ def product_of(one: State, other: State, run: Run) -> State:
     mean = one.mean * other.mean
     if covariance is not None:
         mean = mean + both.to(mean.dtype)
-    with apart():
-        factors = combined(mean, (one.factors, other.mean), (other.factors, one.mean))
-    moved = State(mean, variance.clamp_min(0), None if factors is None else factors.detach())
-    if not run.follows:
-        return State(mean, moved.variance + new)
-    return run.born_apart(moved, new)
+
+    def linear() -> Tensor | None:
+        return combined(mean, (one.factors, other.mean), (other.factors, one.mean))
+
+    def columns() -> Tensor | None:
+        together = covariance_of(one, other)  # which is no part of the mean: few draws
+        middle = mean if together is None else mean + together.to(mean.dtype)
+        return of_draws(torch.mul, middle, run.columns, one, other)
+
+    return run.after(mean, variance.clamp_min(0), new, linear, columns)
 
 
 def _product(call: Call) -> Any:
@@ -115,14 +128,18 @@ def larger_of(one: State, other: State, run: Run) -> State:
         rest = 1 - slope
     mean = linked(linked(expected.to(one.mean.dtype), one.mean, slope), other.mean, rest)
     with apart():
-        factors = combined(mean, (one.factors, share), (other.factors, 1 - share))
         covariance = (one.variance + other.variance - spread) / 2
         linear = share.square() * one.variance + (1 - share).square() * other.variance
         linear = linear + 2 * share * (1 - share) * covariance
-    if not run.follows:
-        return State(mean, variance)
-    linear = torch.minimum(linear, variance)
-    return run.born_apart(State(mean, linear, factors), variance - linear)
+        linear = torch.minimum(linear, variance)
+
+    def factors() -> Tensor | None:
+        return combined(mean, (one.factors, share), (other.factors, 1 - share))
+
+    def columns() -> Tensor | None:
+        return of_draws(torch.maximum, mean, run.columns, one, other)
+
+    return run.after(mean, linear, variance - linear, factors, columns)
 
 
 def _maximum(call: Call) -> Any:
@@ -160,9 +177,16 @@ def mixture(share: Any, one: Any, other: Any) -> Any:
         moved = moved + gap.square() * by.variance
         new = by.variance * (first.variance + second.variance)
     mean = second.mean + by.mean * (first.mean - second.mean)
-    if not run.follows:
-        return Travelling.of(run, State(mean, moved + new))
-    with apart():
+
+    def linear() -> Tensor | None:
         terms = (first.factors, by.at), (second.factors, 1 - by.at), (by.factors, gap)
-        factors = combined(mean, *terms)
-    return Travelling.of(run, run.born_apart(run.mixed(State(mean, moved, factors)), new))
+        return combined(mean, *terms)
+
+    def columns() -> Tensor | None:
+        return of_draws(_mixed, mean, run.columns, by, first, second)
+
+    return Travelling.of(run, run.after(mean, moved, new, linear, columns, mixes=True))
+
+
+def _mixed(share: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    return other + share * (one - other)

@@ -1,6 +1,6 @@
 """Recurrent layers, step by step: gates are sums and products, and one mask serves all steps.
 
-What is born at a step covaries with what is born at the others: columns and backward passes have that.
+What is born at a step covaries with what is born at the others: draws and backward passes have that.
 That the state depends on the mask it is multiplied by, is left out of the mean.
 """
 
@@ -148,7 +148,7 @@ def _padded_steps(call: Call, x: Any) -> _Steps:
         raise SurgeryError(
             f"backward passes need the examples along the first dimension: there are {run.rows}, and "
             f"a recurrent layer gets {x.shape[0]}; give the model the batch first, or covariance= a "
-            "number of columns or 'diagonal'"
+            "number of draws or 'diagonal'"
         )
     return _Steps(
         lambda sequence: sequence.unbind(1), lambda found: torch.stack(list(found), 1),
@@ -161,7 +161,7 @@ def _packed_steps(call: Call, sizes: Tensor) -> _Steps:
     if call.run.records:
         raise SurgeryError(
             "backward passes do not know packed sequences, whose examples lie in another order; give "
-            "covariance= a number of columns or 'diagonal', or the model padded sequences"
+            "covariance= a number of draws or 'diagonal', or the model padded sequences"
         )
     counts: list[int] = sizes.tolist()
     return _Steps(lambda data: data.split(counts), lambda found: torch.cat(list(found)), counts)

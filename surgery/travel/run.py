@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from .birth import LIMIT, Birth, Diagonal, Shared, drawn_signs
-from .state import State, apart, record
+from .birth import Birth, Diagonal, OfDraws
+from .numbers import LIMIT, Numbers
+from .state import State, apart, carried_by, record
 
-Carrier = Literal["none", "exact", "sketch"]
+Carrier = Literal["none", "exact", "draws"]
 """How a forward carries covariances:
 
 * `"none"`: it does not; entries of one value, and different values, are taken as independent;
 * `"exact"`: every random number that is met becomes a column of the factors;
-* `"sketch"`: random signs spread all of them over a fixed number of columns. Products of columns
-have the
-  right expectation; a relative error of sqrt(2 / columns) is averaged over the entries of a value.
+* `"draws"`: a column is one of some draws of everything that is random, less the mean. Functions are
+  evaluated at them, so that they know what is common to the entries of a value, to all orders; means
+  come from the formulas of `"none"`, and variances too, times a factor of draws.
 """
 
 
@@ -45,7 +47,7 @@ class Run:
         """Examples of the batch."""
         self.carrier = carrier
         self.columns = columns
-        """How many there are: of a sketch from the beginning, else so far."""
+        """How many there are: draws from the beginning, else so far."""
         self.records = records
         """Whether means get a graph, and births are kept, for backward passes."""
         self.dropout = dropout
@@ -55,61 +57,94 @@ class Run:
         """Where a value became its mean, and what did that."""
         modules = [] if model is None else model.named_modules()
         self._names = {id(module): name for name, module in modules}
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._masks = 0
+        self._births = 0
 
     @property
     def follows(self) -> bool:
         """Whether it follows how values covary: else births are no more than their variance."""
         return self.carrier != "none" or self.records
 
-    def signs(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Random signs from a generator of the run, the same in every run."""
-        device = like.device
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(0)
-        return drawn_signs(shape, like, self._generators[device])
-
-    def shared(self) -> Shared:
-        """The random numbers of a mask that several products will use."""
-        self._masks += 1
-        return Shared(self._masks)
+    def numbers(self) -> Numbers:
+        """Random numbers of their own, the same in every run."""
+        self._births += 1
+        return Numbers(self._births)
 
     def born(self, state: State, birth: Birth) -> State:
         """The state with randomness added that is independent of all before."""
-        mean = state.mean
-        if self.records:
-            mean = birth.added_to(mean)
-            self.births.append(birth)
+        mean = self._recorded(state.mean, birth)
         with apart():
             variance = state.variance + birth.variance
             factors = state.factors
-            if self.carrier == "sketch":
-                signs = self.signs if birth.shared is None else birth.shared.signs(0)
-                new = birth.sketched(self.columns, signs).to(mean.dtype)
-                factors = new if factors is None else factors + new
+            if self.carrier == "draws":
+                drawn = birth.drawn(self.columns, birth.shared or self.numbers())
+                new = drawn.mul_(1 / math.sqrt(self.columns)).to(mean.dtype)
+                factors = new if factors is None else new.add_(factors)
             elif self.carrier == "exact":
                 factors = self._extended(factors, birth, mean)
         return State(mean, variance, factors, swing=state.swing)
+
+    def _recorded(self, mean: Tensor, birth: Birth) -> Tensor:
+        """The mean; where the run records, as that by which outputs are differentiated."""
+        if not self.records:
+            return mean
+        self.births.append(birth)
+        return birth.added_to(mean)
 
     def born_apart(self, state: State, variance: Tensor) -> State:
         """The same for randomness that is independent between entries."""
         return self.born(state, Diagonal(variance))
 
+    def after(
+        self,
+        mean: Tensor,
+        moved: Tensor,
+        new: Tensor,
+        linear: Callable[[], Tensor | None],
+        columns: Callable[[], Tensor | None],
+        mixes: bool = False,
+    ) -> State:
+        """The state of a function of values.
+
+        Args:
+            mean: the expectation, with its graph.
+            moved, new: the variance: that of the linear part, and what is left.
+            linear: makes the columns of the linear part.
+            columns: makes those of draws; see `of_draws`.
+            mixes: whether entries are sums of many others, as `mixed` has it.
+        """
+        if not self.follows:
+            return State(mean, moved + new)
+        if self.carrier != "draws":
+            with apart():
+                state = State(mean, moved, linear())
+            return self.born_apart(self.mixed(state) if mixes else state, new)
+        with apart():
+            found, variance = columns(), moved + new
+        if found is not None and self.records:
+            with apart():
+                along = linear()
+                rest = found if along is None else found - along
+            mean = self._recorded(mean, OfDraws(new, rest))
+        state = State(mean, variance, found)
+        return self.mixed(state) if mixes else state
+
     def mixed(self, state: State) -> State:
         """A state whose entries are sums of many others. Its variance was computed as if these were
-        independent; a sketch tells by how much the sum is off, for all features of a row together."""
+        independent; draws tell by how much that is off: for all features of a row together, and, as
+        far as there are draws enough, for each entry."""
         factors = state.factors
         if factors is None:
             return state
         with apart():
-            carried = factors.to(state.variance.dtype).square().sum(0)
+            carried = carried_by(factors, state.variance.dtype)
             if self.carrier == "exact":
                 return State(state.mean, carried, factors)
             dims = (-1,) if carried.ndim <= 3 else tuple(range(1, carried.ndim))
             alone = state.variance.sum(dims, keepdim=True)
             ratio = carried.sum(dims, keepdim=True) / alone.clamp_min(torch.finfo(alone.dtype).tiny)
-            return State(state.mean, state.variance * ratio, factors)
+            rule = state.variance * ratio
+            variance = torch.lerp(rule, carried, weight_of_draws(rule, carried, len(factors)))
+            return State(state.mean, variance, factors)
 
     def _extended(self, factors: Tensor | None, birth: Birth, mean: Tensor) -> Tensor:
         """The factors with columns of their own for what is born."""
@@ -156,6 +191,23 @@ _current = _Current()
 def running() -> Run | None:
     """The run of this thread; None outside of one."""
     return _current.run
+
+
+def weight_of_draws(rule: Tensor, carried: Tensor, count: int) -> Tensor:
+    """How much the variances of draws count beside those of a rule, from 0 to 1, for each example.
+
+    Draws have a relative error of sqrt(2 / count). What the two differ by beyond that is the
+    error of the rule: so each gets the weight that makes the error of both together least, as in
+    empirical Bayes.
+    """
+    noise = 2 / count
+    dims = tuple(range(1, rule.ndim))
+    wrong, size = ((t.square().sum(dims, keepdim=True)) for t in (carried - rule, rule))
+    off = (wrong / size.clamp_min(_TINY) - noise).clamp_min(0)
+    return off / (off + noise)
+
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @contextmanager

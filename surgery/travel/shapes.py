@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,9 @@ from ..moments.scope import hashable
 from ..moments.torch_functions import ALIASING, CASTING, COPYING, DROPOUTS, VIEWS
 from ..torch_private.tensors import memory_of
 from ..torch_private.tracing import is_traced
-from .birth import OfOutputs, root
+from .birth import Diagonal, OfOutputs, root
 from .call import RULES, Call, rule
+from .numbers import Numbers
 from .run import Run
 from .state import State, aligned, apart, certain, wide
 from .value import Apply, Travelling
@@ -179,10 +181,19 @@ def dropout(call: Call) -> Any:
     state = value.state()
     with apart():
         fresh = (state.at.square() + state.variance) * (p / (1 - p))
+    ratio = p / (1 - p)
+
+    def draws(count: int, numbers: Numbers) -> Tensor:
+        masks = numbers.masks((count, *state.mean.shape), ratio, state.variance)
+        inputs = torch.stack([state.draw(draw) for draw in range(count)])
+        return masks * inputs * math.sqrt(ratio)
+
     if call.name == "dropout" or state.mean.ndim < 3:
-        return Travelling.of(run, run.born_apart(state, fresh))
-    channel = 1 - state.mean.ndim
-    birth = OfOutputs(root(fresh, state.at), (channel,))
+        return Travelling.of(run, run.born(state, Diagonal(fresh, draws)))
+    channel, columns = 1 - state.mean.ndim, None
+    if run.carrier == "draws" and state.factors is not None:
+        columns = state.factors * math.sqrt(ratio)
+    birth = OfOutputs(root(fresh, state.at), (channel,), ratio, columns=columns)
     return Travelling.of(run, run.born(state, birth))
 
 

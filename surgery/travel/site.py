@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..moments import Points
 from ..ops import Law, ratio_of, variance_of_product
 from ..spec.config import Unit
-from .birth import Birth, Diagonal, OfInputs, OfOutputs, OfWeights, Shared, root
+from .birth import Birth, Diagonal, OfInputs, OfOutputs, root
+from .numbers import Numbers
+from .of_weights import OfWeights
 from .run import Run
 from .state import State, apart, certain, fixed, over_columns
 from .value import Travelling
@@ -50,14 +51,18 @@ class Site(NamedTuple):
     """Its expectation, (out,)."""
     bias_variance: Tensor | None
     """(out,): of a bias that is dropped entry by entry; None if none is."""
-    shared: Shared | None = None
+    shared: Numbers | None = None
     """The numbers of the mask, if other products may use it too."""
-    of_shared_bias: Shared | None = None
+    of_shared_bias: Numbers | None = None
     """The same of the bias."""
 
     def ratio(self) -> Tensor:
         """p / (1 - p). No property: dynamo of torch 2.9 does not know those of named tuples."""
         return ratio_of(self.law)
+
+    def has_one_mask(self) -> bool:
+        """Whether the weight has one mask by element for all rows of an example."""
+        return self.unit == "element" and (self.shares_rows or self.shared is not None)
 
     def of_bias(self, like: Tensor) -> Tensor | None:
         """The variance of such a bias, in the shape of the result."""
@@ -86,7 +91,8 @@ def site_value(
     mean = site.product(state.mean, site.weight, site.bias) if varies else None
     with apart():
         mean, variance, fresh = _three(run, state, mean, known, site)
-        factors = state.factors
+        brings = run.carrier == "draws" and site.has_one_mask()
+        factors = None if brings else state.factors
         if factors is not None:
             factors = over_columns(lambda t: site.product(t, site.weight, None), factors)
     points = None if varies else points_of(state.mean, mean)
@@ -98,13 +104,15 @@ def site_value(
     if not run.follows:
         return Travelling.of(run, State(mean, moved.variance + fresh, points=points))
     with apart():
-        births = _births(state, known_part, fresh, site)
+        births = _births(state, known_part, fresh, site, run)
         if run.carrier == "exact" and site.unit == "element" and state.factors is not None:
             by = site.ratio() * site.moving.to(state.factors.dtype).square()
             at = 2 * state.mean.detach()
             moved.swing = over_columns(lambda t: site.product(at * t, by, None), state.factors)
     for birth in births:
         moved = run.born(moved, birth)
+    if brings and varies:
+        moved = run.mixed(moved)
     moved.points = points
     return Travelling.of(run, moved)
 
@@ -151,7 +159,7 @@ def _three(
     return mean, variance, fresh if added is None else fresh + added
 
 
-def _births(state: State, known: Tensor, fresh: Tensor, site: Site) -> list[Birth]:
+def _births(state: State, known: Tensor, fresh: Tensor, site: Site, run: Run) -> list[Birth]:
     """What is born.
 
     Args:
@@ -159,34 +167,46 @@ def _births(state: State, known: Tensor, fresh: Tensor, site: Site) -> list[Birt
         known: the part of `fresh` that the mean of the input causes.
         fresh: the variance of all that is born.
     """
-    x, rows = state.at, tuple(range(-fresh.ndim, 0))
+    x, rows, ratio = state.at, tuple(range(-fresh.ndim, 0)), site.ratio()
     if site.unit in ("output", "tensor"):
-        effect = root(
-            known, site.product(x.to(site.moving.dtype), site.moving, None).to(fresh.dtype)
-        )
-        own = () if site.shares_rows else tuple(dim for dim in rows if dim != site.features)
-        own = (*own, site.features) if site.unit == "output" else own
-        rest = (fresh - known).clamp_min(0)
-        return [
-            OfOutputs(effect, own, site.shared),
-            *([Diagonal(rest)] if bool(rest.any()) else []),
-        ]
+        return _of_outputs(state, known, fresh, site, run)
     births: list[Birth] = []
     added = site.of_bias(fresh)
     if added is not None:
         fresh = (fresh - added).clamp_min(0)
         own = (site.features,) if site.shares_rows else rows
-        births.append(OfOutputs(added.sqrt(), own, site.of_shared_bias))
-    noisy = (site.moving * site.ratio().sqrt()).to(x.dtype)
+        births.append(OfOutputs(added.sqrt(), own, ratio, site.of_shared_bias))
+    noisy = (site.moving * ratio.sqrt()).to(x.dtype)
     if site.unit == "input":
-        size = root(torch.addcmul(state.variance, x, x), x)
-        return [*births, OfInputs(fresh, size, noisy, site.shares_rows, site.shared)]
-    if site.shared is None and (not site.shares_rows or fresh.ndim == 2):
+        own_rows = site.shares_rows, ratio, site.shared
+        return [*births, OfInputs(fresh, state, noisy, *own_rows)]
+    alone = run.carrier == "exact" and site.shared is None and fresh.ndim == 2
+    if alone or not site.has_one_mask():
         return [*births, Diagonal(fresh)]
-    columns = None if state.factors is None else state.factors.to(x.dtype)
 
     def product(t: Tensor, weight: Tensor) -> Tensor:
         return site.product(t, weight, None)
 
+    weights = site.weight, site.moving, site.law, noisy
     form = site.matrix, site.features
-    return [*births, OfWeights(fresh, x, columns, noisy, product, *form, site.shared)]
+    return [*births, OfWeights(fresh, state, *weights, product, *form, site.shared)]
+
+
+def _of_outputs(state: State, known: Tensor, fresh: Tensor, site: Site, run: Run) -> list[Birth]:
+    """Where one mask entry multiplies a channel, or all."""
+    x, rows = state.at, tuple(range(-fresh.ndim, 0))
+
+    def part(t: Tensor) -> Tensor:
+        return site.product(t.to(site.moving.dtype), site.moving, None).to(fresh.dtype)
+
+    effect = root(known, part(x))
+    own = () if site.shares_rows else tuple(dim for dim in rows if dim != site.features)
+    own = (*own, site.features) if site.unit == "output" else own
+    rest = (fresh - known).clamp_min(0)
+    columns = None
+    if run.carrier == "draws" and state.factors is not None:
+        columns = over_columns(lambda t: part(t) * site.ratio().sqrt(), state.factors)
+    found: list[Birth] = [OfOutputs(effect, own, site.ratio(), site.shared, columns)]
+    if bool(rest.any()):  # which these columns have
+        found.append(Diagonal(rest, lambda count, _: rest.new_zeros(count, *rest.shape)))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -78,8 +79,8 @@ class State:
     """Of each entry; the shape of the mean, at least float32. Has no graph while a run records."""
     factors: Tensor | None = None
     """(columns, *shape) or None: column k is what the value does when the k-th latent of the run,
-    of mean 0 and variance 1, grows by 1. Two values of one run covary by the sum of products of their
-    columns."""
+    of mean 0 and variance 1, grows by 1; of draws, by how much the k-th differs from the mean, over
+    the root of their number. Two values of a run covary by the sum of products of their columns."""
 
     points: Points | None = None
     """The few values that an entry can have, if they are so few: then the value is no Gaussian."""
@@ -95,6 +96,13 @@ class State:
     def at(self) -> Tensor:
         """The mean without its graph, in the dtype of the variance."""
         return fixed(self.mean).to(self.variance.dtype)
+
+    def draw(self, index: int, sign: float = 1.0) -> Tensor:
+        """One of the draws, in a run with draws. With sign -1 its mirror image."""
+        mean = fixed(self.mean)
+        if self.factors is None:
+            return mean
+        return torch.add(mean, self.factors[index], alpha=sign * math.sqrt(len(self.factors)))
 
     def moved(self, function: Callable[[Tensor], Tensor], factors: Tensor | None = None) -> State:
         """After a function that only moves entries or copies them."""
@@ -135,6 +143,26 @@ def certain(mean: Tensor) -> State:
     return State(mean, zeros.expand(mean.shape))
 
 
+def of_draws(
+    function: Callable[..., Tensor], mean: Tensor, count: int, *states: State
+) -> Tensor | None:
+    """The columns of a function of values in a run with draws: by how much it differs from its mean at
+    each, over the root of their number. None if nothing varies.
+
+    One by one, so that what is made on the way stays in the cache.
+    """
+    if all(state.factors is None for state in states):
+        return None
+    middle, root, found = fixed(mean), math.sqrt(count), None
+    for draw in range(count):
+        value = function(*(state.draw(draw) for state in states))
+        if found is None:
+            shape = torch.broadcast_shapes(value.shape, middle.shape)
+            found = torch.empty(count, *shape, dtype=middle.dtype, device=middle.device)
+        torch.sub(value, middle, out=found[draw]).mul_(1 / root)
+    return found
+
+
 def over_columns(function: Callable[[Tensor], Tensor], factors: Tensor) -> Tensor:
     """What a linear function makes of every column."""
     moved: Tensor = torch.vmap(function)(factors)
@@ -148,6 +176,15 @@ def aligned(factors: Tensor, ndim: int) -> Tensor:
     return (
         factors.view(len(factors), *(1,) * missing, *factors.shape[1:]) if missing > 0 else factors
     )
+
+
+def carried_by(factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """The variance of each entry that columns have."""
+    total = torch.zeros(factors.shape[1:], dtype=dtype, device=factors.device)
+    for column in factors:  # a sum along the first dimension would first write all squares
+        own = column.to(dtype)
+        total.addcmul_(own, own)
+    return total
 
 
 def same_columns(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +214,7 @@ def covariance_of(one: State, other: State) -> Tensor | None:
 def variance_of_sum(one: State, other: State, sign: float) -> Tensor:
     """The variance of `one + sign * other`, entry by entry.
 
-    A sketch knows every variance with the same relative error. So it tells which share of the
+    Draws know every variance with the same relative error. So they tell which share of the
     variance of independent values is left, also where they nearly cancel.
     """
     variance = torch.add(one.variance, other.variance, alpha=sign**2)
@@ -185,8 +222,8 @@ def variance_of_sum(one: State, other: State, sign: float) -> Tensor:
         return variance
     ndim = max(one.mean.ndim, other.mean.ndim)
     first, second = same_columns(aligned(one.factors, ndim), aligned(other.factors, ndim))
-    together = torch.add(first, second, alpha=sign).to(variance.dtype).square().sum(0)
-    alone = (first.square().sum(0) + sign**2 * second.square().sum(0)).to(variance.dtype)
+    together = carried_by(torch.add(first, second, alpha=sign), variance.dtype)
+    alone = carried_by(first, variance.dtype) + sign**2 * carried_by(second, variance.dtype)
     return variance * torch.where(alone > 0, together / torch.where(alone > 0, alone, 1), 1)
 
 

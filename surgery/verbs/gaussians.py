@@ -39,7 +39,7 @@ class Prediction:
 
     covariance: Tensor | LowRank | None
     """Of the entries of an example, in a row: (batch, entries, entries) for `"full"`, its factors for a
-    number of columns, None for `"diagonal"`."""
+    number of draws, None for `"diagonal"`."""
 
     probabilities: Tensor | None
     """Expected class probabilities, the same shape; for one logit, of its class. None without

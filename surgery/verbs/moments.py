@@ -26,12 +26,12 @@ from .sampling import while_dropping
 
 Covariance = Literal["diagonal", "outputs", "full"]
 
-COLUMNS = 32
-"""Columns of the sketch that a full covariance takes where exact columns would be too many."""
+DRAWS = 32
+"""Draws that a full covariance takes where exact columns would be too many."""
 
-FEW = 2
-"""Columns for the covariance of outputs: enough to tell how large variances are over all features of a
-row, so that derivatives are taken of the right means."""
+FEW = 8
+"""Draws for the covariance of outputs: enough to tell how large variances are, so that derivatives are
+taken of the right means."""
 
 
 def predict_moments(
@@ -62,16 +62,18 @@ def predict_moments(
 
             * `"diagonal"`: not at all. The cheapest: the time of two to three forwards. Variances of
               trained networks come out too small, and of residual ones by far.
-            * `"outputs"`: by two columns of random signs, and one backward pass for each output of an
-              example, which gives the covariance of the outputs to first order, with all that tokens
-              or positions share. For outputs of few entries, as logits; takes the memory of their
-              derivatives by all activations.
+            * a number r: r draws of everything that is random go along, with masks of their own, and
+              tell how entries, tokens and positions covary; 32 are enough for most. Means and
+              variances are those of formulas, which these covariances enter. Costs two to three
+              forwards for each, and r times the memory of the activations. The covariance is
+              returned as its factors.
+            * `"outputs"`: eight draws, and one backward pass for each output of an example, which
+              gives the covariance of the outputs to first order, with all that tokens or positions
+              share. For outputs of few entries, as logits; takes the memory of their derivatives by
+              all activations.
             * `"full"`: the covariance of all outputs of an example. Where every random number of an
               example fits into the memory (perceptrons), it is carried through the forward; else the
-              same as `"outputs"` with 32 columns.
-            * a number r: random signs spread all randomness over r columns; costs about five forwards
-              for each, and r times the memory of the activations. The covariance is returned as
-              its factors.
+              same as `"outputs"` with 32 draws.
         input_variance: of noise on every floating-point input, which is independent between entries: a
             number, or a tensor that broadcasts to the input.
         dropout: whether `nn.Dropout` and its like drop too. None: where no DropConnect is in place.
@@ -111,7 +113,7 @@ def _check_form(covariance: Any) -> None:
         return
     if isinstance(covariance, bool) or not isinstance(covariance, int) or covariance < 1:
         raise ValueError(
-            "covariance must be 'diagonal', 'outputs', 'full' or a positive number of columns; got "
+            "covariance must be 'diagonal', 'outputs', 'full' or a positive number of draws; got "
             f"{covariance!r}"
         )
 
@@ -146,7 +148,7 @@ def _device_of(model: nn.Module, at: list[Place]) -> torch.device:
 
 
 def _low_rank(factors: Tensor, variance: Tensor) -> LowRank:
-    """The covariance whose correlations are those of a sketch, with these variances."""
+    """The covariance whose correlations are those of draws, with these variances."""
     wide = factors.to(variance.dtype)
     carried = wide.square().sum(0)
     scale = torch.where(carried > 0, variance / torch.where(carried > 0, carried, 1), 0).sqrt()
@@ -180,13 +182,13 @@ class _Forward:
             try:
                 return self._of_columns(*self.run("exact"), class_dim)
             except TooWide:
-                return self._of_backward(*self.run("sketch", COLUMNS, records=True), class_dim)
+                return self._of_backward(*self.run("draws", DRAWS, records=True), class_dim)
         if form == "outputs":
-            return self._of_backward(*self.run("sketch", FEW, records=True), class_dim)
-        columns = form if isinstance(form, int) else 0
-        run, found = self.run("sketch" if columns else "none", columns)
+            return self._of_backward(*self.run("draws", FEW, records=True), class_dim)
+        draws = form if isinstance(form, int) else 0
+        run, found = self.run("draws" if draws else "none", draws)
         low = None
-        if columns and found.factors is not None:
+        if draws and found.factors is not None:
             low = _low_rank(found.factors, found.variance)
         return prediction_of(found.mean, found.variance, low, class_dim, run.settled)
 

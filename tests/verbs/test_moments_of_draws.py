@@ -1,0 +1,146 @@
+"""`predict_moments` with a number of draws, and the random numbers of draws."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgery import apply_dropconnect, predict_moments, set_inference
+from surgery.ops import Law
+from surgery.travel import Numbers, Run, current
+from surgery.travel.run import weight_of_draws
+
+P, DRAWS = 0.3, 5
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.values = nn.LayerNorm(6), nn.Linear(6, 6, bias=False)
+        self.queries = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x + self.values(x))
+        queries = self.queries(x)
+        shares = (queries @ x.transpose(1, 2)).softmax(-1)
+        return x + shares @ torch.tanh(x)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "perceptron": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), (4, 6)),
+    "tokens": (lambda: nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)), (4, 5, 6)),
+    "attention": (Attending, (4, 5, 6)),
+    "convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Linear(16, 3),
+        ),
+        (4, 2, 6, 6),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("toward", ["zero", "pretrained"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_draw_is_what_a_mask_does(name: str, toward: Any) -> None:
+    """Every draw at the output is the forward of the plain model with masked weights: to all orders."""
+    make, shape = MODELS[name]
+    torch.manual_seed(0)
+    model, x = make().double().eval(), torch.randn(*shape, dtype=torch.float64)
+    plain, law = copy.deepcopy(model), Law.of(P, torch.device("cpu"), torch.float64)
+    kinds = [nn.Conv2d, nn.Linear] if name == "convolutions" else [nn.Linear]
+    apply_dropconnect(model, kinds, p=P, toward=toward, bias=False)
+    if toward == "pretrained":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+    run = Run(model, len(x), "draws", DRAWS)
+    with set_inference(model, "moments"), torch.no_grad(), current(run):
+        state: Any = model(x).state()
+    sites = [key for key, w in plain.named_parameters() if w.ndim > 1]
+    for draw in range(DRAWS):
+        scale = 1.5 if toward == "pretrained" else 1.0
+        weights = {key: w * scale for key, w in plain.named_parameters()}
+        for number, key in enumerate(sites):
+            anchor = plain.get_parameter(key) if toward == "pretrained" else 0.0
+            moving = (weights[key] - anchor).detach()
+            masked = [*Numbers(number + 1).masked(moving, law, DRAWS)]
+            weights[key] = anchor + masked[draw]
+        wanted = torch.func.functional_call(plain, weights, x)
+        torch.testing.assert_close(state.draw(draw), wanted.detach())
+
+
+def test_what_positions_share_to_all_orders() -> None:
+    """The mean over tokens of squares: one mask of nine entries is far from a Gaussian, and tokens
+    share it, so that slopes alone know half of the variance."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(9, 2, bias=False).double(), torch.randn(3, 6, 9).double() + 0.5
+
+    class Squares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).square().mean(1)
+
+    kept = torch.tensor([*itertools.product((0.0, 1.0), repeat=9)]).double()
+    chance = (P + (1 - 2 * P) * kept).prod(1)
+    masked = kept[:, None] * layer.weight.detach() / (1 - P)
+    each = torch.einsum("bti,moi->mbto", x, masked).square().mean(2)
+    mean = torch.einsum("m,mbo->bo", chance, each)
+    variance = torch.einsum("m,mbo->bo", chance, (each - mean).square())
+    model = apply_dropconnect(Squares(), "layer", p=P)
+    found = predict_moments(model, x, 2000, class_dim=None)
+    torch.testing.assert_close(found.mean, mean)
+    size = found.variance.sum() / variance.sum()
+    by_slopes = predict_moments(model, x, "outputs", class_dim=None).variance.sum() / variance.sum()
+    assert abs(float(size) - 1) < 0.08
+    assert abs(float(by_slopes) - 1) > 0.15
+
+
+@pytest.mark.parametrize("p", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999, 1.0])
+def test_numbers_have_the_moments_of_masks(p: float) -> None:
+    """Mean 0 and variance 1; of weights, mean W and variance p / (1 - p) W^2; also where draws would
+    never meet one of the values."""
+    ratio = p / (1 - p) if p < 1 else 0.0
+    drawn = Numbers(3).masks((100_000,), ratio, torch.zeros(()))
+    if ratio > 0:
+        assert abs(float(drawn.mean())) < 5 / math.sqrt(100_000)
+        assert float(drawn.square().mean()) == pytest.approx(1, abs=0.05)
+    weight = torch.full((200,), 2.0)
+    law = Law.of(p, weight.device, weight.dtype)
+    masked = torch.stack([*Numbers(3).masked(weight, law, 500)])
+    error = 2 * math.sqrt(ratio / 100_000)
+    assert float(masked.mean()) == pytest.approx(2, abs=5 * error + 1e-6)
+    assert float((masked - 2).square().mean()) == pytest.approx(4 * ratio, rel=0.05, abs=1e-6)
+
+
+def test_numbers_are_the_same_for_every_use() -> None:
+    weight, law = torch.randn(4, 3), Law.of(P, torch.device("cpu"), torch.float32)
+    one, other = Numbers(7), Numbers(7)
+    together = one.all_masked(weight, law, 3)
+    assert together is not None
+    assert torch.equal(together, torch.stack([*other.masked(weight, law, 3)]))
+    assert one.all_masked(weight, law, 3) is together
+    assert torch.equal(one.normal((3, 2), weight), other.normal((3, 2), weight))
+    assert not torch.equal(Numbers(8).normal((3, 2), weight), other.normal((3, 2), weight))
+
+
+def test_what_draws_count_beside_a_rule() -> None:
+    """Nothing where the rule is right, all where it is far off, for each example."""
+    torch.manual_seed(0)
+    true = torch.rand(2, 4000).double() + 0.5
+    count = 20
+    carried = (true * torch.randn(count, 2, 4000).double().square()).mean(0)
+    rule = torch.stack([true[0], true[1] * torch.rand(4000).double().mul(4)])
+    right, wrong = weight_of_draws(rule, carried, count).flatten().tolist()
+    assert right < 0.15
+    assert wrong > 0.7
