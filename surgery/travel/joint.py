@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ops import independent
 from .call import Call, rule
 from .run import Run
-from .state import State, apart, of_draws
+from .state import State, apart, average_of_draws, of_draws
 from .value import Travelling
 
 
@@ -44,24 +44,26 @@ def softmax(call: Call) -> Any:
     if not run.follows and dim in (-1, state.mean.ndim - 1):
         mean, variance = independent.softmax(state.at, state.variance)
         return Travelling.of(run, State(mean.to(state.mean.dtype), variance))
-    share, spread, centred = _softmax(state, dim)
-    mean = (state.mean + (spread / 2).to(state.mean.dtype)).softmax(dim)
-    if run.carrier == "draws" and state.factors is not None:
+
+    def function(t: Tensor) -> Tensor:
+        return t.softmax(dim)
+
+    drawn = run.carrier == "draws" and state.factors is not None
+    share, spread, centred = _softmax(state, dim, follows=not drawn)
+    mean = function(state.mean + (spread / 2).to(state.mean.dtype))
+    if drawn:
         with apart():
-            more = torch.zeros_like(mean)
-            for draw in range(run.columns):
-                for sign in (1.0, -1.0):
-                    more += state.draw(draw, sign).softmax(dim)
-            more = more / (2 * run.columns) - mean
+            more = average_of_draws(function, state) - mean
         mean = mean + more
     with apart():
         variance = share.square() * spread
 
     def linear() -> Tensor | None:
-        return None if centred is None else share.to(centred.dtype) * centred
+        columns = _softmax(state, dim).centred if drawn else centred
+        return None if columns is None else share.to(columns.dtype) * columns
 
     def columns() -> Tensor | None:
-        return of_draws(lambda t: t.softmax(dim), mean, run.columns, state)
+        return of_draws(function, mean, run.columns, state)
 
     new = torch.zeros_like(variance)
     return Travelling.of(run, run.after(mean, variance, new, linear, columns, mixes=True))
@@ -94,12 +96,16 @@ def log_softmax(call: Call) -> Any:
     return Travelling.of(run, run.after(mean, spread, new, lambda: centred, columns))
 
 
-def _softmax(state: State, dim: int) -> _Softmax:
+def _softmax(state: State, dim: int, follows: bool = True) -> _Softmax:
+    """
+    Args:
+        follows: whether the spread is that of the columns; else entries are taken as independent.
+    """
     with apart():
         share = state.at.softmax(dim)
         share = torch.where(share.isfinite(), share, 0)
         centred = None
-        if state.factors is not None:
+        if state.factors is not None and follows:
             low = share.to(state.factors.dtype)
             column = dim if dim < 0 else dim + 1
             centred = state.factors - (low * state.factors).sum(column, keepdim=True)
@@ -143,8 +149,8 @@ def normed(
     With y the normalised mean, n entries and d the deviation, entry i moves as
     (dx_i - mean(dx) - y_i mean(y dx)) / d. Entries of x are taken as independent for the variance.
     With C the covariance of dx / d, the expectation is y + 3/2 y (y'C y) / n^2 - C y / n to second
-    order. The last two are left out where no columns tell C: of independent entries they are of order
-    1 / n.
+    order. The last two are left out where nothing tells C: of independent entries they are of order
+    1 / n. Draws have all orders.
     """
     count = math.prod([state.mean.shape[dim] for dim in dims])
     one = 1 / count if centred else 0.0
@@ -152,41 +158,52 @@ def normed(
         result, moved = independent.norm(state.at, state.variance, weight, bias, eps, centred)
         return State(result.to(state.mean.dtype), moved)
     mean, variance, factors = state.mean.to(state.variance.dtype), state.variance, state.factors
+    drawn = run.carrier == "draws" and factors is not None
     with apart():
         added = variance.mean(dims, keepdim=True) * (1 - one)
-        if centred and factors is not None:
+        if centred and factors is not None and not drawn:
             common = factors.mean(dims, keepdim=True).square().sum(0)
             added = (variance.mean(dims, keepdim=True) - common).clamp_min(0)
     unscaled, inverse = independent.normed(mean, added + eps, dims, centred)
     with apart():
         gain = inverse if weight is None else inverse * weight
         moved = independent.moved_by_norm(unscaled, variance, dims, centred) * gain.square()
-        bent = torch.zeros_like(inverse)
-        if factors is not None:
-            y = unscaled.detach().to(factors.dtype)
-            if centred:
-                factors = factors - factors.mean(dims, keepdim=True)
-            along = (y * factors).mean(dims, keepdim=True)
-            by_scale = along * inverse.square().to(factors.dtype)
-            bent = 1.5 * y * (along * by_scale).sum(0) - (factors * by_scale).sum(0)
-            factors = (factors - y * along) * gain.to(factors.dtype)
-    result = unscaled + bent
-    result = result if weight is None else result * weight
-    result = result if bias is None else result + bias
 
     def of_draw(draw: Tensor) -> Tensor:
         wide, alone = draw.to(variance.dtype), torch.full_like(added, eps)
-        found, _ = independent.normed(wide, alone, dims, centred)
-        found = found if weight is None else found * weight
-        return found if bias is None else found + bias
+        return independent.normed(wide, alone, dims, centred)[0]
 
-    new = torch.zeros_like(moved)
-    mean = result.to(state.mean.dtype)
+    def slopes() -> tuple[Tensor, Tensor, Tensor]:
+        """The normalised mean; the columns, centred; and their products with it, averaged."""
+        assert factors is not None
+        y, own = unscaled.detach().to(factors.dtype), factors
+        if centred:
+            own = own - own.mean(dims, keepdim=True)
+        return y, own, (y * own).mean(dims, keepdim=True)
+
+    with apart():
+        bent = torch.zeros_like(inverse)
+        if drawn:
+            bent = average_of_draws(of_draw, state) - unscaled
+        elif factors is not None:
+            y, own, along = slopes()
+            by_scale = along * inverse.square().to(own.dtype)
+            bent = 1.5 * y * (along * by_scale).sum(0) - (own * by_scale).sum(0)
+    result = unscaled + bent
+    scaled = result if weight is None else result * weight
+
+    def linear() -> Tensor | None:
+        if factors is None:
+            return None
+        y, own, along = slopes()
+        return (own - y * along) * gain.to(own.dtype)
 
     def columns() -> Tensor | None:
-        return of_draws(of_draw, mean, run.columns, state)
+        found = of_draws(of_draw, result.to(state.mean.dtype), run.columns, state)
+        return found if found is None or weight is None else found.mul_(weight)
 
-    return run.after(mean, moved, new, lambda: factors, columns, mixes=True)
+    mean = (scaled if bias is None else scaled + bias).to(state.mean.dtype)
+    return run.after(mean, moved, torch.zeros_like(moved), linear, columns, mixes=True)
 
 
 _BATCH_NORM = tuple(inspect.signature(F.batch_norm).parameters)

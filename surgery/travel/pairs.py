@@ -27,7 +27,6 @@ from .state import (
     linked,
     of_draws,
     sum_of,
-    variance_of_sum,
 )
 from .value import Travelling
 
@@ -113,8 +112,8 @@ def larger_of(one: State, other: State, run: Run) -> State:
     """The larger of two Gaussians, entry by entry (Clark 1961)."""
     with apart():
         first, second = one.at, other.at
-        spread = variance_of_sum(one, other, -1.0)
         gap = first - second
+        spread = sum_of(one, other, -1.0, gap).variance
         added, _, share = rectified(gap, spread)  # E[max(one - other, 0)]
         expected = second + added
         density = added - gap * share  # deviation times density of the gap

@@ -163,6 +163,18 @@ def of_draws(
     return found
 
 
+def average_of_draws(function: Callable[[Tensor], Tensor], state: State) -> Tensor:
+    """The mean of a function over all draws of a value that varies, and their mirror images: to second
+    order as exact as their covariance is."""
+    assert state.factors is not None
+    total, count = torch.zeros(()), len(state.factors)
+    for draw in range(count):
+        for sign in (1.0, -1.0):
+            value = function(state.draw(draw, sign))
+            total = total + value if draw == 0 and sign > 0 else total.add_(value)
+    return total / (2 * count)
+
+
 def over_columns(function: Callable[[Tensor], Tensor], factors: Tensor) -> Tensor:
     """What a linear function makes of every column."""
     moved: Tensor = torch.vmap(function)(factors)
@@ -211,28 +223,27 @@ def covariance_of(one: State, other: State) -> Tensor | None:
     return (first * second).sum(0).to(one.variance.dtype)
 
 
-def variance_of_sum(one: State, other: State, sign: float) -> Tensor:
-    """The variance of `one + sign * other`, entry by entry.
+def sum_of(one: State, other: State, sign: float, mean: Tensor) -> State:
+    """The state of `one + sign * other`, whose mean is `mean`.
 
     Draws know every variance with the same relative error. So they tell which share of the
     variance of independent values is left, also where they nearly cancel.
     """
-    variance = torch.add(one.variance, other.variance, alpha=sign**2)
-    if one.factors is None or other.factors is None:
-        return variance
-    ndim = max(one.mean.ndim, other.mean.ndim)
-    first, second = same_columns(aligned(one.factors, ndim), aligned(other.factors, ndim))
-    together = carried_by(torch.add(first, second, alpha=sign), variance.dtype)
-    alone = carried_by(first, variance.dtype) + sign**2 * carried_by(second, variance.dtype)
-    return variance * torch.where(alone > 0, together / torch.where(alone > 0, alone, 1), 1)
-
-
-def sum_of(one: State, other: State, sign: float, mean: Tensor) -> State:
-    """The state of `one + sign * other`, whose mean is `mean`."""
     with apart():
-        variance = variance_of_sum(one, other, sign)
+        variance = torch.add(one.variance, other.variance, alpha=sign**2).expand(mean.shape)
         factors = combined(mean, (one.factors, 1.0), (other.factors, sign))
-    return State(mean, variance.expand(mean.shape), factors)
+        if one.factors is None or other.factors is None:
+            return State(mean, variance, factors)
+        assert factors is not None
+        together = carried_by(factors, variance.dtype)
+        first, second = (
+            carried_by(aligned(state.factors, mean.ndim), variance.dtype)
+            for state in (one, other)
+            if state.factors is not None
+        )
+        alone = torch.add(first, second, alpha=sign**2)
+        share = torch.where(alone > 0, together / torch.where(alone > 0, alone, 1), 1)
+    return State(mean, variance * share, factors)
 
 
 def combined(mean: Tensor, *terms: tuple[Tensor | None, Tensor | float]) -> Tensor | None:
@@ -241,10 +252,12 @@ def combined(mean: Tensor, *terms: tuple[Tensor | None, Tensor | float]) -> Tens
     for factors, slope in terms:
         if factors is None:
             continue
-        term = (aligned(factors, mean.ndim) * slope).to(mean.dtype)
+        term = aligned(factors, mean.ndim)
+        if isinstance(slope, Tensor) or slope != 1:
+            term = term * slope
         if total is None:
             total = term
         else:
             total, term = same_columns(total, term)
             total = total + term
-    return None if total is None else total.expand(len(total), *mean.shape)
+    return None if total is None else total.to(mean.dtype).expand(len(total), *mean.shape)
