@@ -15,7 +15,7 @@ from surgery.modules.keys import plain_state_dict
 from surgery.modules.own_generator import own_generators
 from surgery.spec.config import DropConnectConfig
 from surgery.spec.errors import SurgeryError
-from surgery.spec.forms import file_name, read_json
+from surgery.spec.forms import file_name, read_json, shown
 from surgery.spec.saved import PLAN_FILE
 from surgery.verbs.apply import dropconnect_sites
 from surgery.verbs.checkpoint import read_dropconnect, set_anchors
@@ -147,7 +147,7 @@ def _files_of(index: Path) -> set[str]:
     map_ = form.get("weight_map") if isinstance(form, dict) else None
     if not isinstance(map_, dict):
         raise SurgeryError(f"{index} holds no weight_map")
-    return {file_name(file, f"{index}: weight_map[{name!r}]") for name, file in map_.items()}
+    return {file_name(file, f"{index}: weight_map[{shown(name)}]") for name, file in map_.items()}
 
 
 def _has_adapters(folder: Path, model: Any) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..spec.errors import printable
 from ..spec.forms import counted
 from ..spec.plan import Plan, as_text
 from .roles import Role, Roles, missing_sites
@@ -154,8 +155,3 @@ def human(count: int) -> str:
             return f"{count:.3g} {unit}" if unit != "B" else f"{count} B"
         count = count / 1000  # type: ignore[assignment]
     return f"{count:,.3g} GB"
-
-
-def printable(text: str) -> str:
-    """A text from a file, as one line that a terminal can be given."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")

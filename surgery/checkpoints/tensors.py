@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ..spec.errors import SurgeryError
-from ..spec.forms import check_links, read_json
+from ..spec.forms import beside, check_links, read_json, shown
 from ..stored.header import Header, TensorType
 from ..stored.tensors import read_tensor, type_of
 from .pickles import load_pickle
@@ -59,10 +59,12 @@ def read_tensors(path: Path) -> dict[str, Stored]:
     if is_pickled_index(main.name):
         form = read_json(main)
         named = form.get("weight_map") if isinstance(form, dict) else None
-        if not isinstance(named, dict) or not all(_is_beside(name) for name in named.values()):
-            raise SurgeryError(f"{main} is damaged: it must name files beside it")
-        files = [main.parent / name for name in dict.fromkeys(named.values())]
-        check_links(main.parent, named.values())
+        if not isinstance(named, dict):
+            raise SurgeryError(f"{main} is damaged: it has no weight_map")
+        where = f"{main}: weight_map"
+        names = dict.fromkeys(beside(name, f"{where}[{shown(key)}]") for key, name in named.items())
+        check_links(main.parent, names)
+        files = [main.parent / name for name in names]
     tensors = {key: tensor for file in files for key, tensor in load_pickle(file).items()}
     return {key: _stored(key, tensor) for key, tensor in tensors.items()}
 
@@ -76,10 +78,6 @@ def stored_tensors(weights: Weights) -> dict[str, Stored]:
         for name, header in weights.headers.items()
         for key, entry in header.entries.items()
     }
-
-
-def _is_beside(name: Any) -> bool:
-    return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
 
 
 def _reader(path: Path, header: Header, key: str) -> Callable[[], Tensor]:

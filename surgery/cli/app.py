@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from ..checkpoints.inspection import human, inspect_checkpoint, printable
+from ..checkpoints.inspection import human, inspect_checkpoint
 from ..checkpoints.strip import strip_checkpoint
 from ..checkpoints.weights import WrongUse
-from ..spec.errors import NoMatchError, SurgeryError
+from ..spec.errors import NoMatchError, SurgeryError, printable
 from ..spec.forms import counted
 from .progress import shown_on_terminals
 

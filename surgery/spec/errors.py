@@ -5,8 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
+def printable(text: str) -> str:
+    """A text of others (a name in a file, what another library says of one) as one line that a terminal
+    can be given: what cannot be printed is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
+
+
 class SurgeryError(ValueError):
     """A model or a plan cannot be operated on as asked. The model is as it was before the call."""
+
+    def __str__(self) -> str:
+        # Names in it may come from a file, and files from anywhere.
+        return "\n".join(map(printable, super().__str__().split("\n")))
 
 
 class NoMatchError(SurgeryError):
@@ -29,7 +44,7 @@ def raise_all(
     found = list(problems)
     if not found:
         return
-    lines = [f"  - {problem}" for problem in found[:shown]]
+    lines = [f"  - {printable(problem)}" for problem in found[:shown]]
     if len(found) > shown:
         lines.append(f"  - ... and {len(found) - shown} more")
     head = f"cannot {action}; the model is unchanged:"

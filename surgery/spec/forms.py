@@ -71,7 +71,11 @@ def _check_regular(path: Path, found: os.stat_result) -> None:
 
 def check_links(folder: Path, names: Iterable[str]) -> None:
     """Raise `SurgeryError` if a file in a folder is a link that leads out of it: who gave the folder
-    may not have meant that. Links in the cache of huggingface_hub lead to its blobs, as they should."""
+    may not have meant that. Links in the cache of huggingface_hub lead to its blobs, as they should.
+
+    Args:
+        names: of files in the folder; those that a file tells have been read by `beside`.
+    """
     for name in names:
         target = real(folder / name)
         if not target.is_relative_to(real(folder)) and not is_cached(folder / name):
@@ -221,11 +225,21 @@ def _not_a_number(value: Any, where: str) -> float:
     raise SurgeryError(f"{where} must be a finite number; got {shown(value)}")
 
 
+def beside(value: Any, where: str) -> str:
+    """The name of a file that lies beside the one that is read, and nowhere else."""
+    name = text(value, where)
+    if not name.isprintable() or name in ("", "..") or Path(name).name != name:
+        raise SurgeryError(f"{where} must name a file in the same folder; got {shown(name)}")
+    return name
+
+
 def file_name(value: Any, where: str) -> str:
-    """The name of a safetensors file that lies beside the one that is read, and nowhere else."""
+    """The same of a safetensors file."""
     name = text(value, where)
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors", name):
-        raise SurgeryError(f"{where} must name a safetensors file in the same folder; got {name!r}")
+        raise SurgeryError(
+            f"{where} must name a safetensors file in the same folder; got {shown(name)}"
+        )
     return name
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, overload
 
 from .config import DropConnectConfig
-from .errors import SurgeryError
+from .errors import SurgeryError, printable
 from .forms import FORMAT_VERSION, Reader, counted, each, fields, maybe, migrated, size, text
 
 
@@ -173,7 +173,7 @@ class Plan:
         return sum(site.numel for site in self.sites)
 
     def __str__(self) -> str:
-        rows: list[Sequence[str]] = [_HEAD, *(_row(site) for site in self.sites)]
+        rows: list[Sequence[str]] = [_HEAD, *(tuple(map(printable, _row(site))) for site in self)]
         if not any(site.uses for site in self.sites):
             rows = [(*row[:3], *row[5:]) for row in rows]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -216,7 +216,7 @@ def moments_known(without: Mapping[str, str]) -> Iterator[str]:
     Args:
         without: by the names of those without, why.
     """
-    yield from (f"no moments: {name}: {problem}" for name, problem in without.items())
+    yield from (printable(f"no moments: {name}: {why}") for name, why in without.items())
     if not without:
         yield "every site has moments"
 

@@ -185,10 +185,10 @@ GLOBALS = (
 def change_pickle(files: Files, rng: random.Random) -> None:
     """What the archive of `torch.save` says of its tensors, and not their bytes."""
     name = _some(files, rng, *PICKLE)
-    if name is None or not zipfile.is_zipfile(io.BytesIO(files[name])):
-        return
     new = io.BytesIO()
     try:
+        if name is None or not zipfile.is_zipfile(io.BytesIO(files[name])):
+            return
         with zipfile.ZipFile(io.BytesIO(files[name])) as old, zipfile.ZipFile(new, "w") as out:
             for record in old.infolist():
                 data = old.read(record)
