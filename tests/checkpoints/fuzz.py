@@ -215,15 +215,10 @@ class Trials:
             try:
                 VERBS[verb](given, out, rng)
             except DOCUMENTED as error:
-                if str(error).isprintable() or isinstance(error, OSError):
+                lines = str(error).split("\n")
+                if all(map(str.isprintable, lines)) and (len(lines) == 1 or lines[0] == UNCHANGED):
                     return "refused", ""
-                lines = str(error).splitlines()
-                listed = lines[0].endswith("the model is unchanged:")
-                return (
-                    ("refused", "")
-                    if listed
-                    else ("foreign", f"a message of {len(lines)} lines: {error!r}")
-                )
+                return "foreign", f"a message of {len(lines)} lines: {error!r}"
             except Exception:
                 return "foreign", traceback.format_exc(limit=-4)
             return "accepted", ""

@@ -117,6 +117,7 @@ def rename(files: Files, rng: random.Random) -> None:
 
 
 NAMES = ("../outside/model.safetensors", "/etc/passwd", "model.safetensors", "..", "a/b", "evil")
+UNPRINTABLE = ("\ud800", "a\nb", "a\x1b[2Jb")
 DTYPES = ("F4", "F8_E4M3", "F8_E8M0", "F6_E2M3", "I64", "U8", "C64", "F128", "f32")
 
 
@@ -130,13 +131,15 @@ def _change(form: Any, rng: random.Random) -> None:
     if how < 0.15:
         del container[key]
     elif how < 0.3 and isinstance(container, dict):
-        container[rng.choice([f"{key}_raw", "", "__metadata__", "\ud800"])] = container.pop(key)
+        container[rng.choice([f"{key}_raw", "", "__metadata__", *UNPRINTABLE])] = container.pop(key)
     elif how < 0.45:
         container[key] = copy.deepcopy(rng.choice(places)[0])
     elif how < 0.6 and isinstance(container[key], int):
         container[key] += rng.choice((-8, -1, 1, 4, 8, 2**32))
     else:
-        container[key] = copy.deepcopy(rng.choice((*VALUES, *NAMES, *DTYPES, "@here@")))
+        container[key] = copy.deepcopy(
+            rng.choice((*VALUES, *NAMES, *UNPRINTABLE, *DTYPES, "@here@"))
+        )
 
 
 def _rewritten(content: bytes, rng: random.Random) -> bytes | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from surgery import SurgeryError
 
 from . import fuzz
-from .mutations import MARK
+from .mutations import MARK, change_pickle
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,3 +75,11 @@ def test_the_harness_sees_what_should_not_be(verb: str, monkeypatch) -> None:
     assert "has what lies outside" in trials(copies)
     assert "subprocess.Popen" in trials(runs)
     assert "one\\ntwo" in trials(says_much)
+
+
+def test_archives_that_zipfile_refuses_are_left_as_they_are() -> None:
+    """One that says that it lies on two disks is an error of `is_zipfile` itself."""
+    content = b"PK\6\7" + struct.pack("<LQL", 0, 0, 2) + b"PK\5\6" + bytes(18)
+    files = {"model.pt": content}
+    change_pickle(files, random.Random(0))
+    assert files == {"model.pt": content}
