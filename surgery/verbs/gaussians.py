@@ -139,7 +139,21 @@ def _draws(mean: Tensor, variance: Tensor, covariance: Tensor | LowRank | None) 
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """R with `R R^T` the covariance; it may be singular."""
-    values, vectors = torch.linalg.eigh(covariance)
-    root: Tensor = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
-    return root
+    """R with `R R^T` the covariance, (batch, entries, entries); it may be singular. Rows are NaN of
+    entries whose variance is infinite or NaN, and of no others.
+
+    LAPACK refuses what is not finite; and eigenvalues may be larger than any entry, and overflow.
+    """
+    variance = covariance.diagonal(dim1=1, dim2=2)
+    known = variance.isfinite()
+    both = known.unsqueeze(2) & known.unsqueeze(1) & covariance.isfinite()
+    scale = _power_of_two(torch.where(known, variance, 0))[:, None, None]
+    values, vectors = torch.linalg.eigh(torch.where(both, covariance / scale / scale, 0))
+    root = vectors * values.clamp_min(0).sqrt().unsqueeze(1) * scale
+    return root.masked_fill(~known.unsqueeze(2), torch.nan)
+
+
+def _power_of_two(variances: Tensor) -> Tensor:
+    """About the largest standard deviation of each row, (rows,); rounds nothing that it divides."""
+    largest = torch.cat([variances, variances.new_zeros(len(variances), 1)], 1).amax(1)
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent // 2)

@@ -87,17 +87,22 @@ class Totals:
         """`outputs` is (samples, batch, ...)."""
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         n, mean = len(outputs), outputs.mean(0)
-        total = self.count + n
-        gap = mean - self.mean
-        self.squares = (
-            self.squares + ((outputs - mean) ** 2).sum(0) + gap**2 * (self.count * n / total)
-        )
-        self.mean = self.mean + gap * (n / total)
-        self.count = total
+        squares = ((outputs - mean) ** 2).sum(0)
+        if self.count:
+            mean, squares = self._together(n, mean, squares)
+        self.count, self.mean, self.squares = self.count + n, mean, squares
         if self.class_dim is not None:
             log_p = self._log_probabilities(outputs)
             self.probabilities = self.probabilities + log_p.exp().sum(0)
             self.entropies = self.entropies + _entropy(log_p, self._dim(outputs)).sum(0)
+
+    def _together(self, n: int, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and squared deviations of all, with those of the last `n`."""
+        total, gap = self.count + n, mean - self.mean
+        squares = self.squares + squares + gap**2 * (self.count * n / total)
+        weighted = self.mean * (self.count / total) + mean * (n / total)
+        # Infinite means have no gap; equal ones stay what they are to the bit.
+        return torch.where(gap.isfinite(), self.mean + gap * (n / total), weighted), squares
 
     def _dim(self, outputs: Tensor) -> int:
         """The class dimension of stacked outputs, counted from the end."""
