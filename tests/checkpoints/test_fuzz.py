@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import random
 import struct
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,9 +80,24 @@ def test_the_harness_sees_what_should_not_be(verb: str, monkeypatch) -> None:
     assert "one\\ntwo" in trials(says_much)
 
 
-def test_archives_that_zipfile_refuses_are_left_as_they_are() -> None:
-    """One that says that it lies on two disks is an error of `is_zipfile` itself."""
-    content = b"PK\6\7" + struct.pack("<LQL", 0, 0, 2) + b"PK\5\6" + bytes(18)
-    files = {"model.pt": content}
+def on_two_disks() -> bytes:
+    """Refused by `is_zipfile` itself."""
+    return b"PK\6\7" + struct.pack("<LQL", 0, 0, 2) + b"PK\5\6" + bytes(18)
+
+
+def packed_badly() -> bytes:
+    """Refused by zlib."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.pkl", "a" * 100)
+        start = archive.infolist()[0].header_offset + 30 + len("a.pkl")
+    content = bytearray(file.getvalue())
+    content[start] = 255
+    return bytes(content)
+
+
+@pytest.mark.parametrize("archive", [on_two_disks, packed_badly])
+def test_archives_that_cannot_be_read_are_left_as_they_are(archive: Callable[[], bytes]) -> None:
+    files = {"model.pt": archive()}
     change_pickle(files, random.Random(0))
-    assert files == {"model.pt": content}
+    assert files == {"model.pt": archive()}
