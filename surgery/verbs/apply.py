@@ -138,7 +138,8 @@ def strip_dropconnect(model: Model, *, missing_ok: bool = False) -> Model:
     """Take DropConnect out of `model`, in place: the exact inverse of `apply_dropconnect`.
 
     Every parameter is the same object under its old name and at its old place; classes, hooks and
-    tying are as before.
+    tying are as before. Where sites are gone since (with a part that was replaced), what was changed
+    around them is made plain.
 
     Args:
         model: operated.

@@ -57,6 +57,21 @@ def test_strip_after_training_keeps_what_was_trained(case: Case) -> None:
     module(*case.inputs())
 
 
+def test_strip_makes_plain_what_was_around_a_site_that_is_gone() -> None:
+    """A forward in which moments travel is changed around its sites, and stays so without them."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.ReLU())
+    apply_dropconnect(model, nn.Linear, inference="moments")
+    model[0][0] = nn.Linear(4, 4)
+    assert not dropconnect_sites(model).sites
+    assert type(model) is not nn.Sequential
+    before = dict(model.state_dict())
+    strip_dropconnect(model)
+    assert [type(one) for one in model.modules()] == [nn.Sequential] * 2 + [nn.Linear, nn.ReLU]
+    assert model.state_dict().keys() == before.keys()
+    with pytest.raises(NotOperatedError):
+        strip_dropconnect(model)
+
+
 def test_snapshot_notices_every_change() -> None:
     """The check itself: each of these must make two snapshots differ."""
     changes = {

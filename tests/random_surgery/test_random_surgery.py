@@ -4,11 +4,17 @@ A sequence that fails is played again, with the actions that its fault needs, by
 message.
 """
 
+from random import Random
+
 import pytest
 import torch
+from torch import nn
 
-from . import verbs
+from surgery import apply_dropconnect
+
+from . import parts, verbs
 from .play import command, many, play, shortest
+from .world import World, dropping
 
 OFTEN, SELDOM = 60, 30
 """Sequences of models and of graphs for each of the tests below: 300 in all."""
@@ -42,6 +48,21 @@ def check(first: int, count: int, of_graphs: bool) -> None:
     done, faults = many(first, count, of_graphs)
     assert sum(done.values()) > 5 * count
     assert not [(played.fault, command(played.seed, keep, of_graphs)) for played, keep in faults]
+
+
+def test_strip_where_the_only_site_was_replaced() -> None:
+    """What was around it is left, so that the model is not plain: strip has something to do."""
+    model = parts.Net({"inner": parts.Net({"fc": nn.Linear(6, 6)}, ["fc"])}, ["inner"])
+    world = World(model.double(), Random(0))
+    apply_dropconnect(world.model, nn.Linear, inference="moments")
+    for one in (world.model, world.twin):
+        one.inner.fc = nn.Identity()
+    world.rebase()
+    assert not world.operated
+    assert dropping(world.model)
+    verbs.strip(world, Random(0))
+    assert not dropping(world.model)
+    world.check()
 
 
 def test_a_fault_is_found_and_its_sequence_made_short(monkeypatch: pytest.MonkeyPatch) -> None:

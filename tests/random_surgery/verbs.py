@@ -73,8 +73,9 @@ def apply(world: World, rng: Random) -> Any:
 
 @action(2)
 def strip(world: World, rng: Random) -> Any:
-    """The plain model, with the same objects and bits."""
-    if not operate(world, rng):
+    """The plain model, with the same objects and bits; also where no site is left and something is
+    around where they were."""
+    if not operate(world, rng) and not dropping(world.model):
         with contextlib.suppress(NotOperatedError):
             strip_dropconnect(world.model)
             raise AssertionError("a plain model cannot be stripped")

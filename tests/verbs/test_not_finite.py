@@ -44,7 +44,8 @@ def test_an_example_that_overflows(form: Any, value: float) -> None:
     bad, good = inputs(value), inputs()
     found = predict_moments(net(), bad, form)
     sampled = mc_predict(net(), bad, samples=64, seed=1)
-    assert found.probabilities is not None and found.probabilities[1].isnan().all()
+    assert found.probabilities is not None
+    assert found.probabilities[1].isnan().all()
     for one, other in zip(unknown_in(found), unknown_in(sampled)):
         assert one.equal(other)
     others = predict_moments(net(), good, form)
@@ -71,9 +72,11 @@ def infinite_logit(model: nn.Sequential) -> None:
 def test_a_logit_that_is_not_finite_makes_its_classes_unknown(form: Any, change: Any) -> None:
     found = predict_moments(net(change), inputs(), form)
     assert unknown_in(found)[0].equal(torch.tensor([[False, True, False]] * 3))
-    assert found.probabilities is not None and found.probabilities.isnan().all()
+    assert found.probabilities is not None
+    assert found.probabilities.isnan().all()
     sampled = mc_predict(net(change), inputs(), samples=64, seed=1)
-    assert sampled.probabilities is not None and sampled.probabilities.isnan().all()
+    assert sampled.probabilities is not None
+    assert sampled.probabilities.isnan().all()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -92,8 +95,10 @@ def test_a_class_that_is_forbidden(form: Any) -> None:
     found = predict_moments(net(forbid), inputs(), form)
     others = predict_moments(net(leave_out), inputs(), form)
     assert found.mean[:, 1].equal(torch.full((3,), -INF))
-    assert found.probabilities is not None and others.probabilities is not None
-    assert found.entropy is not None and others.entropy is not None
+    assert found.probabilities is not None
+    assert others.probabilities is not None
+    assert found.entropy is not None
+    assert others.entropy is not None
     assert not found.probabilities[:, 1].any()
     assert torch.allclose(found.probabilities[:, ::2], others.probabilities, atol=0.05)
     assert torch.allclose(found.entropy, others.entropy, atol=0.05)
@@ -110,7 +115,8 @@ def test_other_entries_of_an_example_are_known() -> None:
     variance = dense.diagonal(dim1=1, dim2=2).reshape(mean.shape)
     for covariance in (None, low, dense):
         found = prediction_of(mean, variance, covariance, -1, ())
-        assert found.probabilities is not None and found.entropy is not None
+        assert found.probabilities is not None
+        assert found.entropy is not None
         known = torch.ones(2, 3, dtype=torch.bool)
         known[0, 1] = False
         assert found.probabilities.isfinite().all(-1).equal(known)
@@ -121,7 +127,8 @@ def classes_of(covariance: Tensor) -> Tensor:
     mean = torch.tensor([[0.0, 1.0, 0.0]])
     variance = covariance.diagonal(dim1=1, dim2=2)
     found = prediction_of(mean, variance, covariance, -1, ())
-    assert found.probabilities is not None and found.entropy is not None
+    assert found.probabilities is not None
+    assert found.entropy is not None
     assert found.entropy.isfinite().all()
     return found.probabilities
 
@@ -157,7 +164,8 @@ def test_means_do_not_depend_on_how_samples_are_added(value: float) -> None:
     for one in outputs:
         apart.add(one[None])
     whole, parts = alone.result(), apart.result()
-    assert parts.mean[0, 1] == value and whole.mean[0, 1] in (value, INF)
+    assert parts.mean[0, 1] == value
+    assert whole.mean[0, 1] in (value, INF)
     assert parts.mean.isnan().sum() == whole.mean.isnan().sum() == 0
     assert parts.variance[0, [0, 3]].equal(torch.zeros(2))
 
