@@ -35,6 +35,26 @@ def has_dynamo() -> bool:
     return "torch._dynamo" in sys.modules
 
 
+def stance_back() -> Callable[[], None]:
+    """A call that gives `torch.compile` the stance back that it has now. `torch.compiler.set_stance`
+    does not tell which that is; as a context it puts it back in Python code, before which an interrupt
+    can come, and then nothing would be compiled any more."""
+    before = _stance_now()
+
+    def put_back() -> None:
+        now = _stance_now()
+        if now is not before:
+            kept = type(now)() if before is None else before
+            sys.modules["torch._dynamo.eval_frame"]._stance = kept  # type: ignore[attr-defined]
+
+    return put_back
+
+
+def _stance_now() -> Any:
+    """None without dynamo, which then has the default one when it is imported."""
+    return getattr(sys.modules.get("torch._dynamo.eval_frame"), "_stance", None)
+
+
 def memory_budget() -> float:
     """`torch._functorch.config.activation_memory_budget`, which users set there: below 1, the backward
     of a compiled graph may compute again, and draw anew, what its forward has drawn."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .compiler import stance_back
+
 
 def outside_of_inference() -> AbstractContextManager[Any]:
     """`torch.inference_mode(False)` where inference mode is on, and nothing elsewhere: an interrupt at
@@ -41,3 +43,28 @@ dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 """How many modes see each operation, and each torch function. One of them could hold on to memory that
 is lent for the length of a product only."""
+
+
+_functions: Callable[[], Any] = torch._C._get_torch_function_state  # type: ignore[attr-defined]
+_set_functions: Callable[[Any], Any] = torch._C._set_torch_function_state  # type: ignore[attr-defined]
+
+
+def switches_back() -> Callable[[], None]:
+    """A call that gives the thread the switches back that it has now: whether gradients are recorded,
+    whether torch functions ask subclasses, which modes see them, and the stance of `torch.compile`.
+
+    For `restoring` of `base/journal.py`: it may be called again. The contexts that turn these switches
+    are left by an instruction of their own, of a `with` or of torch's Python code, and an interrupt can
+    come before it.
+    """
+    gradients, functions = torch.is_grad_enabled(), _functions()
+    modes, stance = function_modes(), stance_back()
+
+    def put_back() -> None:
+        while function_modes() > modes:
+            torch._C._pop_torch_function_stack()
+        _set_functions(functions)
+        set_gradients(gradients)
+        stance()
+
+    return put_back

@@ -149,11 +149,12 @@ def _root(covariance: Tensor) -> Tensor:
     both = known.unsqueeze(2) & known.unsqueeze(1) & covariance.isfinite()
     scale = _power_of_two(torch.where(known, variance, 0))[:, None, None]
     values, vectors = torch.linalg.eigh(torch.where(both, covariance / scale / scale, 0))
-    root = vectors * values.clamp_min(0).sqrt().unsqueeze(1) * scale
+    root: Tensor = vectors * values.clamp_min(0).sqrt().unsqueeze(1) * scale
     return root.masked_fill(~known.unsqueeze(2), torch.nan)
 
 
 def _power_of_two(variances: Tensor) -> Tensor:
     """About the largest standard deviation of each row, (rows,); rounds nothing that it divides."""
     largest = torch.cat([variances, variances.new_zeros(len(variances), 1)], 1).amax(1)
-    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent // 2)
+    power: Tensor = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent // 2)
+    return power

@@ -17,6 +17,7 @@ from ..modules.state import Group
 from ..ops.random import default_generators
 from ..spec.config import Inference, Sampling
 from ..spec.errors import NotOperatedError
+from ..torch_private.modes import set_gradients, switches_back
 from .batches import Batch, Select, tensor_of
 
 FEW = 8
@@ -176,7 +177,7 @@ def while_dropping(
         now.put(state.__dict__, state.with_inference(inference, None))
         kept = state.with_inference(state.inference, state.samples)
         before.put(state.__dict__, {**kept, "group": None})
-    gradients = torch.is_grad_enabled()
+    switches = switches_back()
     generators: list[torch.Generator] = []
     if seed is not None:
         generators = [*default_generators(place.raw for place in at), *own_generators(model)]
@@ -184,13 +185,13 @@ def while_dropping(
 
     def put_back() -> None:
         before.make()
-        torch.set_grad_enabled(gradients)
+        switches()
         for generator, state in zip(generators, random):
             generator.set_state(state)
 
     def sample() -> None:
         now.make()
-        torch.set_grad_enabled(False)
+        set_gradients(False)
         if seed is not None:
             for generator in generators:
                 generator.manual_seed(seed)

@@ -18,11 +18,8 @@ from surgery.modules.places import SitesNode, places, plain_parameters, states_o
 
 from ..helpers import REBUILT, bits_of
 from ..internals import live_masks, own_notes
-from ..survive.interrupts import surroundings
+from ..survive.interrupts import OUTSIDE, surroundings
 from . import parts
-
-OUTSIDE = (None, False, True)
-"""What `surroundings` returns when nothing of a verb is left in the thread."""
 
 
 class Fault(AssertionError):

@@ -8,13 +8,15 @@ after, or that cannot be retried, stripped, and be the checkpoint again.
 
 Not counted as broken, but printed: torch's own `load_state_dict`, and the copy of a tensor, use
 `with torch.no_grad()`, which is written in Python, and an interrupt at its ends leaves the gradients of
-the thread off; in a plain model as well (`test_interrupts.py` shows it). What is the model's must be
-whole then too.
+the thread off; in a plain model as well (`test_interrupts.py` shows it). Likewise functions of torch,
+while a mode sees them, take it away for a moment, and put it back at the end for good. What is the
+model's must be whole then too.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import random
 import signal
@@ -34,6 +36,7 @@ import surgery
 from surgery import strip_dropconnect
 from surgery.modules.places import places
 from surgery.moments.scope import in_scope
+from surgery.torch_private.modes import dispatch_modes, function_modes, switches_back
 
 from .interrupted_verbs import VERBS, Verb, form, inputs_of
 
@@ -44,23 +47,62 @@ OURS = (
 
 
 TORCH = str(Path(torch.__file__).parent)
-MODES = torch.autograd.grad_mode.__file__
+ENDS = torch.autograd.grad_mode.__file__, contextlib.__file__
+"""Files of contexts, whose code runs where they are entered and left."""
+
+OF_TORCH = {"no_grad": "gradients", "_pop_mode_temporarily": "function modes"}
+"""Contexts of torch's functions, and what an interrupt at their ends leaves otherwise."""
+
+
+OUTSIDE = {
+    "hooks": None,
+    "scope": False,
+    "gradients": True,
+    "torch functions": True,
+    "function modes": 0,
+    "dispatch modes": 0,
+    "compiled": "default",
+}
+"""What `surroundings` returns where nothing of a verb is left in the thread."""
 
 
 def surroundings() -> Any:
     """What belongs to the thread, not to the model."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks, in_scope(), torch.is_grad_enabled()
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
+    return {
+        "hooks": torch._C._autograd._top_saved_tensors_default_hooks(False),
+        "scope": in_scope(),
+        "gradients": torch.is_grad_enabled(),
+        "torch functions": torch._C._is_torch_function_enabled(),
+        "function modes": function_modes(),
+        "dispatch modes": dispatch_modes(),
+        "compiled": "default" if dynamo is None else dynamo._stance.stance,
+    }
 
 
-def is_torchs_own(frame: FrameType | None) -> bool:
-    """Whether an interrupt before this frame's next instruction lands in a function of torch that may
-    leave gradients off: in one that uses `torch.no_grad`, or there when it is entered or left."""
-    while frame is not None and frame.f_code.co_filename == MODES:
+def left_behind() -> dict[str, Any]:
+    """What of a verb is still in the thread; it is put back, so that the next one starts afresh."""
+    found = {name: now for name, now in surroundings().items() if now != OUTSIDE[name]}
+    if found:
+        PUT_BACK()
+    return found
+
+
+PUT_BACK = switches_back()
+"""To what they are when this file is imported."""
+
+
+def torchs_own(frame: FrameType | None) -> set[str]:
+    """What an interrupt before this frame's next instruction may leave otherwise in the thread because
+    it lands in a function of torch: in one that uses a context of `OF_TORCH`, or there when it is
+    entered or left."""
+    while frame is not None and (
+        frame.f_code.co_filename in ENDS or frame.f_code.co_name in OF_TORCH
+    ):
         frame = frame.f_back
     if frame is None or not frame.f_code.co_filename.startswith(TORCH):
-        return False
-    return "no_grad" in frame.f_code.co_names
+        return set()
+    return {what for name, what in OF_TORCH.items() if name in frame.f_code.co_names}
 
 
 @dataclass
@@ -69,7 +111,7 @@ class Tally:
 
     landed: int = 0
     torchs_own: int = 0
-    """How many left gradients off in a function of torch."""
+    """How many left something otherwise in the thread in a function of torch."""
     wrong: Counter[str] = field(default_factory=Counter)
 
     def add(self, found: str | None) -> None:
@@ -78,11 +120,13 @@ class Tally:
         if found is not None:
             self.wrong[found] += 1
 
-    def forgive(self, own: bool) -> None:
-        """Turn gradients on again where that is the fault of torch."""
-        if own and not torch.is_grad_enabled():
-            torch.set_grad_enabled(True)
+    def of_thread(self, own: set[str]) -> str | None:
+        """What is otherwise in the thread and not the fault of torch; that is counted."""
+        left = left_behind()
+        if left and left.keys() <= own:
             self.torchs_own += 1
+            return None
+        return f"the thread: {left}" if left else None
 
 
 class AtOpcode:
@@ -90,7 +134,7 @@ class AtOpcode:
 
     def __init__(self, count: int | None, everywhere: bool) -> None:
         self.left, self.everywhere, self.seen = count, everywhere, 0
-        self.torchs_own = False
+        self.torchs_own: set[str] = set()
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
         file = frame.f_code.co_filename
@@ -103,7 +147,7 @@ class AtOpcode:
         if event == "opcode":
             self.seen += 1
             if self.seen == self.left:
-                self.torchs_own = is_torchs_own(frame)
+                self.torchs_own = torchs_own(frame)
                 raise KeyboardInterrupt
         return self._local
 
@@ -127,8 +171,6 @@ def run_traced(call: Callable[[], Any], tracer: AtOpcode) -> bool:
 
 def problem(verb: Verb, model: nn.Module, own: Any, plain: Tensor, forms: list[Any]) -> str | None:
     """What is wrong with a model after an interrupt, or None."""
-    if surroundings() != (None, False, True):
-        return f"the thread: {surroundings()}"
     try:
         found = form(model, own)
         if found not in forms:
@@ -158,6 +200,30 @@ def sweep(verb: Verb, every: int = 1, start: int = 1, everywhere: bool = False) 
     raise AssertionError("unreachable")
 
 
+def sweep_of(verb: Verb, *functions: str) -> Tally:
+    """Interrupt at every instruction of all functions that have these names, of torch and of Python as
+    well, once: at the last time that it is reached."""
+    forms, tally, tracer = verb.forms(), Tally(), Visits(functions)
+    model, *_ = verb.fresh()
+    run_traced(lambda: verb.run(model), tracer)
+    for count in tracer.last.values():
+        _interrupt(verb, AtOpcode(count, everywhere=True), forms, tally)
+    return tally
+
+
+class Visits(AtOpcode):
+    """Interrupts nothing; notes when each instruction of functions is reached for the last time."""
+
+    def __init__(self, functions: tuple[str, ...]) -> None:
+        super().__init__(None, everywhere=True)
+        self.functions, self.last = functions, dict[Any, int]()
+
+    def _local(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if event == "opcode" and frame.f_code.co_name in self.functions:
+            self.last[frame.f_code, frame.f_lasti] = self.seen + 1
+        return super()._local(frame, event, arg)
+
+
 def at_random(verb: Verb, count: int, rng: random.Random) -> Tally:
     """Interrupt at instructions chosen at random, of our code and of all."""
     forms, tally = verb.forms(), Tally()
@@ -179,11 +245,10 @@ def _interrupt(verb: Verb, tracer: AtOpcode, forms: list[Any], tally: Tally) -> 
     state = torch.get_rng_state()
     if not run_traced(lambda: verb.run(model), tracer):
         return False
-    tally.forgive(tracer.torchs_own)
-    if verb.seeded and not torch.equal(state, torch.get_rng_state()):
-        tally.add("the generator")
-    else:
-        tally.add(problem(verb, model, own, plain, forms))
+    left = tally.of_thread(tracer.torchs_own)
+    if left is None and verb.seeded and not torch.equal(state, torch.get_rng_state()):
+        left = "the generator"
+    tally.add(left or problem(verb, model, own, plain, forms))
     return True
 
 
@@ -194,26 +259,26 @@ def by_signals(verb: Verb, seconds: float) -> Tally:
     began = time.perf_counter()
     verb.run(model)
     longest = 1.5 * (time.perf_counter() - began)
-    end, own_fault = time.perf_counter() + seconds, False
+    end, own_fault = time.perf_counter() + seconds, set[str]()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal own_fault
-        own_fault = is_torchs_own(frame)
+        own_fault = torchs_own(frame)
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         while time.perf_counter() < end:
             model, own, plain = verb.fresh()
-            own_fault = False
+            own_fault = set()
             try:
                 signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, longest))
                 verb.run(model)
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 continue
             except (KeyboardInterrupt, Exception):  # C++ may make another error of an interrupt
-                tally.forgive(own_fault)
-            tally.add(problem(verb, model, own, plain, forms))
+                left = tally.of_thread(own_fault)
+            tally.add(left or problem(verb, model, own, plain, forms))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -12,17 +12,27 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
 
 from surgery.base.caching import PerObject
 from surgery.base.journal import Lock
+from surgery.transforms import record
 
 from ..internals import entries_of
-from .interrupted_verbs import VERBS
-from .interrupts import AtOpcode, by_signals, run_traced, sweep
+from .interrupted_verbs import FLOATS, VERBS, Mlp, Verb
+from .interrupts import (
+    AtOpcode,
+    by_signals,
+    left_behind,
+    run_traced,
+    sweep,
+    sweep_of,
+)
 
 SPARSE = {
     "find": 9001,
@@ -58,10 +68,10 @@ def times_torch_leaves_gradients_off(call: Callable[[nn.Module], object]) -> int
         model, tracer = nn.Linear(2, 2), AtOpcode(count, everywhere=True)
         model.register_buffer("anchor", torch.zeros(2))
         hit = run_traced(lambda: call(model), tracer)  # noqa: B023
-        if not torch.is_grad_enabled():
-            torch.set_grad_enabled(True)
+        left = left_behind()
+        if left:
             left_off += 1
-            assert tracer.torchs_own
+            assert left.keys() <= tracer.torchs_own == {"gradients"}
         if not hit:
             break
     return left_off
@@ -80,6 +90,34 @@ def test_torch_itself_leaves_gradients_off(call: str) -> None:
     code += f"\nassert t.times_torch_leaves_gradients_off({call}) > 0"
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_no_switch_of_the_thread_is_left_by_a_recording() -> None:
+    """Contexts of Python code are left by instructions of their own: a mode that stays would see every
+    function of the thread from now on, and the stance of the compiler would stay eager."""
+    import torch._dynamo  # noqa: F401  # else there is no stance
+
+    recorded = Verb(Mlp, lambda model: None, lambda model: record(model, FLOATS))
+    tally = sweep_of(recorded, "recorded", "__enter__", "__exit__", "_push_mode", "_pop_mode")
+    assert tally.landed > 100
+    assert not tally.wrong
+
+
+def test_a_recorder_that_torch_puts_back_for_good_records_nothing() -> None:
+    """Functions of torch take it away while it sees them, see `interrupts.py`."""
+    seen: list[Any] = []
+
+    class Looks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(_get_current_function_mode())
+            return x + 1
+
+    graph = record(Looks(), FLOATS).graph
+    nodes = len(graph.nodes)
+    assert graph is vars(seen[0])["_graph"] or nodes == len(vars(seen[0])["_graph"].nodes)
+    with seen[0]:
+        torch.relu(torch.ones(1)) + 1
+    assert len(vars(seen[0])["_graph"].nodes) == nodes
 
 
 def test_a_lock_is_never_left_taken() -> None:

@@ -148,3 +148,35 @@ def test_a_graph_can_be_broken_where_it_is_looked_into() -> None:
     with pytest.raises(Exception, match="because of this"):
         _compiled(_looking(look, told), fullgraph=True)(torch.ones(2))
     assert not CALLED
+
+
+@canary(compiler, "torch._dynamo.eval_frame._stance")
+def test_the_stance_is_put_back() -> None:
+    """Also the one that the user has set."""
+
+    def stance() -> Any:
+        return torch._dynamo.eval_frame._stance
+
+    for before in ("default", "eager_on_recompile"):
+        torch.compiler.set_stance(before)
+        put_back = compiler.stance_back()
+        torch.compiler.set_stance("force_eager")
+        assert stance().stance == "force_eager"
+        put_back()
+        assert stance().stance == before
+    torch.compiler.set_stance("default")
+
+
+@canary(compiler, "torch._dynamo.eval_frame._stance")
+def test_the_stance_is_put_back_where_dynamo_came_meanwhile() -> None:
+    code = """
+import sys, torch
+from surgery.torch_private import compiler
+put_back = compiler.stance_back()
+assert "torch._dynamo" not in sys.modules
+put_back()
+torch.compiler.set_stance("force_eager")
+put_back()
+assert torch._dynamo.eval_frame._stance.stance == "default"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

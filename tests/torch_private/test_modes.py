@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.torch_private import modes
@@ -83,3 +87,47 @@ def test_modes_that_see_functions_are_counted() -> None:
     assert modes.function_modes() == 0
     with torch.device("meta"), TorchFunctionMode():
         assert modes.function_modes() == 2
+
+
+def functions_off() -> Any:
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        torch.no_grad,
+        functions_off,
+        BaseTorchFunctionMode,
+        lambda: torch.device("meta"),
+        lambda: torch.compiler.set_stance("force_eager"),
+    ],
+    ids=["gradients", "functions", "mode", "device", "stance"],
+)
+@canary(
+    modes,
+    *("torch._C._get_torch_function_state", "torch._C._set_torch_function_state"),
+    *("torch._C._pop_torch_function_stack", "torch._C._len_torch_function_stack"),
+)
+def test_switches_are_put_back(switch: Callable[[], Any]) -> None:
+    """Where a context was entered and is never left; and nothing where it was."""
+
+    def now() -> Any:
+        compiled = torch.compile(lambda: torch.compiler.is_compiling(), backend="eager")
+        on = torch.is_grad_enabled(), torch._C._is_torch_function_enabled()
+        return *on, modes.function_modes(), str(torch.zeros(1).device), compiled()
+
+    outside = now()
+    assert outside == (True, True, 0, "cpu", True)
+    put_back = modes.switches_back()
+    put_back()
+    assert now() == outside
+    left = switch()
+    left.__enter__()
+    inside = now()
+    assert inside != outside
+    modes.switches_back()()
+    assert now() == inside
+    put_back()
+    put_back()
+    assert now() == outside

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from surgery.base.journal import restoring
 from surgery.torch_private.compiler import has_dynamo
 from surgery.torch_private.trees import tree_leaves
 
@@ -53,9 +54,13 @@ def record_run(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
             _watch(module, name, recorder.stack)
         # The code of compiled modules runs as it is written.
         eager = torch.compiler.set_stance("force_eager") if has_dynamo() else nullcontext()
-        with eager, recorder:
-            output = model(*inputs.args, **inputs.kwargs)
-        return recorder.finish(output)
+
+        def recorded() -> fx.GraphModule:
+            with eager, recorder:
+                output = model(*inputs.args, **inputs.kwargs)
+            return recorder.finish(output)
+
+        return restoring(recorder.stop, recorded)
 
     return untouched(model, run)
 
@@ -86,6 +91,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.stack: list[_Running] = []
+        self._stopped = False
         self._graph = fx.Graph()
         self._attributes: dict[str, Any] = {}
         self._type = type(model).__name__
@@ -101,11 +107,18 @@ class _Recorder(TorchFunctionMode):
         for name, tensor in inputs.tensors():
             self._made(self._graph.placeholder(re.sub(r"\W+", "_", name).strip("_")), tensor)
 
+    def stop(self) -> None:
+        """Write nothing any more: an interrupt where torch takes the mode away for a moment makes torch
+        put it back, for good."""
+        self._stopped = True
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if self._stopped:
+            return result
         if func in _WRITES or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             node = self._call(func, *fx.node.map_aggregate((args, kwargs), self._argument))
             node.meta["nn_module_stack"] = OrderedDict(

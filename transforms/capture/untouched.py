@@ -16,7 +16,7 @@ from surgery.modules.places import places
 from surgery.operating.suspend import suspended
 from surgery.ops.random import default_generators
 from surgery.spec.errors import SurgeryError
-from surgery.torch_private.modes import set_gradients
+from surgery.torch_private.modes import switches_back
 from surgery.torch_private.tensors import version_of
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -33,7 +33,13 @@ def untouched(model: nn.Module, call: Callable[[], Result], *, evaluate: bool = 
     """
     _refuse(model)
     surroundings = at_once(_surroundings(model))
-    return restoring(surroundings, lambda: plain(model, lambda: _restored(model, call, evaluate)))
+
+    def run() -> Result:
+        return restoring(
+            surroundings, lambda: plain(model, lambda: _restored(model, call, evaluate))
+        )
+
+    return restoring(switches_back(), run)
 
 
 def plain(model: nn.Module, call: Callable[[], Result]) -> Result:
@@ -54,11 +60,10 @@ def _refuse(model: nn.Module) -> None:
 
 
 def _surroundings(model: nn.Module) -> list[Step]:
-    """Steps that put back what is not the model's: random states, gradient mode, warnings."""
+    """Steps that put back what is not the model's: random states, warnings."""
     generators = default_generators([*model.parameters(), *model.buffers()])
     return [
         *(partial(generator.set_state, generator.get_state()) for generator in generators),
-        partial(set_gradients, torch.is_grad_enabled()),
         partial(setattr, warnings, "filters", warnings.filters),
     ]
 
