@@ -119,7 +119,8 @@ def table(case: Case, samples: int) -> tuple[str, list[Point], float]:
 
         got = predict()
         seconds = forward_time(predict, 3)
-        add(str(form), f"one pass, {form}", got.mean, got.variance, seconds)
+        name = f"{form} draws" if isinstance(form, int) else form
+        add(name, f"one pass, {name}", got.mean, got.variance, seconds)
     return "\n".join(lines), points, spread
 
 

@@ -70,7 +70,7 @@ WAYS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "plain": lambda model, x: called(model, x),
     "diagonal": lambda model, x: predict_moments(model, x, class_dim=None),
     "outputs": lambda model, x: predict_moments(model, x, "outputs", class_dim=None),
-    "8 columns": lambda model, x: predict_moments(model, x, 8, class_dim=None),
+    "8 draws": lambda model, x: predict_moments(model, x, 8, class_dim=None),
     "2 samples": lambda model, x: mc_predict(model, x, 2, batch_size=1, class_dim=None),
 }
 

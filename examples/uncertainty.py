@@ -403,7 +403,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--covariance",
         type=form_of,
         default="outputs",
-        help="of the one forward: diagonal, outputs, full, or a number of columns",
+        help="of the one forward: diagonal, outputs, full, or a number of draws",
     )
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
