@@ -244,6 +244,18 @@ for _name in OPERATORS:
     setattr(Travelling, f"__{_name}__", _operator(f"__{_name}__"))
 
 
+def of_expectations(
+    cls: type,
+    func: Any,
+    types: Any,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """An operation that no torch function stands before: of the expectations."""
+    args, kwargs = tree_map(expected, (args, kwargs or {}))
+    return func(*args, **kwargs)
+
+
 class TravellingTensor(Tensor, Travelling):
     """The same as a tensor without memory, so that `isinstance` and torch's own modules take it for
     one."""
@@ -252,14 +264,7 @@ class TravellingTensor(Tensor, Travelling):
     __float__ = Travelling.__float__
     __iter__ = Travelling.__iter__
     __torch_function__ = Travelling.__torch_function__
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """An operation that no torch function stands before: of the means."""
-        args, kwargs = tree_map(expected, (args, kwargs or {}))
-        return func(*args, **kwargs)
+    __torch_dispatch__: Any = classmethod(of_expectations)
 
 
 def _columns(state: State) -> Tensor:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ..moments.scope import Deferred
 from ..torch_private.tensors import without_torch_function
-from ..torch_private.trees import tree_map
 from .run import Run
-from .value import Travelling, expected
+from .value import Travelling, of_expectations
 
 
 class Weight(Deferred):
@@ -69,11 +68,4 @@ class WeightTensor(Tensor, Weight):
 
     __torch_function__ = Weight.__torch_function__
     __repr__ = Weight.__repr__  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """An operation that no torch function stands before: of the expectations."""
-        args, kwargs = tree_map(expected, (args, kwargs or {}))
-        return func(*args, **kwargs)
+    __torch_dispatch__: Any = classmethod(of_expectations)
