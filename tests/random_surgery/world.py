@@ -18,7 +18,7 @@ from surgery.modules.places import SitesNode, places, plain_parameters, states_o
 
 from ..helpers import REBUILT, bits_of
 from ..internals import live_masks, own_notes
-from ..survive.interrupts import OUTSIDE, surroundings
+from ..survive.interrupts import left_behind
 from . import parts
 
 
@@ -301,7 +301,8 @@ class World:
 
     def check(self) -> None:
         """What holds after every action."""
-        require(surroundings() == OUTSIDE, "the thread is as it was:", surroundings())
+        left = left_behind()
+        require(not left, "the thread is as it was:", left)
         own = [id(parameter) for parameter in self.own]
         require([id(p) for p in self.model.parameters()] == own, "parameters are the same objects")
         require(not list(live_masks(self.model)), "no mask outlives its forward")
