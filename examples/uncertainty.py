@@ -402,7 +402,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--covariance",
         type=form_of,
-        default="outputs",
+        default=16,
         help="of the one forward: diagonal, outputs, full, or a number of draws",
     )
     parser.add_argument("--steps", type=int, default=64)
