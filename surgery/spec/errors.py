@@ -17,11 +17,14 @@ def printable(text: str) -> str:
 
 
 class SurgeryError(ValueError):
-    """A model or a plan cannot be operated on as asked. The model is as it was before the call."""
+    """A model or a plan cannot be operated on as asked. The model is as it was before the call.
+
+    Each argument is one line of the message. Names in it may come from a file, and files from anywhere,
+    so what cannot be printed is escaped.
+    """
 
     def __str__(self) -> str:
-        # Names in it may come from a file, and files from anywhere.
-        return "\n".join(map(printable, super().__str__().split("\n")))
+        return "\n".join(printable(str(line)) for line in self.args)
 
 
 class NoMatchError(SurgeryError):
@@ -44,8 +47,8 @@ def raise_all(
     found = list(problems)
     if not found:
         return
-    lines = [f"  - {printable(problem)}" for problem in found[:shown]]
+    lines = [f"  - {problem}" for problem in found[:shown]]
     if len(found) > shown:
         lines.append(f"  - ... and {len(found) - shown} more")
     head = f"cannot {action}; the model is unchanged:"
-    raise SurgeryError("\n".join([head, *lines]))
+    raise SurgeryError(head, *lines)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
-from ..spec.errors import SurgeryError, printable
+from ..spec.errors import SurgeryError
 from ..spec.forms import counted, each, fields, load_json, shown, size, text
 
 MAX_HEADER = 100_000_000
@@ -152,7 +152,7 @@ def _texts(form: Any, where: str) -> dict[str, str]:
         raise SurgeryError(f"{where} must be an object; got {shown(form)}")
     for key, value in form.items():
         if not isinstance(value, str):
-            raise SurgeryError(f"{where}.{printable(key[:60])} must be a text; got {shown(value)}")
+            raise SurgeryError(f"{where}.{key[:60]} must be a text; got {shown(value)}")
         try:
             f"{key}{value}".encode()
         except UnicodeEncodeError:

@@ -31,7 +31,7 @@ from ..planning.prepare import prepare
 from ..planning.runs import RunOnce
 from ..planning.select import select
 from ..spec.config import DropConnectConfig
-from ..spec.errors import NotOperatedError, SurgeryError, printable
+from ..spec.errors import NotOperatedError, SurgeryError
 from ..spec.forms import FORMAT_VERSION, Reader, check_regular, each, read_json
 from ..spec.plan import Plan, join
 from ..spec.saved import ANCHORS_FILE, PLAN_FILE, are_anchors, read_saved
@@ -242,4 +242,4 @@ def open_tensors(path: Path) -> Iterator[Any]:
     except (OSError, SurgeryError):
         raise
     except Exception as error:  # whatever the library makes of such a file
-        raise SurgeryError(f"{path} is damaged: {printable(str(error)[:200])}") from error
+        raise SurgeryError(f"{path} is damaged: {str(error)[:200]}") from error

@@ -13,7 +13,7 @@ from torch import nn
 from ..modules.own_generator import draw_from, generator_of
 from ..modules.places import places
 from ..modules.state import SiteState
-from ..spec.errors import SurgeryError, printable
+from ..spec.errors import SurgeryError
 from ..spec.forms import each, fields, shown, text
 from ..spec.plan import join
 from ..stored.tensors import bytes_of
@@ -63,7 +63,7 @@ def read_generator(form: Any, where: str) -> Kept:
         generator = torch.Generator(read["device"])
         generator.set_state(torch.tensor(list(read["state"]), dtype=torch.uint8))
     except (RuntimeError, TypeError, ValueError) as error:
-        device, why = shown(read["device"]), printable(str(error)[:200])
+        device, why = shown(read["device"]), str(error)[:200]
         raise SurgeryError(f"{where} is no state of a generator on {device}: {why}") from error
     return Kept(generator, frozenset(read["sites"]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 from surgery import (
-    Plan,
     SurgeryError,
     convert_checkpoint,
     inspect_checkpoint,
@@ -136,8 +136,29 @@ def test_of_the_device_of_a_generator(name: str, tmp_path: Path) -> None:
     refusal(lambda: load_dropconnect(Net(), folder), "no state of a generator|is no name")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="no such names elsewhere")
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2Jb"], ids=odd_id)
+def test_of_files_in_a_folder(name: str, tmp_path: Path) -> None:
+    """Whoever packed the folder named them: of a damaged file, of two, and of a link and its target."""
+    for ending, verb in ((".safetensors", inspect_checkpoint), (".bin", convert_surgery)):
+        folder = tmp_path / ending
+        folder.mkdir()
+        (folder / f"{name}{ending}").write_bytes(b"")
+        refusal(lambda: verb(folder))  # noqa: B023
+        (folder / f"b{ending}").write_bytes(b"")
+        refusal(lambda: verb(folder), "holds 2 checkpoints")  # noqa: B023
+        (folder / f"b{ending}").unlink()
+        (folder / f"{name}{ending}").unlink()
+        (folder / f"{name}{ending}").symlink_to(tmp_path / name)
+        refusal(lambda: verb(folder), "leads out of its folder")  # noqa: B023
+
+
+def convert_surgery(folder: Path) -> object:
+    return convert_checkpoint(folder, folder.with_name("out"), "surgery")
+
+
 def test_letters_stay_what_they_are(tmp_path: Path) -> None:
     save_file({"größe_raw": torch.ones(1)}, tmp_path / "модель.safetensors")
     assert "größe_raw" in str(inspect_checkpoint(tmp_path))
     assert str(SurgeryError("größe\x1b")) == "größe\\x1b"
-    assert "größe" in str(Plan()) + str(SurgeryError("größe: a\nb"))
+    assert str(SurgeryError("größe: a\nb", "c")) == "größe: a\\nb\nc"

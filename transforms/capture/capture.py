@@ -114,7 +114,7 @@ def first_of(
             return graph
     failed = [f"  - {way}: {reason}" for way, reason in reasons.items()]
     lines = [f"cannot capture {type(model).__name__}:", *failed, f"fix: {_fix(model, inputs)}"]
-    raise CaptureError("\n".join(lines))
+    raise CaptureError(*lines)
 
 
 def symbolic(model: nn.Module) -> fx.GraphModule:
