@@ -270,7 +270,9 @@ class OfWords(Birth):
 
 
 def of_examples(tensor: Tensor, rows: int) -> Tensor:
-    """(n, examples * each, ...) as (n, examples, each, ...), also where a size is 0."""
+    """(n, examples * each, ...) as (n, examples, each, ...), also where a size is 0. A number is all of
+    one example."""
+    tensor = tensor.unsqueeze(-1) if tensor.ndim == 1 else tensor
     each = tensor.shape[1] // max(1, rows)
     return tensor.reshape(len(tensor), rows, each, *tensor.shape[2:])
 

@@ -137,7 +137,7 @@ class Run:
             return state
         with apart():
             carried = carried_by(factors, state.variance.dtype)
-            if self.carrier == "exact":
+            if self.carrier == "exact" or carried.ndim < 2:  # a row of one entry
                 return State(state.mean, carried, factors)
             dims = (-1,) if carried.ndim <= 3 else tuple(range(1, carried.ndim))
             alone = state.variance.sum(dims, keepdim=True)

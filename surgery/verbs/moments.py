@@ -212,7 +212,7 @@ class _Forward:
     def run(self, carrier: Carrier, columns: int = 0, records: bool = False) -> tuple[Run, State]:
         """One forward; what is known of the output."""
         run = Run(unwrapped(self.model), self.batch.rows, carrier, columns, records, self.dropout)
-        found: list[Any] = []
+        found: list[State] = []
 
         def call() -> None:
             with ExitStack() as inside:
@@ -222,20 +222,23 @@ class _Forward:
                 batch = self._noisy(run)
                 if run.dropout or _has_a_fast_path(self.model):
                     inside.enter_context(Sources(run))
-                found.append(batch.call(self.model))
+                found.append(self._end(run, batch.call(self.model)))
 
         while_dropping(self.model, self.at, "moments", None, call)
-        value: Any = tensor_of(found[0], self.batch.rows, self.select)
-        with _recording(records):
-            if isinstance(value, Travelling):
-                mean = value.expectation()  # as a forward in inference="moments" ends
-                state = value.state()
-                return run, state if run.follows else State(mean, state.variance)
-            if not run.births and run.settled:
-                raise SurgeryError(
-                    f"no variance reaches the output; it was lost at {', '.join(run.settled)}"
-                )
-            return run, certain(value)
+        return run, found[0]
+
+    def _end(self, run: Run, result: Any) -> State:
+        """What is known of the output. Inside of the run: what was put off is computed here."""
+        value: Any = tensor_of(result, self.batch.rows, self.select)
+        if isinstance(value, Travelling):
+            mean = value.expectation()  # as a forward in inference="moments" ends
+            state = value.state()
+            return state if run.follows else State(mean, state.variance)
+        if not run.births and run.settled:
+            raise SurgeryError(
+                f"no variance reaches the output; it was lost at {', '.join(run.settled)}"
+            )
+        return certain(value)
 
     def _noisy(self, run: Run) -> Batch:
         """The batch, whose floating-point tensors vary."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -119,9 +120,13 @@ def test_after_an_error_the_scope_is_closed() -> None:
 
 
 @pytest.mark.parametrize(
-    "after", [nn.LSTM(4, 3), nn.MultiheadAttention(4, 2), nn.Bilinear(4, 4, 2)]
+    "make",
+    [lambda: nn.LSTM(4, 3), lambda: nn.MultiheadAttention(4, 2), lambda: nn.Bilinear(4, 4, 2)],
 )
-def test_any_module_can_follow(after: nn.Module) -> None:
+def test_any_module_can_follow(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    after = make()
+
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from surgery import apply_dropconnect, predict_moments, set_inference
 from surgery.ops import Law
+from surgery.spec.errors import SurgeryError
 from surgery.travel import Numbers, Run, current
 from surgery.travel.run import weight_of_draws
 
@@ -144,3 +145,80 @@ def test_what_draws_count_beside_a_rule() -> None:
     right, wrong = weight_of_draws(rule, carried, count).flatten().tolist()
     assert right < 0.15
     assert wrong > 0.7
+
+
+@pytest.mark.parametrize("form", ["outputs", "full"])
+@pytest.mark.parametrize("act", [nn.Tanh(), nn.ReLU(), nn.Sigmoid()])
+def test_a_model_may_end_in_what_is_put_off(act: nn.Module, form: Any) -> None:
+    """An activation at the end is computed when the output is read, which is a part of the run: it has
+    the same moments as before a view."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), act), torch.randn(2, 5, 4)
+    apply_dropconnect(model, nn.Linear, p=P)
+    found = predict_moments(model, x, form, class_dim=None)
+    model.append(nn.Flatten())
+    other = predict_moments(model, x, form, class_dim=None)
+    torch.testing.assert_close(found.mean.flatten(1), other.mean)
+    torch.testing.assert_close(found.variance.flatten(1), other.variance)
+    torch.testing.assert_close(found.covariance, other.covariance)
+
+
+class Elsewhere(nn.Module):
+    """Values whose first dimension are not the examples."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.layer, self.places = nn.Linear(4, 3), nn.Embedding(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "tokens first":
+            return self.layer(x.transpose(0, 1)).tanh().transpose(0, 1).mean(1)
+        at = torch.arange(6)
+        found = x + self.places(at[None] if self.how == "one row for all" else at)
+        return found.tanh().mean(1)
+
+
+@pytest.mark.parametrize("how", ["tokens first", "one row for all", "no row"])
+def test_backward_passes_say_where_they_need_examples(how: str) -> None:
+    """Also where a size allows another reading; one example has nothing to mix up with."""
+    torch.manual_seed(0)
+    model, x = Elsewhere(how), torch.randn(3, 6, 4)
+    apply_dropconnect(model, "layer" if how == "tokens first" else "places", p=P)
+    for form in ("outputs", "full"):
+        with pytest.raises(SurgeryError, match="examples along the first dimension: there are 3"):
+            predict_moments(model, x, form, class_dim=None)
+    together = predict_moments(model, x, 200, class_dim=None).variance
+    for form, near in ((200, 0.01), ("outputs", 0.45)):
+        found: Any = [predict_moments(model, one, form, class_dim=None) for one in x[:, None]]
+        size = torch.cat([one.variance for one in found]).sum() / together.sum()
+        assert abs(float(size) - 1) < near
+
+
+def test_an_example_alone_is_as_among_others() -> None:
+    """Where one number is left of each: what draws say of other examples is none of its business."""
+    torch.manual_seed(0)
+
+    class Sums(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x).sum(-1)
+
+    x = torch.randn(3, 6) * torch.tensor([[1.0], [10.0], [100.0]])
+    sums = apply_dropconnect(Sums(nn.Linear(6, 6)), nn.Linear, p=P)
+    together = predict_moments(sums, x, 8, class_dim=None).variance
+    alone = [predict_moments(sums, one[None], 8, class_dim=None).variance for one in x]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_covariances_of_narrow_floats_are_wide() -> None:
+    """Variances of backward passes are as exact as those of columns: no number of half precision,
+    which knows three digits, and nothing above 65,504."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3)).half(), torch.full((1, 5, 4), 20.0).half()
+    apply_dropconnect(model, nn.Linear, p=0.999)
+    found = predict_moments(model, x, "outputs", class_dim=None)
+    assert found.covariance is not None
+    assert found.variance.max() > 65_504
+    assert found.covariance.dtype == found.variance.dtype == torch.float32
+    wanted = 999 * (20.0 * model[0].weight.float()).square().sum(1).expand(5, 3)
+    torch.testing.assert_close(found.variance[0], wanted, rtol=5e-3, atol=0.0)
