@@ -71,9 +71,7 @@ def _check_examples(flat: Tensor, deltas: list[Tensor], rows: int) -> None:
     found = torch.autograd.grad(
         (flat[0] * weights).sum(), deltas, retain_graph=True, allow_unused=True
     )
-    for gradient in found:
-        if gradient is None:
-            continue
+    for gradient in (one for one in found if one is not None):
         fits = gradient.ndim > 0 and gradient.shape[0] % rows == 0
         if fits:
             # Of another example whose slopes are not finite, 0 times that.
