@@ -50,7 +50,7 @@ def softmax(call: Call) -> Any:
 
     drawn = run.carrier == "draws" and state.factors is not None
     share, spread, centred = _softmax(state, dim, follows=not drawn)
-    mean = function(state.mean + (spread / 2).to(state.mean.dtype))
+    mean = function(state.mean.to(spread.dtype) + spread / 2).to(state.mean.dtype)
     if drawn:
         with apart():
             more = average_of_draws(function, state) - mean

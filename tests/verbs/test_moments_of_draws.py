@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from transformers.pytorch_utils import Conv1D
 
 from surgery import apply_dropconnect, predict_moments, set_inference
 from surgery.ops import Law
@@ -34,10 +36,44 @@ class Attending(nn.Module):
         return x + shares @ torch.tanh(x)
 
 
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.attend(x, x, x)[0]
+
+
+class Steps(nn.Module):
+    """Two layers both ways, over sequences of several lengths."""
+
+    def __init__(self, lengths: list[int] | None = None) -> None:
+        super().__init__()
+        self.steps = nn.RNN(6, 3, 2, batch_first=True, bidirectional=True)
+        self.lengths = lengths
+
+    def forward(self, x: Any) -> Any:
+        if self.lengths is None:
+            return self.steps(x)[0]
+        lengths = torch.tensor(self.lengths)
+        x = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(self.steps(x)[0], batch_first=True)[0]
+
+
+def one_dimension() -> nn.Module:
+    first = nn.Conv1d(6, 4, 2, stride=2, padding=1, groups=2)
+    return nn.Sequential(first, nn.Softplus(), nn.Conv1d(4, 2, 2, dilation=2))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "perceptron": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), (4, 6)),
     "tokens": (lambda: nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)), (4, 5, 6)),
+    "columns": (lambda: nn.Sequential(Conv1D(8, 6), nn.ReLU(), Conv1D(3, 8)), (4, 5, 6)),
     "attention": (Attending, (4, 5, 6)),
+    "MultiheadAttention": (Attends, (4, 5, 6)),
+    "RNN": (Steps, (4, 5, 6)),
+    "packed": (lambda: Steps([3, 5, 1, 4]), (4, 5, 6)),
     "convolutions": (
         lambda: nn.Sequential(
             nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
@@ -45,7 +81,18 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         (4, 2, 6, 6),
     ),
+    "Conv1d": (one_dimension, (4, 6, 7)),
+    "Conv3d": (lambda: nn.Sequential(nn.Conv3d(2, 3, 2), nn.GroupNorm(1, 3)), (4, 2, 3, 3, 3)),
 }  # fmt: skip
+
+
+def masked_as_drawn(moving: Tensor, numbers: Iterator[int], parts: int, draw: int) -> Tensor:
+    """A weight with the mask of one draw. The parts of a packed one have masks of their own."""
+    law = Law.of(P, moving.device, moving.dtype)
+    found = [
+        [*Numbers(next(numbers)).masked(part, law, DRAWS)][draw] for part in moving.chunk(parts)
+    ]
+    return torch.cat(found)
 
 
 @pytest.mark.parametrize("toward", ["zero", "pretrained"])
@@ -55,27 +102,29 @@ def test_a_draw_is_what_a_mask_does(name: str, toward: Any) -> None:
     make, shape = MODELS[name]
     torch.manual_seed(0)
     model, x = make().double().eval(), torch.randn(*shape, dtype=torch.float64)
-    plain, law = copy.deepcopy(model), Law.of(P, torch.device("cpu"), torch.float64)
-    kinds = [nn.Conv2d, nn.Linear] if name == "convolutions" else [nn.Linear]
-    apply_dropconnect(model, kinds, p=P, toward=toward, bias=False)
-    if toward == "pretrained":
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(1.5)
+    plain = copy.deepcopy(model)
+    sites = [key for key, w in plain.named_parameters() if w.ndim > 1]
+    apply_dropconnect(model, sites, p=P, toward=toward, bias=False)
+    scale = 1.5 if toward == "pretrained" else 1.0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
     run = Run(model, len(x), "draws", DRAWS)
     with set_inference(model, "moments"), torch.no_grad(), current(run):
         state: Any = model(x).state()
-    sites = [key for key, w in plain.named_parameters() if w.ndim > 1]
     for draw in range(DRAWS):
-        scale = 1.5 if toward == "pretrained" else 1.0
-        weights = {key: w * scale for key, w in plain.named_parameters()}
-        for number, key in enumerate(sites):
-            anchor = plain.get_parameter(key) if toward == "pretrained" else 0.0
-            moving = (weights[key] - anchor).detach()
-            masked = [*Numbers(number + 1).masked(moving, law, DRAWS)]
-            weights[key] = anchor + masked[draw]
-        wanted = torch.func.functional_call(plain, weights, x)
-        torch.testing.assert_close(state.draw(draw), wanted.detach())
+        weights = {key: (w * scale).detach() for key, w in plain.named_parameters()}
+        numbers = itertools.count(1)
+        for key in sites:
+            anchor = plain.get_parameter(key).detach() if toward == "pretrained" else 0.0
+            parts = 3 if key.endswith("in_proj_weight") else 1
+            moving = weights[key] - anchor
+            turned = moving.t() if name == "columns" else moving
+            masked = masked_as_drawn(turned, numbers, parts, draw)
+            weights[key] = anchor + (masked.t() if name == "columns" else masked)
+        with torch.no_grad():  # the kernel of a whole layer reads the weights of the module itself
+            wanted = torch.func.functional_call(plain, weights, x)
+        torch.testing.assert_close(state.draw(draw), wanted)
 
 
 def test_what_positions_share_to_all_orders() -> None:
@@ -223,3 +272,18 @@ def test_covariances_of_narrow_floats_are_wide() -> None:
     assert found.covariance.dtype == found.variance.dtype == torch.float32
     wanted = 999 * (20.0 * model[0].weight.float()).square().sum(1).expand(5, 3)
     torch.testing.assert_close(found.variance[0], wanted, rtol=5e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("form", [8, "outputs"])
+def test_a_softmax_of_narrow_floats_whose_logits_vary_a_lot(form: Any) -> None:
+    """The half of a variance is no number of half precision."""
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(4, 3), nn.Softmax(-1)).half(),
+        torch.full((2, 4), 40.0).half(),
+    )
+    apply_dropconnect(model, "0.weight", p=0.999)
+    found = predict_moments(model, x, form, class_dim=None)
+    assert predict_moments(model[0], x, class_dim=None).variance.max() > 2 * 65_504
+    torch.testing.assert_close(found.mean.sum(-1).float(), torch.ones(2), rtol=0.0, atol=0.01)
+    assert found.variance.isfinite().all()
