@@ -138,9 +138,12 @@ ACROSS = JOINT | GATING
 QUERIES = _names(
     "size dim ndimension numel nelement stride storage_offset element_size get_device is_contiguous "
     "is_floating_point is_complex is_signed is_same_size len result_type sym_numel sym_size sym_stride "
-    "assert_async assert_scalar assert_tensor_metadata"
+    "assert_async assert_scalar assert_tensor_metadata "
+    "new_empty new_empty_strided new_full new_ones new_tensor new_zeros "
+    "empty_like full_like ones_like rand_like randint_like randn_like zeros_like"
 )
-"""Functions that ask for the form, not the value, or check and return nothing."""
+"""Functions that ask for the form, not the value (as those do that make another tensor of it), or check
+and return nothing."""
 
 ATTRIBUTES = _names("device dtype is_cuda layout ndim shape")
 """What is read from a tensor and does not depend on its values."""

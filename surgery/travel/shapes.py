@@ -30,6 +30,14 @@ def state_of(value: Any) -> State:
 @rule(*VIEWS, "view_copy", "unfold", "expand_copy", "tril", "triu", "diagonal", "pad")
 def view(call: Call) -> Any:
     """Every entry elsewhere, or several times. `unfold` of a tensor; `pad` by constants."""
+    if call.name in AS_ANOTHER:
+        function, first = AS_ANOTHER[call.name], call.first
+        shape = (first, tuple(call.argument(1, "other").shape))
+        return (
+            view(Call.of(function, shape, {}))
+            if isinstance(first, Travelling)
+            else function(*shape)
+        )
     if not isinstance(call.first, Travelling) or len(call.values) > 1:
         return NotImplemented
     if call.name == "pad" and call.argument(3, "value"):
@@ -47,6 +55,14 @@ def view(call: Call) -> Any:
         _taken(value, state, part, call.name, partial(_part, function, index))
         for index, part in enumerate(found)
     )
+
+
+AS_ANOTHER: dict[str, Any] = {
+    "expand_as": Tensor.expand,
+    "reshape_as": Tensor.reshape,
+    "view_as": Tensor.view,
+}
+"""Views that read the shape of another tensor, which may vary."""
 
 
 def _moved(state: State, function: Apply) -> State | list[State]:
@@ -89,8 +105,8 @@ def copied(call: Call) -> Any:
 def cast(call: Call) -> Any:
     """In another dtype or on another device."""
     value = call.first
-    if not isinstance(value, Travelling):
-        return NotImplemented
+    if not isinstance(value, Travelling):  # but what it is cast like
+        return call.settled()
     if not value.dtype.is_floating_point:  # of a comparison
         return RULES["elementwise"](call)
     state = value.state()

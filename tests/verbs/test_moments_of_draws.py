@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers.pytorch_utils import Conv1D
 
-from surgery import apply_dropconnect, predict_moments, set_inference
+from surgery import SurgeryError, apply_dropconnect, predict_moments, set_inference
 from surgery.ops import Law
-from surgery.spec.errors import SurgeryError
 from surgery.travel import Numbers, Run, current
 from surgery.travel.run import weight_of_draws
 

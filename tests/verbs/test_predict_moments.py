@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -61,6 +62,35 @@ def test_where_a_value_settles_is_told() -> None:
     apply_dropconnect(last, nn.Linear, p=P)
     with pytest.raises(SurgeryError, match=r"no variance reaches the output.*1: sort"):
         predict_moments(last, torch.randn(3, 4))
+
+
+FORMS: dict[str, Callable[[Any], Any]] = {
+    "new_zeros": lambda u: u + u.new_zeros(4),
+    "zeros_like": lambda u: u + torch.zeros_like(u),
+    "empty_like": lambda u: u + torch.empty_like(u).zero_(),
+    "view_as": lambda u: u.flatten().view_as(u),
+    "expand_as": lambda u: u.expand_as(u),
+    "reshape_as": lambda u: u.flatten().reshape_as(u),
+    "of a tensor": lambda u: u + torch.zeros(4).expand_as(u),
+    "cast": lambda u: u + torch.zeros(4, dtype=torch.float64).to(u),
+}
+
+
+@pytest.mark.parametrize("form", ["diagonal", 4])
+@pytest.mark.parametrize("name", FORMS)
+def test_what_reads_the_form_alone_settles_nothing(name: str, form: Any) -> None:
+    class Reading(nn.Module):
+        def forward(self, u: Tensor) -> Any:
+            return FORMS[name](u)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), Reading()), torch.randn(3, 4)
+    apply_dropconnect(model, nn.Linear, p=P)
+    found = predict_moments(model, x, form, class_dim=None)
+    assert found.settled == ()
+    wanted = predict_moments(model[0], x, form, class_dim=None)
+    torch.testing.assert_close(found.mean, wanted.mean)
+    torch.testing.assert_close(found.variance, wanted.variance)
 
 
 class Failing(nn.Module):
