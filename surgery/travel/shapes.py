@@ -42,7 +42,7 @@ def view(call: Call) -> Any:
         return NotImplemented
     if call.name == "pad" and call.argument(3, "value"):
         return NotImplemented
-    value, state, function = call.first, call.first.state(), call.of_first()
+    value, state, function = call.first, call.first.state(), _taking(call)
     key = hashable((call.name, *call.args[1:], *call.kwargs.items()))
     found = None if key is None else state.views.get(key)
     if found is None:
@@ -55,6 +55,15 @@ def view(call: Call) -> Any:
         _taken(value, state, part, call.name, partial(_part, function, index))
         for index, part in enumerate(found)
     )
+
+
+def _taking(call: Call) -> Apply:
+    """The function of its first argument. A value has no strides, and its mean may have others than the
+    model's tensor: what is contiguous there has a view of any shape."""
+    sizes = call.args[1:] or (call.kwargs.get("size"),)
+    if call.name not in ("view", "unsafe_view") or isinstance(sizes[0], torch.dtype):
+        return call.of_first()
+    return lambda t: t.reshape(*sizes)
 
 
 AS_ANOTHER: dict[str, Any] = {
@@ -96,6 +105,8 @@ def copied(call: Call) -> Any:
     value = call.first
     if call.name == "requires_grad" or not isinstance(value, Travelling):
         return value
+    if call.name == "contiguous" and value.base is not None:
+        return value if value.state().mean.is_contiguous() else value.copied()
     if call.name in ("clone", "detach_copy", "lift_fresh_copy"):
         return Travelling.later(value, value, value.apply, value.moments, value.is_linear)
     return value

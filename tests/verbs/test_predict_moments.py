@@ -93,6 +93,53 @@ def test_what_reads_the_form_alone_settles_nothing(name: str, form: Any) -> None
     torch.testing.assert_close(found.variance, wanted.variance)
 
 
+def _a_copy_is_written_to(u: Any) -> Any:
+    v = u.transpose(1, 2).contiguous()
+    v.mul_(2)
+    return torch.cat([u.flatten(1), v.view(3, -1)], 1)
+
+
+LAYOUTS: dict[str, Callable[[Any], Any]] = {
+    "contiguous": lambda u: u.transpose(1, 2).contiguous().view(3, -1),
+    "clone": lambda u: u.mT.clone(memory_format=torch.contiguous_format).view((3, 20)),
+    "an activation": lambda u: u.tanh().transpose(1, 2).contiguous().view(size=(3, 20)),
+    "windows": lambda u: u.view(3, 5, 2, 2).transpose(1, 2).contiguous().view(6, 5, 2).view(3, -1),
+    "a copy is written to": _a_copy_is_written_to,
+}
+
+
+@pytest.mark.parametrize("form", ["diagonal", 4, "outputs"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_is_contiguous_has_views_of_any_shape(name: str, form: Any) -> None:
+    class Laid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.then = nn.Linear(4, 4), LAYOUTS[name]
+
+        def forward(self, x: Tensor) -> Any:
+            return self.then(self.layer(x))
+
+    def copies(u: Any) -> Any:
+        return torch.cat([u.flatten(1), 2 * u.transpose(1, 2).reshape(3, -1)], 1)
+
+    written: dict[str, Callable[[Any], Any]] = {
+        "windows": lambda u: u.reshape(3, 5, 2, 2).transpose(1, 2).reshape(3, -1),
+        "an activation": lambda u: u.tanh().transpose(1, 2).reshape(3, -1),
+        "a copy is written to": copies,
+    }
+    torch.manual_seed(0)
+    model, x = Laid(), torch.randn(3, 5, 4)
+    plain = model(x).detach()
+    apply_dropconnect(model, "layer", p=P)
+    found = predict_moments(model, x, form, class_dim=None)
+    if name != "an activation":
+        torch.testing.assert_close(found.mean, plain)
+    model.then = written.get(name, lambda u: u.transpose(1, 2).reshape(3, -1))
+    wanted = predict_moments(model, x, form, class_dim=None)
+    torch.testing.assert_close(found.mean, wanted.mean)
+    torch.testing.assert_close(found.variance, wanted.variance)
+
+
 class Failing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         raise KeyError("inside")
