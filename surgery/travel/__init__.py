@@ -14,7 +14,7 @@ covariance of the outputs alone comes from a backward pass for each of them (`ad
 
 from . import attention, elementwise, joint, linear, pairs, pooling, recurrent, shapes
 from .numbers import Numbers
-from .run import ALONE, Run, TooWide, current, running
+from .run import ALONE, Run, TooWide, running, within
 from .site import Site, site_value
 from .state import State
 from .value import Travelling
@@ -31,7 +31,6 @@ __all__ = [
     "Weight",
     "WeightTensor",
     "attention",
-    "current",
     "elementwise",
     "joint",
     "linear",
@@ -41,4 +40,5 @@ __all__ = [
     "running",
     "shapes",
     "site_value",
+    "within",
 ]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..base.journal import Result, restoring
 from .birth import Birth, Diagonal, OfDraws
 from .numbers import LIMIT, Numbers
 from .state import State, apart, carried_by, record
@@ -210,13 +210,18 @@ def weight_of_draws(rule: Tensor, carried: Tensor, count: int) -> Tensor:
 _TINY = torch.finfo(torch.float32).tiny
 
 
-@contextmanager
-def current(run: Run) -> Iterator[None]:
-    """Inside, it is the run of this thread."""
-    try:
+def within(run: Run, call: Callable[[], Result]) -> Result:
+    """What `call` returns; meanwhile it is the run of this thread. No context of a generator, which a
+    traceback may hold, and which would end the next run when that is let go of."""
+
+    def called() -> Result:
         _current.run = run
         record(run.records)
-        yield
-    finally:
-        record(False)
-        _current.run = None
+        return call()
+
+    return restoring(_leave, called)
+
+
+def _leave() -> None:
+    record(False)
+    _current.run = None

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..base.journal import restoring
 from ..modules.places import Place, moved_by, places, without_moments
 from ..modules.walk import unwrapped
 from ..spec.errors import NotOperatedError, SurgeryError
-from ..torch_private.modes import outside_of_inference
+from ..torch_private.modes import outside_of_inference, set_gradients, switches_back
 from ..torch_private.trees import tree_map
-from ..travel import Run, State, TooWide, Travelling, current
+from ..travel import Run, State, TooWide, Travelling, within
 from ..travel.adjoint import output_covariance
 from ..travel.run import Carrier
 from ..travel.sources import Sources
@@ -155,13 +156,6 @@ def _low_rank(factors: Tensor, variance: Tensor) -> LowRank:
     return LowRank((wide * scale).movedim(0, -1))
 
 
-@contextmanager
-def _recording(on: bool) -> Iterator[None]:
-    """Inside, a graph for backward passes is recorded, or none is, whatever the caller does."""
-    with outside_of_inference() if on else nullcontext(), torch.set_grad_enabled(on):
-        yield
-
-
 class _Forward:
     """The forwards of one batch."""
 
@@ -203,8 +197,13 @@ class _Forward:
         return prediction_of(mean, found.variance, whole, class_dim, run.settled)
 
     def _of_backward(self, run: Run, found: State, class_dim: int | None) -> Prediction:
-        with _recording(True):
-            whole = output_covariance(found.mean, run)
+
+        def derived() -> Tensor:
+            set_gradients(True)
+            with outside_of_inference():
+                return output_covariance(found.mean, run)
+
+        whole = restoring(switches_back(), derived)
         variance = whole.diagonal(dim1=1, dim2=2).reshape(found.mean.shape).to(found.variance.dtype)
         mean = found.mean.detach()
         return prediction_of(mean, variance, whole.detach(), class_dim, run.settled)
@@ -215,21 +214,22 @@ class _Forward:
         found: list[State] = []
 
         def call() -> None:
-            with ExitStack() as inside:
-                inside.enter_context(_recording(records))
-                inside.enter_context(torch.compiler.set_stance("force_eager"))
-                inside.enter_context(current(run))
-                batch = self._noisy(run)
-                if run.dropout or _has_a_fast_path(self.model):
-                    inside.enter_context(Sources(run))
-                found.append(self._end(run, batch.call(self.model)))
+            with outside_of_inference() if records else nullcontext():
+                found.append(within(run, lambda: self._state(run, self._output(run))))
 
-        while_dropping(self.model, self.at, "moments", None, call)
+        while_dropping(self.model, self.at, "moments", None, call, gradients=records)
         return run, found[0]
 
-    def _end(self, run: Run, result: Any) -> State:
-        """What is known of the output. Inside of the run: what was put off is computed here."""
-        value: Any = tensor_of(result, self.batch.rows, self.select)
+    def _output(self, run: Run) -> Any:
+        """What the model returns, as it is written also where it is compiled."""
+        batch = self._noisy(run)
+        sees = run.dropout or _has_a_fast_path(self.model)
+        with torch.compiler.set_stance("force_eager"), Sources(run) if sees else nullcontext():
+            return batch.call(self.model)
+
+    def _state(self, run: Run, output: Any) -> State:
+        """What is known of the output that was looked for."""
+        value: Any = tensor_of(output, self.batch.rows, self.select)
         if isinstance(value, Travelling):
             mean = value.expectation()  # as a forward in inference="moments" ends
             state = value.state()

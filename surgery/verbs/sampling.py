@@ -166,9 +166,10 @@ def while_dropping(
     inference: Inference,
     seed: int | None,
     call: Callable[[], None],
+    gradients: bool = False,
 ) -> None:
-    """`call()` in `eval()` with this inference of every site, without gradients and, with a seed, with
-    torch's generators seeded; afterwards all that is as it was."""
+    """`call()` in `eval()` with this inference of every site, with or without gradients and, with a
+    seed, with torch's generators seeded; afterwards all that is as it was."""
     now, before = Changes(), Changes()
     for module in model.modules():
         now.put(module.__dict__, {"training": False})
@@ -191,7 +192,7 @@ def while_dropping(
 
     def sample() -> None:
         now.make()
-        set_gradients(False)
+        set_gradients(gradients)
         if seed is not None:
             for generator in generators:
                 generator.manual_seed(seed)

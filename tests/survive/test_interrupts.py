@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
+from surgery import apply_dropconnect, predict_moments
 from surgery.base.caching import PerObject
 from surgery.base.journal import Lock
 from surgery.transforms import record
@@ -100,6 +101,19 @@ def test_no_switch_of_the_thread_is_left_by_a_recording() -> None:
     recorded = Verb(Mlp, lambda model: None, lambda model: record(model, FLOATS))
     tally = sweep_of(recorded, "recorded", "__enter__", "__exit__", "_push_mode", "_pop_mode")
     assert tally.landed > 100
+    assert not tally.wrong
+
+
+@pytest.mark.parametrize("form", [pytest.param("diagonal", marks=pytest.mark.slow), "outputs"])
+def test_no_switch_of_the_thread_is_left_by_a_prediction(form: Any) -> None:
+    """Also not by what the traceback of the interrupt holds, and lets go of later."""
+    verb = Verb(
+        Mlp,
+        lambda model: apply_dropconnect(model, nn.Linear, p=0.5),
+        lambda model: predict_moments(model, FLOATS, form),
+    )
+    tally = sweep_of(verb, "__enter__", "__exit__", "enter_context", "_push_cm_exit", "dispatch")
+    assert tally.landed > 200
     assert not tally.wrong
 
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from surgery import SurgeryError, apply_dropconnect, predict_moments, set_inference
 from surgery.ops import Law
-from surgery.travel import Numbers, Run, current
+from surgery.travel import Numbers, Run, within
 from surgery.travel.run import weight_of_draws
 
 P, DRAWS = 0.3, 5
@@ -109,8 +109,8 @@ def test_a_draw_is_what_a_mask_does(name: str, toward: Any) -> None:
         for parameter in model.parameters():
             parameter.mul_(scale)
     run = Run(model, len(x), "draws", DRAWS)
-    with set_inference(model, "moments"), torch.no_grad(), current(run):
-        state: Any = model(x).state()
+    with set_inference(model, "moments"), torch.no_grad():
+        state: Any = within(run, lambda: model(x).state())
     for draw in range(DRAWS):
         weights = {key: (w * scale).detach() for key, w in plain.named_parameters()}
         numbers = itertools.count(1)
