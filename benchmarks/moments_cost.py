@@ -1,7 +1,7 @@
-"""What `predict_moments` costs on a CPU, in forwards of the plain model.
+"""What `predict_moments` costs, in forwards of the plain model.
 
     python -m benchmarks.moments_cost                   # one thread, and as many as there are cores
-    python -m benchmarks.moments_cost minilm --threads 1
+    python -m benchmarks.moments_cost minilm --threads 1 --device cuda
 
 Each number is the least time of several rounds, in which all ways take turns.
 """
@@ -80,19 +80,31 @@ def times(
     model: nn.Module, inputs: Any, seconds: float, names: Sequence[str] = tuple(WAYS)
 ) -> dict[str, float]:
     """The least of each way, in seconds."""
-    least, ways = {}, {name: WAYS[name] for name in names}
-    for name, way in ways.items():
-        way(model, inputs)
+    on_gpu = next(model.parameters()).is_cuda
+
+    def once(way: Callable[[nn.Module, Any], Any]) -> float:
         begun = time.perf_counter()
         way(model, inputs)
-        least[name] = time.perf_counter() - begun
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    least, ways = {}, {name: WAYS[name] for name in names}
+    for name, way in ways.items():
+        once(way)
+        least[name] = once(way)
     rounds = max(3, min(50, round(seconds / sum(least.values()))))
     for _ in range(rounds):
         for name, way in ways.items():
-            begun = time.perf_counter()
-            way(model, inputs)
-            least[name] = min(least[name], time.perf_counter() - begun)
+            least[name] = min(least[name], once(way))
     return least
+
+
+def moved(inputs: Any, device: str) -> Any:
+    """Inputs on a device."""
+    if isinstance(inputs, dict):
+        return {name: value.to(device) for name, value in inputs.items()}
+    return inputs.to(device)
 
 
 def main() -> None:
@@ -100,6 +112,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=list(CASES), help=", ".join(CASES))
     parser.add_argument("--threads", type=int, nargs="*", default=[1, os.cpu_count() or 1])
     parser.add_argument("--seconds", type=float, default=20.0, help="for each model")
+    parser.add_argument("--device", default="cpu")
     others = [name for name in WAYS if name != "plain"]
     parser.add_argument("--ways", nargs="*", choices=others, default=others)
     options = parser.parse_args()
@@ -110,8 +123,9 @@ def main() -> None:
         print(f"| | plain, ms | {' | '.join(others)} |\n|{'---|' * (len(others) + 2)}")
         for case in options.cases:
             for name, model, inputs in CASES[case]():
-                apply_dropconnect(model.eval(), [nn.Linear], p=P)
-                found = times(model, inputs, options.seconds, ["plain", *others])
+                apply_dropconnect(model.eval().to(options.device), [nn.Linear], p=P)
+                given = moved(inputs, options.device)
+                found = times(model, given, options.seconds, ["plain", *others])
                 strip_dropconnect(model)
                 ratios = [f"{found[other] / found['plain']:.1f}" for other in others]
                 print(
