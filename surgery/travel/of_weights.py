@@ -56,45 +56,52 @@ class OfWeights(Birth):
         self.state, self.x = state, state.at
         self.weight, self.moving, self.law, self.deviation = weight, moving, law, deviation
         self.product, self.matrix, self.features = product, matrix, features
-        self.varied: Tensor | None = None
-        """A draw of what varies of the input: that of each feature has signs of its own, since
-        different mask entries multiply different features. It tells how rows covary: E[x_s x_t] is
-        what masks multiply."""
+        self._numbers: Numbers | None = None
 
     def latents(self, rows: int) -> int | None:
         return None
 
     def drawn(self, count: int, numbers: Numbers) -> Tensor:
-        x, columns = self.x, self.state.factors
-        if columns is not None:
-            shape = [1] * x.ndim
-            shape[self.features] = x.shape[self.features]
-            signs = numbers.signs((len(columns), *shape), x)
-            self.varied = (columns.to(x.dtype) * signs).sum(0)
+        self._numbers, x = numbers, self.x
         middle = self.product(x, self.weight.to(x.dtype))
         fixed = None if self.moving is self.weight else (self.weight - self.moving).to(x.dtype)
+
+        def whole(masked: Tensor) -> Tensor:
+            return masked.to(x.dtype) if fixed is None else masked.to(x.dtype) + fixed
+
         if self.shared is not None and self.matrix:
             masked = numbers.all_masked(self.moving, self.law, count)
             if masked is not None:
-                masked = masked.to(x.dtype) if fixed is None else masked.to(x.dtype) + fixed
                 inputs = torch.stack([self.state.draw(draw).to(x.dtype) for draw in range(count)])
-                return torch.einsum("k...i,koi->k...o", inputs, masked).sub_(middle)
+                return torch.einsum("k...i,koi->k...o", inputs, whole(masked)).sub_(middle)
         found = torch.empty(count, *middle.shape, dtype=middle.dtype, device=middle.device)
         for draw, own in enumerate(numbers.masked(self.moving, self.law, count)):
-            own = own.to(x.dtype) if fixed is None else own.to(x.dtype) + fixed
             one = self.state.draw(draw).to(x.dtype)
-            torch.sub(self.product(one, own), middle, out=found[draw])
+            torch.sub(self.product(one, whole(own)), middle, out=found[draw])
         return found
+
+    def varied(self) -> Tensor | None:
+        """A draw of what varies of the input: that of each feature has signs of its own, since
+        different mask entries multiply different features. It tells how rows covary: E[x_s x_t] is
+        what masks multiply."""
+        x, columns = self.x, self.state.factors
+        if columns is None or self._numbers is None:
+            return None
+        shape = [1] * x.ndim
+        shape[self.features] = x.shape[self.features]
+        signs = self._numbers.signs((len(columns), *shape), x)
+        return (columns.to(x.dtype) * signs).sum(0)
 
     def gram(self, by: Sequence[Tensor], rows: int, others: Sequence[Any] = ()) -> Tensor:
         births: list[OfWeights] = [self, *others]
         if not others and self.matrix and math.prod(self.x.shape[:-1]) == rows:
             return super().gram(by, rows)  # an example has one row: its outputs are independent
         found = self._gram(by, [one.x for one in births], rows)
-        if all(one.varied is None for one in births):
+        varied = [one.varied() for one in births]
+        if all(one is None for one in varied):
             return found
-        varied = [torch.zeros_like(one.x) if one.varied is None else one.varied for one in births]
-        return found + self._gram(by, varied, rows)
+        inputs = [torch.zeros_like(b.x) if one is None else one for b, one in zip(births, varied)]
+        return found + self._gram(by, inputs, rows)
 
     def effects(self, by: Tensor, rows: int) -> Tensor:
         return of_examples(by * self.variance.sqrt(), rows).flatten(2)
