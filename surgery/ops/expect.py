@@ -121,13 +121,56 @@ def _on_copies(f: Function) -> Function:
 
 @functools.cache
 def gauss_hermite(count: int) -> tuple[tuple[float, float], ...]:
-    """Nodes and weights for the standard normal (Golub and Welsch 1969): the eigenvalues of the
-    Jacobi matrix, and the squared first entries of its eigenvectors."""
-    off = torch.arange(1, count, dtype=torch.float64).sqrt()
-    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    weights = vectors[0].square()
-    pairs = zip(nodes.tolist(), weights.tolist())
-    return tuple((node, weight) for node, weight in pairs if weight > 1e-17)
+    """Nodes and weights for the standard normal, the nodes in ascending order; those whose weight is
+    below 1e-17 are left out.
+
+    By Newton's method on orthonormal Hermite polynomials (Press et al., Numerical Recipes, section 4.6,
+    `gauher`). Not by torch: what LAPACK computes at import starts threads, with which torch hangs in
+    processes that are forked later.
+
+    Args:
+        count: at most 128, up to which the first guesses are good.
+    """
+    if not 1 <= count <= 128:
+        raise ValueError(f"there are rules of 1 to 128 nodes here, not of {count}")
+    found: list[tuple[float, float]] = []
+    roots: list[float] = []
+    for i in range((count + 1) // 2):
+        root, slope = _hermite_root(count, _first_guess(count, roots))
+        roots.append(root)
+        weight = 2 / slope**2 / math.sqrt(math.pi)
+        node = math.sqrt(2) * root
+        found += [(node, weight)] if 2 * i + 1 == count else [(node, weight), (-node, weight)]
+    return tuple(sorted((node, weight) for node, weight in found if weight > 1e-17))
+
+
+def _first_guess(count: int, roots: list[float]) -> float:
+    """Of the next smaller root, from those above it."""
+    if not roots:
+        return math.sqrt(2 * count + 1) - 1.85575 * (2 * count + 1) ** (-1 / 6)
+    last = roots[-1]
+    if len(roots) == 1:
+        return last - 1.14 * count**0.426 / last
+    share = {2: 0.86, 3: 0.91}.get(len(roots), 1.0)
+    return last + share * (last - roots[-2])
+
+
+def _hermite_root(count: int, guess: float) -> tuple[float, float]:
+    """A root of the polynomial of that degree, and its slope there."""
+    root = guess
+    for _ in range(20):
+        value, below = math.pi**-0.25, 0.0
+        for degree in range(count):
+            value, below = (
+                root * math.sqrt(2 / (degree + 1)) * value - math.sqrt(degree / (degree + 1)) * below,
+                value,
+            )
+        slope = math.sqrt(2 * count) * below
+        step = value / slope
+        root -= step
+        if abs(step) < 1e-15 * max(1.0, abs(root)):
+            break
+    return root, slope
 
 
 _RULE = gauss_hermite(NODES)

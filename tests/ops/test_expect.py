@@ -13,7 +13,12 @@ import torch.nn.functional as F
 from scipy.special import erfcx
 from torch import Tensor, nn
 
-from surgery.ops import expectation, expectation_by_draws, register_closed_form
+from surgery.ops import (
+    expectation,
+    expectation_by_draws,
+    gauss_hermite,
+    register_closed_form,
+)
 from surgery.ops.expect import excess
 
 from ..expected import normal_expectation
@@ -66,6 +71,23 @@ def errors(f, name: str | None, sd: float, dtype: torch.dtype = torch.float64) -
 def test_closed_forms(name: str, sd: float) -> None:
     assert errors(CLOSED[name], None, sd) < 1e-11
     assert errors(CLOSED[name], None, sd, torch.float32) < 1e-6
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 12, 64, 128])
+def test_the_rule_of_gauss_and_hermite(count: int) -> None:
+    """Nodes are the eigenvalues of the Jacobi matrix, weights the squared first entries of its
+    eigenvectors (Golub and Welsch 1969)."""
+    off = torch.arange(1, count, dtype=torch.float64).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    weights = vectors[0].square()
+    found = torch.tensor(gauss_hermite(count), dtype=torch.float64)
+    kept = len(nodes) - len(found)
+    middle = slice(kept // 2, len(nodes) - kept // 2)
+    torch.testing.assert_close(found[:, 0], nodes[middle], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[:, 1], weights[middle], rtol=1e-9, atol=1e-16)
+    with pytest.raises(ValueError, match="1 to 128 nodes"):
+        gauss_hermite(129)
+
 
 
 @pytest.mark.parametrize("name", SMOOTH)
