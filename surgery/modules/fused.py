@@ -2,8 +2,9 @@
 
 This is the most common case, and the one in which the time of Python counts most. In eager training
 one node of autograd draws the mask, multiplies, and computes the gradients: that of `ops/extension`,
-and where it is not there or leaves the call to Python, that of `surgery.ops.masked_linear`. In a
-trace, each line and each attribute that is read takes time to compile, at each site.
+and where it is not there or leaves the call to Python, that of `surgery.ops.masked_linear`. For other
+samplings it is that of their products, and what is skipped here is the search for weights that could
+have masks. In a trace, each line and each attribute that is read takes time to compile, at each site.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from ..ops.mask import drop_in_graph
 from ..ops.ordinary import is_dense
 from ..torch_private.compiler import is_exporting, look_in_trace, object_of
 from ..torch_private.tracing import is_scripted, is_traced, is_transformed
-from .masking import check_anchor
+from .masking import Operand, check_anchor
+from .product_forward import product_forward
 from .state import SiteState
 
 
@@ -41,7 +43,7 @@ def fused_forward(module: Any, x: Any) -> Tensor | None:
     if len(states) != 1:
         return None
     (state,) = states.values()
-    if not _asks_for_a_mask(state, own):
+    if not _asks_for_one_site(state, own):
         return None
     parameters = own["_parameters"]
     raw = parameters.get(state.raw)
@@ -51,6 +53,12 @@ def fused_forward(module: Any, x: Any) -> Tensor | None:
     if bias is None:  # there is none, or it is an attribute: pruned or parametrized
         bias = module.bias
     anchor = None if state.anchor is None else getattr(module, state.anchor)
+    if state.sampling != "batch":
+        if type(x) is not Tensor or is_traced():
+            return None
+        state.drawn = True
+        product: Tensor = product_forward(state.sampling, module, x, Operand(raw, state, anchor), bias)
+        return product
     if loading.linear is not None and type(state) is SiteState:
         about = state.law, state.layout, anchor, state.name
         found: Tensor | None = loading.linear(x, raw, bias, about, state.rank())
@@ -117,10 +125,10 @@ def _note_now(reader: Any, state: SiteState, used: Any, version: int) -> None:
     state.drawn = True
 
 
-def _asks_for_a_mask(state: SiteState, own: dict[str, Any]) -> bool:
-    """Whether this call draws one mask, by element, for the weight of a Linear, and nothing else.
-    `own`: the `__dict__` of the module, which is faster to read than its attributes."""
-    if not state.fusible or state.sampling != "batch":
+def _asks_for_one_site(state: SiteState, own: dict[str, Any]) -> bool:
+    """Whether this call drops the weight of a Linear by element, and does nothing else. `own`: the
+    `__dict__` of the module, which is faster to read than its attributes."""
+    if not state.fusible or state.part is not None:
         return False
     if state.held_key is not None or state.group is not None or own[state.live] is not None:
         return False

@@ -314,9 +314,14 @@ class ProductCall(NamedTuple):
             matrix, anchor = matrix.t(), None if anchor is None else anchor.t()
             part = None if part is None else part.transposed()
         rows, leading = _rows(self.x, dim, _groups(state))
-        u = ops.example_linear(rows, matrix, key, law, state.unit, anchor, part)
-        if self.bias is not None:
-            u = u + self.bias_of_examples(key, len(rows), part).unsqueeze(1).to(u.dtype)
+        dropped = isinstance(self.bias, Operand)
+        bias = None if dropped else self.added()
+        u = ops.example_linear(rows, matrix, key, law, state.unit, anchor, part, bias)
+        if dropped:
+            added = self.bias_of_examples(key, len(rows), part).to(u.dtype)
+            u = u + (added if u.dim() == 2 else added.unsqueeze(1))
+        if leading is None:
+            return u
         u = u.reshape(*leading, u.shape[-1])
         return u if dim is None else u.movedim(0, dim)
 
@@ -380,12 +385,16 @@ def _groups(state: SiteState) -> int | None:
     return None if state.group is None or state.sampling != "batch" else state.group.samples
 
 
-def _rows(x: Tensor, dim: int | None, groups: int | None) -> tuple[Tensor, tuple[int, ...]]:
-    """The input as (examples, rows that share a mask, features), and its leading sizes with the
-    examples first."""
+def _rows(
+    x: Tensor, dim: int | None, groups: int | None
+) -> tuple[Tensor, tuple[int, ...] | None]:
+    """The input as (examples, rows that share a mask, features), or as it is where an example has one
+    row, and then None; else its leading sizes with the examples first."""
+    if x.dim() == 2 and groups is None:
+        return x, None
     features = x.shape[-1]
     if dim is None:
-        return x.reshape(math.prod(x.shape[:-1]), 1, features), tuple(x.shape[:-1])
+        return x.reshape(math.prod(x.shape[:-1]), features), tuple(x.shape[:-1])
     first = x.movedim(dim, 0)
     examples = first.shape[0] if groups is None else groups
     size = math.prod(first.shape[:-1]) // max(examples, 1)

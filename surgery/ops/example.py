@@ -22,11 +22,12 @@ def example_linear(
     unit: Unit,
     anchor: Tensor | None = None,
     part: Part | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """`x_e @ W_e^T` for each example e, where `W_e = A + m_e * (W - A) / (1 - p)`.
+    """`x_e @ W_e^T + b` for each example e, where `W_e = A + m_e * (W - A) / (1 - p)`.
 
     Args:
-        x: (examples, rows, in). The rows of an example (its tokens) share its mask.
+        x: (examples, in) or (examples, rows, in). The rows of an example (its tokens) share its mask.
         weight: (out, in), any strides.
         key: see `surgery.ops.hash`. The examples differ in round 3 of the
             hash (`multipliers`); a single example has the mask of `drop_weight`.
@@ -38,19 +39,38 @@ def example_linear(
         anchor: where dropped weights go, like `weight`; None is zero. Gets no gradient.
         part: which part of a whole matrix the weight is, if it is not all: its masks are that part of
             those of the whole. Then `x` has the features of the part, and it is differentiable once.
+        bias: (out,), added as it is, or None.
 
     Returns:
-        (examples, rows, out), differentiable any number of times in x and weight.
+        (examples, out) or (examples, rows, out), differentiable any number of times in x, weight and
+        bias.
 
     Raises:
         ValueError: the shapes or dtypes do not fit together, or the weight has over 2**32 entries.
     """
     x, weight, anchor = autocast(x, weight, anchor)
     _check(x, weight, anchor)
+    if unit == "element" and part is None:
+        return example_product(x, weight, bias, anchor, key, law)
+    by_example = x.unsqueeze(1) if x.dim() == 2 else x
+    found = _in_general(by_example, weight, key, law, unit, anchor, part)
+    found = found.squeeze(1) if x.dim() == 2 else found
+    return found if bias is None else found + bias.to(found.dtype)
+
+
+def _in_general(
+    x: Tensor,
+    weight: Tensor,
+    key: Key,
+    law: Law,
+    unit: Unit,
+    anchor: Tensor | None,
+    part: Part | None,
+) -> Tensor:
+    """Of a part of a weight, and where the entries of a mask are shared. x: (examples, rows, in)."""
     if unit == "element":
-        if part is not None:
-            return part_product(x, weight, anchor, key, law, part)
-        return example_product(x, weight, anchor, key, law)
+        assert part is not None
+        return part_product(x, weight, anchor, key, law, part)
     examples, rows, width = x.shape
     if unit == "input":
         layout = _shared((examples, rows, width), (0, 2), part, 1)
@@ -106,9 +126,9 @@ def example_vector(
 
 
 def _check(x: Tensor, weight: Tensor, anchor: Tensor | None) -> None:
-    if x.dim() != 3 or weight.dim() != 2 or x.shape[2] != weight.shape[1]:
+    if x.dim() not in (2, 3) or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            "a mask for each example needs x of shape (examples, rows, in) and a weight of shape "
+            "a mask for each example needs x of shape (examples, [rows,] in) and a weight of shape "
             f"(out, in), got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     if anchor is not None and anchor.shape != weight.shape:

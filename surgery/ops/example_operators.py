@@ -1,8 +1,8 @@
 """The product of each example, as autograd, compilers and `torch.func` see it.
 
 It and its gradients are two registered operators, which `torch.compile`, `torch.export` and
-`torch.func` leave whole. Eager code on a GPU does without them: they take longer to call there than the
-work takes.
+`torch.func` leave whole. Eager code does without them: for a small layer they take longer to call than
+the work takes.
 """
 
 from __future__ import annotations
@@ -15,28 +15,46 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..torch_private.modes import dispatch_modes
 from ..torch_private.tracing import is_traced, is_transformed
 from . import gpu
 from .example_product import formula, gradients, product
 from .hash import Key, key_tensor
 from .law import Law, Layout, Mask
+from .linear import matrix
 from .once import differentiable_once
+from .ordinary import is_ordinary
 from .part import Part
 
 
-def example_product(x: Tensor, weight: Tensor, anchor: Tensor | None, key: Key, law: Law) -> Tensor:
-    """`x_e @ W_e^T` for x (examples, rows, in) and a weight (out, in): see `example_linear`."""
-    if (
-        torch.compiler.is_compiling() and is_transformed()
-    ):  # dynamo knows no rules for operators there
-        return formula(x, weight, anchor, key_tensor(key, weight.device), law)
-    if not gpu.takes(x, weight, anchor, strided=True):
-        given = x, weight, anchor, key_tensor(key), law.threshold, law.scale
-        return cast(Tensor, _product(*given))
-    mask = _mask_of(weight, key, law)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return cast(Tensor, _Eager.apply(x, weight, anchor, mask))  # type: ignore[no-untyped-call]
-    return product(x, weight, anchor, mask, taken=True)
+def example_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor | None, key: Key, law: Law
+) -> Tensor:
+    """`x_e @ W_e^T + b` for x (examples, in) or (examples, rows, in), a weight (out, in) and a bias
+    (out,), which is not masked: see `example_linear`."""
+    if not is_traced() and (taken := _taken(x, weight, anchor, bias)) is not None:
+        mask = _mask_of(weight, key, law)
+        if torch.is_grad_enabled():
+            rest = anchor, mask, taken
+            return cast(Tensor, _Eager.apply(x, weight, bias, rest))  # type: ignore[no-untyped-call]
+        return product(x, weight, anchor, mask, taken, bias=bias)
+    rows = x.unsqueeze(1) if x.dim() == 2 else x
+    if torch.compiler.is_compiling() and is_transformed():  # dynamo knows no rules for operators there
+        found = formula(rows, weight, anchor, key_tensor(key, weight.device), law)
+    else:
+        given = rows, weight, anchor, key_tensor(key), law.threshold, law.scale
+        found = cast(Tensor, _product(*given))
+    found = found.squeeze(1) if x.dim() == 2 else found
+    return found if bias is None else found + bias.to(found.dtype)
+
+
+def _taken(*tensors: Tensor | None) -> bool | None:
+    """Whether the kernels of a GPU take these tensors; None where only operators do: of tensors that
+    are more than dense values, and while modes look on."""
+    if gpu.takes(*tensors, strided=True):  # type: ignore[arg-type]
+        return True
+    plain = all(tensor is None or is_ordinary(tensor) for tensor in tensors)
+    return False if plain and not dispatch_modes() else None
 
 
 def part_product(
@@ -82,25 +100,35 @@ def _mask_of(weight: Tensor, key: Key, law: Law) -> Mask:
 _elements = functools.lru_cache(maxsize=4096)(Layout.elements)
 
 
+_Rest = tuple[Tensor | None, Mask, bool]
+"""Anchor and mask of a weight, and what `_taken` says: one argument, as each costs time."""
+
+
 class _Eager(torch.autograd.Function):
     """The product in eager code. Keeps x, W and the key."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rest: _Rest) -> Tensor:
+        anchor, ctx.mask, taken = rest
         ctx.save_for_backward(x, weight, anchor)
-        ctx.mask = mask
-        return product(x, weight, anchor, mask, taken=True)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return product(x, weight, anchor, ctx.mask, taken, bias=bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (x, weight, anchor), mask, law = ctx.saved_tensors, ctx.mask, ctx.mask.law
-        tensors = grads[0], x, weight, anchor
-        want_x, want_weight = ctx.needs_input_grad[:2]
-        if not torch.is_grad_enabled() and gpu.takes(*tensors, strided=True):
-            return *gradients(*tensors, mask, want_x, want_weight, taken=True), None, None
-        given = *tensors, key_tensor(mask.key), law.threshold, law.scale
+        x, weight, anchor = tensors = ctx.saved_tensors
+        (grad,), mask, law = grads, ctx.mask, ctx.mask.law
+        want_x, want_weight, want_bias, _ = ctx.needs_input_grad
+        of_bias = matrix(grad).sum(0).to(ctx.bias_dtype) if want_bias else None
+        direct = not torch.is_grad_enabled() and not is_traced()
+        if direct and (taken := _taken(grad, *tensors)) is not None:
+            both = gradients(grad, *tensors, mask, want_x, want_weight, taken)
+            return *both, of_bias, None
+        grad, rows = (each.unsqueeze(1) if x.dim() == 2 else each for each in (grad, x))
+        given = grad, rows, weight, anchor, key_tensor(mask.key), law.threshold, law.scale
         of_x, of_weight = _gradients(*given, want_x, want_weight)
-        return of_x if want_x else None, of_weight if want_weight else None, None, None
+        of_x = of_x.view(x.shape) if want_x else None
+        return of_x, of_weight if want_weight else None, of_bias, None
 
 
 @torch.library.custom_op(

@@ -193,34 +193,51 @@ def product(
     mask: Mask,
     taken: bool | None = None,
     part: Part | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """`x_e @ W_e^T` for each example e, in eager code that autograd does not record.
+    """`x_e @ W_e^T + b` for each example e, in eager code that autograd does not record.
 
     Args:
-        x: (examples, rows, in).
+        x: (examples, in) or (examples, rows, in).
         weight, anchor: (out, in), any strides; the anchor may be None.
         mask: of example 0, by element; its key is on the host, on the CPU, or where the weight is.
         taken: whether the kernels of the GPU take these tensors, if that is known; they take no part.
         part: see `_Masks`.
+        bias: (out,), not masked, or None.
 
     Returns:
-        (examples, rows, out), no view.
+        (examples, out) or (examples, rows, out), no view.
     """
     if gpu.takes(x, weight, anchor, strided=True) if taken is None else taken:
-        done = gpu.example_product(x.contiguous(), weight.contiguous(), _dense(anchor), mask)
+        dense = x.contiguous(), weight.contiguous(), _dense(anchor), _dense(bias)
+        done = gpu.example_product(*dense, mask)
         if done is not None:
             return done
-    x = x.detach()
+    found = _product(_by_example(x.detach()), weight, anchor, mask, part)
+    if bias is not None:
+        found += bias.to(found.dtype)
+    return unviewed(found.view(*x.shape[:-1], weight.shape[0]))
+
+
+def _by_example(x: Tensor) -> Tensor:
+    """(examples, rows, features)."""
+    return x.unsqueeze(1) if x.dim() == 2 else x
+
+
+def _product(
+    x: Tensor, weight: Tensor, anchor: Tensor | None, mask: Mask, part: Part | None
+) -> Tensor:
+    """`product` on the CPU, and by the formula anywhere. x: (examples, rows, in)."""
     masks = _Masks(x, weight, anchor, mask, part)
     fused = _fused_product(masks, x.flatten(0, 1)) if masks.rows <= FEW_ROWS else None
     if fused is not None:
-        return unviewed(fused.view(*x.shape[:2], weight.shape[0]))
-    product = x.new_empty(*x.shape[:2], weight.shape[0])
+        return fused
+    found = x.new_empty(*x.shape[:2], weight.shape[0])
     for examples, rows in masks.blocks():
         used, _ = masks.of_block((examples, rows), True, None)
         assert used is not None
-        product[examples, :, rows] = torch.bmm(x[examples], used.mT)
-    return product
+        found[examples, :, rows] = torch.bmm(x[examples], used.mT)
+    return found
 
 
 def gradients(
@@ -237,7 +254,7 @@ def gradients(
     """The gradients of x and of the weight, in eager code that autograd does not record.
 
     Args:
-        grad: (examples, rows, out), of the product.
+        grad: (examples, out) or (examples, rows, out), of the product.
         x, weight, anchor, mask, taken, part: see `product`.
 
     Returns:
@@ -248,11 +265,11 @@ def gradients(
         done = gpu.example_gradients(*dense, _dense(anchor), mask, want_x, want_weight)
         if done is not None:
             return done
-    grad, x = grad.detach(), x.detach()
-    masks = _Masks(x, weight, anchor, mask, part)
-    both = _fused_gradients(masks, grad, x, want_x, want_weight)
+    grad, inputs = _by_example(grad.detach()), _by_example(x.detach())
+    masks = _Masks(inputs, weight, anchor, mask, part)
+    both = _fused_gradients(masks, grad, inputs, want_x, want_weight)
     if both is None:
-        both = _block_gradients(masks, grad, x, want_x, want_weight)
+        both = _block_gradients(masks, grad, inputs, want_x, want_weight)
     of_x, of_weight = both
     return (
         None if of_x is None else unviewed(of_x.to(x.dtype).view(x.shape)),

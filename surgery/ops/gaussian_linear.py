@@ -46,13 +46,16 @@ class _GaussianLinear(torch.autograd.Function):
         noise: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
-        block = borrow(weight)
-        factor, matrix_, square, squares = _factors(x, weight, anchor, dtype, block)
+        on_gpu = gpu.takes(x, weight, anchor)
+        factors = gpu.factors(x, weight, anchor, dtype) if on_gpu else None
+        block = borrow(weight) if factors is None else None
+        if factors is None:
+            factors = _factors(x, weight, anchor, dtype, block)
         offset = None if bias is None else bias.to(dtype)  # autocast would keep what it makes of it
-        mean = unviewed(F.linear(factor, matrix_, offset))
-        var = F.linear(square, squares)
+        mean = unviewed(F.linear(factors.x, factors.weight, offset))
+        var = F.linear(factors.square_x, factors.square_weight)
         give_back(block)
-        sample, slope = _drawn(mean, var, noise, ratio)
+        sample, slope = _drawn(mean, var, noise, ratio, on_gpu)
         ctx.save_for_backward(x, slope)
         ctx.weight, ctx.version, ctx.anchor = weight, version_of(weight), anchor
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -110,7 +113,8 @@ def _gradients(rows: Tensor, kept: Kept, want: tuple[bool, bool]) -> Gradients:
 def _gradients_on_gpu(rows: Tensor, kept: Kept, want: tuple[bool, bool]) -> Gradients | None:
     """`_gradients` with one kernel before the products and one after them; None elsewhere."""
     slope, x, weight, anchor = kept
-    if not gpu.takes(*kept) or not gpu.takes(rows := rows.contiguous()):
+    rows = rows.contiguous()
+    if not gpu.takes(rows, *kept):
         return None
     factors = gpu.factors(x, weight, anchor, rows.dtype, None, (rows, slope), want)
     if factors is None or factors.by_variance is None:
@@ -128,9 +132,15 @@ def _plus_twice(total: Tensor, one: Tensor, other: Tensor, in_place: bool) -> Te
     return total.addcmul_(one, other, value=2) if in_place else total + 2 * (one * other)
 
 
-def _drawn(mean: Tensor, var: Tensor, noise: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """mean + sd * noise with sd^2 = ratio * var, and its derivative by var; in place by kernels."""
-    if gpu.takes(mean, var, noise) and gpu.draw(mean, var, noise, mean, var, ratio):
+def _drawn(
+    mean: Tensor, var: Tensor, noise: Tensor, ratio: Tensor, on_gpu: bool
+) -> tuple[Tensor, Tensor]:
+    """mean + sd * noise with sd^2 = ratio * var, and its derivative by var; in place by kernels.
+
+    Args:
+        on_gpu: whether those of the GPU take tensors now.
+    """
+    if on_gpu and gpu.draw(mean, var, noise, mean, var, ratio):
         return mean, var
     known = mean.dtype == torch.float32 and native.takes(mean, var, noise)
     if known and has_kernels("activations"):
@@ -144,15 +154,11 @@ def _drawn(mean: Tensor, var: Tensor, noise: Tensor, ratio: Tensor) -> tuple[Ten
 
 def _factors(
     x: Tensor, weight: Tensor, anchor: Tensor | None, dtype: torch.dtype, block: Block | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> gpu.Factors:
     """x and the weight, and the squares of x and of the weight less its anchor."""
-    if gpu.takes(x, weight, anchor):
-        factors = gpu.factors(x, weight, anchor, dtype)
-        if factors is not None:
-            return factors[:4]
     squares = squared_difference(weight, anchor, dtype, block)
     x = x.to(dtype)
-    return x, weight.to(dtype), x.square(), squares
+    return gpu.Factors(x, weight.to(dtype), x.square(), squares, None)
 
 
 def gaussian_linear(

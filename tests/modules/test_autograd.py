@@ -139,7 +139,7 @@ def test_no_function_returns_a_view() -> None:
             assert not gaussian_linear(x, weight, bias, law, "element")._is_view()
     for rows in (2, 9):
         x = torch.randn(3, rows, 6, requires_grad=True)
-        found = example_product(x, weight, None, key, law)
+        found = example_product(x, weight, None, None, key, law)
         assert not found._is_view()
         assert not any(grad._is_view() for grad in torch.autograd.grad(found.sum(), (x, weight)))
     assert not drop_weight(weight, key, law, layout)._is_view()

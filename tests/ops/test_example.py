@@ -73,6 +73,33 @@ def test_against_all_weights_at_once(sizes, unit: Unit, anchored: bool, p: float
     check(sizes, unit, anchored, p)
 
 
+@units
+@towards
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_bias_and_examples_of_one_row(unit: Unit, anchored: bool, dtype: torch.dtype) -> None:
+    """A bias is added as it is; (examples, in) is (examples, 1, in)."""
+    x, weight, anchor = tensors((6, 1, 12, 10), anchored, dtype)
+    bias = torch.randn(10).requires_grad_()
+    flat = x.detach()[:, 0].requires_grad_()
+    rule, leaves = law(0.3, dtype), (flat, weight, bias)
+    found = example_linear(flat, weight, KEY, rule, unit, anchor, bias=bias)
+    expected = naive(x, weight, 0.3, unit, anchor)[:, 0] + bias.to(dtype)
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, leaves, direction)
+    of_x, of_weight, of_bias = torch.autograd.grad(expected, (x, weight, bias), direction)
+    for a, b in zip(gradients, (of_x[:, 0], of_weight, of_bias)):
+        torch.testing.assert_close(a, b)
+    together = example_linear(x, weight, KEY, rule, unit, anchor, bias=bias)
+    assert torch.equal(together[:, 0], found)
+    if dtype == torch.float64:
+        bias = bias.detach().double().requires_grad_()
+        assert torch.autograd.gradgradcheck(
+            lambda x, w, b: example_linear(x, w, KEY, rule, unit, anchor, bias=b),
+            (flat, weight, bias),
+        )
+
+
 @pytest.mark.compiler
 @pytest.mark.parametrize("sizes", COMPILED.values(), ids=COMPILED)
 @towards
@@ -252,8 +279,8 @@ def test_empty(sizes, unit: Unit) -> None:
 
 def test_bad_arguments() -> None:
     rule = law(0.5)
-    with pytest.raises(ValueError, match=r"\(examples, rows, in\).*got \(3, 4\) and \(2, 4\)"):
-        example_linear(torch.zeros(3, 4), torch.zeros(2, 4), KEY, rule, "element")
+    with pytest.raises(ValueError, match=r"\(examples, \[rows,\] in\).*got \(4,\) and \(2, 4\)"):
+        example_linear(torch.zeros(4), torch.zeros(2, 4), KEY, rule, "element")
     with pytest.raises(ValueError, match=r"got \(3, 1, 5\) and \(2, 4\)"):
         example_linear(torch.zeros(3, 1, 5), torch.zeros(2, 4), KEY, rule, "element")
     with pytest.raises(ValueError, match=r"anchor has shape \(4,\), its weight \(2, 4\)"):

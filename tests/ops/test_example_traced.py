@@ -21,7 +21,7 @@ from .test_example import KEY, law, naive, tensors, towards, units
 
 
 @pytest.mark.parametrize("rows", [1, 6])
-def test_backward_keeps_the_input_the_weight_and_the_key(rows: int) -> None:
+def test_backward_keeps_the_input_and_the_weight(rows: int) -> None:
     x, weight, _ = tensors((8, rows, 12, 10), False)
     kept: list[Tensor] = []
 
@@ -31,7 +31,7 @@ def test_backward_keeps_the_input_the_weight_and_the_key(rows: int) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         example_linear(x, weight, KEY, law(0.5), "element")
-    assert sorted(tensor.numel() for tensor in kept) == sorted([x.numel(), weight.numel(), 2, 1, 1])
+    assert sorted(tensor.numel() for tensor in kept) == sorted([x.numel(), weight.numel()])
 
 
 def test_a_weight_changed_before_backward_is_noticed() -> None:

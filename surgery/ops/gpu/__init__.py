@@ -15,12 +15,13 @@ compile them for GPUs of NVIDIA and AMD.
 """
 
 from .expectations import expect
-from .gaussians import add_twice, draw, factors
+from .gaussians import Factors, add_twice, draw, factors
 from .launch import is_there, reads, takes
 from .masks import drop_shared, masked
 from .products import example_gradients, example_product
 
 __all__ = [
+    "Factors",
     "add_twice",
     "draw",
     "drop_shared",

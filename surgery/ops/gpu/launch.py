@@ -132,9 +132,16 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def form(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """What a compiled kernel depends on of its tensors: their dtypes, and whether their addresses
-    allow wide loads."""
-    return tuple(
-        None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)
-        for tensor in tensors
-    )
+    """What a compiled kernel depends on of its tensors: their dtypes, and if not all addresses allow wide
+    loads, which do."""
+    kinds: list[Any] = []
+    addresses = 0
+    for tensor in tensors:  # no comprehensions: the host's time counts
+        if tensor is None:
+            kinds.append(None)
+        else:
+            kinds.append(tensor.dtype)
+            addresses |= tensor.data_ptr()
+    if addresses % 16:
+        kinds += [tensor is not None and tensor.data_ptr() % 16 == 0 for tensor in tensors]
+    return tuple(kinds)

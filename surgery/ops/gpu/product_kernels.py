@@ -21,6 +21,7 @@ def product(
     x,
     weight,
     anchor,
+    bias,
     found,
     key_pointer,
     threshold_pointer,
@@ -36,12 +37,13 @@ def product(
     inputs,
     EACH: tl.constexpr,
     HAS_ANCHOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     DOUBLE: tl.constexpr,
     ROWS: tl.constexpr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
 ):
-    """(rows, outputs): a program sums [ROWS, OUT, IN] tiles along the inputs."""
+    """(rows, outputs): a program sums [ROWS, OUT, IN] tiles along the inputs, and adds the bias."""
     WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     k0, k1 = words_of(key_pointer, k0, k1, key_is_there)
     threshold, scale = law_of(threshold_pointer, scale_pointer, threshold, scale, law_is_there)
@@ -61,9 +63,12 @@ def product(
         bits = of_example(z[None, :, :], other[None, :, :], multiplier[:, None, None])
         used = tl.where(bits >= threshold, kept[None, :, :], dropped[None, :, :])
         total += used * factor.to(WIDE)[:, None, :]
+    summed = tl.sum(total, 2)
+    if HAS_BIAS:
+        summed += tl.load(bias + out, mask=out < outputs, other=0.0).to(WIDE)[None, :]
     there = (row[:, None] < rows) & (out[None, :] < outputs)
     at = found + row[:, None] * outputs + out[None, :]
-    tl.store(at, rounded(tl.sum(total, 2), found.dtype.element_ty), mask=there)
+    tl.store(at, rounded(summed, found.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=[*HOST_NUMBERS, "rows"])

@@ -44,30 +44,37 @@ _masked_weights = Kernel("product_kernels", "masked_weights", num_warps=4)
 _masked_sum = Kernel("product_kernels", "masked_sum", num_warps=4)
 
 
-def example_product(x: Tensor, weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor | None:
-    """`x_e @ W_e^T` for each example e.
+def example_product(
+    x: Tensor, weight: Tensor, anchor: Tensor | None, bias: Tensor | None, mask: Mask
+) -> Tensor | None:
+    """`x_e @ W_e^T + b` for each example e.
 
     Args:
-        x: (examples, rows, in).
+        x: (examples, in) or (examples, rows, in).
         weight: (out, in).
         anchor: like the weight, or None.
+        bias: (out,), or None.
         mask: see `masks.masked`.
 
     Returns:
-        (examples, rows, out); None where there is no kernel. All tensors are contiguous.
+        (examples, out) or (examples, rows, out); None where there is no kernel. All tensors are
+        contiguous.
     """
-    if not _fit(x, weight):
+    each = _each(x)
+    if not _fit(x, weight, each):
         return None
-    product = x.new_empty(*x.shape[:2], weight.shape[0])
+    product = x.new_empty(*x.shape[:-1], weight.shape[0])
     if not product.numel() or not weight.numel():
-        return product.zero_()
-    if x.shape[1] > FEW_ROWS:
-        done = _block_product(x, weight, anchor, mask, product)
-    else:
-        tile = _tile(x)
+        product.zero_()
+        return product if bias is None else product.add_(bias)
+    if each <= FEW_ROWS:
+        tile = _tile(x, each)
         programs = -(-weight.shape[0] // tile[1])
-        done = _by_rows(_product, programs, (x, weight, anchor, product), mask, tile)
-    return product if done else None
+        tensors = x, weight, anchor, bias, product
+        return product if _by_rows(_product, programs, tensors, mask, each, tile) else None
+    if not _block_product(x, weight, anchor, mask, product):
+        return None
+    return product if bias is None else product.add_(bias)
 
 
 def example_gradients(
@@ -82,13 +89,14 @@ def example_gradients(
     """The gradients of x and of the weight.
 
     Args:
-        grad: (examples, rows, out), of the product.
+        grad: of the product.
         x, weight, anchor, mask: see `example_product`.
 
     Returns:
         both, each None where it is not wanted; None where there is no kernel.
     """
-    if not _fit(x, weight):
+    each = _each(x)
+    if not _fit(x, weight, each):
         return None
     of_x = torch.empty_like(x) if want_x else None
     of_weight = torch.empty_like(weight) if want_weight else None
@@ -97,30 +105,36 @@ def example_gradients(
             if gradient is not None:
                 gradient.zero_()
         return of_x, of_weight
-    if x.shape[1] > FEW_ROWS:
+    if each > FEW_ROWS:
         done = _block_gradients(grad, x, weight, anchor, mask, of_x, of_weight)
         return (of_x, of_weight) if done else None
     if of_x is not None:
-        tile = _tile(x)
+        tile = _tile(x, each)
         programs = -(-weight.shape[1] // tile[2])
-        if not _by_rows(_input_gradient, programs, (grad, weight, anchor, of_x), mask, tile):
+        tensors = grad, weight, anchor, of_x
+        if not _by_rows(_input_gradient, programs, tensors, mask, each, tile):
             return None
-    if of_weight is not None and not _summed_outer(grad, x, mask, of_weight):
+    if of_weight is not None and not _summed_outer(grad, x, mask, each, of_weight):
         return None
     return of_x, of_weight
 
 
-def _fit(x: Tensor, weight: Tensor) -> bool:
+def _each(x: Tensor) -> int:
+    """Rows of an example."""
+    return x.shape[1] if x.dim() == 3 else 1
+
+
+def _fit(x: Tensor, weight: Tensor, each: int) -> bool:
     """Whether kernels can count the entries of all that they read and write."""
-    if x.shape[1] > FEW_ROWS:
+    if each > FEW_ROWS:
         return weight.numel() <= SEGMENT
-    return max(x.numel(), weight.numel(), x.shape[0] * x.shape[1] * weight.shape[0]) <= SEGMENT
+    return max(x.numel(), weight.numel(), x.shape[0] * each * weight.shape[0]) <= SEGMENT
 
 
-def _tile(x: Tensor) -> tuple[int, int, int]:
+def _tile(x: Tensor, each: int) -> tuple[int, int, int]:
     """Rows, outputs and inputs of a step of a program. All rows of a step share most of the hash of an
     entry, so many of them are good; but the sums of all three dimensions have to fit into registers."""
-    rows = min(16, _power(x.shape[0] * x.shape[1]))
+    rows = min(16, _power(x.shape[0] * each))
     return rows, min(64, 256 // rows), 32
 
 
@@ -143,24 +157,32 @@ def _specialised(*sizes: int) -> tuple[tuple[bool, bool], ...]:
 def _by_rows(
     kernel: Kernel,
     programs: int,
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    tensors: tuple[Tensor | None, ...],
     mask: Mask,
+    each: int,
     tile: tuple[int, int, int],
 ) -> bool:
-    """Launch a kernel in which each program computes some rows of one part (of `programs`)."""
-    left, weight, anchor, _ = tensors
-    rows, shape = left.shape[0] * left.shape[1], tuple(weight.shape)
+    """Launch a kernel in which each program computes some rows of one part (of `programs`).
+
+    Args:
+        tensors: what is multiplied, the weight, what may be None, and the result.
+        each: rows of an example.
+    """
+    left, weight, *beside, _ = tensors
+    assert left is not None and weight is not None
+    rows, shape = left.shape[0] * each, tuple(weight.shape)
+    there = (one is not None for one in beside)
     return kernel.launch(
         (-(-rows // tile[0]) * programs, 1, 1),
         weight.device,
         (*form(*tensors), *_specialised(*shape)),
         (*tensors, *arguments(mask), rows, *shape),
-        (left.shape[1], anchor is not None, mask.law.scale.dtype == torch.float64, *tile),
+        (each, *there, mask.law.scale.dtype == torch.float64, *tile),
     )
 
 
-def _summed_outer(grad: Tensor, x: Tensor, mask: Mask, of_weight: Tensor) -> bool:
-    rows, (outputs, inputs) = x.shape[0] * x.shape[1], of_weight.shape
+def _summed_outer(grad: Tensor, x: Tensor, mask: Mask, each: int, of_weight: Tensor) -> bool:
+    rows, (outputs, inputs) = x.shape[0] * each, of_weight.shape
     tile = _outer_tile(inputs)
     programs = -(-outputs // tile[0]) * -(-inputs // tile[1])
     parts = max(1, min(PROGRAMS // programs, rows // 32))
@@ -173,7 +195,7 @@ def _summed_outer(grad: Tensor, x: Tensor, mask: Mask, of_weight: Tensor) -> boo
         grad.device,
         (*form(grad, x, sums), *_specialised(outputs, inputs)),
         (grad, x, sums, *arguments(mask), rows, span, outputs, inputs),
-        (x.shape[1], mask.law.scale.dtype == torch.float64, *tile, UNROLL),
+        (each, mask.law.scale.dtype == torch.float64, *tile, UNROLL),
     )
     if done and parts > 1:
         of_weight.copy_(sums.sum(0))

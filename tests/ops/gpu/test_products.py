@@ -73,6 +73,25 @@ def test_against_all_weights_at_once(dtype: torch.dtype, anchored: bool, gpu_ker
     assert gpu_kernels == FEW + MANY
 
 
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [None, 2, 6])
+def test_a_bias(rows: int | None, bias_dtype: torch.dtype, gpu_kernels) -> None:
+    """It is added before the sum is rounded, where masks are drawn inside of the product."""
+    x, weight, _ = tensors((5, rows or 1, 37, 9), False, torch.float32)
+    x = x if rows else x.detach()[:, 0].requires_grad_()
+    bias = torch.randn(9).to(bias_dtype).requires_grad_()
+    rule = law(0.3, torch.float32)
+    found = example_linear(x, weight, KEY, rule, "element", bias=bias)
+    without = example_linear(x, weight, KEY, rule, "element")
+    assert torch.equal(found, without + bias)
+    direction = torch.randn_like(found)
+    of_x, of_weight, of_bias = torch.autograd.grad(found, (x, weight, bias), direction)
+    expected = torch.autograd.grad(without, (x, weight), direction)
+    assert torch.equal(of_x, expected[0]) and torch.equal(of_weight, expected[1])
+    assert torch.equal(of_bias, direction.flatten(0, -2).sum(0).to(bias_dtype))
+    assert len(gpu_kernels) == 6
+
+
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_nothing_or_all_dropped(p: float, gpu_kernels) -> None:
     for anchored, rows in itertools.product([False, True], [1, 5]):
@@ -188,9 +207,9 @@ def test_sizes_beyond_the_kernels() -> None:
     mask = Mask(KEY, Law.of(0.5, huge.device, huge.dtype), Layout.elements(huge.numel()))
     for rows in (1, 9):
         x = torch.empty(1, rows, 1 << 15, device="meta")
-        assert products.example_product(x, huge, None, mask) is None
+        assert products.example_product(x, huge, None, None, mask) is None
     long = torch.empty(1 << 20, 4, 1 << 10, device="meta")
-    assert products.example_product(long, huge[:2, : 1 << 10], None, mask) is None
+    assert products.example_product(long, huge[:2, : 1 << 10], None, None, mask) is None
 
 
 @pytest.mark.parametrize("rows", [1, 5])
