@@ -57,7 +57,9 @@ def fused_forward(module: Any, x: Any) -> Tensor | None:
         if type(x) is not Tensor or is_traced():
             return None
         state.drawn = True
-        product: Tensor = product_forward(state.sampling, module, x, Operand(raw, state, anchor), bias)
+        product: Tensor = product_forward(
+            state.sampling, module, x, Operand(raw, state, anchor), bias
+        )
         return product
     if loading.linear is not None and type(state) is SiteState:
         about = state.law, state.layout, anchor, state.name

@@ -385,9 +385,7 @@ def _groups(state: SiteState) -> int | None:
     return None if state.group is None or state.sampling != "batch" else state.group.samples
 
 
-def _rows(
-    x: Tensor, dim: int | None, groups: int | None
-) -> tuple[Tensor, tuple[int, ...] | None]:
+def _rows(x: Tensor, dim: int | None, groups: int | None) -> tuple[Tensor, tuple[int, ...] | None]:
     """The input as (examples, rows that share a mask, features), or as it is where an example has one
     row, and then None; else its leading sizes with the examples first."""
     if x.dim() == 2 and groups is None:

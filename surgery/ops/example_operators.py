@@ -39,7 +39,9 @@ def example_product(
             return cast(Tensor, _Eager.apply(x, weight, bias, rest))  # type: ignore[no-untyped-call]
         return product(x, weight, anchor, mask, taken, bias=bias)
     rows = x.unsqueeze(1) if x.dim() == 2 else x
-    if torch.compiler.is_compiling() and is_transformed():  # dynamo knows no rules for operators there
+    if (
+        torch.compiler.is_compiling() and is_transformed()
+    ):  # dynamo knows no rules for operators there
         found = formula(rows, weight, anchor, key_tensor(key, weight.device), law)
     else:
         given = rows, weight, anchor, key_tensor(key), law.threshold, law.scale
@@ -116,13 +118,13 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight, anchor = tensors = ctx.saved_tensors
+        x, weight, anchor = ctx.saved_tensors
         (grad,), mask, law = grads, ctx.mask, ctx.mask.law
         want_x, want_weight, want_bias, _ = ctx.needs_input_grad
         of_bias = matrix(grad).sum(0).to(ctx.bias_dtype) if want_bias else None
         direct = not torch.is_grad_enabled() and not is_traced()
-        if direct and (taken := _taken(grad, *tensors)) is not None:
-            both = gradients(grad, *tensors, mask, want_x, want_weight, taken)
+        if direct and (taken := _taken(grad, x, weight, anchor)) is not None:
+            both = gradients(grad, x, weight, anchor, mask, want_x, want_weight, taken)
             return *both, of_bias, None
         grad, rows = (each.unsqueeze(1) if x.dim() == 2 else each for each in (grad, x))
         given = grad, rows, weight, anchor, key_tensor(mask.key), law.threshold, law.scale

@@ -147,10 +147,10 @@ def gauss_hermite(count: int) -> tuple[tuple[float, float], ...]:
 def _first_guess(count: int, roots: list[float]) -> float:
     """Of the next smaller root, from those above it."""
     if not roots:
-        return math.sqrt(2 * count + 1) - 1.85575 * (2 * count + 1) ** (-1 / 6)
+        return math.sqrt(2 * count + 1) - 1.85575 * math.pow(2 * count + 1, -1 / 6)
     last = roots[-1]
     if len(roots) == 1:
-        return last - 1.14 * count**0.426 / last
+        return last - 1.14 * math.pow(count, 0.426) / last
     share = {2: 0.86, 3: 0.91}.get(len(roots), 1.0)
     return last + share * (last - roots[-2])
 
@@ -162,7 +162,8 @@ def _hermite_root(count: int, guess: float) -> tuple[float, float]:
         value, below = math.pi**-0.25, 0.0
         for degree in range(count):
             value, below = (
-                root * math.sqrt(2 / (degree + 1)) * value - math.sqrt(degree / (degree + 1)) * below,
+                root * math.sqrt(2 / (degree + 1)) * value
+                - math.sqrt(degree / (degree + 1)) * below,
                 value,
             )
         slope = math.sqrt(2 * count) * below

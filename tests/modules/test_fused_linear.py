@@ -175,10 +175,9 @@ def first(x: Tensor) -> Tensor:
         (Twice, {}, None),
         (nn.Linear, {"unit": "output"}, None),
         (nn.Linear, {"bias": True}, None),
-        (nn.Linear, {"sampling": "example"}, None),
         (nn.Linear, {}, first),
     ],
-    ids=["subclass", "unit", "bias", "example", "vector"],
+    ids=["subclass", "unit", "bias", "vector"],
 )
 def test_what_is_not_fused(
     make: type[nn.Linear], options, change: Callable[[Tensor], Tensor] | None, fused_calls
@@ -188,6 +187,19 @@ def test_what_is_not_fused(
     layer(x if change is None else change(x)).sum().backward()
     assert layer.weight.grad is not None
     assert fused_calls == []
+
+
+@pytest.mark.parametrize("sampling", ["example", "gaussian"])
+def test_other_samplings_are_one_function_too(sampling: str, fused_calls) -> None:
+    """With the numbers of the general way, which a call by name takes."""
+    layer, x = linear(sampling=sampling), torch.randn(3, IN, requires_grad=True)
+    results = []
+    for args, kwargs in (((x,), {}), ((), {"input": x})):
+        torch.manual_seed(3)
+        y = layer(*args, **kwargs)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))])
+    assert all(map(torch.equal, *results))
+    assert len(fused_calls) == 1
 
 
 def test_held_masks_and_no_grad_are_not_fused(fused_calls) -> None:

@@ -89,7 +89,6 @@ def test_the_rule_of_gauss_and_hermite(count: int) -> None:
         gauss_hermite(129)
 
 
-
 @pytest.mark.parametrize("name", SMOOTH)
 def test_quadrature(name: str) -> None:
     f, bounds = SMOOTH[name]

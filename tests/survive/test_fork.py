@@ -1,4 +1,4 @@
-"""Processes that are forked after the import: torch hangs in them if threads of OpenMP have run before."""
+"""Processes forked after the import: torch hangs in them if threads of OpenMP have run before."""
 
 from __future__ import annotations
 

@@ -132,8 +132,8 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def form(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """What a compiled kernel depends on of its tensors: their dtypes, and if not all addresses allow wide
-    loads, which do."""
+    """What a compiled kernel depends on of its tensors: their dtypes, and if not all addresses allow
+    wide loads, which do."""
     kinds: list[Any] = []
     addresses = 0
     for tensor in tensors:  # no comprehensions: the host's time counts

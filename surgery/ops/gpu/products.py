@@ -70,8 +70,9 @@ def example_product(
     if each <= FEW_ROWS:
         tile = _tile(x, each)
         programs = -(-weight.shape[0] // tile[1])
-        tensors = x, weight, anchor, bias, product
-        return product if _by_rows(_product, programs, tensors, mask, each, tile) else None
+        read = x, weight, anchor, bias
+        done = _by_rows(_product, programs, read, product, mask, each, tile)
+        return product if done else None
     if not _block_product(x, weight, anchor, mask, product):
         return None
     return product if bias is None else product.add_(bias)
@@ -111,8 +112,8 @@ def example_gradients(
     if of_x is not None:
         tile = _tile(x, each)
         programs = -(-weight.shape[1] // tile[2])
-        tensors = grad, weight, anchor, of_x
-        if not _by_rows(_input_gradient, programs, tensors, mask, each, tile):
+        read = grad, weight, anchor
+        if not _by_rows(_input_gradient, programs, read, of_x, mask, each, tile):
             return None
     if of_weight is not None and not _summed_outer(grad, x, mask, each, of_weight):
         return None
@@ -157,7 +158,8 @@ def _specialised(*sizes: int) -> tuple[tuple[bool, bool], ...]:
 def _by_rows(
     kernel: Kernel,
     programs: int,
-    tensors: tuple[Tensor | None, ...],
+    read: tuple[Any, ...],
+    result: Tensor,
     mask: Mask,
     each: int,
     tile: tuple[int, int, int],
@@ -165,13 +167,13 @@ def _by_rows(
     """Launch a kernel in which each program computes some rows of one part (of `programs`).
 
     Args:
-        tensors: what is multiplied, the weight, what may be None, and the result.
+        read: what is multiplied, the weight, and what may be None.
         each: rows of an example.
     """
-    left, weight, *beside, _ = tensors
-    assert left is not None and weight is not None
+    left, weight, *beside = read
     rows, shape = left.shape[0] * each, tuple(weight.shape)
     there = (one is not None for one in beside)
+    tensors = *read, result
     return kernel.launch(
         (-(-rows // tile[0]) * programs, 1, 1),
         weight.device,

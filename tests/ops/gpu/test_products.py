@@ -87,7 +87,7 @@ def test_a_bias(rows: int | None, bias_dtype: torch.dtype, gpu_kernels) -> None:
     direction = torch.randn_like(found)
     of_x, of_weight, of_bias = torch.autograd.grad(found, (x, weight, bias), direction)
     expected = torch.autograd.grad(without, (x, weight), direction)
-    assert torch.equal(of_x, expected[0]) and torch.equal(of_weight, expected[1])
+    assert all(map(torch.equal, (of_x, of_weight), expected))
     assert torch.equal(of_bias, direction.flatten(0, -2).sum(0).to(bias_dtype))
     assert len(gpu_kernels) == 6
 
