@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from ..torch_private.modes import dispatch_modes
 from ..torch_private.tracing import is_traced, is_transformed
 from . import gpu
 from .example_product import formula, gradients, product
+from .extension import loading
 from .hash import Key, key_tensor
 from .law import Law, Layout, Mask
 from .linear import matrix
@@ -32,22 +33,40 @@ def example_product(
 ) -> Tensor:
     """`x_e @ W_e^T + b` for x (examples, in) or (examples, rows, in), a weight (out, in) and a bias
     (out,), which is not masked: see `example_linear`."""
-    if not is_traced() and (taken := _taken(x, weight, anchor, bias)) is not None:
-        mask = _mask_of(weight, key, law)
-        if torch.is_grad_enabled():
-            rest = anchor, mask, taken
-            return cast(Tensor, _Eager.apply(x, weight, bias, rest))  # type: ignore[no-untyped-call]
-        return product(x, weight, anchor, mask, taken, bias=bias)
+    if not is_traced():
+        found = _eager(x, weight, bias, anchor, _mask_of(weight, key, law))
+        if found is not None:
+            return found
     rows = x.unsqueeze(1) if x.dim() == 2 else x
-    if (
-        torch.compiler.is_compiling() and is_transformed()
-    ):  # dynamo knows no rules for operators there
-        found = formula(rows, weight, anchor, key_tensor(key, weight.device), law)
+    # dynamo knows no rules for operators inside of transforms
+    if torch.compiler.is_compiling() and is_transformed():
+        u = formula(rows, weight, anchor, key_tensor(key, weight.device), law)
     else:
         given = rows, weight, anchor, key_tensor(key), law.threshold, law.scale
-        found = cast(Tensor, _product(*given))
-    found = found.squeeze(1) if x.dim() == 2 else found
-    return found if bias is None else found + bias.to(found.dtype)
+        u = cast(Tensor, _product(*given))
+    u = u.squeeze(1) if x.dim() == 2 else u
+    return u if bias is None else u + bias.to(u.dtype)
+
+
+def _eager(
+    x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor | None, mask: Mask
+) -> Tensor | None:
+    """The same in eager code; None where only operators do it."""
+    if loading.example is not None:
+        done = loading.example(x, weight, bias, (anchor, mask))
+        if done is not None:
+            return done
+    taken = _taken(x, weight, anchor, bias)
+    if taken is None:
+        return None
+    if torch.is_grad_enabled():
+        rest = anchor, mask, taken
+        found: Tensor = _Eager.apply(x, weight, bias, rest)  # type: ignore[no-untyped-call]
+    else:
+        found = product(x, weight, anchor, mask, taken, bias=bias)
+    if taken:
+        loading.note_product()
+    return found
 
 
 def _taken(*tensors: Tensor | None) -> bool | None:
@@ -107,7 +126,7 @@ _Rest = tuple[Tensor | None, Mask, bool]
 
 
 class _Eager(torch.autograd.Function):
-    """The product in eager code. Keeps x, W and the key."""
+    """The product in eager code. Keeps x, W and the key. `extension/example.h` is the same on a GPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rest: _Rest) -> Tensor:
@@ -119,18 +138,34 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, anchor = ctx.saved_tensors
-        (grad,), mask, law = grads, ctx.mask, ctx.mask.law
-        want_x, want_weight, want_bias, _ = ctx.needs_input_grad
+        (grad,), (*want, want_bias, _) = grads, ctx.needs_input_grad
         of_bias = matrix(grad).sum(0).to(ctx.bias_dtype) if want_bias else None
-        direct = not torch.is_grad_enabled() and not is_traced()
-        if direct and (taken := _taken(grad, x, weight, anchor)) is not None:
-            both = gradients(grad, x, weight, anchor, mask, want_x, want_weight, taken)
-            return *both, of_bias, None
-        grad, rows = (each.unsqueeze(1) if x.dim() == 2 else each for each in (grad, x))
-        given = grad, rows, weight, anchor, key_tensor(mask.key), law.threshold, law.scale
-        of_x, of_weight = _gradients(*given, want_x, want_weight)
-        of_x = of_x.view(x.shape) if want_x else None
-        return of_x, of_weight if want_weight else None, of_bias, None
+        return *_gradients_of_node(grad, x, weight, (anchor, ctx.mask), want)[:2], of_bias, None
+
+
+def _gradients_of_node(
+    grad: Tensor, x: Tensor, weight: Tensor, rest: Any, want: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, None]:
+    """Of x and weight, in backward of the node, here and in C++.
+
+    Args:
+        rest: anchor and mask, and more.
+        want: of x and weight.
+    """
+    (anchor, mask, *_), (want_x, want_weight), law = rest, want, rest[1].law
+    if not torch.is_grad_enabled() and not is_traced():
+        taken = _taken(grad, x, weight, anchor)
+        if taken is not None:
+            both = gradients(grad, x, weight, anchor, mask, bool(want_x), bool(want_weight), taken)
+            loading.take_kernels()
+            return *both, None
+    grad, rows = (each.unsqueeze(1) if x.dim() == 2 else each for each in (grad, x))
+    given = grad, rows, weight, anchor, key_tensor(mask.key), law.threshold, law.scale
+    of_x, of_weight = _gradients(*given, bool(want_x), bool(want_weight))
+    return of_x.view(x.shape) if want_x else None, of_weight if want_weight else None, None
+
+
+loading.use(example=_gradients_of_node)
 
 
 @torch.library.custom_op(

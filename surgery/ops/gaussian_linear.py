@@ -3,6 +3,7 @@ than its parts one by one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from . import gpu
 from .cpu import native
 from .cpu.workspace import Block, borrow, give_back
 from .engine import has_kernels
+from .extension import loading
 from .gaussian import (
     NOISE,
     difference,
@@ -33,7 +35,8 @@ from .versions import check_unmodified
 
 class _GaussianLinear(torch.autograd.Function):
     """x, W, b -> a draw from the Gaussian of x W_used^T + b. Keeps x, W and the derivative by the
-    variance; the squares of W are computed again, in memory that is kept."""
+    variance; the squares of W are computed again, in memory that is kept. `extension/gaussian.h` is the
+    same on a GPU."""
 
     @staticmethod
     def forward(
@@ -63,20 +66,42 @@ class _GaussianLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        check_unmodified("weight", ctx.weight, ctx.version)
-        given, slope = ctx.saved_tensors
-        with torch.no_grad():
-            x, slope, rows = matrix(given), matrix(slope), matrix(grads[0])
-            want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
-            kept, want = (slope, x, ctx.weight, ctx.anchor), (want_x, want_weight)
-            both = _gradients_on_gpu(rows, kept, want)
-            of_x, of_weight = _gradients(rows, kept, want) if both is None else both
-            if of_x is not None:
-                of_x = of_x.view(*grads[0].shape[:-1], of_x.shape[1])
-            of_bias = rows.sum(0, dtype=ctx.bias_dtype) if want_bias else None
-        sources = grads[0], given, ctx.weight
-        found = differentiable_once(NOISE, (of_x, of_weight, of_bias), sources)
+        x, slope = ctx.saved_tensors
+        rest, want = (ctx.anchor, ctx.bias_dtype), ctx.needs_input_grad[:3]
+        found = _gradients_of_node(grads[0], x, slope, ctx.weight, ctx.version, rest, want)
         return *found, None, None, None, None
+
+
+def _gradients_of_node(
+    grad: Tensor,
+    x: Tensor,
+    slope: Tensor,
+    weight: Tensor,
+    version: int,
+    rest: Any,
+    want: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Of x, weight and bias, in backward of the node, here and in C++.
+
+    Args:
+        slope: the derivative of the sample by the variance.
+        version: that the weight had in forward.
+        rest: its anchor, and the dtype of the bias.
+    """
+    check_unmodified("weight", weight, version)
+    anchor, bias_dtype = rest[0], rest[-1]
+    with torch.no_grad():
+        rows, kept = matrix(grad), (matrix(slope), matrix(x), weight, anchor)
+        both = _gradients_on_gpu(rows, kept, want)
+        of_x, of_weight = _gradients(rows, kept, want) if both is None else both
+        if of_x is not None:
+            of_x = of_x.view(*grad.shape[:-1], of_x.shape[1])
+        of_bias = rows.sum(0, dtype=bias_dtype) if want[2] else None
+    loading.take_kernels()
+    return differentiable_once(NOISE, (of_x, of_weight, of_bias), (grad, x, weight))
+
+
+loading.use(gaussian=_gradients_of_node)
 
 
 Gradients = tuple[Tensor | None, Tensor | None]
@@ -85,7 +110,7 @@ Kept = tuple[Tensor, Tensor, Tensor, Tensor | None]
 its anchor."""
 
 
-def _gradients(rows: Tensor, kept: Kept, want: tuple[bool, bool]) -> Gradients:
+def _gradients(rows: Tensor, kept: Kept, want: Sequence[bool]) -> Gradients:
     """The gradients of x and of the weight, each None where it is not wanted.
 
     Args:
@@ -110,13 +135,14 @@ def _gradients(rows: Tensor, kept: Kept, want: tuple[bool, bool]) -> Gradients:
     return of_x, of_weight
 
 
-def _gradients_on_gpu(rows: Tensor, kept: Kept, want: tuple[bool, bool]) -> Gradients | None:
+def _gradients_on_gpu(rows: Tensor, kept: Kept, want: Sequence[bool]) -> Gradients | None:
     """`_gradients` with one kernel before the products and one after them; None elsewhere."""
     slope, x, weight, anchor = kept
     rows = rows.contiguous()
     if not gpu.takes(rows, *kept):
         return None
-    factors = gpu.factors(x, weight, anchor, rows.dtype, None, (rows, slope), want)
+    wanted = bool(want[0]), bool(want[1])
+    factors = gpu.factors(x, weight, anchor, rows.dtype, None, (rows, slope), wanted)
     if factors is None or factors.by_variance is None:
         return None
     by_variance = factors.by_variance
@@ -189,8 +215,14 @@ def gaussian_linear(
         return gaussian_sample(*moments_of(F.linear, x, weight, bias, law, unit, anchor))
     dtype = autocast_dtype(x) or x.dtype
     noise = torch.randn(*x.shape[:-1], len(weight), dtype=law.scale.dtype, device=x.device)
+    if loading.gaussian is not None:
+        rest = anchor, law.ratio, None if bias is None else bias.dtype
+        found = loading.gaussian(x, weight, bias, rest, noise)
+        if found is not None:
+            return found
     args = (x, weight, bias, anchor, law.ratio, noise, dtype)
     sample: Tensor = _GaussianLinear.apply(*args)  # type: ignore[no-untyped-call]
+    loading.note_product()
     return sample
 
 

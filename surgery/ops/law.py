@@ -113,6 +113,10 @@ class Mask(NamedTuple):
     law: Law
     layout: Layout
 
+    def has_numbers(self) -> bool:
+        """Whether the host knows key and law, so that kernels can be given numbers."""
+        return self.law.numbers is not None and (isinstance(self.key, tuple) or self.key.is_cpu)
+
 
 def law_numbers(p: float) -> tuple[int, float]:
     """Threshold and scale of a `Law`."""

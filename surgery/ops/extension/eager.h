@@ -1,32 +1,11 @@
 // In eager training: a product that is a node of autograd. `_MaskedLinear` of linear.py is the same.
 #pragma once
 
-#include "product.h"
-#include "errors.h"
-
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
-
-#include <type_traits>
+#include "nodes.h"
 
 namespace {
 
-using torch::autograd::Node;
-using torch::autograd::SavedVariable;
-using torch::autograd::variable_list;
-
 PyObject* gradients_of = nullptr;  // of Python: for all that is out of the ordinary
-
-/// A node as this version of torch counts its owners. `deleteNode` is found by its argument, where
-/// there is one: it does not recurse into what a node leads to.
-template <class Made, class Pointer = decltype(torch::autograd::Edge::function)> auto node_of() {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
-    return std::shared_ptr<Made>(new Made(), [](auto* node) { deleteNode(node); });
-  } else {
-    return c10::make_intrusive<Made>();
-  }
-}
 
 struct MaskedLinear : Node {
   SavedVariable x, used;  // `used` where it is a cast of the weight, as a plain layer keeps that
@@ -34,7 +13,7 @@ struct MaskedLinear : Node {
   Mask mask{};
   uint32_t version = 0;
   bool keeps = false, freed = false;
-  PyObject* about = nullptr;  // law, layout, anchor and name
+  Owned about;  // law, layout, anchor and name
 
   std::string name() const override { return "MaskedLinearBackward"; }
 
@@ -43,13 +22,6 @@ struct MaskedLinear : Node {
     x.reset_data();
     used.reset_data();
     freed = true;
-  }
-
-  ~MaskedLinear() override {
-    if (about == nullptr || !Py_IsInitialized()) return;
-    const auto state = PyGILState_Ensure();
-    Py_DECREF(about);
-    PyGILState_Release(state);
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -61,10 +33,9 @@ struct MaskedLinear : Node {
                                    task_should_compute_output(2)};
     const Tensor input = want[1] ? x.unpack() : Tensor();
     const Tensor kept = keeps ? used.unpack() : Tensor();
-    const bool on_the_gpu = weight.is_cuda();
-    const bool ordinary = !at::GradMode::is_enabled() && is_plain(grad, on_the_gpu) &&
+    const bool ordinary = !at::GradMode::is_enabled() && is_plain(grad) &&
                           !torch::autograd::isFwGradDefined(grad) &&
-                          (!input.defined() || is_plain(input, on_the_gpu)) &&
+                          (!input.defined() || is_plain(input)) &&
                           (keeps || weight.is_inference() || weight._version() == version) &&
                           !somebody_looks_on();
     std::array<Tensor, 3> found;
@@ -78,55 +49,28 @@ struct MaskedLinear : Node {
   variable_list by_python(const Tensor& grad, const Tensor& input, const Tensor& kept,
                           const std::array<bool, 3>& want) {
     pybind11::gil_scoped_acquire gil;
-    const auto wrap = [](const Tensor& one) { return THPObjectPtr(THPVariable_Wrap(one)); };
     THPObjectPtr g = wrap(grad), i = wrap(input), w = wrap(weight), k = wrap(kept);
     THPObjectPtr result(PyObject_CallFunction(
         gradients_of, "OOOOI(ii)O(iii)", g.get(), i.get(), w.get(), k.get(), version,
-        static_cast<int>(mask.key[0]), static_cast<int>(mask.key[1]), about,
+        static_cast<int>(mask.key[0]), static_cast<int>(mask.key[1]), about.object,
         static_cast<int>(want[0]), static_cast<int>(want[1]), static_cast<int>(want[2])));
     if (!result) pass_on();
-    variable_list found(3);
-    for (int n = 0; n < 3; ++n) {
-      PyObject* one = PyTuple_GET_ITEM(result.get(), n);
-      if (one != Py_None && want[n]) found[n] = THPVariable_Unpack(one);
-    }
-    return found;
+    return unwrapped(result.get(), want);
   }
 };
-
-/// The numbers of a law for a weight; false where they are not on the host, or not for it.
-bool read_law(PyObject* law, const Tensor& weight, Mask& mask) {
-  static PyObject* names[] = {PyUnicode_InternFromString("numbers"),
-                              PyUnicode_InternFromString("threshold"),
-                              PyUnicode_InternFromString("scale")};
-  if (law == Py_None) return false;
-  THPObjectPtr numbers(PyObject_GetAttr(law, names[0]));
-  THPObjectPtr threshold(PyObject_GetAttr(law, names[1]));
-  THPObjectPtr scale(PyObject_GetAttr(law, names[2]));
-  if (!numbers || !threshold || !scale) throw python_error();
-  if (!PyTuple_Check(numbers.get()) || !THPVariable_CheckExact(threshold.get())) return false;
-  if (THPVariable_Unpack(threshold.get()).device() != weight.device()) return false;
-  const bool wide = THPVariable_Unpack(scale.get()).scalar_type() == at::kDouble;
-  if (wide != (weight.scalar_type() == at::kDouble)) return false;
-  mask.threshold = static_cast<int32_t>(PyLong_AsLong(PyTuple_GET_ITEM(numbers.get(), 0)));
-  mask.scale = PyFloat_AsDouble(PyTuple_GET_ITEM(numbers.get(), 1));
-  if (PyErr_Occurred()) throw python_error();
-  return true;
-}
 
 /// Undefined, and nothing is done, where Python has to do it.
 Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& anchor,
                      Mask& mask, int64_t rank, PyObject* about) {
-  const bool on_the_gpu = weight.is_cuda();
-  const c10::OptionalDeviceGuard there(on_the_gpu ? std::optional(weight.device()) : std::nullopt);
-  const at::DeviceType kind = on_the_gpu ? at::kCUDA : at::kCPU;
+  const c10::OptionalDeviceGuard there(weight.is_cuda() ? std::optional(weight.device()) : std::nullopt);
+  const at::DeviceType kind = weight.device().type();
   const bool casts = at::autocast::is_autocast_enabled(kind);
-  if (casts && !on_the_gpu) return {};
+  if (casts && !on_the_gpu(weight)) return {};
   const ScalarType type = casts ? at::autocast::get_autocast_dtype(kind) : x.scalar_type();
   const Weight masked{weight, anchor};
   const Way way(masked, type, false);
   // In a captured graph, keys and laws are in memory, so that replays can have others.
-  if (!way || (on_the_gpu && captures(weight))) return {};
+  if (!way || (on_the_gpu(weight) && captures(weight))) return {};
   Tensor input = x, summand = bias;
   if (casts) {
     input = at::autocast::cached_cast(type, x, kind);
@@ -148,17 +92,9 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   node->anchor = anchor;
   node->mask = mask;
   node->version = weight.is_inference() ? 0 : weight._version();
-  {
-    pybind11::gil_scoped_acquire gil;
-    node->about = Py_NewRef(about);
-  }
+  node->about.take(about);
   torch::autograd::set_history(out, node);
   return out;
-}
-
-const Tensor& tensor_of(PyObject* object) {
-  static const Tensor none;
-  return object == Py_None ? none : THPVariable_Unpack(object);
 }
 
 /// linear(x, weight, bias, about, rank) -> Tensor or None
@@ -177,7 +113,7 @@ PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   for (const Tensor* one : {&x, &bias}) {
     if (!one->defined()) continue;
-    if (one->device() != weight.device() || !is_plain(*one, weight.is_cuda())) Py_RETURN_NONE;
+    if (one->device() != weight.device() || !is_plain(*one)) Py_RETURN_NONE;
   }
   // `matmul` folds others in a way, and so rounds, that depends on what autograd follows.
   if (x.dim() > 2 && !x.is_contiguous()) Py_RETURN_NONE;

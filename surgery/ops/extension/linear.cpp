@@ -1,10 +1,13 @@
-// The masked Linear, without Python's part of the time: in eager training and in compiled graphs.
+// The masked Linear, without Python's part of the time: in eager training and in compiled graphs. And on
+// a GPU its other samplings in eager training.
 //
-// All of it is in linear.py and linear_operators.py again, to the bit, and hands over to those where
-// anything is out of the ordinary.
+// All of it is in linear.py, linear_operators.py, example_operators.py and gaussian_linear.py again, to the
+// bit, and hands over to those where anything is out of the ordinary.
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "eager.h"
+#include "example.h"
+#include "gaussian.h"
 #include "operators.h"
 
 namespace {
@@ -54,11 +57,53 @@ PyObject* use_gpu(PyObject*, PyObject* args) {
   END_HANDLE_TH_ERRORS
 }
 
-/// otherwise(gradients_of, product, gradients): who does what is out of the ordinary
+/// use_plan(plan, function, threads, shared, grid, numbers): a kernel of planned.h
+PyObject* use_plan(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  PyObject *plan = nullptr, *numbers = nullptr;
+  unsigned long long function = 0;
+  Planned kernel{};
+  if (!PyArg_ParseTuple(args, "O!KII(III)O!", &PyTuple_Type, &plan, &function, &kernel.threads,
+                        &kernel.shared, &kernel.grid[0], &kernel.grid[1], &kernel.grid[2], &PyTuple_Type,
+                        &numbers)) {
+    return nullptr;
+  }
+  kernel.function = reinterpret_cast<void*>(function);
+  Plan key;
+  for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(plan); ++n) key.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(plan, n)));
+  for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(numbers); ++n) {
+    kernel.numbers.push_back(static_cast<int32_t>(PyLong_AsLong(PyTuple_GET_ITEM(numbers, n))));
+  }
+  if (PyErr_Occurred()) return nullptr;
+  std::unique_lock<std::shared_mutex> guard(lock_of_plans);
+  plans.emplace(std::move(key), std::move(kernel));
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+/// pretend(whether): that the CPU is a GPU
+PyObject* pretend(PyObject*, PyObject* whether) {
+  pretends = whether == Py_True;
+  Py_RETURN_NONE;
+}
+
+/// forget(): all kernels of GPUs, in tests
+PyObject* forget(PyObject*, PyObject*) {
+  std::unique_lock<std::shared_mutex> guard(lock_of_plans);
+  plans.clear();
+  for (auto& of_device : on_gpu) {
+    for (Kernel& kernel : of_device) kernel.function = nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+/// otherwise(gradients_of, product, gradients, example, gaussian): who does what is out of the ordinary
 PyObject* otherwise(PyObject*, PyObject* args) {
   HANDLE_TH_ERRORS
-  PyObject *eager = nullptr, *product = nullptr, *gradients = nullptr;
-  if (!PyArg_ParseTuple(args, "OOO", &eager, &product, &gradients)) return nullptr;
+  PyObject *eager = nullptr, *product = nullptr, *gradients = nullptr, *example = nullptr, *gaussian = nullptr;
+  if (!PyArg_ParseTuple(args, "OOOOO", &eager, &product, &gradients, &example, &gaussian)) return nullptr;
+  Py_XSETREF(example_gradients_of, Py_NewRef(example));
+  Py_XSETREF(gaussian_gradients_of, Py_NewRef(gaussian));
   Py_XSETREF(gradients_of, Py_NewRef(eager));
   Py_XSETREF(product_in_python, Py_NewRef(product));
   Py_XSETREF(gradients_in_python, Py_NewRef(gradients));
@@ -73,8 +118,17 @@ PyObject* release(PyObject*, PyObject*) {
   Py_RETURN_NONE;
 }
 
+using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+PyCFunction fast(Fast function) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)); }
+
 PyMethodDef methods[] = {
-    {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL, nullptr},
+    {"linear", fast(linear), METH_FASTCALL, nullptr},
+    {"example", fast(example), METH_FASTCALL, nullptr},
+    {"gaussian", fast(gaussian), METH_FASTCALL, nullptr},
+    {"use_plan", use_plan, METH_VARARGS, nullptr},
+    {"pretend", pretend, METH_O, nullptr},
+    {"forget", forget, METH_NOARGS, nullptr},
     {"use_cpu", use_cpu, METH_VARARGS, nullptr},
     {"use_driver", use_driver, METH_VARARGS, nullptr},
     {"use_gpu", use_gpu, METH_VARARGS, nullptr},

@@ -20,6 +20,7 @@ from ...torch_private.gpu import Handle, addresses, handle_of
 from ...torch_private.tracing import is_capturing
 from ..cpu import native, workspace
 from ..cpu.build import NoCompiler, Source, load, load_kept
+from ..gpu.launch import NUMBERS, Launched, repeated
 from ..gpu.masks import BLOCK, kinds_of, mask_kernel, parameters
 from ..switch import compile_enabled
 
@@ -36,14 +37,21 @@ are recorded, tensors are more than dense values, a CUDA graph is captured, a ke
 launched by Python before.
 """
 
+example: Callable[..., Tensor | None] | None = None
+gaussian: Callable[..., Tensor | None] | None = None
+"""The same for other samplings, on a GPU. None until it is loaded, and where there is no driver.
+
+    example(x, weight, bias, (anchor, mask, ...))
+    gaussian(x, weight, bias, (anchor, ratio), noise)
+
+See `example_operators.py` and `gaussian_linear.py`.
+"""
+
 PATIENCE = 500
 """Products after which it is worth half a minute of the compiler: a script that ends before trains
 nothing."""
 
 _log = logging.getLogger("surgery")
-_NUMBERS = {
-    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3,
-}  # fmt: skip
 _lock = Lock()
 _products = 0
 _asked = False
@@ -72,8 +80,8 @@ def source() -> Source:
 
 
 def use(**functions: Callable[..., Any]) -> None:
-    """Say who does what the extension leaves to Python: `eager`, the gradients of a node; `product` and
-    `gradients`, what the operators of a graph do."""
+    """Say who does what the extension leaves to Python: `eager`, `example`, `gaussian`, the gradients
+    of nodes; `product` and `gradients`, what the operators of a graph do."""
     _in_python.update(functions)
 
 
@@ -105,7 +113,7 @@ def compile_now() -> bool:
 def take_kernels() -> None:
     """Let the extension know the kernels that are there by now. Python calls it after whatever the
     extension has left to it, since a kernel of a GPU is compiled when Python launches it."""
-    global linear
+    global linear, example, gaussian
     if _module is None:
         return
     if linear is None:
@@ -115,14 +123,17 @@ def take_kernels() -> None:
             masks = None
         for dtype, name in native.NAMES.items() if masks is not None else ():
             address = ctypes.cast(getattr(masks, f"drop_{name}"), ctypes.c_void_p).value
-            _module.use_cpu(_NUMBERS[dtype], address)
+            _module.use_cpu(NUMBERS[dtype], address)
         driver = addresses()
         if driver is not None:
             _module.use_driver(*driver)
+            example, gaussian, repeated.wanted = _module.example, _module.gaussian, True
         linear = _module.linear
     if mask_kernel.made and not is_capturing():
         while mask_kernel.made:
             _take_mask(*mask_kernel.made.pop())
+    while repeated.launched:
+        _take_launch(repeated.launched.pop())
 
 
 def on_the_gpu() -> bool:
@@ -164,7 +175,8 @@ def _opened(library: Path) -> Any:
 def _install(module: Any) -> None:
     global _module
     if module is not None and _module is None:
-        module.otherwise(*(_in_python[name] for name in ("eager", "product", "gradients")))
+        names = "eager", "product", "gradients", "example", "gaussian"
+        module.otherwise(*(_in_python[name] for name in names))
         _module = module
 
 
@@ -178,12 +190,29 @@ def _take_mask(known: Any, compiled: Any) -> None:
     if handle is None or grad not in (False, used) or anchor not in (False, weight):
         return
     expected = parameters(bool(anchor), bool(grad))
-    given, of_triton = handle.parameters[: len(expected)], handle.parameters[len(expected) :]
-    if given != expected or of_triton not in ((), (8,), (8, 8)):
-        _log.warning("the extension does not know how to launch %s: %s", known, handle.parameters)
+    if not _has(handle, expected, known):
         return
-    _kept.append(handle)
-    numbers = _NUMBERS[weight], _NUMBERS[used]
+    numbers = NUMBERS[weight], NUMBERS[used]
     beside = bool(anchor), bool(grad), sixteen
     of_kernel = handle.function, handle.threads, handle.shared, BLOCK
     _module.use_gpu(known[0], *numbers, *beside, *of_kernel)
+
+
+def _take_launch(launched: Launched) -> None:
+    """The same for a kernel that is launched as before."""
+    plan, compiled, grid = launched
+    handle = handle_of(compiled)
+    if handle is not None and _has(handle, plan.parameters(), plan):
+        of_kernel = handle.function, handle.threads, handle.shared
+        _module.use_plan(plan.key, *of_kernel, grid, plan.numbers)
+
+
+def _has(handle: Handle, expected: tuple[int, ...], known: Any) -> bool:
+    """Whether a kernel has the parameters which the extension gives, and perhaps two of Triton's own;
+    then it is kept."""
+    given, of_triton = handle.parameters[: len(expected)], handle.parameters[len(expected) :]
+    if given != expected or of_triton not in ((), (8,), (8, 8)):
+        _log.warning("the extension does not know how to launch %s: %s", known, handle.parameters)
+        return False
+    _kept.append(handle)
+    return True

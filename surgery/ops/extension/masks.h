@@ -8,6 +8,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/randint.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <mutex>
@@ -58,6 +59,13 @@ int form_of(ScalarType from, ScalarType to, bool anchor, bool grad, bool sixteen
   return (number_of(from) * TYPES + number_of(to)) * 8 + anchor * 4 + grad * 2 + sixteen;
 }
 
+/// In tests, kernels of the GPU run in Triton's interpreter, on tensors of the CPU.
+bool pretends = false;
+
+bool on_the_gpu(const Tensor& tensor) { return tensor.is_cuda() || (pretends && tensor.is_cpu()); }
+
+int index_of(const Tensor& tensor) { return std::max<int>(tensor.device().index(), 0); }
+
 struct Mask {
   uint32_t key[2];
   int32_t threshold;
@@ -72,8 +80,8 @@ bool is_aligned(const Tensor& tensor) {
 
 /// A kernel that reads tensors of the weight's size; null where none is known.
 const Kernel* kernel_at(const Tensor& weight, ScalarType from, ScalarType to, bool anchor, bool grad) {
-  const int device = weight.device().index();
-  if (device < 0 || device >= DEVICES || number_of(from) < 0 || number_of(to) < 0) return nullptr;
+  const int device = index_of(weight);
+  if (device >= DEVICES || number_of(from) < 0 || number_of(to) < 0) return nullptr;
   const Kernel& kernel = on_gpu[device][form_of(from, to, anchor, grad, weight.numel() % 16 == 0)];
   return kernel.function ? &kernel : nullptr;
 }
@@ -93,7 +101,7 @@ const Kernel* kernel_of(const Tensor& weight, ScalarType grad) {
 
 void* stream_of(const Tensor& tensor) {
   void* stream = nullptr;
-  TORCH_CHECK(current_stream(tensor.device().index(), &stream) == 0, "no current stream");
+  TORCH_CHECK(current_stream(index_of(tensor), &stream) == 0, "no current stream");
   return stream;
 }
 

@@ -22,7 +22,7 @@ bool read_tables(const Tensor& weight, const Tensor& key, const Tensor& threshol
   if (key.scalar_type() != at::kInt || key.numel() != 2 || row.scalar_type() != at::kLong) return false;
   const ScalarType of_scales = wide ? at::kDouble : at::kFloat;
   if (thresholds.scalar_type() != at::kInt || scales.scalar_type() != of_scales) return false;
-  if (weight.is_cuda()) {
+  if (on_the_gpu(weight)) {
     mask.key_at = key.data_ptr();
     mask.thresholds = thresholds.data_ptr();
     mask.scales = scales.data_ptr();
@@ -57,7 +57,7 @@ Tensor linear_operator(const Tensor& x, const Tensor& weight, const Optional& bi
   const Weight masked{weight, a};
   Mask mask{};
   Tensor used;
-  if (is_plain(x, weight.is_cuda()) && masked.is_taken() && !somebody_looks_on() &&
+  if (is_plain(x) && masked.is_taken() && !somebody_looks_on() &&
       read_tables(weight, key, thresholds, scales, row, mask)) {
     const Way way(masked, x.scalar_type(), false);
     if (way) return product(x, masked, b, way, mask, weight.requires_grad(), used);
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> gradients_operator(
   const std::array<bool, 3> want{wanted.get(0), wanted.get(1), false};  // the compiler has the bias
   std::array<Tensor, 3> found;
   Mask mask{};
-  const bool plain = is_plain(x, weight.is_cuda()) && is_plain(grad, weight.is_cuda());
+  const bool plain = is_plain(x) && is_plain(grad);
   if (!plain || !masked.is_taken() || somebody_looks_on() ||
       !read_tables(weight, key, thresholds, scales, row, mask) ||
       !gradients(grad, x, masked, Tensor(), mask, want, found)) {

@@ -17,9 +17,9 @@
 namespace {
 
 /// A dense tensor and nothing else: see `is_ordinary_there`.
-bool is_plain(const Tensor& tensor, bool on_the_gpu) {
+bool is_plain(const Tensor& tensor) {
   static const auto make = [](at::Device device) { return at::empty({0}, device).key_set(); };
-  if (on_the_gpu) {
+  if (tensor.is_cuda()) {
     static const c10::DispatchKeySet keys = make(at::Device(at::kCUDA, tensor.device().index()));
     return tensor.key_set() == keys;
   }
@@ -43,11 +43,10 @@ struct Weight {
   const Tensor &values, &anchor;
 
   bool is_taken() const {
-    const bool on_the_gpu = values.is_cuda();
     if (values.dim() != 2 || values.numel() < 2 || !values.is_contiguous()) return false;
-    if (!is_plain(values, on_the_gpu)) return false;
+    if (!is_plain(values)) return false;
     if (!anchor.defined()) return true;
-    return is_plain(anchor, on_the_gpu) && anchor.is_contiguous() && anchor.device() == values.device() &&
+    return is_plain(anchor) && anchor.is_contiguous() && anchor.device() == values.device() &&
            anchor.sizes() == values.sizes() && anchor.scalar_type() == values.scalar_type();
   }
 };
@@ -59,7 +58,7 @@ struct Way {
 
   /// `grad`: whether that of the weight is masked as well.
   Way(const Weight& weight, ScalarType type, bool grad) {
-    if (weight.values.is_cuda()) {
+    if (on_the_gpu(weight.values)) {
       kernel = kernel_for(weight.values, type, weight.anchor, grad);
     } else if (type == weight.values.scalar_type() && number_of(type) >= 0) {
       drop = on_cpu[number_of(type)];
@@ -103,7 +102,7 @@ bool gradients(const Tensor& grad, const Tensor& x, const Weight& weight, const 
   const bool both = want[0] && !kept.defined();  // the masked weight is drawn again
   std::optional<Way> way;
   const Kernel* of_grad = nullptr;
-  if (both || !values.is_cuda()) {
+  if (both || !on_the_gpu(values)) {
     way.emplace(weight, type, want[1]);
     if (!*way) return false;
   } else if (want[1]) {

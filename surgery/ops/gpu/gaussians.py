@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from ..hash import SEGMENT
-from .launch import Kernel, form
+from .launch import ADD_TWICE, DRAW, FACTORS, Kernel, form, repeated
 
 BLOCK = 1024
 """Entries of a program."""
 
-_factors = Kernel("gaussian_kernels", "factors", num_warps=4)
-_draw = Kernel("gaussian_kernels", "draw", num_warps=4)
-_add_twice = Kernel("gaussian_kernels", "add_twice", num_warps=4)
+_KERNELS = {
+    FACTORS: Kernel("gaussian_kernels", "factors", num_warps=4),
+    DRAW: Kernel("gaussian_kernels", "draw", num_warps=4),
+    ADD_TWICE: Kernel("gaussian_kernels", "add_twice", num_warps=4),
+}
 
 
 class Factors(NamedTuple):
@@ -79,24 +81,35 @@ def factors(
     )
     double = dtype == torch.float64
     options = anchor is not None, grad is not None, copies, ratio is not None, double, BLOCK
-    done = _launch(_factors, sizes, x.device, tensors, options)
+    about = x, weight, anchor, grad, square_x
+    done = _launch(FACTORS, sizes, x.device, tensors, options, about, ratio is None)
     return Factors(copy_x, copy_weight, square_x, square_weight, by_variance) if done else None
 
 
 def _launch(
-    kernel: Kernel,
+    which: int,
     sizes: tuple[int, ...],
     device: torch.device,
     tensors: tuple[Tensor | None, ...],
     options: tuple[Any, ...],
+    about: tuple[Tensor | None, ...],
+    plain: bool = True,
 ) -> bool:
-    """A launch of programs for each of some sizes, one after the other."""
+    """A launch of programs for each of some sizes, one after the other.
+
+    Args:
+        which: the number of the kernel.
+        about: see `Repeated.plan`.
+        plain: whether it can be repeated.
+    """
     programs = sum(-(-size // BLOCK) for size in sizes)
     if programs == 0:
         return True
-    integers = ((size % 16 == 0, size == 1) for size in sizes)
-    key = (*form(*tensors), *integers)
-    return kernel.launch((programs, 1, 1), device, key, (*tensors, *sizes), options)
+    kinds = form(*tensors)
+    plan = repeated.plan(which, tensors, kinds, about, sizes, None, sizes) if plain else None
+    key = (*kinds, *((size % 16 == 0, size == 1) for size in sizes))
+    args = *tensors, *sizes
+    return _KERNELS[which].launch((programs, 1, 1), device, key, args, options, plan)
 
 
 def draw(
@@ -117,7 +130,8 @@ def draw(
     tensors = mean, var, noise, sample, slope, ratio
     double = noise.dtype == torch.float64
     options = ratio is not None, double, BLOCK
-    return size <= SEGMENT and _launch(_draw, (size,), mean.device, tensors, options)
+    about, plain = (mean, noise), ratio is not None and sample is mean and slope is var
+    return size <= SEGMENT and _launch(DRAW, (size,), mean.device, tensors, options, about, plain)
 
 
 def add_twice(
@@ -147,7 +161,8 @@ def add_twice(
     )
     double = x.dtype == torch.float64
     options = anchor is not None and of_weight is not None, double, BLOCK
-    if max(sizes) > SEGMENT or not _launch(_add_twice, sizes, x.device, tensors, options):
+    about = total_x, x, weight, anchor
+    if max(sizes) > SEGMENT or not _launch(ADD_TWICE, sizes, x.device, tensors, options, about):
         return None
     return new_x, new_weight
 

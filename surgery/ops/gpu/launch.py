@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ...torch_private.gpu import current_device, is_compiled, runner
 from ...torch_private.modes import dispatch_modes
 from ...torch_private.tensors import is_batch, is_unwritten_zero
 from ...torch_private.tracing import is_traced
+from ..law import Mask
 from ..switch import compile_enabled, give_up
 
 INTERPRETED: set[str] = set()
@@ -65,6 +66,98 @@ def reads(first: Tensor, *others: Tensor | None, strided: bool = False) -> bool:
     return True
 
 
+PRODUCT, INPUT_GRADIENT, WEIGHT_GRADIENT, MASKED_WEIGHTS, MASKED_SUM, FACTORS, DRAW, ADD_TWICE = (
+    range(1, 9)
+)
+"""Numbers of kernels, as `extension/planned.h` has them."""
+
+NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, None: -1}
+"""Of dtypes there; -1 of what is not there."""
+
+
+class Plan(NamedTuple):
+    """A launch, for whoever repeats it without Python, on other tensors of these kinds and shapes."""
+
+    key: tuple[int, ...]
+    """Which kernel, the device, the numbers of dtypes, and shapes: as `extension` looks it up."""
+    tensors: int
+    """How many it is given; all of them lie so that wide loads are allowed."""
+    masked: bool
+    """Whether key and law follow, as numbers."""
+    numbers: tuple[int, ...]
+    """What follows then."""
+
+    def parameters(self) -> tuple[int, ...]:
+        """The size of each parameter that it is given."""
+        of_mask = (8,) * 3 + (4,) * 6 if self.masked else ()
+        return (8,) * self.tensors + of_mask + (4,) * len(self.numbers)
+
+
+class Launched(NamedTuple):
+    """A launch that has a plan."""
+
+    plan: Plan
+    compiled: Any
+    grid: tuple[int, int, int]
+
+
+MOST_PLANS = 4096
+"""So many are kept: shapes can be others at each step."""
+
+
+class Repeated:
+    """What the extension shall repeat."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        """Whether there is one, that can."""
+        self.launched: list[Launched] = []
+        """What it does not know yet."""
+        self._noted: set[tuple[int, ...]] = set()
+
+    def plan(
+        self,
+        kernel: int,
+        tensors: tuple[Tensor | None, ...],
+        kinds: tuple[Any, ...],
+        about: tuple[Tensor | None, ...],
+        shape: tuple[int, ...],
+        mask: Mask | None,
+        numbers: tuple[int, ...],
+    ) -> Plan | None:
+        """The plan of a launch; None of one that it cannot repeat.
+
+        Args:
+            kernel: one of the numbers above.
+            tensors: that the kernel is given.
+            kinds: their `form`.
+            about: of which the dtypes are part of the key, and then the shape.
+            mask: that the kernel is given, or None.
+            numbers: that come after it.
+        """
+        if not self.wanted or len(kinds) != len(tensors) or 1 in numbers:
+            return None  # Triton makes no parameter of a 1
+        if mask is not None and not (mask.has_numbers() and mask.law.scale.dtype == torch.float32):
+            return None
+        device = next(one.device for one in tensors if one is not None)
+        dtypes = (NUMBERS[None if one is None else one.dtype] for one in about)
+        there = sum(one is not None for one in tensors)
+        return Plan((kernel, device.index or 0, *dtypes, *shape), there, mask is not None, numbers)
+
+    def note(self, plan: Plan, compiled: Any, grid: tuple[int, int, int]) -> None:
+        """Let the extension know a launch."""
+        if plan.key not in self._noted and len(self._noted) < MOST_PLANS:
+            self._noted.add(plan.key)
+            self.launched.append(Launched(plan, compiled, grid))
+
+    def forget(self) -> None:
+        """Let all be noted again: in tests."""
+        self._noted.clear()
+
+
+repeated = Repeated()
+
+
 class Kernel:
     """A Triton kernel of a file in this folder.
 
@@ -81,6 +174,8 @@ class Kernel:
         """How to launch what was compiled, by index of the device, key and constants: see `launch`."""
         self.made: list[tuple[Any, Any]] = []
         """The same, and what Triton made, for whoever takes them from here."""
+        self._all: dict[Any, Any] = {}
+        """What Triton made, all of it."""
 
     def launch(
         self,
@@ -89,6 +184,7 @@ class Kernel:
         key: tuple[Any, ...],
         args: tuple[Any, ...],
         constants: tuple[Any, ...],
+        plan: Plan | None = None,
     ) -> bool:
         """Run it on the current stream of a device.
 
@@ -99,6 +195,7 @@ class Kernel:
                 tensors, and of each integer that Triton specialises on, whether 16 divides it and
                 whether it is 1.
             args, constants: of the kernel, in its order: the constants last.
+            plan: by which the extension may repeat it, if there is one.
 
         Returns:
             whether it runs; False where kernels cannot be compiled, of which a warning tells.
@@ -107,6 +204,8 @@ class Kernel:
         run = self.compiled.get(known)
         if run is not None and current_device() == device.index:
             run(grid, args + constants)
+            if plan is not None:
+                repeated.note(plan, self._all[known], grid)
             return True
         with _on(device):
             try:
@@ -120,7 +219,10 @@ class Kernel:
                 return False
         if device.type == "cuda" and is_compiled(compiled):
             self.compiled[known] = runner(compiled, device.index)
+            self._all[known] = compiled
             self.made.append((known, compiled))
+            if plan is not None:
+                repeated.note(plan, compiled, grid)
         return True
 
 

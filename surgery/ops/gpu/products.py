@@ -15,7 +15,16 @@ from torch import Tensor
 
 from ..hash import SEGMENT
 from ..law import Mask
-from .launch import Kernel, form
+from .launch import (
+    INPUT_GRADIENT,
+    MASKED_SUM,
+    MASKED_WEIGHTS,
+    PRODUCT,
+    WEIGHT_GRADIENT,
+    Kernel,
+    form,
+    repeated,
+)
 from .masks import arguments
 
 FEW_ROWS = 16
@@ -37,11 +46,13 @@ PROGRAMS = 256
 _FUSED: dict[str, Any] = {"enable_fp_fusion": True}
 """Sums are in another order than those of the formula anyway."""
 
-_product = Kernel("product_kernels", "product", num_warps=4, **_FUSED)
-_input_gradient = Kernel("product_kernels", "input_gradient", num_warps=4, **_FUSED)
 _weight_gradient = Kernel("product_kernels", "weight_gradient", num_warps=2, **_FUSED)
-_masked_weights = Kernel("product_kernels", "masked_weights", num_warps=4)
-_masked_sum = Kernel("product_kernels", "masked_sum", num_warps=4)
+_KERNELS = {
+    PRODUCT: Kernel("product_kernels", "product", num_warps=4, **_FUSED),
+    INPUT_GRADIENT: Kernel("product_kernels", "input_gradient", num_warps=4, **_FUSED),
+    MASKED_WEIGHTS: Kernel("product_kernels", "masked_weights", num_warps=4),
+    MASKED_SUM: Kernel("product_kernels", "masked_sum", num_warps=4),
+}
 
 
 def example_product(
@@ -71,7 +82,7 @@ def example_product(
         tile = _tile(x, each)
         programs = -(-weight.shape[0] // tile[1])
         read = x, weight, anchor, bias
-        done = _by_rows(_product, programs, read, product, mask, each, tile)
+        done = _by_rows(PRODUCT, programs, read, product, mask, each, tile)
         return product if done else None
     if not _block_product(x, weight, anchor, mask, product):
         return None
@@ -113,7 +124,7 @@ def example_gradients(
         tile = _tile(x, each)
         programs = -(-weight.shape[1] // tile[2])
         read = grad, weight, anchor
-        if not _by_rows(_input_gradient, programs, read, of_x, mask, each, tile):
+        if not _by_rows(INPUT_GRADIENT, programs, read, of_x, mask, each, tile):
             return None
     if of_weight is not None and not _summed_outer(grad, x, mask, each, of_weight):
         return None
@@ -156,7 +167,7 @@ def _specialised(*sizes: int) -> tuple[tuple[bool, bool], ...]:
 
 
 def _by_rows(
-    kernel: Kernel,
+    which: int,
     programs: int,
     read: tuple[Any, ...],
     result: Tensor,
@@ -167,19 +178,24 @@ def _by_rows(
     """Launch a kernel in which each program computes some rows of one part (of `programs`).
 
     Args:
+        which: `PRODUCT` or `INPUT_GRADIENT`.
         read: what is multiplied, the weight, and what may be None.
         each: rows of an example.
     """
     left, weight, *beside = read
     rows, shape = left.shape[0] * each, tuple(weight.shape)
     there = (one is not None for one in beside)
-    tensors = *read, result
-    return kernel.launch(
+    tensors, numbers = (*read, result), (rows, *shape)
+    kinds = form(*tensors)
+    about = read if which == PRODUCT else tensors
+    sizes = left.shape[0], each, *shape
+    return _KERNELS[which].launch(
         (-(-rows // tile[0]) * programs, 1, 1),
         weight.device,
-        (*form(*tensors), *_specialised(*shape)),
-        (*tensors, *arguments(mask), rows, *shape),
+        (*kinds, *_specialised(*shape)),
+        (*tensors, *arguments(mask), *numbers),
         (each, *there, mask.law.scale.dtype == torch.float64, *tile),
+        repeated.plan(which, tensors, kinds, about, sizes, mask, numbers),
     )
 
 
@@ -192,12 +208,18 @@ def _summed_outer(grad: Tensor, x: Tensor, mask: Mask, each: int, of_weight: Ten
     sums = of_weight
     if parts > 1:
         sums = of_weight.new_empty(parts, outputs, inputs, dtype=mask.law.scale.dtype)
+    tensors, numbers = (grad, x, sums), (rows, span, outputs, inputs)
+    kinds, plan = form(*tensors), None
+    if parts == 1:
+        about, sizes = (grad, of_weight, None, x), (x.shape[0], each, outputs, inputs)
+        plan = repeated.plan(WEIGHT_GRADIENT, tensors, kinds, about, sizes, mask, numbers)
     done = _weight_gradient.launch(
         (programs, parts, 1),
         grad.device,
-        (*form(grad, x, sums), *_specialised(outputs, inputs)),
-        (grad, x, sums, *arguments(mask), rows, span, outputs, inputs),
+        (*kinds, *_specialised(outputs, inputs)),
+        (*tensors, *arguments(mask), *numbers),
         (each, mask.law.scale.dtype == torch.float64, *tile, UNROLL),
+        plan,
     )
     if done and parts > 1:
         of_weight.copy_(sums.sum(0))
@@ -219,7 +241,7 @@ def _block_product(
     scratch, blocks = _scratch(x, weight)
     for block in blocks:
         used = scratch[: block.stop - block.start]
-        if not _for_block(_masked_weights, (weight, anchor, used), used, block.start, mask):
+        if not _for_block(MASKED_WEIGHTS, (weight, anchor, used), used, block.start, mask, x):
             return False
         torch.bmm(x[block], used.mT, out=product[block])
     return True
@@ -238,12 +260,12 @@ def _block_gradients(
     for block, sums in zip(blocks, _sums(of_weight, len(blocks), mask.law.scale.dtype)):
         used = scratch[: block.stop - block.start]
         if of_x is not None:
-            if not _for_block(_masked_weights, (weight, anchor, used), used, block.start, mask):
+            if not _for_block(MASKED_WEIGHTS, (weight, anchor, used), used, block.start, mask, x):
                 return False
             torch.bmm(grad[block], used, out=of_x[block])
         if sums is not None:
             outer = torch.bmm(grad[block].mT, x[block], out=used)
-            if not _for_block(_masked_sum, (outer, *sums), outer, block.start, mask):
+            if not _for_block(MASKED_SUM, (outer, *sums), outer, block.start, mask, x):
                 return False
     return True
 
@@ -264,25 +286,34 @@ def _sums(
 
 
 def _for_block(
-    kernel: Kernel,
+    which: int,
     tensors: tuple[Tensor, Tensor | None, Tensor],
     block: Tensor,
     first: int,
     mask: Mask,
+    x: Tensor,
 ) -> bool:
     """Launch a kernel for the masked weights of some examples.
 
     Args:
-        kernel: `masked_weights`, or `masked_sum`.
+        which: `MASKED_WEIGHTS` or `MASKED_SUM`.
         tensors: what it reads and writes; the second, an anchor or the sum so far, may be None.
         block: (examples, out, in), the one of them that has an entry for each example.
         first: the number of its first example.
+        x: of all examples. What makes all their weights at once can be repeated.
     """
-    count, size = len(block), block[0].numel()
-    return kernel.launch(
+    (count, *shape), size = block.shape, block[0].numel()
+    kinds, plan, numbers = form(*tensors), None, (first, count, size)
+    if count == len(x):
+        left, beside, right = tensors
+        about = left, right, beside
+        sizes = (*x.shape[:2], *shape)
+        plan = repeated.plan(which, tensors, kinds, about, sizes, mask, numbers)
+    return _KERNELS[which].launch(
         (-(-size // BLOCK), 1, 1),
         block.device,
-        (*form(*tensors), *_specialised(size)),
-        (*tensors, *arguments(mask), first, count, size),
+        (*kinds, *_specialised(size)),
+        (*tensors, *arguments(mask), *numbers),
         (tensors[1] is not None, mask.law.scale.dtype == torch.float64, BLOCK),
+        plan,
     )

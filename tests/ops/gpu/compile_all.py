@@ -48,6 +48,8 @@ NAMES = {
 }
 compiled: set[Any] = set()
 names: set[str] = set()
+planned: set[str] = set()
+"""Those whose launches the extension repeats."""
 
 
 def type_of(arg: Any) -> str:
@@ -59,16 +61,21 @@ def type_of(arg: Any) -> str:
     return "constexpr" if arg is None or arg == 1 else "i32"
 
 
-def check_parameters(ptx: str, anchor: bool, grad: bool) -> None:
+def check_parameters(ptx: str, expected: tuple[int, ...]) -> None:
     """What the extension gives to a kernel is what it has, but for two addresses of Triton's own."""
     sizes = tuple(int(bits) // 8 for bits in re.findall(r"\.param \.[uf](\d+)", ptx))
-    expected = masks.parameters(anchor, grad)
     assert sizes[: len(expected)] == expected, (sizes, expected)
     assert set(sizes[len(expected) :]) <= {8}, (sizes, expected)
 
 
 def compile_instead(
-    kernel: launch.Kernel, grid: Any, device: Any, key: Any, args: Any, constants: Any
+    kernel: launch.Kernel,
+    grid: Any,
+    device: Any,
+    key: Any,
+    args: Any,
+    constants: Any,
+    plan: launch.Plan | None = None,
 ) -> bool:
     """What stands for `Kernel.launch` here. Nothing runs, and what should be written is not."""
     function = getattr(importlib.import_module(f"surgery.ops.gpu.{kernel._file}"), kernel.name)
@@ -83,8 +90,13 @@ def compile_instead(
         source = ASTSource(function, dict(zip(function.arg_names, types, strict=True)), known)
         for target in ALL if sys.argv[1] == "all" else ALL[1:2]:
             made = triton.compile(source, target=target, options=dict(kernel._options))
-            if kernel is masks.mask_kernel and target.backend == "cuda":
-                check_parameters(made.asm["ptx"], *constants[:2])
+            if target.backend != "cuda":
+                continue
+            if kernel is masks.mask_kernel:
+                check_parameters(made.asm["ptx"], masks.parameters(*constants[:2]))
+            elif plan is not None:
+                planned.add(kernel.name)
+                check_parameters(made.asm["ptx"], plan.parameters())
     return True
 
 
@@ -107,8 +119,10 @@ def use_all(every: bool) -> None:
         for layout in (Layout.elements(2048), Layout.shared((64, 32), (1,))):
             drop_weight(weight, key, law, layout, anchor)
         outputs = [masked_linear(x, weight, None, key, law, Layout.elements(2048), anchor)]
-        for examples in (x[:, None], x.repeat(2, 1)[None], x.view(4, 4, 32)):
+        for examples in (x[:, None], x.repeat(4, 1).view(2, 32, 32), x.view(4, 4, 32)):
             outputs.append(example_linear(examples, weight, key, law, "element", anchor))
+        bias = torch.zeros(64).to(dtype).requires_grad_()
+        outputs.append(example_linear(x, weight, key, law, "element", anchor, bias=bias))
         outputs.append(gaussian_linear(x, weight, None, law, "element", anchor))
         outputs.append(gaussian_sample(x, torch.ones_like(x)))
         torch.stack([output.sum() for output in outputs]).sum().backward()
@@ -125,6 +139,8 @@ def use_all(every: bool) -> None:
 
 
 launch.INTERPRETED = {"cpu"}
+launch.repeated.wanted = True
 launch.Kernel.launch = compile_instead  # type: ignore[assignment]
 use_all(sys.argv[1] == "all")
 print(len(compiled), *sorted(names))
+print(*sorted(planned))

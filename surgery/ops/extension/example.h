@@ -1,0 +1,195 @@
+// A product with a masked weight for each example, on the GPU: `_Eager` of example_operators.py, and
+// gpu/products.py.
+#pragma once
+
+#include "nodes.h"
+#include "planned.h"
+
+#include <ATen/ops/bmm.h>
+
+namespace {
+
+PyObject* example_gradients_of = nullptr;  // of Python
+
+struct Examples {
+  int64_t count, each, outputs, inputs;
+
+  Examples(const Tensor& x, const Tensor& weight)
+      : count(x.size(0)), each(x.dim() == 3 ? x.size(1) : 1), outputs(weight.size(0)), inputs(weight.size(1)) {}
+
+  /// The rest of a plan.
+  void into(Plan& plan) const { plan.insert(plan.end(), {count, each, outputs, inputs}); }
+};
+
+const Planned* by_rows(Which which, const Tensor& left, const Tensor& weight, const Tensor& anchor,
+                       std::initializer_list<const Tensor*> beside, const Examples& sizes) {
+  Plan plan{which, index_of(weight), type_of(left), type_of(weight), type_of(anchor)};
+  for (const Tensor* one : beside) plan.push_back(type_of(*one));
+  sizes.into(plan);
+  return planned(plan);
+}
+
+/// Of all examples at once, in one piece of memory.
+const Planned* of_block(Which which, const Tensor& from, const Tensor& to, const Tensor& anchor,
+                        const Examples& sizes) {
+  Plan plan{which, index_of(from), type_of(from), type_of(to), type_of(anchor)};
+  sizes.into(plan);
+  return planned(plan);
+}
+
+/// Undefined, and nothing is done, where Python has to do it.
+Tensor example_product(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& anchor,
+                       const Mask& mask) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const c10::impl::ExcludeDispatchKeyGuard as_it_is(c10::autocast_dispatch_keyset);
+  const Examples sizes(x, weight);
+  const auto result = [&] {
+    auto shape = x.sizes().vec();
+    shape.back() = sizes.outputs;
+    return at::empty(shape, x.options());
+  };
+  if (const Planned* kernel = by_rows(PRODUCT, x, weight, anchor, {&bias}, sizes)) {
+    const Tensor found = result();
+    run(*kernel, {&x, &weight, &anchor, &bias, &found}, &mask);
+    return found;
+  }
+  const Planned* kernel = of_block(MASKED_WEIGHTS, weight, x, anchor, sizes);
+  if (!kernel || x.dim() != 3) return {};
+  const Tensor used = at::empty({sizes.count, sizes.outputs, sizes.inputs}, x.options());
+  run(*kernel, {&weight, &anchor, &used}, &mask);
+  Tensor found = result();
+  at::bmm_out(found, x, used.transpose(1, 2));
+  return bias.defined() ? found.add_(bias) : found;
+}
+
+/// The gradients of x and weight, where they are wanted. False, and nothing is done, where Python has to.
+bool example_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& anchor,
+                       const Mask& mask, bool want_x, bool want_weight, Tensor& of_x, Tensor& of_weight) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const c10::impl::ExcludeDispatchKeyGuard as_it_is(c10::autocast_dispatch_keyset);
+  const Examples sizes(x, weight);
+  const Planned* to_x = want_x ? by_rows(INPUT_GRADIENT, grad, weight, anchor, {&x}, sizes) : nullptr;
+  const Planned* to_weight = want_weight ? by_rows(WEIGHT_GRADIENT, grad, weight, {}, {&x}, sizes) : nullptr;
+  if ((to_x || !want_x) && (to_weight || !want_weight)) {
+    if (want_x) {
+      of_x = at::empty_like(x);
+      run(*to_x, {&grad, &weight, &anchor, &of_x}, &mask);
+    }
+    if (want_weight) {
+      of_weight = at::empty_like(weight);
+      run(*to_weight, {&grad, &x, &of_weight}, &mask);
+    }
+    return true;
+  }
+  const Planned* weights = want_x ? of_block(MASKED_WEIGHTS, weight, x, anchor, sizes) : nullptr;
+  const Planned* sum = want_weight ? of_block(MASKED_SUM, x, weight, {}, sizes) : nullptr;
+  if (x.dim() != 3 || (want_x && !weights) || (want_weight && !sum)) return false;
+  Tensor block = at::empty({sizes.count, sizes.outputs, sizes.inputs}, x.options());
+  if (want_x) {
+    run(*weights, {&weight, &anchor, &block}, &mask);
+    of_x = at::empty_like(x);
+    at::bmm_out(of_x, grad, block);
+  }
+  if (want_weight) {
+    at::bmm_out(block, grad.transpose(1, 2), x);
+    of_weight = at::empty_like(weight);
+    run(*sum, {&block, &of_weight}, &mask);
+  }
+  return true;
+}
+
+struct ExampleProduct : Node {
+  SavedVariable x, weight;
+  Tensor anchor;
+  Mask mask{};
+  ScalarType of_bias = at::kFloat;
+  bool freed = false;
+  Owned rest;  // anchor and mask
+
+  std::string name() const override { return "ExampleProductBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> guard(mutex_);
+    x.reset_data();
+    weight.reset_data();
+    freed = true;
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> guard(mutex_);
+    const Tensor& given = grads[0];
+    if (!given.defined()) return variable_list(3);
+    TORCH_CHECK(!freed, torch::autograd::ERR_BACKWARD_TWICE);
+    const std::array<bool, 3> want{task_should_compute_output(0), task_should_compute_output(1),
+                                   task_should_compute_output(2)};
+    const Tensor input = x.unpack(), values = weight.unpack();
+    bool ordinary = !at::GradMode::is_enabled() && !torch::autograd::isFwGradDefined(given) &&
+                    !somebody_looks_on();
+    for (const Tensor* one : {&given, &input, &values}) ordinary = ordinary && is_plain(*one);
+    variable_list found(3);
+    if (ordinary) {
+      const Tensor grad = given.contiguous();
+      ordinary = fits(grad) && fits(input) && fits(values) &&
+                 example_gradients(grad, input, values, anchor, mask, want[0], want[1], found[0], found[1]);
+    }
+    if (!ordinary) {
+      pybind11::gil_scoped_acquire gil;
+      THPObjectPtr g = wrap(given), i = wrap(input), w = wrap(values);
+      THPObjectPtr result(PyObject_CallFunction(example_gradients_of, "OOOO(ii)", g.get(), i.get(), w.get(),
+                                                rest.object, static_cast<int>(want[0]),
+                                                static_cast<int>(want[1])));
+      if (!result) pass_on();
+      found = unwrapped(result.get(), want);
+    }
+    if (want[2]) found[2] = at::sum(matrix(given), 0).to(of_bias);
+    return found;
+  }
+};
+
+/// example(x, weight, bias, rest) -> Tensor or None
+PyObject* example(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 4, "four arguments");
+  PyObject *rest = args[3], *a = PyTuple_GET_ITEM(rest, 0), *told = PyTuple_GET_ITEM(rest, 1);
+  for (PyObject* one : {args[0], args[1], args[2], a}) {
+    if (one != Py_None && !THPVariable_CheckExact(one)) Py_RETURN_NONE;
+  }
+  const Tensor &x = tensor_of(args[0]), &weight = tensor_of(args[1]), &bias = tensor_of(args[2]);
+  const Tensor& anchor = tensor_of(a);
+  if (!on_the_gpu(weight) || !Weight{weight, anchor}.is_taken() || somebody_looks_on() || x.numel() == 0 ||
+      captures(weight)) {
+    Py_RETURN_NONE;
+  }
+  for (const Tensor* one : {&x, &weight, &bias, &anchor}) {
+    if (!one->defined()) continue;
+    const bool taken = is_plain(*one) && fits(*one) && one->device() == weight.device();
+    if (!taken || torch::autograd::isFwGradDefined(*one)) Py_RETURN_NONE;
+  }
+  Mask mask{};
+  if (!read_key(PyTuple_GET_ITEM(told, 0), mask) || !read_law(PyTuple_GET_ITEM(told, 1), weight, mask)) {
+    Py_RETURN_NONE;
+  }
+  Tensor out;
+  {
+    pybind11::gil_scoped_release without_gil;
+    const c10::OptionalDeviceGuard there(weight.is_cuda() ? std::optional(weight.device()) : std::nullopt);
+    out = example_product(x, weight, bias, anchor, mask);
+    const bool trained = x.requires_grad() || weight.requires_grad() || (bias.defined() && bias.requires_grad());
+    if (out.defined() && trained && at::GradMode::is_enabled()) {
+      auto node = node_of<ExampleProduct>();
+      node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias));
+      node->x = SavedVariable(x, false);
+      node->weight = SavedVariable(weight, false);
+      node->anchor = anchor;
+      node->mask = mask;
+      if (bias.defined()) node->of_bias = bias.scalar_type();
+      node->rest.take(rest);
+      torch::autograd::set_history(out, node);
+    }
+  }
+  if (!out.defined()) Py_RETURN_NONE;
+  return THPVariable_Wrap(std::move(out));
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace

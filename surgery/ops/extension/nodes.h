@@ -1,0 +1,99 @@
+// What the nodes of autograd have in common.
+#pragma once
+
+#include "errors.h"
+#include "product.h"
+
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include <type_traits>
+
+namespace {
+
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+/// A node as this version of torch counts its owners. `deleteNode` is found by its argument, where
+/// there is one: it does not recurse into what a node leads to.
+template <class Made, class Pointer = decltype(torch::autograd::Edge::function)> auto node_of() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
+    return std::shared_ptr<Made>(new Made(), [](auto* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<Made>();
+  }
+}
+
+/// An object of Python that a node has, wherever that is let go of.
+struct Owned {
+  PyObject* object = nullptr;
+
+  void take(PyObject* one) {
+    pybind11::gil_scoped_acquire gil;
+    object = Py_NewRef(one);
+  }
+
+  ~Owned() {
+    if (object == nullptr || !Py_IsInitialized()) return;
+    const auto state = PyGILState_Ensure();
+    Py_DECREF(object);
+    PyGILState_Release(state);
+  }
+};
+
+THPObjectPtr wrap(const Tensor& one) { return THPObjectPtr(THPVariable_Wrap(one)); }
+
+/// Those of a tuple that are wanted, and not None.
+variable_list unwrapped(PyObject* tuple, const std::array<bool, 3>& want) {
+  variable_list found(3);
+  for (int n = 0; n < 3; ++n) {
+    PyObject* one = PyTuple_GET_ITEM(tuple, n);
+    if (one != Py_None && want[n]) found[n] = THPVariable_Unpack(one);
+  }
+  return found;
+}
+
+/// The numbers of a law for a weight; false where they are not on the host, or not for it.
+bool read_law(PyObject* law, const Tensor& weight, Mask& mask) {
+  static PyObject* names[] = {PyUnicode_InternFromString("numbers"),
+                              PyUnicode_InternFromString("threshold"),
+                              PyUnicode_InternFromString("scale")};
+  if (law == Py_None) return false;
+  THPObjectPtr numbers(PyObject_GetAttr(law, names[0]));
+  THPObjectPtr threshold(PyObject_GetAttr(law, names[1]));
+  THPObjectPtr scale(PyObject_GetAttr(law, names[2]));
+  if (!numbers || !threshold || !scale) throw python_error();
+  if (!PyTuple_Check(numbers.get()) || !THPVariable_CheckExact(threshold.get())) return false;
+  if (THPVariable_Unpack(threshold.get()).device() != weight.device()) return false;
+  const bool wide = THPVariable_Unpack(scale.get()).scalar_type() == at::kDouble;
+  if (wide != (weight.scalar_type() == at::kDouble)) return false;
+  mask.threshold = static_cast<int32_t>(PyLong_AsLong(PyTuple_GET_ITEM(numbers.get(), 0)));
+  mask.scale = PyFloat_AsDouble(PyTuple_GET_ITEM(numbers.get(), 1));
+  if (PyErr_Occurred()) throw python_error();
+  return true;
+}
+
+/// The words of a key that the host knows; false of others.
+bool read_key(PyObject* key, Mask& mask) {
+  if (PyTuple_Check(key) && PyTuple_GET_SIZE(key) == 2) {
+    for (int n = 0; n < 2; ++n) {
+      mask.key[n] = static_cast<uint32_t>(PyLong_AsUnsignedLongLongMask(PyTuple_GET_ITEM(key, n)));
+    }
+    if (PyErr_Occurred()) throw python_error();
+    return true;
+  }
+  if (!THPVariable_CheckExact(key)) return false;
+  const Tensor& words = THPVariable_Unpack(key);
+  if (!words.is_cpu() || !is_plain(words) || words.scalar_type() != at::kInt || words.numel() != 2) return false;
+  for (int n = 0; n < 2; ++n) mask.key[n] = static_cast<uint32_t>(words.const_data_ptr<int32_t>()[n * words.stride(0)]);
+  return true;
+}
+
+const Tensor& tensor_of(PyObject* object) {
+  static const Tensor none;
+  return object == Py_None ? none : THPVariable_Unpack(object);
+}
+
+}  // namespace
