@@ -267,6 +267,8 @@ def _identity(f: Function, mean: Tensor, var: Tensor) -> Tensor:
 
 
 def _relu(f: Function, mean: Tensor, var: Tensor) -> Tensor:
+    if _has_kernel(mean, var):
+        return native.excess(mean, var, True)
     return f(mean) + excess(mean, var)
 
 

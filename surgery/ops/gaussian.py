@@ -96,7 +96,8 @@ def moments_of(
             squares = squared_difference(weight, anchor, wide, block)
             var = product(x.to(wide).square(), squares, squared_bias)
             give_back(block)
-        return mean, (ratio * var).to(dtype_of_squares(mean.dtype, wide))
+        scaled_var = ratio * var if torch.is_grad_enabled() or is_traced() else var.mul_(ratio)
+        return mean, scaled_var.to(dtype_of_squares(mean.dtype, wide))
 
 
 linear_moments = functools.partial(moments_of, F.linear)

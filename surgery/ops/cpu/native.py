@@ -55,7 +55,7 @@ _SIGNATURES: dict[str, dict[str, list[Any]]] = {
         "example_gradients": [_POINTER] * 10 + [_SIZE] * 3 + [_INT],
     },
     "activations": {
-        "excess": [_POINTER] * 3 + [_SIZE, _INT],
+        "excess": [_POINTER] * 3 + [_INT, _SIZE, _INT],
         "sample": [_POINTER] * 4 + [_SIZE, _INT],
     },
     "grams": {"weighted_gram": [_POINTER] * 4 + [_SIZE] * 5 + [_INT]},
@@ -247,14 +247,15 @@ def example_gradients(
     return of_x, of_weight
 
 
-def excess(mean: Tensor, var: Tensor) -> Tensor:
+def excess(mean: Tensor, var: Tensor, rectified: bool = False) -> Tensor:
     """What a kink adds to an expectation: see `surgery.ops.expect.excess`.
 
     Args:
         mean, var: float32, dense and of one shape.
+        rectified: whether to add relu(mean).
     """
     out = torch.empty_like(mean)
-    _run(library("activations").excess, (mean, var, out), mean.numel())
+    _run(library("activations").excess, (mean, var, out), rectified, mean.numel())
     return out
 
 

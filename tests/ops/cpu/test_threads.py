@@ -72,7 +72,9 @@ def gradients_of_products() -> Iterator[Tensor]:
 
 
 def excesses() -> Iterator[Tensor]:
-    yield native.excess(torch.randn(SIZE), torch.rand(SIZE))
+    mean, var = torch.randn(SIZE), torch.rand(SIZE)
+    yield native.excess(mean, var)
+    yield native.excess(mean, var, rectified=True)
 
 
 def samples() -> Iterator[Tensor]:

@@ -31,9 +31,10 @@ inline float scaled_tail(float t) {
 
 }  // namespace
 
-/// sd * (phi(t) - t * (1 - Phi(t))) for t = |mean| / sd, and 0 where sd is 0.
-extern "C" void excess(const float *mean, const float *variance, float *out, int64_t count,
-                       int threads) {
+/// sd * (phi(t) - t * (1 - Phi(t))) for t = |mean| / sd, and 0 where sd is 0; to which `rectified` adds
+/// max(mean, 0).
+extern "C" void excess(const float *mean, const float *variance, float *out, int rectified,
+                       int64_t count, int threads) {
   in_parallel(count, 1 << 10, threads, [=](int64_t begin, int64_t end) {
 #pragma GCC ivdep
     for (int64_t i = begin; i < end; ++i) {
@@ -42,7 +43,8 @@ extern "C" void excess(const float *mean, const float *variance, float *out, int
       const float ratio = std::fabs(mean[i]) / some;
       const float t = ratio >= 50 ? 50.0f : ratio;  // NaN stays
       const float density = 0.398942280f * exponential(-0.5f * t * t);
-      out[i] = sd * density * (scaled_tail(t) / (1 + t * t));
+      const float added = sd * density * (scaled_tail(t) / (1 + t * t));
+      out[i] = rectified ? (mean[i] <= 0 ? 0.0f : mean[i]) + added : added;  // NaN stays
     }
   });
 }
