@@ -8,9 +8,9 @@
     linear.cpp              the module, which has all of them
     loading.py              when it is compiled and loaded, and which kernels it knows
 
-The host needs a fraction of the time, which is what training with small layers waits for, most of all on
-a GPU. It is compiled against the installed torch (about half a minute, in the background, once) and then
-kept in the folder of the kernels; until then, and where it cannot be compiled, Python does the same.
+The host needs a fraction of the time, which is what training with small layers waits for, most of all
+on a GPU. It is compiled against the installed torch (about half a minute, in the background, once) and
+then kept in the folder of the kernels; until then, and where it cannot be compiled, Python does the same.
 """
 
 from . import loading
