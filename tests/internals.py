@@ -275,17 +275,18 @@ def without_operators(patch: Patch) -> None:
     patch.setattr(fused, "has_operators", compiler.constant_in_traces(lambda kind: False))
 
 
-def taken_by_extension(patch: Patch) -> list[bool]:
-    """For each product that the extension was asked for, whether it took it."""
+def taken_by_extension(patch: Patch, name: str = "linear") -> list[bool]:
+    """For each product that the extension was asked for, whether it took it. `name`: its function."""
     taken: list[bool] = []
-    linear = extension_linear()
+    function = getattr(loading, name)
+    assert function is not None
 
     def noted(*args: Any) -> Tensor | None:
-        found = linear(*args)
+        found: Tensor | None = function(*args)
         taken.append(found is not None)
         return found
 
-    patch.setattr(loading, "linear", noted)
+    patch.setattr(loading, name, noted)
     return taken
 
 

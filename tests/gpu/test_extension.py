@@ -58,6 +58,28 @@ def test_bits(cuda: str, dtypes, toward: str, sizes, monkeypatch) -> None:
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("sampling", ["example", "gaussian"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 48), (3, 2, 48), (2, 33, 48)], ids=str)
+@pytest.mark.parametrize("toward", ["zero", "pretrained"])
+def test_bits_of_other_samplings(cuda: str, sampling, dtype, shape, toward, monkeypatch) -> None:
+    """At the second step: what Python has launched at the first is repeated."""
+    model = nn.Sequential(nn.Linear(48, 32)).to(cuda, dtype)
+    options = {"sampling": sampling, "toward": toward}
+    apply_dropconnect(model, nn.Linear, p=0.3, example_dim=0, **options)
+    x = torch.randn(shape, device=cuda, dtype=dtype)
+    with monkeypatch.context() as patch:
+        without_extension(patch)
+        expected = step(model, x, None)
+    assert compile_extension()
+    step(model, x, None)
+    assert compile_extension()  # and so it takes the launches of the first step
+    taken = taken_by_extension(monkeypatch, sampling)
+    found = step(model, x, None)
+    assert taken == [True]
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("narrow", [None, torch.bfloat16])
 def test_the_mask_of_a_compiled_product_is_that_of_its_gradient(cuda: str, narrow) -> None:
     layer = apply_dropconnect(nn.Linear(32, 48, bias=False).to(cuda), nn.Linear, p=0.5)
