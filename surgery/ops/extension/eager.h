@@ -7,37 +7,20 @@ namespace {
 
 PyObject* gradients_of = nullptr;  // of Python: for all that is out of the ordinary
 
-struct MaskedLinear : Node {
-  SavedVariable x, used;  // `used` where it is a cast of the weight, as a plain layer keeps that
+/// Keeps x; and the masked weight where it is a cast of the weight, as a plain layer keeps that.
+struct MaskedLinear : Keeping {
   Tensor weight, anchor;
   Mask mask{};
   uint32_t version = 0;
-  bool keeps = false, freed = false;
-  Owned about;  // law, layout, anchor and name
+  bool keeps = false;
 
   std::string name() const override { return "MaskedLinearBackward"; }
 
-  void release_variables() override {
-    std::lock_guard<std::mutex> guard(mutex_);
-    x.reset_data();
-    used.reset_data();
-    freed = true;
-  }
-
-  variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> guard(mutex_);
-    const Tensor& grad = grads[0];
-    if (!grad.defined()) return variable_list(3);
-    TORCH_CHECK(!freed, torch::autograd::ERR_BACKWARD_TWICE);
-    const std::array<bool, 3> want{task_should_compute_output(0), task_should_compute_output(1),
-                                   task_should_compute_output(2)};
-    const Tensor input = want[1] ? x.unpack() : Tensor();
-    const Tensor kept = keeps ? used.unpack() : Tensor();
-    const bool ordinary = !at::GradMode::is_enabled() && is_plain(grad) &&
-                          !torch::autograd::isFwGradDefined(grad) &&
-                          (!input.defined() || is_plain(input)) &&
-                          (keeps || weight.is_inference() || weight._version() == version) &&
-                          !somebody_looks_on();
+  variable_list gradients_by(const Tensor& grad, const Wanted& want) override {
+    const Tensor input = want[1] ? first.unpack() : Tensor();
+    const Tensor kept = keeps ? second.unpack() : Tensor();
+    const bool ordinary = is_ordinary(grad, {&input}) &&
+                          (keeps || weight.is_inference() || weight._version() == version);
     std::array<Tensor, 3> found;
     if (!ordinary || !gradients(grad, input, {weight, anchor}, kept, mask, want, found)) {
       return by_python(grad, input, kept, want);
@@ -46,8 +29,7 @@ struct MaskedLinear : Node {
   }
 
   /// By `gradients_of`, which knows everything, and may be followed by autograd.
-  variable_list by_python(const Tensor& grad, const Tensor& input, const Tensor& kept,
-                          const std::array<bool, 3>& want) {
+  variable_list by_python(const Tensor& grad, const Tensor& input, const Tensor& kept, const Wanted& want) {
     pybind11::gil_scoped_acquire gil;
     THPObjectPtr g = wrap(grad), i = wrap(input), w = wrap(weight), k = wrap(kept);
     THPObjectPtr result(PyObject_CallFunction(
@@ -82,12 +64,12 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   const bool trained = weight.requires_grad();
   Tensor used;
   Tensor out = product(input, masked, summand, way, mask, trained, used);
-  if (!(input.requires_grad() || trained || (summand.defined() && summand.requires_grad()))) return out;
+  if (!requires_grad({&input, &weight, &summand})) return out;
   auto node = node_of<MaskedLinear>();
   node->set_next_edges(torch::autograd::collect_next_edges(input, weight, summand));
-  if (trained) node->x = SavedVariable(input, false);
+  if (trained) node->first = SavedVariable(input, false);
   node->keeps = used.defined();
-  if (node->keeps) node->used = SavedVariable(used, false);
+  if (node->keeps) node->second = SavedVariable(used, false);
   node->weight = weight;
   node->anchor = anchor;
   node->mask = mask;
@@ -102,9 +84,7 @@ PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK(count == 5, "five arguments");
   PyObject *about = args[3], *law = PyTuple_GET_ITEM(about, 0), *a = PyTuple_GET_ITEM(about, 2);
-  for (PyObject* one : {args[0], args[1], args[2], a}) {
-    if (one != Py_None && !THPVariable_CheckExact(one)) Py_RETURN_NONE;
-  }
+  if (!are_tensors({args[0], args[1], args[2], a})) Py_RETURN_NONE;
   const Tensor &x = tensor_of(args[0]), &weight = tensor_of(args[1]), &bias = tensor_of(args[2]);
   const Tensor& anchor = tensor_of(a);
   if (!x.defined() || !weight.defined() || !at::GradMode::is_enabled() || somebody_looks_on() ||

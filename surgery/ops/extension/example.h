@@ -2,7 +2,6 @@
 // gpu/products.py.
 #pragma once
 
-#include "nodes.h"
 #include "planned.h"
 
 #include <ATen/ops/bmm.h>
@@ -98,45 +97,28 @@ bool example_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight
   return true;
 }
 
-struct ExampleProduct : Node {
-  SavedVariable x, weight;
+/// Keeps x and the weight.
+struct ExampleProduct : Keeping {
   Tensor anchor;
   Mask mask{};
   ScalarType of_bias = at::kFloat;
-  bool freed = false;
-  Owned rest;  // anchor and mask
 
   std::string name() const override { return "ExampleProductBackward"; }
 
-  void release_variables() override {
-    std::lock_guard<std::mutex> guard(mutex_);
-    x.reset_data();
-    weight.reset_data();
-    freed = true;
-  }
-
-  variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> guard(mutex_);
-    const Tensor& given = grads[0];
-    if (!given.defined()) return variable_list(3);
-    TORCH_CHECK(!freed, torch::autograd::ERR_BACKWARD_TWICE);
-    const std::array<bool, 3> want{task_should_compute_output(0), task_should_compute_output(1),
-                                   task_should_compute_output(2)};
-    const Tensor input = x.unpack(), values = weight.unpack();
-    bool ordinary = !at::GradMode::is_enabled() && !torch::autograd::isFwGradDefined(given) &&
-                    !somebody_looks_on();
-    for (const Tensor* one : {&given, &input, &values}) ordinary = ordinary && is_plain(*one);
+  variable_list gradients_by(const Tensor& given, const Wanted& want) override {
+    const Tensor input = first.unpack(), values = second.unpack();
     variable_list found(3);
-    if (ordinary) {
+    bool done = is_ordinary(given, {&input, &values});
+    if (done) {
       const Tensor grad = given.contiguous();
-      ordinary = fits(grad) && fits(input) && fits(values) &&
-                 example_gradients(grad, input, values, anchor, mask, want[0], want[1], found[0], found[1]);
+      done = fits(grad) && fits(input) && fits(values) &&
+             example_gradients(grad, input, values, anchor, mask, want[0], want[1], found[0], found[1]);
     }
-    if (!ordinary) {
+    if (!done) {
       pybind11::gil_scoped_acquire gil;
       THPObjectPtr g = wrap(given), i = wrap(input), w = wrap(values);
       THPObjectPtr result(PyObject_CallFunction(example_gradients_of, "OOOO(ii)", g.get(), i.get(), w.get(),
-                                                rest.object, static_cast<int>(want[0]),
+                                                about.object, static_cast<int>(want[0]),
                                                 static_cast<int>(want[1])));
       if (!result) pass_on();
       found = unwrapped(result.get(), want);
@@ -151,22 +133,12 @@ PyObject* example(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK(count == 4, "four arguments");
   PyObject *rest = args[3], *a = PyTuple_GET_ITEM(rest, 0), *told = PyTuple_GET_ITEM(rest, 1);
-  for (PyObject* one : {args[0], args[1], args[2], a}) {
-    if (one != Py_None && !THPVariable_CheckExact(one)) Py_RETURN_NONE;
-  }
+  if (!are_tensors({args[0], args[1], args[2], a})) Py_RETURN_NONE;
   const Tensor &x = tensor_of(args[0]), &weight = tensor_of(args[1]), &bias = tensor_of(args[2]);
   const Tensor& anchor = tensor_of(a);
-  if (!on_the_gpu(weight) || !Weight{weight, anchor}.is_taken() || somebody_looks_on() || x.numel() == 0 ||
-      captures(weight)) {
-    Py_RETURN_NONE;
-  }
-  for (const Tensor* one : {&x, &weight, &bias, &anchor}) {
-    if (!one->defined()) continue;
-    const bool taken = is_plain(*one) && fits(*one) && one->device() == weight.device();
-    if (!taken || torch::autograd::isFwGradDefined(*one)) Py_RETURN_NONE;
-  }
   Mask mask{};
-  if (!read_key(PyTuple_GET_ITEM(told, 0), mask) || !read_law(PyTuple_GET_ITEM(told, 1), weight, mask)) {
+  if (!Weight{weight, anchor}.is_taken() || !fit_together(weight, {&x, &weight, &bias, &anchor}) ||
+      !read_key(PyTuple_GET_ITEM(told, 0), mask) || !read_law(PyTuple_GET_ITEM(told, 1), weight, mask)) {
     Py_RETURN_NONE;
   }
   Tensor out;
@@ -174,16 +146,15 @@ PyObject* example(PyObject*, PyObject* const* args, Py_ssize_t count) {
     pybind11::gil_scoped_release without_gil;
     const c10::OptionalDeviceGuard there(weight.is_cuda() ? std::optional(weight.device()) : std::nullopt);
     out = example_product(x, weight, bias, anchor, mask);
-    const bool trained = x.requires_grad() || weight.requires_grad() || (bias.defined() && bias.requires_grad());
-    if (out.defined() && trained && at::GradMode::is_enabled()) {
+    if (out.defined() && at::GradMode::is_enabled() && requires_grad({&x, &weight, &bias})) {
       auto node = node_of<ExampleProduct>();
       node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias));
-      node->x = SavedVariable(x, false);
-      node->weight = SavedVariable(weight, false);
+      node->first = SavedVariable(x, false);
+      node->second = SavedVariable(weight, false);
       node->anchor = anchor;
       node->mask = mask;
       if (bias.defined()) node->of_bias = bias.scalar_type();
-      node->rest.take(rest);
+      node->about.take(rest);
       torch::autograd::set_history(out, node);
     }
   }

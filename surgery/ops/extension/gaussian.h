@@ -2,7 +2,6 @@
 // gaussian_linear.py, and gpu/gaussians.py.
 #pragma once
 
-#include "nodes.h"
 #include "planned.h"
 
 #include <ATen/ops/_unsafe_view.h>
@@ -87,49 +86,31 @@ bool gaussian_gradients(const Tensor& rows, const Tensor& slope, const Tensor& x
   return true;
 }
 
-struct GaussianLinear : Node {
-  SavedVariable x, slope;
-  Tensor weight;
+/// Keeps x, and the derivative of the sample by the variance.
+struct GaussianLinear : Keeping {
+  Tensor weight, anchor;
   ScalarType of_bias = at::kFloat;
   uint32_t version = 0;
-  bool freed = false;
-  Tensor anchor;
-  Owned rest;  // anchor and others
 
   std::string name() const override { return "GaussianLinearBackward"; }
 
-  void release_variables() override {
-    std::lock_guard<std::mutex> guard(mutex_);
-    x.reset_data();
-    slope.reset_data();
-    freed = true;
-  }
-
-  variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> guard(mutex_);
-    const Tensor& grad = grads[0];
-    if (!grad.defined()) return variable_list(3);
-    TORCH_CHECK(!freed, torch::autograd::ERR_BACKWARD_TWICE);
-    const std::array<bool, 3> want{task_should_compute_output(0), task_should_compute_output(1),
-                                   task_should_compute_output(2)};
-    const Tensor input = x.unpack(), kept = slope.unpack();
-    bool ordinary = !at::GradMode::is_enabled() && !torch::autograd::isFwGradDefined(grad) &&
-                    (weight.is_inference() || weight._version() == version) && !somebody_looks_on() &&
-                    (want[0] || want[1]);
-    for (const Tensor* one : {&grad, &input, &kept}) ordinary = ordinary && is_plain(*one);
+  variable_list gradients_by(const Tensor& grad, const Wanted& want) override {
+    const Tensor input = first.unpack(), slope = second.unpack();
     variable_list found(3);
-    if (ordinary) {
-      const Tensor rows = matrix(grad).contiguous(), by_rows = matrix(kept), inputs = matrix(input);
-      ordinary = fits(rows) && fits(by_rows) && fits(inputs) && fits(weight) &&
-                 gaussian_gradients(rows, by_rows, inputs, weight, anchor, want[0], want[1], found[0], found[1]);
-      if (ordinary && want[0]) found[0] = found[0].view(input.sizes());
-      if (ordinary && want[2]) found[2] = at::sum(rows, 0, false, of_bias);
+    bool done = is_ordinary(grad, {&input, &slope}) && (want[0] || want[1]) &&
+                (weight.is_inference() || weight._version() == version);
+    if (done) {
+      const Tensor rows = matrix(grad).contiguous(), slopes = matrix(slope), inputs = matrix(input);
+      done = fits(rows) && fits(slopes) && fits(inputs) && fits(weight) &&
+             gaussian_gradients(rows, slopes, inputs, weight, anchor, want[0], want[1], found[0], found[1]);
+      if (done && want[0]) found[0] = found[0].view(input.sizes());
+      if (done && want[2]) found[2] = at::sum(rows, 0, false, of_bias);
     }
-    if (ordinary) return found;
+    if (done) return found;
     pybind11::gil_scoped_acquire gil;
-    THPObjectPtr g = wrap(grad), i = wrap(input), s = wrap(kept), w = wrap(weight);
+    THPObjectPtr g = wrap(grad), i = wrap(input), s = wrap(slope), w = wrap(weight);
     THPObjectPtr result(PyObject_CallFunction(
-        gaussian_gradients_of, "OOOOIO(iii)", g.get(), i.get(), s.get(), w.get(), version, rest.object,
+        gaussian_gradients_of, "OOOOIO(iii)", g.get(), i.get(), s.get(), w.get(), version, about.object,
         static_cast<int>(want[0]), static_cast<int>(want[1]), static_cast<int>(want[2])));
     if (!result) pass_on();
     return unwrapped(result.get(), want);
@@ -140,20 +121,13 @@ struct GaussianLinear : Node {
 PyObject* gaussian(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK(count == 5, "five arguments");
-  PyObject *rest = args[3], *a = PyTuple_GET_ITEM(rest, 0), *of_law = PyTuple_GET_ITEM(rest, 1);
-  for (PyObject* one : {args[0], args[1], args[2], a, of_law, args[4]}) {
-    if (one != Py_None && !THPVariable_CheckExact(one)) Py_RETURN_NONE;
-  }
+  PyObject *rest = args[3], *a = PyTuple_GET_ITEM(rest, 0), *r = PyTuple_GET_ITEM(rest, 1);
+  if (!are_tensors({args[0], args[1], args[2], a, r, args[4]})) Py_RETURN_NONE;
   const Tensor &x = tensor_of(args[0]), &weight = tensor_of(args[1]), &bias = tensor_of(args[2]);
-  const Tensor &anchor = tensor_of(a), &ratio = tensor_of(of_law), &noise = tensor_of(args[4]);
-  if (!on_the_gpu(weight) || !Weight{weight, anchor}.is_taken() || somebody_looks_on() || x.numel() == 0 ||
-      captures(weight)) {
+  const Tensor &anchor = tensor_of(a), &ratio = tensor_of(r), &noise = tensor_of(args[4]);
+  if (!Weight{weight, anchor}.is_taken() ||
+      !fit_together(weight, {&x, &weight, &bias, &anchor, &ratio, &noise})) {
     Py_RETURN_NONE;
-  }
-  for (const Tensor* one : {&x, &weight, &bias, &anchor, &noise, &ratio}) {
-    if (!one->defined()) continue;
-    const bool taken = is_plain(*one) && fits(*one) && one->device() == weight.device();
-    if (!taken || torch::autograd::isFwGradDefined(*one)) Py_RETURN_NONE;
   }
   Tensor out;
   {
@@ -164,17 +138,16 @@ PyObject* gaussian(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const ScalarType type = casts ? at::autocast::get_autocast_dtype(kind) : x.scalar_type();
     Tensor slope;
     out = gaussian_sample(x, weight, bias, anchor, ratio, noise, type, slope);
-    const bool trained = x.requires_grad() || weight.requires_grad() || (bias.defined() && bias.requires_grad());
-    if (out.defined() && trained && at::GradMode::is_enabled()) {
+    if (out.defined() && at::GradMode::is_enabled() && requires_grad({&x, &weight, &bias})) {
       auto node = node_of<GaussianLinear>();
       node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias));
-      node->x = SavedVariable(x, false);
-      node->slope = SavedVariable(slope, false);
+      node->first = SavedVariable(x, false);
+      node->second = SavedVariable(slope, false);
       node->weight = weight;
       node->anchor = anchor;
       node->version = weight.is_inference() ? 0 : weight._version();
       if (bias.defined()) node->of_bias = bias.scalar_type();
-      node->rest.take(rest);
+      node->about.take(rest);
       torch::autograd::set_history(out, node);
     }
   }

@@ -43,10 +43,59 @@ struct Owned {
   }
 };
 
+using Wanted = std::array<bool, 3>;  // the gradients of x, weight and bias
+
+/// A node that keeps one or two tensors for a single backward.
+struct Keeping : Node {
+  SavedVariable first, second;
+  bool freed = false;
+  Owned about;  // what Python has to be told beside tensors
+
+  virtual variable_list gradients_by(const Tensor& grad, const Wanted& want) = 0;
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> guard(mutex_);
+    first.reset_data();
+    second.reset_data();
+    freed = true;
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> guard(mutex_);
+    if (!grads[0].defined()) return variable_list(3);
+    TORCH_CHECK(!freed, torch::autograd::ERR_BACKWARD_TWICE);
+    return gradients_by(grads[0], {task_should_compute_output(0), task_should_compute_output(1),
+                                   task_should_compute_output(2)});
+  }
+};
+
+bool requires_grad(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* one : tensors) {
+    if (one->defined() && one->requires_grad()) return true;
+  }
+  return false;
+}
+
+/// Whether what autograd is told of these is no more than a gradient.
+bool is_ordinary(const Tensor& grad, std::initializer_list<const Tensor*> kept) {
+  if (at::GradMode::is_enabled() || somebody_looks_on() || torch::autograd::isFwGradDefined(grad)) return false;
+  for (const Tensor* one : kept) {
+    if (one->defined() && !is_plain(*one)) return false;
+  }
+  return is_plain(grad);
+}
+
+bool are_tensors(std::initializer_list<PyObject*> objects) {
+  for (PyObject* one : objects) {
+    if (one != Py_None && !THPVariable_CheckExact(one)) return false;
+  }
+  return true;
+}
+
 THPObjectPtr wrap(const Tensor& one) { return THPObjectPtr(THPVariable_Wrap(one)); }
 
 /// Those of a tuple that are wanted, and not None.
-variable_list unwrapped(PyObject* tuple, const std::array<bool, 3>& want) {
+variable_list unwrapped(PyObject* tuple, const Wanted& want) {
   variable_list found(3);
   for (int n = 0; n < 3; ++n) {
     PyObject* one = PyTuple_GET_ITEM(tuple, n);

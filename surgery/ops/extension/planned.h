@@ -2,7 +2,7 @@
 // and shapes. So what a launch depends on, as tiles and the number of programs, only Python knows.
 #pragma once
 
-#include "masks.h"
+#include "nodes.h"
 
 #include <map>
 #include <mutex>
@@ -49,6 +49,18 @@ int64_t type_of(const Tensor& tensor) { return tensor.defined() ? number_of(tens
 bool fits(const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
   return number_of(type) >= 0 && type != at::kDouble && tensor.is_contiguous() && is_aligned(tensor);
+}
+
+/// Whether the kernels take these tensors, of which some may be undefined, with a weight on a GPU.
+bool fit_together(const Tensor& weight, std::initializer_list<const Tensor*> tensors) {
+  // In a captured graph, keys and laws are in memory, so that replays can have others.
+  if (!on_the_gpu(weight) || somebody_looks_on() || captures(weight)) return false;
+  for (const Tensor* one : tensors) {
+    if (!one->defined()) continue;
+    const bool taken = is_plain(*one) && fits(*one) && one->numel() > 0 && one->device() == weight.device();
+    if (!taken || torch::autograd::isFwGradDefined(*one)) return false;
+  }
+  return true;
 }
 
 /// Launch it on tensors, of which undefined ones are left out, and on a mask of numbers, if it has one.
