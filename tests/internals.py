@@ -263,6 +263,12 @@ def without_extension(patch: Patch) -> None:
         patch.setattr(loading, name, lambda: None)
 
 
+def extension_module() -> Any:
+    """The extension itself, which is there."""
+    assert loading._module is not None
+    return loading._module
+
+
 def extension_linear() -> Callable[..., Tensor | None]:
     """The product of the extension, which is there."""
     assert loading.linear is not None

@@ -18,7 +18,7 @@ from .launch import ADD_TWICE, DRAW, FACTORS, Kernel, form, repeated
 BLOCK = 1024
 """Entries of a program."""
 
-_KERNELS = {
+KERNELS = {
     FACTORS: Kernel("gaussian_kernels", "factors", num_warps=4),
     DRAW: Kernel("gaussian_kernels", "draw", num_warps=4),
     ADD_TWICE: Kernel("gaussian_kernels", "add_twice", num_warps=4),
@@ -109,7 +109,7 @@ def _launch(
     plan = repeated.plan(which, tensors, kinds, about, sizes, None, sizes) if plain else None
     key = (*kinds, *((size % 16 == 0, size == 1) for size in sizes))
     args = *tensors, *sizes
-    return _KERNELS[which].launch((programs, 1, 1), device, key, args, options, plan)
+    return KERNELS[which].launch((programs, 1, 1), device, key, args, options, plan)
 
 
 def draw(

@@ -47,7 +47,7 @@ _FUSED: dict[str, Any] = {"enable_fp_fusion": True}
 """Sums are in another order than those of the formula anyway."""
 
 _weight_gradient = Kernel("product_kernels", "weight_gradient", num_warps=2, **_FUSED)
-_KERNELS = {
+KERNELS = {
     PRODUCT: Kernel("product_kernels", "product", num_warps=4, **_FUSED),
     INPUT_GRADIENT: Kernel("product_kernels", "input_gradient", num_warps=4, **_FUSED),
     MASKED_WEIGHTS: Kernel("product_kernels", "masked_weights", num_warps=4),
@@ -189,7 +189,7 @@ def _by_rows(
     kinds = form(*tensors)
     about = read if which == PRODUCT else tensors
     sizes = left.shape[0], each, *shape
-    return _KERNELS[which].launch(
+    return KERNELS[which].launch(
         (-(-rows // tile[0]) * programs, 1, 1),
         weight.device,
         (*kinds, *_specialised(*shape)),
@@ -309,7 +309,7 @@ def _for_block(
         about = left, right, beside
         sizes = (*x.shape[:2], *shape)
         plan = repeated.plan(which, tensors, kinds, about, sizes, mask, numbers)
-    return _KERNELS[which].launch(
+    return KERNELS[which].launch(
         (-(-size // BLOCK), 1, 1),
         block.device,
         (*kinds, *_specialised(size)),

@@ -18,6 +18,8 @@ from surgery.ops.extension import loading
 from surgery.ops.gpu import launch, masks
 from surgery.torch_private.gpu import Handle
 
+from ...internals import extension_module
+
 _POINTERS = ctypes.POINTER(ctypes.c_void_p)
 _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, _POINTERS, _POINTERS
@@ -111,7 +113,7 @@ def _read(like: tuple[Any, ...], parameters: Any) -> Iterator[Any]:
 def pretended(patch: pytest.MonkeyPatch) -> Iterator[Driver]:
     """The CPU as a GPU, of which the extension takes what Python has launched."""
     assert loading.compile_now()
-    driver, module = Driver(), loading._module
+    driver, module = Driver(), extension_module()
     python = launch.Kernel.launch
 
     def noted(

@@ -29,7 +29,7 @@ def compile_all(which: str) -> tuple[set[str], set[str]]:
 def kernels() -> set[str]:
     files = expectations, gaussians, masks, products
     values = [value for file in files for value in vars(file).values()]
-    values += [*products._KERNELS.values(), *gaussians._KERNELS.values()]
+    values += [*products.KERNELS.values(), *gaussians.KERNELS.values()]
     return {value.name for value in values if isinstance(value, launch.Kernel)}
 
 
