@@ -22,7 +22,7 @@ config, and what the models returned in `eval()` and, after `torch.manual_seed(1
 
 
 def test_a_file_from_before_the_move() -> None:
-    """In a fresh process, which knows nothing but the file: the same outputs, with the same masks, but for
+    """In a fresh process, which knows nothing but the file: the same outputs, with the same masks, up to
     the rounding of the machine that wrote it."""
     code = f"""
 import torch
