@@ -102,6 +102,20 @@ def anchors_of(folder: Path) -> Path:
     return path
 
 
+def test_anchors_of_some_sites_only(tmp_path: Path) -> None:
+    """The first site has none."""
+    module = apply_dropconnect(model(), "fc", p=0.3)
+    apply_dropconnect(module, "conv", p=0.3, toward="pretrained")
+    expected = {name: anchor.clone() for name, anchor in anchors(module).items()}
+    assert len(expected) == 1
+    save_dropconnect(module, tmp_path)
+    other = model()
+    shift(other)
+    load_dropconnect(other, tmp_path)
+    found = anchors(other)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("toward", ["zero", "pretrained"])
 def test_save_and_load(toward: str, tmp_path) -> None:
     saved = operated(toward=toward, unit="tensor", inference="sample")
