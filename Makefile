@@ -149,18 +149,19 @@ interrupts: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.survive.interrupts --random $(COUNT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.survive.writes --count $$(($(COUNT) / 10))
 
-# A change takes as long as the tests that notice it: a sample of 100 takes half an hour or more.
+# A change takes as long as the tests that notice it: a sample of 100 takes half an hour or more; with
+# CASES=2, which keeps two cases of each test, a few minutes.
 ROOM := planning
 SAMPLE := 100
+CASES := 0
 
 mutants: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/pip install --quiet cosmic-ray coverage
-	OMP_NUM_THREADS=1 $(BIN)/python .ci/mutate.py $(ROOM) --sample $(SAMPLE)
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/mutate.py $(ROOM) --sample $(SAMPLE) --cases $(CASES)
 
 # Processes that tests start count too; code that torch.compile traces, C++ and Triton's own do not. All
 # processes take the folder, and not the wheel. How it is measured stands in pyproject.toml. With CASES=3 no
 # more than three cases of each test, in a third of the time.
-CASES := 0
 UNCOUNTED := $(patsubst %,--ignore tests/%,examples benchmarks docs sweep peers libraries)
 
 coverage: export PYTHONPATH := $(CURDIR):$(CURDIR)/.ci

@@ -22,8 +22,8 @@ config, and what the models returned in `eval()` and, after `torch.manual_seed(1
 
 
 def test_a_file_from_before_the_move() -> None:
-    """In a fresh process, which knows nothing but the file: the same outputs, with the same masks, up to
-    the rounding of the machine that wrote it."""
+    """In a fresh process, which knows nothing but the file: the same outputs and masks, up to the
+    rounding of the machine that wrote it."""
     code = f"""
 import torch
 saved = torch.load({str(FILE)!r}, weights_only=False)

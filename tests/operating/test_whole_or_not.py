@@ -31,6 +31,7 @@ from surgery import (
 )
 from surgery.base.journal import Changes, Reversible, Step, at_once, restoring
 from surgery.operating.suspend import reapplied
+from surgery.verbs.checkpoint import anchors
 
 from ..helpers import Snapshot
 
@@ -229,6 +230,24 @@ def test_resizing_that_fails_leaves_configurations() -> None:
         reapplied(model, resize)
     assert Snapshot(model) == before
     assert (model.config.words, model.config.of_text.words) == (8, 8)
+
+
+@pytest.mark.parametrize("size", [5, 11])
+def test_rows_that_stay_keep_their_anchors_when_a_weight_is_resized(size: int) -> None:
+    """And new rows have the values that they begin with."""
+    model = apply_dropconnect(nn.Sequential(nn.Embedding(8, 4)), "0", toward="pretrained")
+    before = anchors(model)["0.weight"].clone()
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    grown = torch.cat([model[0].weight.detach(), torch.randn(3, 4)])[:size]
+
+    def resize() -> None:
+        model[0].weight = nn.Parameter(grown)
+
+    reapplied(model, resize)
+    found, stay = anchors(model)["0.weight"], min(size, 8)
+    assert torch.equal(found[:stay], before[:stay])
+    assert torch.equal(found[stay:], grown[stay:])
 
 
 def test_putting_back_is_not_left_before_its_end() -> None:
