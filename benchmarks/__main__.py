@@ -19,7 +19,7 @@ import torch
 
 from . import growth, layers, memory, models, paper, rounds, verbs
 from .conditions import busy, conditions, now, wait_for_quiet
-from .measure import FULL, QUICK, Settings
+from .measure import FULL, QUICK, Settings, compile_extension
 from .plots import draw
 from .report import into_page, markdown, number, to_json, write
 from .rows import OURS, Benchmark, Row
@@ -106,6 +106,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse()
     settings = QUICK if options.quick else FULL
+    compile_extension()
     if not options.quick:
         wait_for_quiet()
     ran = run(options.only, settings, options.output, options.page)

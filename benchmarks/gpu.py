@@ -29,12 +29,10 @@ from typing import Any
 
 import torch
 
-from surgery.ops.extension import loading
-
 from . import gpu_compiled, gpu_layers, gpu_models, report
 from .conditions import conditions
 from .gpu_measure import SECTION, Bench
-from .measure import TINY, Settings
+from .measure import TINY, Settings, compile_extension
 from .rows import Row
 
 SETTINGS = Settings(rounds=41, fewest=5, seconds=2.5, sample=0.01)
@@ -235,9 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = replace(TINY, seconds=0.01) if options.small else SETTINGS
     warnings.simplefilter("ignore")  # torch's hints would hide the table
-    begun = time.perf_counter()
-    there = loading.compile_now()  # else that happens in the background, once
-    print(f"[extension: {there}, {time.perf_counter() - begun:.1f} s]", flush=True)
+    compile_extension()
     rows = run(Bench(device, settings), options.output, options.seconds, options.only)
     print(f"\n{(options.output / 'bench-gpu.md').read_text()}\nWritten to {options.output}")
     return int(any((row.skipped or "").startswith("failed") for row in rows))

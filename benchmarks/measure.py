@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from surgery.ops.extension import loading
+
 Work = Callable[[], object]
 
 
@@ -73,6 +75,13 @@ class Measured:
     def over(self, other: Measured) -> Measured:
         """The ratios round by round; they show the spread, the ratio of a table is that of medians."""
         return Measured(tuple(a / b for a, b in zip(self.samples, other.samples)))
+
+
+def compile_extension() -> None:
+    """Compile it now, or load it: else that happens once in the background, beside what is measured."""
+    begun = time.perf_counter()
+    there = loading.compile_now()
+    print(f"[extension: {there}, {time.perf_counter() - begun:.1f} s]", flush=True)
 
 
 def interleaved(contenders: Mapping[str, Work], settings: Settings) -> dict[str, Measured]:

@@ -46,6 +46,11 @@ Key = Tensor | tuple[int, int]
 for a GPU, whose kernels take numbers."""
 
 
+def on_host(key: Key) -> bool:
+    """Whether the host knows its words without waiting for a device."""
+    return isinstance(key, tuple) or key.is_cpu
+
+
 def _signed(word: int, bits: int = 32) -> int:
     """The word of so many bits with the same bits, as a Python int that fits a signed one."""
     word &= (1 << bits) - 1

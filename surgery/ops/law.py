@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..torch_private.modes import outside_of_inference
-from .hash import Key
+from .hash import Key, on_host
 from .part import Part
 
 
@@ -115,7 +115,7 @@ class Mask(NamedTuple):
 
     def has_numbers(self) -> bool:
         """Whether the host knows key and law, so that kernels can be given numbers."""
-        return self.law.numbers is not None and (isinstance(self.key, tuple) or self.key.is_cpu)
+        return self.law.numbers is not None and on_host(self.key)
 
 
 def law_numbers(p: float) -> tuple[int, float]:

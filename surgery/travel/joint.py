@@ -48,7 +48,7 @@ def softmax(call: Call) -> Any:
     def function(t: Tensor) -> Tensor:
         return t.softmax(dim)
 
-    drawn = run.carrier == "draws" and state.factors is not None
+    drawn = run.draws(state) is not None
     share, spread, centred = _softmax(state, dim, follows=not drawn)
     mean = function(state.mean.to(spread.dtype) + spread / 2).to(state.mean.dtype)
     if drawn:
@@ -158,7 +158,7 @@ def normed(
         result, moved = independent.norm(state.at, state.variance, weight, bias, eps, centred)
         return State(result.to(state.mean.dtype), moved)
     mean, variance, factors = state.mean.to(state.variance.dtype), state.variance, state.factors
-    drawn = run.carrier == "draws" and factors is not None
+    drawn = run.draws(state) is not None
     with apart():
         added = variance.mean(dims, keepdim=True) * (1 - one)
         if centred and factors is not None and not drawn:

@@ -64,6 +64,10 @@ class Run:
         """Whether it follows how values covary: else births are no more than their variance."""
         return self.carrier != "none" or self.records
 
+    def draws(self, state: State) -> Tensor | None:
+        """The columns of a state, if they are draws."""
+        return state.factors if self.carrier == "draws" else None
+
     def numbers(self) -> Numbers:
         """Random numbers of their own, the same in every run."""
         self._births += 1

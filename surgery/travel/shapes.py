@@ -217,9 +217,9 @@ def dropout(call: Call) -> Any:
 
     if call.name == "dropout" or state.mean.ndim < 3:
         return Travelling.of(run, run.born(state, Diagonal(fresh, draws)))
-    channel, columns = 1 - state.mean.ndim, None
-    if run.carrier == "draws" and state.factors is not None:
-        columns = state.factors * math.sqrt(ratio)
+    channel, columns = 1 - state.mean.ndim, run.draws(state)
+    if columns is not None:
+        columns = columns * math.sqrt(ratio)
     birth = OfOutputs(root(fresh, state.at), (channel,), ratio, columns=columns)
     return Travelling.of(run, run.born(state, birth))
 

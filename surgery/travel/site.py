@@ -203,9 +203,9 @@ def _of_outputs(state: State, known: Tensor, fresh: Tensor, site: Site, run: Run
     own = () if site.shares_rows else tuple(dim for dim in rows if dim != site.features)
     own = (*own, site.features) if site.unit == "output" else own
     rest = (fresh - known).clamp_min(0)
-    columns = None
-    if run.carrier == "draws" and state.factors is not None:
-        columns = over_columns(lambda t: part(t) * site.ratio().sqrt(), state.factors)
+    columns = run.draws(state)
+    if columns is not None:
+        columns = over_columns(lambda t: part(t) * site.ratio().sqrt(), columns)
     found: list[Birth] = [OfOutputs(effect, own, site.ratio(), site.shared, columns)]
     if bool(rest.any()):  # which these columns have
         found.append(Diagonal(rest, lambda count, _: rest.new_zeros(count, *rest.shape)))

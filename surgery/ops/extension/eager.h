@@ -9,7 +9,7 @@ PyObject* gradients_of = nullptr;  // of Python: for all that is out of the ordi
 
 /// Keeps x; and the masked weight where it is a cast of the weight, as a plain layer keeps that.
 struct MaskedLinear : Keeping {
-  Tensor weight, anchor;
+  Tensor weight;
   Mask mask{};
   uint32_t version = 0;
   bool keeps = false;
@@ -65,17 +65,11 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   Tensor used;
   Tensor out = product(input, masked, summand, way, mask, trained, used);
   if (!requires_grad({&input, &weight, &summand})) return out;
-  auto node = node_of<MaskedLinear>();
-  node->set_next_edges(torch::autograd::collect_next_edges(input, weight, summand));
-  if (trained) node->first = SavedVariable(input, false);
-  node->keeps = used.defined();
-  if (node->keeps) node->second = SavedVariable(used, false);
-  node->weight = weight;
-  node->anchor = anchor;
-  node->mask = mask;
-  node->version = weight.is_inference() ? 0 : weight._version();
-  node->about.take(about);
-  torch::autograd::set_history(out, node);
+  auto& node = follow<MaskedLinear>(out, input, weight, summand, anchor, trained ? input : Tensor(), used, about);
+  node.keeps = used.defined();
+  node.weight = weight;
+  node.mask = mask;
+  node.version = weight.is_inference() ? 0 : weight._version();
   return out;
 }
 

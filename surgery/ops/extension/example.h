@@ -99,7 +99,6 @@ bool example_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight
 
 /// Keeps x and the weight.
 struct ExampleProduct : Keeping {
-  Tensor anchor;
   Mask mask{};
   ScalarType of_bias = at::kFloat;
 
@@ -147,15 +146,9 @@ PyObject* example(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const c10::OptionalDeviceGuard there(weight.is_cuda() ? std::optional(weight.device()) : std::nullopt);
     out = example_product(x, weight, bias, anchor, mask);
     if (out.defined() && at::GradMode::is_enabled() && requires_grad({&x, &weight, &bias})) {
-      auto node = node_of<ExampleProduct>();
-      node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias));
-      node->first = SavedVariable(x, false);
-      node->second = SavedVariable(weight, false);
-      node->anchor = anchor;
-      node->mask = mask;
-      if (bias.defined()) node->of_bias = bias.scalar_type();
-      node->about.take(rest);
-      torch::autograd::set_history(out, node);
+      auto& node = follow<ExampleProduct>(out, x, weight, bias, anchor, x, weight, rest);
+      node.mask = mask;
+      if (bias.defined()) node.of_bias = bias.scalar_type();
     }
   }
   if (!out.defined()) Py_RETURN_NONE;

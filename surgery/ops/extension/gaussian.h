@@ -88,7 +88,7 @@ bool gaussian_gradients(const Tensor& rows, const Tensor& slope, const Tensor& x
 
 /// Keeps x, and the derivative of the sample by the variance.
 struct GaussianLinear : Keeping {
-  Tensor weight, anchor;
+  Tensor weight;
   ScalarType of_bias = at::kFloat;
   uint32_t version = 0;
 
@@ -139,16 +139,10 @@ PyObject* gaussian(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Tensor slope;
     out = gaussian_sample(x, weight, bias, anchor, ratio, noise, type, slope);
     if (out.defined() && at::GradMode::is_enabled() && requires_grad({&x, &weight, &bias})) {
-      auto node = node_of<GaussianLinear>();
-      node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias));
-      node->first = SavedVariable(x, false);
-      node->second = SavedVariable(slope, false);
-      node->weight = weight;
-      node->anchor = anchor;
-      node->version = weight.is_inference() ? 0 : weight._version();
-      if (bias.defined()) node->of_bias = bias.scalar_type();
-      node->about.take(rest);
-      torch::autograd::set_history(out, node);
+      auto& node = follow<GaussianLinear>(out, x, weight, bias, anchor, x, slope, rest);
+      node.weight = weight;
+      node.version = weight.is_inference() ? 0 : weight._version();
+      if (bias.defined()) node.of_bias = bias.scalar_type();
     }
   }
   if (!out.defined()) Py_RETURN_NONE;

@@ -56,6 +56,8 @@ _lock = Lock()
 _products = 0
 _asked = False
 _module: Any = None
+masks_taken = 0
+"""How many of `mask_kernel` it was given."""
 _kept: list[Handle] = []
 """Of the kernels that the extension launches."""
 _in_python: dict[str, Callable[..., Any]] = {}
@@ -113,7 +115,7 @@ def compile_now() -> bool:
 def take_kernels() -> None:
     """Let the extension know the kernels that are there by now. Python calls it after whatever the
     extension has left to it, since a kernel of a GPU is compiled when Python launches it."""
-    global linear, example, gaussian
+    global linear, example, gaussian, masks_taken
     if _module is None:
         return
     if linear is None:
@@ -129,9 +131,10 @@ def take_kernels() -> None:
             _module.use_driver(*driver)
             example, gaussian, repeated.wanted = _module.example, _module.gaussian, True
         linear = _module.linear
-    if mask_kernel.made and not is_capturing():
-        while mask_kernel.made:
-            _take_mask(*mask_kernel.made.pop())
+    if len(mask_kernel.made) > masks_taken and not is_capturing():
+        for known in tuple(mask_kernel.made)[masks_taken:]:
+            _take_mask(known, mask_kernel.made[known])
+        masks_taken = len(mask_kernel.made)
     while repeated.launched:
         _take_launch(repeated.launched.pop())
 

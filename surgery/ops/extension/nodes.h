@@ -48,6 +48,7 @@ using Wanted = std::array<bool, 3>;  // the gradients of x, weight and bias
 /// A node that keeps one or two tensors for a single backward.
 struct Keeping : Node {
   SavedVariable first, second;
+  Tensor anchor;
   bool freed = false;
   Owned about;  // what Python has to be told beside tensors
 
@@ -68,6 +69,21 @@ struct Keeping : Node {
                                    task_should_compute_output(2)});
   }
 };
+
+/// Let a new node follow what was made of x, weight and bias: it keeps two tensors, or one. It has still
+/// to be told the rest.
+template <class Made>
+Made& follow(const Tensor& made, const Tensor& x, const Tensor& weight, const Tensor& bias,
+             const Tensor& anchor, const Tensor& first, const Tensor& second, PyObject* about) {
+  auto node = node_of<Made>();
+  node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias));
+  if (first.defined()) node->first = SavedVariable(first, false);
+  if (second.defined()) node->second = SavedVariable(second, false);
+  node->anchor = anchor;
+  node->about.take(about);
+  torch::autograd::set_history(made, node);
+  return *node;
+}
 
 bool requires_grad(std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* one : tensors) {

@@ -172,10 +172,8 @@ class Kernel:
         self._options = {"enable_fp_fusion": False, **options}
         self.compiled: dict[Any, Any] = {}
         """How to launch what was compiled, by index of the device, key and constants: see `launch`."""
-        self.made: list[tuple[Any, Any]] = []
-        """The same, and what Triton made, for whoever takes them from here."""
-        self._all: dict[Any, Any] = {}
-        """What Triton made, all of it."""
+        self.made: dict[Any, Any] = {}
+        """What Triton made, by the same."""
 
     def launch(
         self,
@@ -205,7 +203,7 @@ class Kernel:
         if run is not None and current_device() == device.index:
             run(grid, args + constants)
             if plan is not None:
-                repeated.note(plan, self._all[known], grid)
+                repeated.note(plan, self.made[known], grid)
             return True
         with _on(device):
             try:
@@ -219,8 +217,7 @@ class Kernel:
                 return False
         if device.type == "cuda" and is_compiled(compiled):
             self.compiled[known] = runner(compiled, device.index)
-            self._all[known] = compiled
-            self.made.append((known, compiled))
+            self.made[known] = compiled
             if plan is not None:
                 repeated.note(plan, compiled, grid)
         return True

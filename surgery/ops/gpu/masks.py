@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...torch_private.gpu import current_device
-from ..hash import SEGMENT, words
+from ..hash import SEGMENT, on_host, words
 from ..law import Layout, Mask
 from .launch import Kernel, form, takes
 
@@ -26,15 +26,11 @@ def arguments(mask: Mask) -> tuple[Any, ...]:
     A key on the host or on the CPU is given as numbers, and so is a law that knows its own.
     """
     key, law, _ = mask
-    numbers = law.numbers
-    if isinstance(key, tuple) or key.is_cpu:
-        k0, k1 = words(key)
-        there, on_device = law.threshold, 0
-    else:
-        k0, k1, there, on_device = 0, 0, key, 1
-    if numbers is None or on_device:
-        return there, law.threshold, law.scale, k0, k1, on_device, 0, 0.0, 1
-    return there, law.threshold, law.scale, k0, k1, 0, *numbers, 0
+    where = law.threshold, law.scale
+    if not on_host(key):
+        return key, *where, 0, 0, 1, 0, 0.0, 1
+    of_law = (*law.numbers, 0) if law.numbers is not None else (0, 0.0, 1)
+    return law.threshold, *where, *words(key), 0, *of_law
 
 
 def masked(
@@ -102,7 +98,7 @@ def masked(
 
 
 def kinds_of(known: Any) -> tuple[Any, Any, Any, Any, bool] | None:
-    """What one of `mask_kernel.made` is for: the dtypes of weight, masked weight, gradient and anchor,
+    """What a key of `mask_kernel.made` is for: the dtypes of weight, masked weight, gradient and anchor,
     False for what is not there, and whether 16 divides the number of entries. None of one for tensors
     that lie unusually, or for laws in memory."""
     _, forms, constants = known

@@ -52,13 +52,14 @@ planned: set[str] = set()
 """Those whose launches the extension repeats."""
 
 
-def type_of(arg: Any) -> str:
+def type_of(arg: Any, parameter: Any) -> str:
     """As Triton's own launch sees an argument."""
     if isinstance(arg, Tensor):
         return "*" + NAMES[arg.dtype]
     if isinstance(arg, float):
         return "fp32"
-    return "constexpr" if arg is None or arg == 1 else "i32"
+    special = arg is None or (arg == 1 and not parameter.do_not_specialize)
+    return "constexpr" if special else "i32"
 
 
 def check_parameters(ptx: str, expected: tuple[int, ...]) -> None:
@@ -79,7 +80,7 @@ def compile_instead(
 ) -> bool:
     """What stands for `Kernel.launch` here. Nothing runs, and what should be written is not."""
     function = getattr(importlib.import_module(f"surgery.ops.gpu.{kernel._file}"), kernel.name)
-    types = [*map(type_of, args), *("constexpr" for _ in constants)]
+    types = [*map(type_of, args, function.params), *("constexpr" for _ in constants)]
     known = {
         (i,): v for i, (v, t) in enumerate(zip((*args, *constants), types)) if t == "constexpr"
     }
