@@ -38,9 +38,7 @@ class Call:
     def of(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         if not args and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
-        spelled = spelling(func)
-        if spelled == "get":  # of a property, whose own name tells what it is
-            spelled = getattr(func.__self__, "__name__", spelled)
+        spelled = property_of(func) or spelling(func)
         return cls(func, spelled, of_two(canonical(spelled), args), args, kwargs)
 
     def _noted(self, value: Any) -> Any:
@@ -145,20 +143,35 @@ def rule(*names: str, weights: bool = False) -> Callable[[Rule], Rule]:
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a torch function makes of its arguments."""
+    read = property_of(func)
+    if read is not None and read not in KEEPING:
+        return _told(func, args, kwargs)
     call = Call.of(func, args, kwargs)
-    name = call.name
-    is_property = call.spelled != spelling(func)
-    asks = call.spelled not in KEEPING if is_property else name in QUERIES or name in ATTRIBUTES
+    asks = read is None and (call.name in QUERIES or call.name in ATTRIBUTES)
     if asks or not (call.values or call.weights):
-        if isinstance(call.first, (Travelling, Weight)) and call.first.like is not None:
-            return call.on(call.first.like)
-        with without_torch_function():
-            return func(*call.args, **call.kwargs)
+        return _told(func, call.args, call.kwargs)
     if call.kwargs.get("out") is not None:
         return call.settles()
     if writes(call.spelled) or call.kwargs.get("inplace") is True:
         return _in_place(call)
     return _result(call)
+
+
+def property_of(func: Any) -> str | None:
+    """The name of a property that is read, whose getter `func` is."""
+    name: str | None = getattr(func, "__name__", None)
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else None
+
+
+def _told(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the form of a value tells, as its shape."""
+    first = args[0] if args else None
+    if isinstance(first, Travelling):
+        first.refresh()
+    if isinstance(first, (Travelling, Weight)) and first.like is not None:
+        return func(first.like, *args[1:], **kwargs)
+    with without_torch_function():
+        return func(*args, **kwargs)
 
 
 def _result(call: Call) -> Any:

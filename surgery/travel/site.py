@@ -23,7 +23,7 @@ from .birth import Birth, Diagonal, OfInputs, OfOutputs, root
 from .numbers import Numbers
 from .of_weights import OfWeights
 from .run import Run
-from .state import State, apart, certain, fixed, over_columns
+from .state import State, apart, certain, fixed, over_columns, wide
 from .value import Travelling
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -87,6 +87,10 @@ def site_value(
         points_of: the few values that it then has, if it has few, from the input and the mean.
     """
     varies = isinstance(x, Travelling)
+    if not varies and not run.follows:
+        mean, fresh = known(x)
+        known_state = State(mean, fresh.to(wide(x.dtype)), points=points_of(x, mean))
+        return Travelling.of(run, known_state)
     state = x.state() if varies else certain(x)
     mean = site.product(state.mean, site.weight, site.bias) if varies else None
     with apart():
@@ -96,7 +100,7 @@ def site_value(
         if factors is not None:
             factors = over_columns(lambda t: site.product(t, site.weight, None), factors)
     points = None if varies else points_of(state.mean, mean)
-    if not run.follows and (not varies or _is_one_product(site)):
+    if not run.follows and _is_one_product(site):
         return Travelling.of(run, State(mean, fresh, points=points))
     moved, known_part = run.mixed(State(mean, variance, factors)), fresh
     if site.unit in ("output", "tensor") and site.moving is site.weight:
