@@ -257,7 +257,7 @@ def compile_extension() -> bool:
 
 def without_extension(patch: Patch) -> None:
     """Python does its work, as where it is not compiled yet."""
-    for name in ("linear", "example", "gaussian"):
+    for name in ("product", "example", "gaussian"):
         patch.setattr(loading, name, None)
     for name in ("note_product", "take_kernels"):
         patch.setattr(loading, name, lambda: None)
@@ -269,10 +269,10 @@ def extension_module() -> Any:
     return loading._module
 
 
-def extension_linear() -> Callable[..., Tensor | None]:
+def extension_product() -> Callable[..., Tensor | None]:
     """The product of the extension, which is there."""
-    assert loading.linear is not None
-    return loading.linear
+    assert loading.product is not None
+    return loading.product
 
 
 def without_operators(patch: Patch) -> None:
@@ -281,7 +281,7 @@ def without_operators(patch: Patch) -> None:
     patch.setattr(fused, "has_operators", compiler.constant_in_traces(lambda kind: False))
 
 
-def taken_by_extension(patch: Patch, name: str = "linear") -> list[bool]:
+def taken_by_extension(patch: Patch, name: str = "product") -> list[bool]:
     """For each product that the extension was asked for, whether it took it. `name`: its function."""
     taken: list[bool] = []
     function = getattr(loading, name)

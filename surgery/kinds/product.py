@@ -9,8 +9,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.other_products import COLUMNS, ROWS, How
 from ..spec.config import DropConnectConfig, Inference, Sampling, Unit
 from ..torch_private.modules import convolved as _conv  # the name that it has in pickles
+from ..torch_private.modules import filters as _filters
 
 Run = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -25,6 +27,9 @@ class Product:
     """Dimension of the features in `x` and in `u`, counted from the end."""
     columns: bool = False
     """Whether the weight is stored in x out, as transformers' Conv1D does."""
+    how: Callable[[Any], How | None] | None = None
+    """`how(module)`: how `surgery.ops.extension` computes what the forward of a module does. None, also
+    as a result, where it does not know that."""
 
     @property
     def is_matrix(self) -> bool:
@@ -130,13 +135,21 @@ def _linear_columns(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None)
     return F.linear(x, weight.t(), bias)
 
 
-LINEAR_PRODUCT = Product(_linear)
-COLUMN_PRODUCT = Product(_linear_columns, columns=True)
+def _rows(module: Any) -> How:
+    return ROWS
+
+
+def _columns(module: Any) -> How:
+    return COLUMNS
+
+
+LINEAR_PRODUCT = Product(_linear, how=_rows)
+COLUMN_PRODUCT = Product(_linear_columns, columns=True, how=_columns)
 
 
 def conv_product(spatial: int) -> Product:
     """Of a convolution over so many spatial dimensions."""
-    return Product(_conv, features=-1 - spatial)
+    return Product(_conv, features=-1 - spatial, how=_filters)
 
 
 def product_of(*known: type[nn.Module], product: Product) -> Callable[..., Product | None]:

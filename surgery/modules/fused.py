@@ -1,10 +1,11 @@
-"""The forward of a Linear whose weight is masked by element.
+"""The forward of a Linear, or of another product, whose weight is masked by element.
 
-This is the most common case, and the one in which the time of Python counts most. In eager training
-one node of autograd draws the mask, multiplies, and computes the gradients: that of `ops/extension`,
-and where it is not there or leaves the call to Python, that of `surgery.ops.masked_linear`. For other
-samplings it is that of their products, and what is skipped here is the search for weights that could
-have masks. In a trace, each line and each attribute that is read takes time to compile, at each site.
+These are the most common cases, and those in which the time of Python counts most. In eager training
+one node of autograd draws the mask, multiplies, and computes the gradients: that of `ops/extension`.
+Where it is not there or leaves the call to Python, that of a Linear is that of
+`surgery.ops.masked_linear`, and others go the general way. For other samplings of a Linear it is that
+of their products, and what is skipped here is the search for weights that could have masks. In a
+trace, each line and each attribute that is read takes time to compile, at each site.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..ops.linear import autocast_dtype
 from ..ops.linear_operators import has_operators, linear_in_graph
 from ..ops.mask import drop_in_graph
 from ..ops.ordinary import is_dense
+from ..ops.other_products import ROWS
 from ..torch_private.compiler import is_exporting, look_in_trace, object_of
 from ..torch_private.tracing import is_scripted, is_traced, is_transformed
 from .masking import Operand, check_anchor
@@ -30,9 +32,9 @@ from .state import SiteState
 
 
 def fused_forward(module: Any, x: Any) -> Tensor | None:
-    """What the forward of a module returns, shape (..., out), for the input `x`, shape (..., in).
+    """What the forward of a module returns for the input `x`.
 
-    None, and nothing is changed, if the module is no such Linear, or anything else is asked of it (a
+    None, and nothing is changed, if the module has no such product, or anything else is asked of it (a
     mode, held masks, a bias that is dropped), or the input or the caller needs the general way.
 
     Raises:
@@ -54,6 +56,8 @@ def fused_forward(module: Any, x: Any) -> Tensor | None:
         bias = module.bias
     anchor = None if state.anchor is None else getattr(module, state.anchor)
     if state.sampling != "batch":
+        if not state.is_linear:
+            return None
         if type(x) is not Tensor or is_traced():
             return None
         state.drawn = True
@@ -61,13 +65,19 @@ def fused_forward(module: Any, x: Any) -> Tensor | None:
             state.sampling, module, x, Operand(raw, state, anchor), bias
         )
         return product
-    if loading.linear is not None and type(state) is SiteState:
-        about = state.law, state.layout, anchor, state.name
-        found: Tensor | None = loading.linear(x, raw, bias, about, state.rank())
+    if loading.product is not None and type(state) is SiteState:
+        how: Any = ROWS if state.is_linear else state.product.how(module)  # type: ignore[union-attr, misc]
+        if how is None:
+            return None
+        about = state.law, state.layout, anchor, state.name, how
+        found: Tensor | None = loading.product(x, raw, bias, about, state.rank())
         if found is not None:
             state.drawn = True
             return found
     if not torch.is_grad_enabled() or is_traced():
+        return None
+    if not state.is_linear:
+        loading.note_product()
         return None
     if type(x) is not Tensor or x.ndim < 2 or not is_dense(x):
         return None
@@ -87,7 +97,7 @@ def traced_forward(module: Any, x: Any) -> Tensor | None:
     if len(states) != 1 or type(x) is not Tensor or is_exporting():
         return None
     (state,) = states.values()
-    if not state.fusible or state.sampling != "batch" or module._dropconnect_draws:
+    if not state.is_linear or state.sampling != "batch" or module._dropconnect_draws:
         return None
     if state.held_key is not None or state.group is not None or state.part is not None:
         return None
@@ -128,7 +138,7 @@ def _note_now(reader: Any, state: SiteState, used: Any, version: int) -> None:
 
 
 def _asks_for_one_site(state: SiteState, own: dict[str, Any]) -> bool:
-    """Whether this call drops the weight of a Linear by element, and does nothing else. `own`: the
+    """Whether this call drops the weight of a product by element, and does nothing else. `own`: the
     `__dict__` of the module, which is faster to read than its attributes."""
     if not state.fusible or state.part is not None:
         return False

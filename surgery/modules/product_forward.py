@@ -167,7 +167,7 @@ class ProductCall(NamedTuple):
 
     def noisy(self) -> Tensor:
         """The pre-activation with Gaussian noise of the mean and variance that masks would give."""
-        if self.product is LINEAR_PRODUCT and not isinstance(self.bias, Operand):
+        if self.product == LINEAR_PRODUCT and not isinstance(self.bias, Operand):
             raw, state, anchor = self.weight
             law = state.law_for(raw)
             return ops.gaussian_linear(self.x, raw, self.bias, law, state.unit, anchor)

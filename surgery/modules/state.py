@@ -124,9 +124,9 @@ class SiteState(HasLaw):
         """How the module computes its pre-activation, if that is a product and this its weight."""
         if varies:
             self.varies = True
-        self.fusible = self._is_fusible()
-        """Whether it is the weight of a Linear, masked by element and in one piece: see
-        `surgery.modules.fused`."""
+        self.fusible, self.is_linear = self._is_fusible()
+        """Whether it is the weight of a product that `surgery.modules.fused` knows, masked by element
+        and in one piece; and whether that is the product of a Linear."""
         self.with_weight = config.bias and "bias" in name
         """Whether this is a bias that is dropped with its weight."""
         self.settled = False
@@ -139,10 +139,11 @@ class SiteState(HasLaw):
         self.held_key: Tensor | None = None
         """Set while masks are held."""
 
-    def _is_fusible(self) -> bool:
+    def _is_fusible(self) -> tuple[bool, bool]:
         layout = self.layout
         in_one = layout.is_elementwise and layout.entries <= SEGMENT
-        return self.product is LINEAR_PRODUCT and in_one
+        fusible = self.product is not None and self.product.how is not None and in_one
+        return fusible, fusible and self.product == LINEAR_PRODUCT
 
     @property
     def config(self) -> DropConnectConfig:
@@ -161,7 +162,7 @@ class SiteState(HasLaw):
         if "draws" in state:  # the name that files from before the rooms have
             state["samples"] = state.pop("draws")
         self.__dict__.update(state)
-        self.fusible = self._is_fusible()
+        self.fusible, self.is_linear = self._is_fusible()
         if self.law is not None:
             give_laws([(self, self.law.scale)])
 

@@ -22,9 +22,9 @@ from .example_product import formula, gradients, product
 from .extension import loading
 from .hash import Key, key_tensor
 from .law import Law, Layout, Mask
-from .linear import matrix
 from .once import differentiable_once
 from .ordinary import is_ordinary
+from .other_products import matrix
 from .part import Part
 
 

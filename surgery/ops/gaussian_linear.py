@@ -27,9 +27,10 @@ from .gaussian import (
     squared_difference,
 )
 from .law import Law
-from .linear import autocast_dtype, matrix
+from .linear import autocast_dtype
 from .once import differentiable_once
 from .ordinary import is_ordinary
+from .other_products import matrix
 from .versions import check_unmodified
 
 

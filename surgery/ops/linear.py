@@ -7,7 +7,6 @@ it (`surgery.modules.recompute`, for all other modules). Here backward draws it 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from .extension import loading
 from .hash import Key
 from .law import Law, Layout, Mask
 from .mask import drop, drop_both
+from .other_products import ROWS, How, matrix, other_gradients
 from .versions import check_unmodified
 
 Rest = tuple[Mask, Tensor | None, str]
@@ -165,13 +165,6 @@ def as_if_trained(used: Tensor) -> Tensor:
         return used.detach().requires_grad_().view_as(used)
 
 
-def matrix(tensor: Tensor) -> Tensor:
-    """All leading dimensions as one; by `reshape`, which batches of gradients know."""
-    if tensor.dim() == 2:
-        return tensor
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
-
-
 def _as(like: Tensor, tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
 
@@ -218,12 +211,20 @@ def _gradients_of_node(
     kept: Tensor | None,
     version: int,
     key: Key,
-    about: tuple[Law, Layout, Tensor | None, str],
+    about: tuple[Law, Layout, Tensor | None, str, How],
     want: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    law, layout, anchor, name = about
+    law, layout, anchor, name, how = about
     rest = Mask(key, law, layout), anchor, name
-    found = _gradients(grad, x, weight, kept, version, rest, want)
+    if how == ROWS:
+        found = _gradients(grad, x, weight, kept, version, rest, want)
+    else:
+        if kept is None or torch.is_grad_enabled():
+            check_unmodified(name, weight, version)
+            kept = drop(weight, anchor, rest[0], grad.dtype)
+        found = other_gradients(grad, x, kept, how, want)
+        if found[1] is not None:
+            found = found[0], drop(found[1], None, rest[0], weight.dtype), found[2]
     loading.take_kernels()
     return found
 

@@ -24,8 +24,9 @@ from ..torch_private.compiler import constant_in_traces
 from . import gpu
 from .extension import loading
 from .law import Law, Layout, Mask
-from .linear import gradients, matrix, product
+from .linear import gradients, product
 from .mask import drop
+from .other_products import matrix
 
 _LAW = "Tensor key, Tensor thresholds, Tensor scales, Tensor row"
 

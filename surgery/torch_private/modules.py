@@ -91,6 +91,20 @@ def convolved(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return u
 
 
+_CONVOLVED = frozenset(cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def filters(module: Any) -> tuple[Any, ...] | None:
+    """Stride, padding, dilation and groups, if `torch.convolution` with these is all that `convolved`
+    does."""
+    padding = module.padding
+    if type(padding) is not tuple or module.padding_mode != "zeros" or module.transposed:
+        return None
+    if type(module)._conv_forward not in _CONVOLVED:
+        return None
+    return module.stride, padding, module.dilation, module.groups
+
+
 REPLICA = "_is_replica"
 """An attribute of the copies that `nn.DataParallel` makes for one forward, which share what is kept of
 p: without it, each would write there what is on its device."""

@@ -88,9 +88,7 @@ def site_value(
     """
     varies = isinstance(x, Travelling)
     if not varies and not run.follows:
-        mean, fresh = known(x)
-        known_state = State(mean, fresh.to(wide(x.dtype)), points=points_of(x, mean))
-        return Travelling.of(run, known_state)
+        return _of_plain(run, x, known, points_of)
     state = x.state() if varies else certain(x)
     mean = site.product(state.mean, site.weight, site.bias) if varies else None
     with apart():
@@ -119,6 +117,18 @@ def site_value(
         moved = run.mixed(moved)
     moved.points = points
     return Travelling.of(run, moved)
+
+
+def _of_plain(
+    run: Run,
+    x: Tensor,
+    known: Callable[[Tensor], tuple[Tensor, Tensor]],
+    points_of: Callable[[Tensor, Tensor], Points | None],
+) -> Travelling:
+    """The pre-activation of an input that does not vary, where nobody follows covariances."""
+    mean, fresh = known(x)
+    state = State(mean, fresh.to(wide(x.dtype)), points=points_of(x, mean))
+    return Travelling.of(run, state)
 
 
 def _is_one_product(site: Site) -> bool:

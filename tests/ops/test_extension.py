@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from surgery import apply_dropconnect, set_p
 from surgery.ops import Law, draw_key, masked_linear
 from surgery.ops.law import Layout
+from surgery.ops.other_products import ROWS
 
-from ..internals import extension_linear, note_taken, without_extension
+from ..internals import extension_product, note_taken, without_extension
 
 pytestmark = pytest.mark.compiler
 
@@ -45,8 +46,8 @@ def by_extension(
     x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor | None = None, rank: int = 0
 ) -> Tensor | None:
     law = Law.of(0.4, weight.device, weight.dtype)
-    about = law, Layout.elements(weight.numel()), anchor, "weight"
-    return extension_linear()(x, weight, bias, about, rank)
+    about = law, Layout.elements(weight.numel()), anchor, "weight", ROWS
+    return extension_product()(x, weight, bias, about, rank)
 
 
 def by_python(
@@ -302,13 +303,13 @@ model = apply_dropconnect(nn.Sequential(nn.Linear(8, 8)), nn.Linear, p=0.5)
 x = torch.randn(2, 8)
 for _ in range(loading.PATIENCE):
     model(x).sum().backward()
-assert loading.linear is None, "nothing was kept"
+assert loading.product is None, "nothing was kept"
 for thread in threading.enumerate():
     if thread.name == "dropconnect-compiler":
         thread.join()
         print("compiled beside")
 model(x)
-print("used" if loading.linear is not None else "not used")
+print("used" if loading.product is not None else "not used")
 """
 
 

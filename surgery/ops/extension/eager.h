@@ -1,4 +1,5 @@
-// In eager training: a product that is a node of autograd. `_MaskedLinear` of linear.py is the same.
+// In eager training: a product that is a node of autograd. `_MaskedLinear` of linear.py is the same for a
+// Linear.
 #pragma once
 
 #include "nodes.h"
@@ -8,21 +9,24 @@ namespace {
 PyObject* gradients_of = nullptr;  // of Python: for all that is out of the ordinary
 
 /// Keeps x; and the masked weight where it is a cast of the weight, as a plain layer keeps that.
-struct MaskedLinear : Keeping {
+struct MaskedProduct : Keeping {
   Tensor weight;
+  How how;
   Mask mask{};
   uint32_t version = 0;
   bool keeps = false;
 
-  std::string name() const override { return "MaskedLinearBackward"; }
+  std::string name() const override {
+    return how.kind == How::CONVOLUTION ? "MaskedConvolutionBackward" : "MaskedLinearBackward";
+  }
 
   variable_list gradients_by(const Tensor& grad, const Wanted& want) override {
-    const Tensor input = want[1] ? first.unpack() : Tensor();
+    const Tensor input = want[1] || how.kind == How::CONVOLUTION ? first.unpack() : Tensor();
     const Tensor kept = keeps ? second.unpack() : Tensor();
     const bool ordinary = is_ordinary(grad, {&input}) &&
                           (keeps || weight.is_inference() || weight._version() == version);
     std::array<Tensor, 3> found;
-    if (!ordinary || !gradients(grad, input, {weight, anchor}, kept, mask, want, found)) {
+    if (!ordinary || !gradients(grad, input, {weight, anchor}, kept, how, mask, want, found)) {
       return by_python(grad, input, kept, want);
     }
     return {std::move(found[0]), std::move(found[1]), std::move(found[2])};
@@ -41,9 +45,9 @@ struct MaskedLinear : Keeping {
   }
 };
 
-/// Undefined, and nothing is done, where Python has to do it.
-Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& anchor,
-                     Mask& mask, int64_t rank, PyObject* about) {
+/// Undefined, and nothing is done, where Python has to do it. By columns, x is a matrix.
+Tensor masked_product(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& anchor,
+                      How&& how, Mask& mask, int64_t rank, PyObject* about) {
   const c10::OptionalDeviceGuard there(weight.is_cuda() ? std::optional(weight.device()) : std::nullopt);
   const at::DeviceType kind = weight.device().type();
   const bool casts = at::autocast::is_autocast_enabled(kind);
@@ -63,9 +67,11 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   draw_key(mask.key, weight.device(), rank);
   const bool trained = weight.requires_grad();
   Tensor used;
-  Tensor out = product(input, masked, summand, way, mask, trained, used);
+  Tensor out = product(input, masked, summand, how, way, mask, trained, used);
   if (!requires_grad({&input, &weight, &summand})) return out;
-  auto& node = follow<MaskedLinear>(out, input, weight, summand, anchor, trained ? input : Tensor(), used, about);
+  const Tensor& kept = trained || how.kind == How::CONVOLUTION ? input : Tensor();
+  auto& node = follow<MaskedProduct>(out, input, weight, summand, anchor, kept, used, about);
+  node.how = std::move(how);
   node.keeps = used.defined();
   node.weight = weight;
   node.mask = mask;
@@ -73,8 +79,26 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   return out;
 }
 
-/// linear(x, weight, bias, about, rank) -> Tensor or None
-PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+/// `How` of other_products.py.
+How how_of(PyObject* given) {
+  How how;
+  const Py_ssize_t size = PyTuple_GET_SIZE(given);
+  how.kind = size == 0 ? How::ROWS : size == 1 ? How::COLUMNS : How::CONVOLUTION;
+  if (how.kind != How::CONVOLUTION) return how;
+  std::vector<int64_t>* const lists[] = {&how.stride, &how.padding, &how.dilation};
+  for (int n = 0; n < 3; ++n) {
+    PyObject* one = PyTuple_GET_ITEM(given, n);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(one); ++i) {
+      lists[n]->push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(one, i)));
+    }
+  }
+  how.groups = PyLong_AsLongLong(PyTuple_GET_ITEM(given, 3));
+  if (PyErr_Occurred()) throw python_error();
+  return how;
+}
+
+/// product(x, weight, bias, about, rank) -> Tensor or None
+PyObject* masked(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK(count == 5, "five arguments");
   PyObject *about = args[3], *law = PyTuple_GET_ITEM(about, 0), *a = PyTuple_GET_ITEM(about, 2);
@@ -82,15 +106,15 @@ PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Tensor &x = tensor_of(args[0]), &weight = tensor_of(args[1]), &bias = tensor_of(args[2]);
   const Tensor& anchor = tensor_of(a);
   if (!x.defined() || !weight.defined() || !at::GradMode::is_enabled() || somebody_looks_on() ||
-      !Weight{weight, anchor}.is_taken() || x.dim() < 2 || x.size(-1) != weight.size(1)) {
+      !Weight{weight, anchor}.is_taken()) {
     Py_RETURN_NONE;
   }
+  How how = how_of(PyTuple_GET_ITEM(about, 4));
+  if (!how.fits(x, weight, bias)) Py_RETURN_NONE;
   for (const Tensor* one : {&x, &bias}) {
     if (!one->defined()) continue;
     if (one->device() != weight.device() || !is_plain(*one)) Py_RETURN_NONE;
   }
-  // `matmul` folds others in a way, and so rounds, that depends on what autograd follows.
-  if (x.dim() > 2 && !x.is_contiguous()) Py_RETURN_NONE;
   for (const Tensor* one : {&x, &weight, &bias}) {
     if (torch::autograd::isFwGradDefined(*one)) Py_RETURN_NONE;
   }
@@ -101,7 +125,14 @@ PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Tensor out;
   {
     pybind11::gil_scoped_release without_gil;
-    out = masked_linear(x, weight, bias, anchor, mask, rank, about);
+    const bool folds = how.kind == How::COLUMNS && x.dim() > 2;
+    const Tensor input = folds ? x.view({-1, x.size(-1)}) : x;  // as the plain forward does
+    out = masked_product(input, weight, bias, anchor, std::move(how), mask, rank, about);
+    if (folds && out.defined()) {
+      auto sizes = x.sizes().vec();
+      sizes.back() = weight.size(1);
+      out = out.view(sizes);
+    }
   }
   if (!out.defined()) Py_RETURN_NONE;
   return THPVariable_Wrap(std::move(out));

@@ -1,8 +1,8 @@
-// The masked Linear, without Python's part of the time: in eager training and in compiled graphs. And on
-// a GPU its other samplings in eager training.
+// Products with masked weights, without Python's part of the time: in eager training, and that of a Linear
+// in compiled graphs. And on a GPU the other samplings of a Linear in eager training.
 //
-// All of it is in linear.py, linear_operators.py, example_operators.py and gaussian_linear.py again, to the
-// bit, and hands over to those where anything is out of the ordinary.
+// All of it is in Python again, to the bit, in linear.py, linear_operators.py, other_products.py,
+// example_operators.py and gaussian_linear.py, and hands over to those where anything is out of the ordinary.
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "eager.h"
@@ -123,7 +123,7 @@ using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 PyCFunction fast(Fast function) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)); }
 
 PyMethodDef methods[] = {
-    {"linear", fast(linear), METH_FASTCALL, nullptr},
+    {"product", fast(masked), METH_FASTCALL, nullptr},
     {"example", fast(example), METH_FASTCALL, nullptr},
     {"gaussian", fast(gaussian), METH_FASTCALL, nullptr},
     {"use_plan", use_plan, METH_VARARGS, nullptr},

@@ -24,17 +24,18 @@ from ..gpu.launch import NUMBERS, Launched, repeated
 from ..gpu.masks import BLOCK, kinds_of, mask_kernel, parameters
 from ..switch import compile_enabled
 
-linear: Callable[..., Tensor | None] | None = None
+product: Callable[..., Tensor | None] | None = None
 """None until it is loaded.
 
-    linear(x, weight, bias, about, rank)
+    product(x, weight, bias, about, rank)
 
-x: (..., in). weight: (out, in), masked by element with a new key. bias: (out,), or None. about: law,
-layout and anchor of the mask, and the weight's name. rank: see `draw_key`.
+x: (..., in), or (examples, in, ...). weight: masked by element with a new key. bias: (out,), or None.
+about: law, layout and anchor of the mask, the weight's name, and how it is multiplied: see
+`other_products.How`. rank: see `draw_key`.
 
-Returns (..., out), differentiable; None, and nothing is done, where Python has to do it: no gradients
-are recorded, tensors are more than dense values, a CUDA graph is captured, a kernel has not been
-launched by Python before.
+Returns what the plain forward returns, differentiable. None, and nothing is done, where Python has to
+do it: no gradients are recorded, tensors are more than dense values, a CUDA graph is captured, a kernel
+has not been launched by Python before.
 """
 
 example: Callable[..., Tensor | None] | None = None
@@ -115,10 +116,10 @@ def compile_now() -> bool:
 def take_kernels() -> None:
     """Let the extension know the kernels that are there by now. Python calls it after whatever the
     extension has left to it, since a kernel of a GPU is compiled when Python launches it."""
-    global linear, example, gaussian, masks_taken
+    global product, example, gaussian, masks_taken
     if _module is None:
         return
-    if linear is None:
+    if product is None:
         try:
             masks = native.library("masks")
         except NoCompiler:
@@ -130,7 +131,7 @@ def take_kernels() -> None:
         if driver is not None:
             _module.use_driver(*driver)
             example, gaussian, repeated.wanted = _module.example, _module.gaussian, True
-        linear = _module.linear
+        product = _module.product
     if len(mask_kernel.made) > masks_taken and not is_capturing():
         for known in tuple(mask_kernel.made)[masks_taken:]:
             _take_mask(known, mask_kernel.made[known])

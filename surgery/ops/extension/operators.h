@@ -60,7 +60,7 @@ Tensor linear_operator(const Tensor& x, const Tensor& weight, const Optional& bi
   if (is_plain(x) && masked.is_taken() && !somebody_looks_on() &&
       read_tables(weight, key, thresholds, scales, row, mask)) {
     const Way way(masked, x.scalar_type(), false);
-    if (way) return product(x, masked, b, way, mask, weight.requires_grad(), used);
+    if (way) return product(x, masked, b, How(), way, mask, weight.requires_grad(), used);
   }
   pybind11::gil_scoped_acquire gil;
   THPObjectPtr found(
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor> gradients_operator(
   const bool plain = is_plain(x) && is_plain(grad);
   if (!plain || !masked.is_taken() || somebody_looks_on() ||
       !read_tables(weight, key, thresholds, scales, row, mask) ||
-      !gradients(grad, x, masked, Tensor(), mask, want, found)) {
+      !gradients(grad, x, masked, Tensor(), How(), mask, want, found)) {
     pybind11::gil_scoped_acquire gil;
     PyObject* flags = Py_BuildValue("[OO]", want[0] ? Py_True : Py_False, want[1] ? Py_True : Py_False);
     THPObjectPtr result(call(

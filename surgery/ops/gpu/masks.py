@@ -98,7 +98,7 @@ def masked(
 
 
 def kinds_of(known: Any) -> tuple[Any, Any, Any, Any, bool] | None:
-    """What a key of `mask_kernel.made` is for: the dtypes of weight, masked weight, gradient and anchor,
+    """What a key of `mask_kernel.made` is for: dtypes of weight, masked weight, gradient and anchor,
     False for what is not there, and whether 16 divides the number of entries. None of one for tensors
     that lie unusually, or for laws in memory."""
     _, forms, constants = known

@@ -147,8 +147,8 @@ def test_batches(shape: tuple[int, ...], dtype: torch.dtype, anchored: bool, dri
     law, layout = Law.of(0.3, CPU, dtype), Layout.elements(weight.numel())
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if loading.linear is not None:
-            found = loading.linear(x, weight, bias, (law, layout, anchor, "weight"), 0)
+        if loading.product is not None:
+            found = loading.product(x, weight, bias, (law, layout, anchor, "weight", ()), 0)
             if found is not None:
                 return found
         torch.manual_seed(3)
