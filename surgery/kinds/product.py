@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.other_products import COLUMNS, ROWS, How
+from ..ops.product import COLUMNS, ROWS, How
 from ..spec.config import DropConnectConfig, Inference, Sampling, Unit
 from ..torch_private.modules import convolved as _conv  # the name that it has in pickles
 from ..torch_private.modules import filters as _filters

@@ -23,7 +23,7 @@ from ..ops.linear import autocast_dtype
 from ..ops.linear_operators import has_operators, linear_in_graph
 from ..ops.mask import drop_in_graph
 from ..ops.ordinary import is_dense
-from ..ops.other_products import ROWS
+from ..ops.product import ROWS
 from ..torch_private.compiler import is_exporting, look_in_trace, object_of
 from ..torch_private.tracing import is_scripted, is_traced, is_transformed
 from .masking import Operand, check_anchor

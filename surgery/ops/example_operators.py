@@ -24,8 +24,8 @@ from .hash import Key, key_tensor
 from .law import Law, Layout, Mask
 from .once import differentiable_once
 from .ordinary import is_ordinary
-from .other_products import matrix
 from .part import Part
+from .product import matrix
 
 
 def example_product(

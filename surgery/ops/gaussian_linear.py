@@ -30,7 +30,7 @@ from .law import Law
 from .linear import autocast_dtype
 from .once import differentiable_once
 from .ordinary import is_ordinary
-from .other_products import matrix
+from .product import matrix
 from .versions import check_unmodified
 
 

@@ -24,7 +24,7 @@ from .extension import loading
 from .hash import Key
 from .law import Law, Layout, Mask
 from .mask import drop, drop_both
-from .other_products import ROWS, How, matrix, other_gradients
+from .product import ROWS, How, convolution_gradients, matrix, of_input, of_weight
 from .versions import check_unmodified
 
 Rest = tuple[Mask, Tensor | None, str]
@@ -71,6 +71,7 @@ def _gradients(
     version: int,
     rest: Rest,
     want: Sequence[bool],
+    how: How = ROWS,
 ) -> tuple[Tensor | None, ...]:
     """Of x, weight and bias, in backward of the node, here and in C++.
 
@@ -81,12 +82,33 @@ def _gradients(
     mask, anchor, name = rest
     if kept is None or torch.is_grad_enabled():
         check_unmodified(name, weight, version)
-        return gradients(grad, x, weight, mask, anchor, want, _on_gpu(weight, rest))
-    rows, of_x = matrix(grad), None
+        return gradients(grad, x, weight, mask, anchor, want, _on_gpu(weight, rest), how)
+    to_x = None
     if want[0]:
-        of_x = rows.mm(kept).view(*grad.shape[:-1], weight.shape[1])
+        to_x = of_input(matrix(grad), kept, how).view(*grad.shape[:-1], -1)
     none = False, *want[1:]
-    return of_x, *gradients(grad, x, weight, mask, anchor, none)[1:]
+    return to_x, *gradients(grad, x, weight, mask, anchor, none, how=how)[1:]
+
+
+def _gradients_of_filters(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    kept: Tensor | None,
+    version: int,
+    rest: Rest,
+    want: Sequence[bool],
+    how: How,
+) -> tuple[Tensor | None, ...]:
+    """The same of a convolution."""
+    mask, anchor, name = rest
+    if kept is None or torch.is_grad_enabled():
+        check_unmodified(name, weight, version)
+        kept = drop(weight, anchor, mask, grad.dtype)
+    to_x, to_weight, to_bias = convolution_gradients(grad, x, kept, how, want)
+    if to_weight is not None:
+        to_weight = drop(to_weight, None, mask, weight.dtype)
+    return to_x, to_weight, to_bias
 
 
 def _on_gpu(weight: Tensor, rest: Rest) -> bool:
@@ -126,6 +148,7 @@ def gradients(
     anchor: Tensor | None,
     want: Sequence[bool],
     on_gpu: bool = False,
+    how: How = ROWS,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, weight and bias; each None where it is not wanted.
 
@@ -134,27 +157,28 @@ def gradients(
         x: (..., in); None where the gradient of the weight is not wanted.
         want: of x, weight and bias.
         on_gpu: whether the kernels of the GPU take the weight.
+        how: no convolution.
     """
     rows = matrix(grad)
-    of_x = of_weight = masked = block = None
+    to_x = to_weight = masked = block = None
     if want[1]:
         assert x is not None
-        of_weight = rows.t().mm(matrix(x))
+        to_weight = of_weight(rows, x, how)
     if want[0]:
         if on_gpu and not torch.is_grad_enabled() and gpu.takes(rows):
-            masked = gpu.masked(weight, anchor, of_weight, mask, rows.dtype, taken=True)
+            masked = gpu.masked(weight, anchor, to_weight, mask, rows.dtype, taken=True)
         if masked is None:
             block = borrow(weight)
-            of_weight = None if of_weight is None else _as(weight, of_weight)
-            masked = drop_both(weight, anchor, of_weight, mask, block)
-        used, of_weight = masked
-        of_x = rows.mm(_as(rows, used))
+            to_weight = None if to_weight is None else _as(weight, to_weight)
+            masked = drop_both(weight, anchor, to_weight, mask, block)
+        used, to_weight = masked
+        to_x = of_input(rows, _as(rows, used), how)
         give_back(block)
         if grad.dim() > 2:
-            of_x = of_x.view(*grad.shape[:-1], weight.shape[1])
-    elif of_weight is not None:
-        of_weight = drop(of_weight, None, mask, weight.dtype)
-    return of_x, of_weight, rows.sum(0) if want[2] else None
+            to_x = to_x.view(*grad.shape[:-1], weight.shape[1])
+    elif to_weight is not None:
+        to_weight = drop(to_weight, None, mask, weight.dtype)
+    return to_x, to_weight, rows.sum(0) if want[2] else None
 
 
 def as_if_trained(used: Tensor) -> Tensor:
@@ -216,15 +240,8 @@ def _gradients_of_node(
 ) -> tuple[Tensor | None, ...]:
     law, layout, anchor, name, how = about
     rest = Mask(key, law, layout), anchor, name
-    if how == ROWS:
-        found = _gradients(grad, x, weight, kept, version, rest, want)
-    else:
-        if kept is None or torch.is_grad_enabled():
-            check_unmodified(name, weight, version)
-            kept = drop(weight, anchor, rest[0], grad.dtype)
-        found = other_gradients(grad, x, kept, how, want)
-        if found[1] is not None:
-            found = found[0], drop(found[1], None, rest[0], weight.dtype), found[2]
+    of_kind = _gradients_of_filters if len(how) == 4 else _gradients
+    found = of_kind(grad, x, weight, kept, version, rest, want, how)  # type: ignore[arg-type]
     loading.take_kernels()
     return found
 

@@ -26,7 +26,7 @@ from .extension import loading
 from .law import Law, Layout, Mask
 from .linear import gradients, product
 from .mask import drop
-from .other_products import matrix
+from .product import matrix
 
 _LAW = "Tensor key, Tensor thresholds, Tensor scales, Tensor row"
 

@@ -210,7 +210,7 @@ class Own(nn.Conv2d):
         nn.Conv2d(4, 6, 3, padding="same"),
         nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
         nn.ConvTranspose2d(4, 6, 3),
-        nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last),
+        nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
     ],
     ids=lambda layer: f"{type(layer).__name__}-{layer.padding}-{layer.padding_mode}",
 )

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from surgery import apply_dropconnect, set_p
 from surgery.ops import Law, draw_key, masked_linear
 from surgery.ops.law import Layout
-from surgery.ops.other_products import ROWS
+from surgery.ops.product import ROWS
 
 from ..internals import extension_product, note_taken, without_extension
 

@@ -79,7 +79,7 @@ Tensor masked_product(const Tensor& x, const Tensor& weight, const Tensor& bias,
   return out;
 }
 
-/// `How` of other_products.py.
+/// `How` of product.py.
 How how_of(PyObject* given) {
   How how;
   const Py_ssize_t size = PyTuple_GET_SIZE(given);

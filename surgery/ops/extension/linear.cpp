@@ -1,7 +1,7 @@
 // Products with masked weights, without Python's part of the time: in eager training, and that of a Linear
 // in compiled graphs. And on a GPU the other samplings of a Linear in eager training.
 //
-// All of it is in Python again, to the bit, in linear.py, linear_operators.py, other_products.py,
+// All of it is in Python again, to the bit, in linear.py, linear_operators.py, product.py,
 // example_operators.py and gaussian_linear.py, and hands over to those where anything is out of the ordinary.
 #include <torch/csrc/autograd/python_variable.h>
 

@@ -31,7 +31,7 @@ product: Callable[..., Tensor | None] | None = None
 
 x: (..., in), or (examples, in, ...). weight: masked by element with a new key. bias: (out,), or None.
 about: law, layout and anchor of the mask, the weight's name, and how it is multiplied: see
-`other_products.How`. rank: see `draw_key`.
+`product.How`. rank: see `draw_key`.
 
 Returns what the plain forward returns, differentiable. None, and nothing is done, where Python has to
 do it: no gradients are recorded, tensors are more than dense values, a CUDA graph is captured, a kernel

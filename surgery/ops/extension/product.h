@@ -1,5 +1,5 @@
 // The product with a masked weight, and its gradients: see `product` and `gradients` of linear.py, and
-// other_products.py.
+// product.py.
 #pragma once
 
 #include "masks.h"
@@ -153,11 +153,11 @@ bool gradients_of_convolution(const Tensor& grad, const Tensor& x, const Weight&
   Tensor used = kept;
   if (!used.defined() && way.kernel) {
     used = at::empty_like(values, values.options().dtype(type));
-    run(*way.kernel, values, weight.anchor, Tensor(), used, Tensor(), mask);
+    if (want[0]) run(*way.kernel, values, weight.anchor, Tensor(), used, Tensor(), mask);  // else its shape is read
   } else if (!used.defined()) {
     memory.emplace(values);
     used = memory->used;
-    if (want[0]) run(way.drop, values, weight.anchor, Tensor(), used, mask);  // else its shape is read
+    if (want[0]) run(way.drop, values, weight.anchor, Tensor(), used, mask);
   }
   const std::vector<int64_t> none(how.stride.size(), 0);
   auto [of_x, of_weight, of_bias] = at::convolution_backward(

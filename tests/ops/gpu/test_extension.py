@@ -10,18 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from surgery.ops import (
     Law,
     Layout,
     draw_key,
+    drop_weight,
     example_linear,
     gaussian_linear,
     key_from_seed,
     masked_linear,
 )
 from surgery.ops.extension import loading
+from surgery.ops.product import COLUMNS, How
 
 from ...internals import without_extension
 from .pretended import Driver, pretended
@@ -155,6 +158,47 @@ def test_batches(shape: tuple[int, ...], dtype: torch.dtype, anchored: bool, dri
         return masked_linear(x, weight, bias, draw_key(CPU, 0), law, layout, anchor)
 
     assert check(driver, layer, x, weight, bias) == ["drop", "drop"]
+
+
+def plain_product(x: Tensor, used: Tensor, bias: Tensor, how: How) -> Tensor:
+    if how == COLUMNS:
+        return torch.addmm(bias, x, used)
+    stride, padding, dilation, groups = how
+    return F.conv2d(x, used, bias, stride, padding, dilation, groups)
+
+
+OTHERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], How]] = {
+    "columns": ((5, 16), (16, 8), COLUMNS),
+    "convolution": ((2, 4, 6, 5), (8, 2, 3, 3), ((2, 1), (1, 0), (1, 1), 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("anchored", [False, True])
+def test_batches_of_other_products(name: str, dtype: torch.dtype, anchored: bool, driver) -> None:
+    shape, of_weight, how = OTHERS[name]
+    x, weight = torch.randn(shape).to(dtype), torch.randn(of_weight).to(dtype).requires_grad_()
+    bias = torch.randn(8).to(dtype).requires_grad_()
+    anchor = torch.randn_like(weight) if anchored else None
+    law, layout = Law.of(0.3, CPU, dtype), Layout.elements(weight.numel())
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if loading.product is not None:
+            about = law, layout, anchor, "weight", how
+            found = loading.product(x, weight, bias, about, 0)
+            if found is not None:
+                return found
+        loading.note_product()
+        torch.manual_seed(3)
+        used = drop_weight(weight, draw_key(CPU, 0), law, layout, anchor)
+        return plain_product(x, used, bias, how)
+
+    both = ["drop"] if name == "columns" else ["drop", "drop"]
+    for leaf, backward in ((x.clone().requires_grad_(), both), (x, ["drop"])):
+        for _ in range(2):  # both passes the general way; then backward in Python
+            step(layer, leaf, weight, bias)
+        assert check(driver, layer, leaf, weight, bias) == ["drop", *backward]
 
 
 def layers(**options: Any) -> list[tuple[str, Callable[..., Tensor]]]:
