@@ -169,7 +169,7 @@ def note_kernels(patch: Patch, note: Callable[..., None]) -> None:
     def noted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args: (note(name, *args), kernel(*args))[1]
 
-    names = "drop example_product example_gradients excess sample"
+    names = "drop drop_shared example_product example_gradients excess sample"
     of_moments = "moments_of_entries moments_of_norm moments_of_softmax weighted_gram"
     for name in f"{names} {of_moments}".split():
         patch.setattr(native, name, noted(name, getattr(native, name)))
@@ -257,7 +257,7 @@ def compile_extension() -> bool:
 
 def without_extension(patch: Patch) -> None:
     """Python does its work, as where it is not compiled yet."""
-    for name in ("product", "example", "gaussian"):
+    for name in ("product", "mask", "example", "gaussian"):
         patch.setattr(loading, name, None)
     for name in ("note_product", "take_kernels"):
         patch.setattr(loading, name, lambda: None)

@@ -22,8 +22,8 @@ from .cpu import native
 from .cpu.build import NoCompiler
 from .cpu.workspace import Block, borrow, give_back
 from .formula import masked_formula, spread_indices
-from .hash import advance_key, key_tensor, mix_into
-from .law import Law, Mask
+from .hash import SEGMENT, advance_key, key_tensor, mix_into
+from .law import Law, Mask, steps
 from .switch import compile_enabled, give_up
 
 CHUNK = 1 << 18
@@ -63,6 +63,27 @@ def by_kernel(
         return None
     native.drop(weight, anchor, grad, used, grad, mask)
     return used, grad
+
+
+def shared_by_kernel(weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor | None:
+    """The masked weight where entries share a mask entry, by a kernel; None where there is none for
+    these tensors. Not for traced code.
+
+    Args:
+        weight, anchor: with the shape of the layout's view; the anchor may be None.
+    """
+    if gpu.is_there(weight):
+        return gpu.drop_shared(weight, anchor, mask)
+    if not native.takes(weight, anchor) or mask.layout.entries > SEGMENT:
+        return None
+    form = steps(mask.layout)
+    if form is None or not has_kernels("shared"):
+        return None
+    used = torch.empty_like(weight)
+    if type(used) is not Tensor:  # a mode makes tensors of its own
+        return None
+    native.drop_shared(weight, anchor, used, mask, form)
+    return used
 
 
 def has_kernels(name: str) -> bool:

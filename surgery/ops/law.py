@@ -58,6 +58,32 @@ class Layout:
         return cls(view, tuple(size if dim in own else 1 for dim, size in enumerate(view)))
 
 
+Steps = tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
+"""Sizes of four dimensions, and how far apart their mask entries are: 0 is shared along."""
+
+
+@functools.lru_cache(maxsize=4096)
+def steps(layout: Layout) -> Steps | None:
+    """A layout as the kernel takes it; None if too many of its dimensions take turns."""
+    merged: list[tuple[int, bool]] = []
+    for size, own in zip(layout.view, layout.mask):
+        if size == 1:
+            continue
+        is_own = own != 1
+        if merged and merged[-1][1] == is_own:
+            size *= merged.pop()[0]
+        merged.append((size, is_own))
+    if len(merged) > 4:
+        return None
+    merged = [(1, False)] * (4 - len(merged)) + merged
+    apart, entries = [], 1
+    for size, is_own in reversed(merged):
+        apart.append(entries if is_own else 0)
+        entries *= size if is_own else 1
+    (a, _), (b, _), (c, _), (d, _) = merged
+    return (a, b, c, d), (apart[3], apart[2], apart[1], apart[0])
+
+
 @dataclass(frozen=True)
 class Law:
     """The drop probability as two 0-d tensors, so that it can change without recompiling.

@@ -20,7 +20,8 @@ from ..torch_private.tensors import is_batch, is_batched, unviewed
 from ..torch_private.tracing import is_traced, is_transformed
 from . import gpu
 from .cpu.workspace import Block
-from .engine import by_formula, by_kernel
+from .engine import by_formula, by_kernel, shared_by_kernel
+from .extension import loading
 from .formula import masked_formula, spread_indices
 from .hash import SEGMENT, Key, advance_key, key_tensor
 from .law import Law, Layout, Mask
@@ -55,17 +56,36 @@ class _DropWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (grad,), mask = grads, ctx.mask
-        if mask.layout.is_elementwise and gpu.is_there(grad) and not torch.is_grad_enabled():
-            masked = gpu.masked(grad, None, None, mask, ctx.dtype)
-            if masked is not None:
-                return masked[0], None
-        return drop(grad, None, mask, ctx.dtype), None
+        return _gradient(grads[0], ctx.mask, ctx.dtype), None
+
+
+def _gradient(grad: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
+    """Of the weight, in its dtype, given that of the masked weight."""
+    if mask.layout.is_elementwise and gpu.is_there(grad) and not torch.is_grad_enabled():
+        masked = gpu.masked(grad, None, None, mask, dtype)
+        if masked is not None:
+            return masked[0]
+    return drop(grad, None, mask, dtype)
+
+
+def _gradient_of_node(grad: Tensor, rest: Rest) -> Tensor:
+    """The same for a node of the extension, whose masked weight has the dtype of the weight."""
+    found = _gradient(grad, rest[1], grad.dtype)
+    loading.take_kernels()
+    return found
+
+
+loading.use(mask=_gradient_of_node)
 
 
 def drop_eagerly(weight: Tensor, rest: Rest) -> Tensor:
     """`drop` in code that nothing follows: the masked weight, part of the graph of autograd if that is
     being recorded."""
+    if loading.mask is not None:
+        found: Tensor | None = loading.mask(weight, rest)
+        if found is not None:
+            return found
+    loading.note_product()
     if not torch.is_grad_enabled() or not weight.requires_grad:
         return _masked(weight, rest)
     used: Tensor = _DropWeight.apply(weight, rest)  # type: ignore[no-untyped-call]
@@ -106,7 +126,8 @@ def _evaluate(
     towards = None if anchor is None else anchor.reshape(view)
     if layout.is_elementwise:
         return _in_segments(flat, towards, mask).view(weight.shape)
-    used = None if is_batched(weight) else gpu.drop_shared(flat, towards, mask)
+    followed = is_traced() or is_batched(weight)
+    used = None if followed else shared_by_kernel(flat, towards, mask)
     return (by_formula(flat, towards, mask) if used is None else used).view(weight.shape)
 
 

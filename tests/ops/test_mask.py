@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.ops import Law, Layout, drop_weight, hash_bits, keep_mask, key_from_seed
 
-from ..internals import set_constant
+from ..internals import set_constant, without_extension
 
 KEY = key_from_seed(11)
 CPU = torch.device("cpu")
@@ -245,7 +245,10 @@ def test_keep_mask_is_row_major() -> None:
 
 @layouts
 @towards
-def test_backward_keeps_the_key_and_two_scalars(layout: Layout, anchored: bool) -> None:
+def test_backward_keeps_the_key_and_two_scalars(
+    layout: Layout, anchored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_extension(monkeypatch)  # whose node keeps numbers
     weight, anchor = pair(anchored, torch.float32)
     weight.requires_grad_()
     used = drop_weight(weight, KEY, law(0.5), layout, anchor)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...base.journal import Lock
 from ...torch_private.modes import dispatch_modes
 from ..hash import ROUND3, key_tensor
-from ..law import Mask
+from ..law import Mask, Steps
 from ..ordinary import is_ordinary
 from ..part import Rows
 from .build import NoCompiler, Source, load
@@ -40,14 +40,17 @@ Functions = Mapping[str, Sequence[Any]]
 
 _POINTER, _INT, _SIZE, _WORD = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
 _FLOAT = ctypes.c_float
+_SIZES = ctypes.POINTER(ctypes.c_int64)
 DROP_ARGUMENTS: list[Any] = [*[_POINTER] * 8, _SIZE, _WORD, _SIZE, _INT]
 """Of the functions that `DROP` in `kernels/drop.h` makes."""
 
 _FLOATS = ("float32", "float64", "bfloat16")
 _DROP = {f"drop_{name}": DROP_ARGUMENTS for name in _FLOATS}
 _DROP_ROWS = {f"drop_rows_{name}": [*DROP_ARGUMENTS[:-1], *[_SIZE] * 2, _INT] for name in _FLOATS}
+_DROP_SHARED = {f"drop_shared_{name}": [*[_POINTER] * 6, *[_SIZES] * 2, _INT] for name in _FLOATS}
 _SIGNATURES: dict[str, dict[str, list[Any]]] = {
     "masks": _DROP,
+    "shared": _DROP_SHARED,
     "example_masks": _DROP,
     "parts": _DROP_ROWS,
     "products": {
@@ -169,6 +172,23 @@ def drop(
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     threads = torch.get_num_threads()
     function(*addresses, start, (multiplier or 0) & 0xFFFFFFFF, some.numel(), threads)
+
+
+_Four = ctypes.c_int64 * 4
+
+
+def drop_shared(
+    weight: Tensor, anchor: Tensor | None, used: Tensor, mask: Mask, steps: Steps
+) -> None:
+    """Write `used`, the masked weight, where entries share a mask entry.
+
+    All tensors are dense and have one dtype and one number of entries. `steps`: the layout of the mask.
+    """
+    function = getattr(library("shared"), f"drop_shared_{NAMES[weight.dtype]}")
+    sizes, apart = (_Four(*numbers) for numbers in steps)
+    tensors = (weight, anchor, used, *_tensors_of(mask))
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    function(*addresses, sizes, apart, torch.get_num_threads())
 
 
 def drop_rows(

@@ -9,6 +9,7 @@
 #include "example.h"
 #include "gaussian.h"
 #include "operators.h"
+#include "weight.h"
 
 namespace {
 
@@ -97,11 +98,13 @@ PyObject* forget(PyObject*, PyObject*) {
   Py_RETURN_NONE;
 }
 
-/// otherwise(gradients_of, product, gradients, example, gaussian): who does what is out of the ordinary
+/// otherwise(gradients_of, product, gradients, example, gaussian, mask): who does what is out of the ordinary
 PyObject* otherwise(PyObject*, PyObject* args) {
   HANDLE_TH_ERRORS
   PyObject *eager = nullptr, *product = nullptr, *gradients = nullptr, *example = nullptr, *gaussian = nullptr;
-  if (!PyArg_ParseTuple(args, "OOOOO", &eager, &product, &gradients, &example, &gaussian)) return nullptr;
+  PyObject* mask = nullptr;
+  if (!PyArg_ParseTuple(args, "OOOOOO", &eager, &product, &gradients, &example, &gaussian, &mask)) return nullptr;
+  Py_XSETREF(weight_gradient_of, Py_NewRef(mask));
   Py_XSETREF(example_gradients_of, Py_NewRef(example));
   Py_XSETREF(gaussian_gradients_of, Py_NewRef(gaussian));
   Py_XSETREF(gradients_of, Py_NewRef(eager));
@@ -124,6 +127,7 @@ PyCFunction fast(Fast function) { return reinterpret_cast<PyCFunction>(reinterpr
 
 PyMethodDef methods[] = {
     {"product", fast(masked), METH_FASTCALL, nullptr},
+    {"mask", fast(mask_weight), METH_FASTCALL, nullptr},
     {"example", fast(example), METH_FASTCALL, nullptr},
     {"gaussian", fast(gaussian), METH_FASTCALL, nullptr},
     {"use_plan", use_plan, METH_VARARGS, nullptr},

@@ -38,6 +38,9 @@ do it: no gradients are recorded, tensors are more than dense values, a CUDA gra
 has not been launched by Python before.
 """
 
+mask: Callable[..., Tensor | None] | None = None
+"""The masked weight alone, in the same way: `mask(weight, (anchor, mask, dtype))` of `ops/mask.py`."""
+
 example: Callable[..., Tensor | None] | None = None
 gaussian: Callable[..., Tensor | None] | None = None
 """The same for other samplings, on a GPU. None until it is loaded, and where there is no driver.
@@ -83,8 +86,8 @@ def source() -> Source:
 
 
 def use(**functions: Callable[..., Any]) -> None:
-    """Say who does what the extension leaves to Python: `eager`, `example`, `gaussian`, the gradients
-    of nodes; `product` and `gradients`, what the operators of a graph do."""
+    """Say who does what the extension leaves to Python: `eager`, `example`, `gaussian`, `mask`, the
+    gradients of nodes; `product` and `gradients`, what the operators of a graph do."""
     _in_python.update(functions)
 
 
@@ -116,7 +119,7 @@ def compile_now() -> bool:
 def take_kernels() -> None:
     """Let the extension know the kernels that are there by now. Python calls it after whatever the
     extension has left to it, since a kernel of a GPU is compiled when Python launches it."""
-    global product, example, gaussian, masks_taken
+    global product, mask, example, gaussian, masks_taken
     if _module is None:
         return
     if product is None:
@@ -131,7 +134,7 @@ def take_kernels() -> None:
         if driver is not None:
             _module.use_driver(*driver)
             example, gaussian, repeated.wanted = _module.example, _module.gaussian, True
-        product = _module.product
+        product, mask = _module.product, _module.mask
     if len(mask_kernel.made) > masks_taken and not is_capturing():
         for known in tuple(mask_kernel.made)[masks_taken:]:
             _take_mask(known, mask_kernel.made[known])
@@ -179,7 +182,7 @@ def _opened(library: Path) -> Any:
 def _install(module: Any) -> None:
     global _module
     if module is not None and _module is None:
-        names = "eager", "product", "gradients", "example", "gaussian"
+        names = "eager", "product", "gradients", "example", "gaussian", "mask"
         module.otherwise(*(_in_python[name] for name in names))
         _module = module
 

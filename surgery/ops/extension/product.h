@@ -47,7 +47,7 @@ struct Weight {
   const Tensor &values, &anchor;
 
   bool is_taken() const {
-    if (values.dim() < 2 || values.numel() < 2 || !values.is_contiguous()) return false;
+    if (values.numel() < 2 || !values.is_contiguous()) return false;
     if (!is_plain(values)) return false;
     if (!anchor.defined()) return true;
     return is_plain(anchor) && anchor.is_contiguous() && anchor.device() == values.device() &&

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ...torch_private.gpu import current_device
 from ..hash import SEGMENT, on_host, words
-from ..law import Layout, Mask
+from ..law import Mask, steps
 from .launch import Kernel, form, takes
 
 BLOCK = 1024
@@ -111,32 +110,6 @@ def kinds_of(known: Any) -> tuple[Any, Any, Any, Any, bool] | None:
 def parameters(anchor: bool, grad: bool) -> tuple[int, ...]:
     """The sizes of what `mask_kernel` is given without its constants: addresses, and seven numbers."""
     return (8,) * (6 + anchor + 2 * grad) + (4,) * 7
-
-
-Steps = tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
-"""Sizes of four dimensions, and how far apart their mask entries are: 0 is shared along."""
-
-
-@functools.lru_cache(maxsize=4096)
-def steps(layout: Layout) -> Steps | None:
-    """A layout as the kernel takes it; None if too many of its dimensions take turns."""
-    merged: list[tuple[int, bool]] = []
-    for size, own in zip(layout.view, layout.mask):
-        if size == 1:
-            continue
-        is_own = own != 1
-        if merged and merged[-1][1] == is_own:
-            size *= merged.pop()[0]
-        merged.append((size, is_own))
-    if len(merged) > 4:
-        return None
-    merged = [(1, False)] * (4 - len(merged)) + merged
-    apart, entries = [], 1
-    for size, is_own in reversed(merged):
-        apart.append(entries if is_own else 0)
-        entries *= size if is_own else 1
-    (a, _), (b, _), (c, _), (d, _) = merged
-    return (a, b, c, d), (apart[3], apart[2], apart[1], apart[0])
 
 
 def drop_shared(weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor | None:

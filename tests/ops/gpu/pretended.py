@@ -134,7 +134,7 @@ def pretended(patch: pytest.MonkeyPatch) -> Iterator[Driver]:
     patch.setattr(loading, "masks_taken", 0)
     patch.setattr(launch.repeated, "wanted", True)
     launch.repeated.forget()
-    for name in ("product", "example", "gaussian"):
+    for name in ("product", "mask", "example", "gaussian"):
         patch.setattr(loading, name, getattr(module, name))
     for name, function in _TAKING.items():
         patch.setattr(loading, name, function)

@@ -1,0 +1,105 @@
+"""The masked weight by itself, as a node of the extension, against Python's: the same bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgery import apply_dropconnect
+from surgery.ops import Law, Layout, drop_weight, key_from_seed
+
+from ..internals import taken_by_extension, without_extension
+
+pytestmark = pytest.mark.compiler
+
+KEY = key_from_seed(7)
+
+
+@pytest.fixture(autouse=True)
+def taken(extension: bool, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    assert extension
+    return taken_by_extension(monkeypatch, "mask")
+
+
+def dropped(weight: Tensor, anchor: Tensor | None = None, **options: Any) -> Tensor:
+    law, layout = Law.of(0.4, weight.device, weight.dtype), Layout.elements(weight.numel())
+    return drop_weight(weight, KEY, law, layout, anchor, **options)
+
+
+def by_python(function: Any, *args: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        without_extension(patch)
+        return function(*args)
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("shape", [(2,), (5, 7), (3, 2, 4), (300, 70)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_bits(dtype: torch.dtype, shape: tuple[int, ...], anchored: bool, taken) -> None:
+    weight = torch.randn(shape).to(dtype).requires_grad_()
+    anchor = torch.randn(shape).to(dtype) if anchored else None
+
+    def step(*grads: Tensor) -> list[Tensor]:
+        used = dropped(weight, anchor)
+        found = [torch.autograd.grad(used, weight, g, retain_graph=True)[0] for g in grads]
+        return [used.detach(), *found]
+
+    grads = torch.randn(shape).to(dtype), torch.ones((), dtype=dtype).expand(shape)
+    found = step(*grads)
+    assert taken == [True]
+    assert all(map(torch.equal, found, by_python(step, *grads)))
+
+
+def test_derivatives_of_any_order(taken: list[bool]) -> None:
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(dropped, weight)
+    assert torch.autograd.gradgradcheck(dropped, weight)
+    assert taken[0]
+    used = dropped(weight)
+    grads = torch.randn(5, 3, 4, dtype=torch.float64)
+    (every,) = torch.autograd.grad(used, weight, grads, is_grads_batched=True, retain_graph=True)
+    for grad, found in zip(grads, every):
+        assert torch.equal(torch.autograd.grad(used, weight, grad, retain_graph=True)[0], found)
+
+
+def test_what_is_left_to_python(taken: list[bool]) -> None:
+    weight = torch.randn(4, 6, requires_grad=True)
+    dropped(weight.t())
+    dropped(weight[:, ::2])
+    dropped(weight.detach().half())
+    dropped(weight, dtype=torch.bfloat16)
+    dropped(torch.randn(1))
+    law = Law.of(0.4, weight.device, weight.dtype)
+    drop_weight(weight, KEY, law, Layout.shared((4, 6), (0,)))
+    with torch.inference_mode():
+        dropped(weight)
+    assert taken and True not in taken
+    with torch.no_grad():
+        assert not dropped(weight).requires_grad
+    assert taken[-1]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Embedding(9, 4), nn.MultiheadAttention(4, 2), nn.LSTMCell(4, 4), nn.GRU(4, 4)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_modules_train_alike(layer: nn.Module, taken: list[bool]) -> None:
+    apply_dropconnect(layer, "*", p=0.4)
+
+    def step() -> list[Any]:
+        torch.manual_seed(3)
+        x = torch.randint(9, (3, 4)) if isinstance(layer, nn.Embedding) else torch.randn(3, 4)
+        args = (x, x, x) if isinstance(layer, nn.MultiheadAttention) else (x,)
+        found = layer(*args)
+        output = found[0] if isinstance(found, tuple) else found
+        layer.zero_grad()
+        output.square().sum().backward()
+        return [output.detach(), *(one.grad for one in layer.parameters()), torch.rand(2)]
+
+    found = step()
+    assert True in taken or isinstance(layer, nn.GRU)  # its weights share memory: see `flat.py`
+    assert all(map(torch.equal, found, by_python(step)))
