@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import growth, layers, memory, models, paper, rounds, verbs
+from . import growth, host, layers, memory, models, paper, rounds, verbs
 from .conditions import busy, conditions, now, wait_for_quiet
 from .measure import FULL, QUICK, Settings, compile_extension
 from .plots import draw
@@ -30,6 +30,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "linear": layers.linear,
     "mixout": layers.mixout,
     "lstm": layers.lstm,
+    "host": host.host,
     "transformer": models.transformer,
     "trainer": models.fine_tuning,
     "kept": memory.kept,

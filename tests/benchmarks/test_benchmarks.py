@@ -23,6 +23,7 @@ IN_THIS_PROCESS = (
     "linear",
     "mixout",
     "lstm",
+    "host",
     "kept",
     "example",
     "gaussian",

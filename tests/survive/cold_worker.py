@@ -221,8 +221,10 @@ def check(case: Case) -> None:
     for index, (one, other) in enumerate(
         zip(compiled, life(again, again, lambda when: None), strict=True)
     ):
+        # Gradients of noise are as large as 700, and sums round in units of the largest.
+        atol = max(1e-6, 4 * 2**-24 * float(other.detach().abs().max()))
         torch.testing.assert_close(
-            one, other, rtol=1e-5, atol=1e-6, msg=lambda m, i=index: f"{i}: {m}"
+            one, other, rtol=1e-5, atol=atol, msg=lambda m, i=index: f"{i}: {m}"
         )
 
 
