@@ -97,12 +97,14 @@ _CONVOLVED = frozenset(cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Co
 def filters(module: Any) -> tuple[Any, ...] | None:
     """Stride, padding, dilation and groups, if `torch.convolution` with these is all that `convolved`
     does."""
-    padding = module.padding
-    if type(padding) is not tuple or module.padding_mode != "zeros" or module.transposed:
+    stride, padding, dilation = module.stride, module.padding, module.dilation
+    if not type(stride) is type(padding) is type(dilation) is tuple:
+        return None
+    if module.padding_mode != "zeros" or module.transposed:
         return None
     if type(module)._conv_forward not in _CONVOLVED:
         return None
-    return module.stride, padding, module.dilation, module.groups
+    return stride, padding, dilation, module.groups
 
 
 REPLICA = "_is_replica"

@@ -88,7 +88,7 @@ struct How {
     if (weight.dim() != 2 || x.dim() < 2 || x.size(-1) != weight.size(kind == ROWS ? 1 : 0)) return false;
     // `matmul` folds others in a way, and so rounds, that depends on what autograd follows.
     if (x.dim() > 2 && !x.is_contiguous()) return false;
-    return kind == ROWS || bias.defined();
+    return kind == ROWS || (bias.defined() && x.is_contiguous());
   }
 
   Tensor multiply(const Tensor& x, const Tensor& used, const Tensor& bias, bool trained) const {
