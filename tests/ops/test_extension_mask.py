@@ -104,3 +104,16 @@ def test_modules_train_alike(layer: nn.Module, taken: list[bool]) -> None:
     found = step()
     assert True in taken or isinstance(layer, nn.GRU)  # its weights share memory: see `flat.py`
     assert all(map(torch.equal, found, by_python(step)))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.Embedding(4, 4)], ids=repr
+)
+def test_compiled_autograd_is_told_what_to_do(layer: nn.Module) -> None:
+    model = apply_dropconnect(nn.Sequential(layer), "*", p=0.4)
+    x = torch.tensor([[1, 2]]) if isinstance(layer, nn.Embedding) else torch.randn(2, 4, 4)
+    loss = model(x).sum()
+    compiler = torch.compile(backend="eager")
+    refused = pytest.raises(NotImplementedError, match="set DROPCONNECT_COMPILE=0")
+    with torch._dynamo.compiled_autograd._enable(compiler), refused:
+        loss.backward()

@@ -45,8 +45,18 @@ struct Owned {
 
 using Wanted = std::array<bool, 3>;  // the gradients of x, weight and bias
 
+/// A node that compiled autograd, which asks every node for all that it has, is told to leave alone: a key
+/// is another number at each step.
+struct Opaque : Node {
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, name(), ": compiled autograd cannot read this node of DropConnect; set DROPCONNECT_COMPILE=0, ",
+        "and Python makes the nodes");
+  }
+};
+
 /// A node that keeps one or two tensors for a single backward.
-struct Keeping : Node {
+struct Keeping : Opaque {
   SavedVariable first, second;
   Tensor anchor;
   bool freed = false;

@@ -24,7 +24,7 @@ Tensor masked_values(const Tensor& values, const Tensor& anchor, ScalarType to, 
 }
 
 /// Keeps the key. Any number of backward passes may go through it.
-struct MaskedWeight : Node {
+struct MaskedWeight : Opaque {
   Mask mask{};
   ScalarType type = at::kFloat;
   Owned about;  // anchor, mask, ... as Python gave them

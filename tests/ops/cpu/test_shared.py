@@ -43,19 +43,6 @@ def test_bits(view, own, dtype: torch.dtype, kernel_calls: list[str], switch_ker
             assert kernel_calls == ["drop_shared"]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 7])
-def test_threads(threads: int, switch_kernels) -> None:
-    weight, layout = torch.randn(97, 1031), Layout.shared((97, 1031), (1,))
-    law, key = Law.of(0.3, weight.device, weight.dtype), key_from_seed(3)
-    expected = drop_weight(weight, key, law, layout)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert torch.equal(drop_weight(weight, key, law, layout), expected)
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_a_gradient_of_other_strides() -> None:
     weight = torch.randn(6, 5, requires_grad=True)
     law, layout = Law.of(0.4, weight.device, weight.dtype), Layout.shared((6, 5), (0,))

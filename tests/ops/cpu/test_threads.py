@@ -11,7 +11,7 @@ from torch import Tensor
 from surgery.ops import Law, Layout, key_from_seed
 from surgery.ops.cpu import native
 from surgery.ops.hash import multipliers
-from surgery.ops.law import Mask
+from surgery.ops.law import Mask, steps
 from surgery.ops.part import Rows
 
 from ...internals import kernel_functions
@@ -49,6 +49,17 @@ def drops_of_rows(dtype: torch.dtype) -> Iterator[Tensor]:
     whole = mask(ROWS * 1000, dtype)
     native.drop_rows(weight, anchor, grad, used, left, whole, Rows(300, 400, 1000))
     yield from (used, left)
+
+
+def drops_of_shared(dtype: torch.dtype) -> Iterator[Tensor]:
+    weight, towards = torch.randn(2, ROWS, 1031).to(dtype)
+    for own, anchor in (((0,), None), ((1,), towards), ((), towards)):
+        layout = Layout.shared((ROWS, 1031), own)
+        used, form = torch.empty_like(weight), steps(layout)
+        assert form is not None
+        law = Law.of(0.3, weight.device, dtype)
+        native.drop_shared(weight, anchor, used, Mask(KEY, law, layout), form)
+        yield used
 
 
 def tensors_of_products() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,6 +129,7 @@ for dtype, name in native.NAMES.items():
     KERNELS[f"masks.drop_{name}"] = lambda dtype=dtype: drops(dtype, None)
     KERNELS[f"example_masks.drop_{name}"] = lambda dtype=dtype: drops(dtype, 12345)
     KERNELS[f"parts.drop_rows_{name}"] = lambda dtype=dtype: drops_of_rows(dtype)
+    KERNELS[f"shared.drop_shared_{name}"] = lambda dtype=dtype: drops_of_shared(dtype)
 
 
 def test_these_are_all_kernels() -> None:
