@@ -24,6 +24,7 @@ from ..ops.linear_operators import has_operators, linear_in_graph
 from ..ops.mask import drop_in_graph
 from ..ops.ordinary import is_dense
 from ..ops.product import ROWS
+from ..ops.switch import compile_enabled
 from ..torch_private.compiler import is_exporting, look_in_trace, object_of
 from ..torch_private.tracing import is_scripted, is_traced, is_transformed
 from .masking import Operand, check_anchor
@@ -65,7 +66,7 @@ def fused_forward(module: Any, x: Any) -> Tensor | None:
             state.sampling, module, x, Operand(raw, state, anchor), bias
         )
         return product
-    if loading.product is not None and type(state) is SiteState:
+    if loading.product is not None and type(state) is SiteState and compile_enabled("cpu"):
         how: Any = ROWS if state.is_linear else state.product.how(module)  # type: ignore[union-attr, misc]
         if how is None:
             return None

@@ -36,6 +36,7 @@ from .part_mask import (
     sharded_as,
     traced_part,
 )
+from .switch import compile_enabled
 
 Rest = tuple[Tensor | None, Mask, torch.dtype | None]
 """Anchor, mask, and the dtype of the result: one argument of an autograd Function, as each costs time
@@ -81,7 +82,7 @@ loading.use(mask=_gradient_of_node)
 def drop_eagerly(weight: Tensor, rest: Rest) -> Tensor:
     """`drop` in code that nothing follows: the masked weight, part of the graph of autograd if that is
     being recorded."""
-    if loading.mask is not None:
+    if loading.mask is not None and compile_enabled("cpu"):
         found: Tensor | None = loading.mask(weight, rest)
         if found is not None:
             return found

@@ -117,3 +117,16 @@ def test_compiled_autograd_is_told_what_to_do(layer: nn.Module) -> None:
     refused = pytest.raises(NotImplementedError, match="set DROPCONNECT_COMPILE=0")
     with torch._dynamo.compiled_autograd._enable(compiler), refused:
         loss.backward()
+
+
+def test_it_is_off_where_kernels_are(taken: list[bool], switch_kernels) -> None:
+    weight = torch.randn(4, 6, requires_grad=True)
+    layer = apply_dropconnect(nn.Linear(6, 4), nn.Linear, p=0.4)
+    switch_kernels(False)
+    node = dropped(weight).grad_fn
+    assert type(node).__name__ == "_DropWeightBackward"
+    assert type(layer(torch.randn(2, 6)).grad_fn).__name__ == "_MaskedLinearBackward"
+    assert not taken
+    switch_kernels(True)
+    assert node.name() != dropped(weight).grad_fn.name()
+    assert taken == [True]
