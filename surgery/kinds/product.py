@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class Product:
     """Dimension of the features in `x` and in `u`, counted from the end."""
     columns: bool = False
     """Whether the weight is stored in x out, as transformers' Conv1D does."""
-    how: Callable[[Any], How | None] | None = None
+    how: Callable[[Any], How | None] | None = field(default=None, compare=False)
     """`how(module)`: how `surgery.ops.extension` computes what the forward of a module does. None, also
     as a result, where it does not know that."""
 

@@ -142,8 +142,10 @@ class SiteState(HasLaw):
     def _is_fusible(self) -> tuple[bool, bool]:
         layout = self.layout
         in_one = layout.is_elementwise and layout.entries <= SEGMENT
-        fusible = self.product is not None and self.product.how is not None and in_one
-        return fusible, fusible and self.product == LINEAR_PRODUCT
+        if self.product is None or not in_one:
+            return False, False
+        is_linear = self.product == LINEAR_PRODUCT  # which old pickles have without `how`
+        return is_linear or self.product.how is not None, is_linear
 
     @property
     def config(self) -> DropConnectConfig:

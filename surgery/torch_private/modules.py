@@ -102,7 +102,7 @@ def filters(module: Any) -> tuple[Any, ...] | None:
         return None
     if module.padding_mode != "zeros" or module.transposed:
         return None
-    if type(module)._conv_forward not in _CONVOLVED:
+    if getattr(module._conv_forward, "__func__", None) not in _CONVOLVED:  # overridden or replaced
         return None
     return stride, padding, dilation, module.groups
 
