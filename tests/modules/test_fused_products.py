@@ -219,7 +219,7 @@ def patched(layer: nn.Conv2d) -> nn.Conv2d:
     def around(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
 
-    layer._conv_forward = around
+    layer._conv_forward = around  # type: ignore[assignment]
     return layer
 
 
