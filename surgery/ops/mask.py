@@ -86,9 +86,9 @@ def drop_eagerly(weight: Tensor, rest: Rest) -> Tensor:
         found: Tensor | None = loading.mask(weight, rest)
         if found is not None:
             return found
-    loading.note_product()
     if not torch.is_grad_enabled() or not weight.requires_grad:
         return _masked(weight, rest)
+    loading.note_product()
     used: Tensor = _DropWeight.apply(weight, rest)  # type: ignore[no-untyped-call]
     return used
 

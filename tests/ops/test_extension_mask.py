@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from surgery import apply_dropconnect
 from surgery.ops import Law, Layout, drop_weight, key_from_seed
+from surgery.ops.hash import SEGMENT
+from surgery.ops.law import Mask
 
-from ..internals import taken_by_extension, without_extension
+from ..internals import extension_module, taken_by_extension, without_extension
 
 pytestmark = pytest.mark.compiler
 
@@ -63,6 +65,16 @@ def test_derivatives_of_any_order(taken: list[bool]) -> None:
     (every,) = torch.autograd.grad(used, weight, grads, is_grads_batched=True, retain_graph=True)
     for grad, found in zip(grads, every):
         assert torch.equal(torch.autograd.grad(used, weight, grad, retain_graph=True)[0], found)
+
+
+def test_weights_of_more_than_one_key() -> None:
+    """Their parts have keys of their own. Nothing is written to the memory, so none is taken."""
+    law = Law.of(0.4, torch.device("cpu"), torch.bfloat16)
+    for entries in (SEGMENT + 2, 12):
+        mask = Mask(KEY, law, Layout.elements(entries))
+        weight = torch.empty(entries, dtype=torch.bfloat16)
+        found = extension_module().mask(weight, (None, mask, None))
+        assert (found is None) == (entries > SEGMENT)
 
 
 def test_what_is_left_to_python(taken: list[bool]) -> None:

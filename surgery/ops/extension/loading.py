@@ -92,7 +92,8 @@ def use(**functions: Callable[..., Any]) -> None:
 
 
 def note_product() -> None:
-    """Count a product that Python has computed, and take the extension into use if it is there by now.
+    """Count a product, or a masked weight of a training, that Python has computed, and take the
+    extension into use if it is there by now.
 
     The first one looks in the cache. It is compiled in the background after `PATIENCE` of them.
     """

@@ -48,13 +48,15 @@ struct MaskedWeight : Opaque {
   }
 };
 
-/// Whether every entry has its own mask entry, in the order of memory.
+constexpr int64_t SEGMENT = int64_t{1} << 30;  // of hash.py: beyond it, parts have keys of their own
+
+/// Whether every entry has its own mask entry, in the order of memory, by one key.
 bool is_by_element(PyObject* layout, int64_t entries) {
   static PyObject* names[] = {PyUnicode_InternFromString("is_elementwise"), PyUnicode_InternFromString("entries")};
   THPObjectPtr elementwise(PyObject_GetAttr(layout, names[0]));
   THPObjectPtr count(PyObject_GetAttr(layout, names[1]));
   if (!elementwise || !count) throw python_error();
-  return elementwise.get() == Py_True && PyLong_AsLongLong(count.get()) == entries;
+  return elementwise.get() == Py_True && PyLong_AsLongLong(count.get()) == entries && entries <= SEGMENT;
 }
 
 /// mask(weight, (anchor, mask, dtype)) -> Tensor or None
