@@ -69,6 +69,10 @@ class Kind:
     children (`out_proj.weight`), but not what these read when they are called. They need not exist.
     None if that is not known: then the source of the forward tells."""
 
+    rests: Callable[[type[nn.Module]], bool] = lambda cls: False
+    """Whether the forward of a plain class reads none of `reads` while the module is training: then it only
+    calls its children."""
+
     varies: Callable[[type[nn.Module], str], bool] = lambda cls, name: False
     """From (plain class of a module, name of a parameter relative to it, as in `reads`): whether
     moments travel through the functions that its forward gives the parameter to, though it is no
@@ -126,7 +130,12 @@ _kind_of_class: PerObject[type[nn.Module], Kind | None] = PerObject()
 
 def kind_of(module: nn.Module) -> Kind:
     """The kind of a module; `OTHER` if none was registered for its class."""
-    return _kind_of_class.get(type(module), _registered) or OTHER
+    return kind_of_class(type(module))
+
+
+def kind_of_class(cls: type[nn.Module]) -> Kind:
+    """The same for a class, plain or not."""
+    return _kind_of_class.get(cls, _registered) or OTHER
 
 
 def _registered(cls: type[nn.Module]) -> Kind | None:
@@ -150,18 +159,23 @@ def follows_weight(unit: Unit) -> bool:
 
 
 def reads_of(*known: type[nn.Module], names: Sequence[str]) -> ReadsOf:
-    """For `Kind.reads`: `names` for the classes in `known` while they have the forward that they have
-    now, and for subclasses that add nothing which it could use: no methods or properties but
-    `__init__`."""
+    """For `Kind.reads`: `names` for the classes that `computes_as` takes."""
+    knows = computes_as(*known)
+    return lambda cls, module: names if knows(cls) else None
+
+
+def computes_as(*known: type[nn.Module]) -> Callable[[type[nn.Module]], bool]:
+    """Whether a class is one in `known`, while that has the forward that it has now, or a subclass that
+    adds nothing which its forward could use: no methods or properties but `__init__`."""
     forwards = [(one, one.forward) for one in known]
 
-    def of(cls: type[nn.Module], module: nn.Module) -> Sequence[str] | None:
-        for one, forward in forwards:
-            if cls.forward is forward and issubclass(cls, one) and not _adds_to(cls, one):
-                return names
-        return None
+    def knows(cls: type[nn.Module]) -> bool:
+        return any(
+            cls.forward is forward and issubclass(cls, one) and not _adds_to(cls, one)
+            for one, forward in forwards
+        )
 
-    return of
+    return knows
 
 
 def varies_in(*known: type[nn.Module], names: Callable[[str], bool]) -> Callable[..., bool]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..torch_private.recurrent import names_of
-from .kind import OTHER, Axes, Kind, reads_of, register_kind, varies_in
+from .kind import OTHER, Axes, Kind, computes_as, reads_of, register_kind, varies_in
 from .product import LINEAR_PRODUCT, Product, conv_product, product_of
 
 
@@ -129,7 +129,8 @@ _ENCODER_LAYER_READS = (
     *(f"{child}.{name}" for child in ("linear1", "linear2") for name in ("weight", "bias")),
     *(f"{child}.{name}" for child in ("norm1", "norm2") for name in ("weight", "bias")),
 )
-"""In `eval()` one kernel computes the whole layer from the weights of the children."""
+"""In `eval()` one kernel computes the whole layer from the weights of the children. In training none of them
+is read."""
 
 _ENCODER_LAYER_VARIES = tuple(one for one in _ENCODER_LAYER_READS if not one.startswith("norm"))
 """Those of products."""
@@ -205,6 +206,7 @@ for _kind in (
     OTHER.but(
         classes=(nn.TransformerEncoderLayer,),
         reads=reads_of(nn.TransformerEncoderLayer, names=_ENCODER_LAYER_READS),
+        rests=computes_as(nn.TransformerEncoderLayer),
         varies=varies_in(nn.TransformerEncoderLayer, names=_ENCODER_LAYER_VARIES.__contains__),
     ),
     OTHER.but(

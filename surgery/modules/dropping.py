@@ -89,6 +89,8 @@ def _open(module: Any, opened: list[Open]) -> None:
     """Draw the masks of this forward call: of the module's own sites, and of those descendants whose
     weights its forward reads. A mask that a forward around this one has drawn stays."""
     _open_own(module, opened)
+    if module.training and module._dropconnect_rests:
+        return
     for child in drawn_children(module):
         weights = [getattr(child, state.raw) for state in child._dropconnect.values()]
         # Those that FSDP has sharded are gathered in the child's own forward, which draws.

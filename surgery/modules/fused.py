@@ -67,7 +67,7 @@ def fused_forward(module: Any, x: Any) -> Tensor | None:
         )
         return product
     if loading.product is not None and type(state) is SiteState and compile_enabled("cpu"):
-        how: Any = ROWS if state.is_linear else state.product.how(module)  # type: ignore[union-attr, misc]
+        how: Any = ROWS if state.is_linear else state.fused.how(module)  # type: ignore[union-attr, misc]
         if how is None:
             return None
         about = state.law, state.layout, anchor, state.name, how

@@ -78,6 +78,9 @@ class SiteState(HasLaw):
     """Which part of the weight this process has, if a mesh shares it (tensor parallelism)."""
     drawn_together = 0
     """How often the processes of a mesh have drawn a key for it together."""
+    in_training: Product | None = None
+    """How the module computes its pre-activation where `product` is None only because a module around it
+    reads the weight in `eval()`."""
     varies = False
     """Whether moments travel through the functions that read it, though it is of no product."""
     held: Any = None
@@ -93,6 +96,7 @@ class SiteState(HasLaw):
         site: str,
         product: Product | None = None,
         varies: bool = False,
+        in_training: Product | None = None,
     ) -> None:
         self.name = name
         self.site = site
@@ -124,6 +128,8 @@ class SiteState(HasLaw):
         """How the module computes its pre-activation, if that is a product and this its weight."""
         if varies:
             self.varies = True
+        if in_training is not None:
+            self.in_training = in_training
         self.fusible, self.is_linear = self._is_fusible()
         """Whether it is the weight of a product that `surgery.modules.fused` knows, masked by element
         and in one piece; and whether that is the product of a Linear."""
@@ -139,13 +145,18 @@ class SiteState(HasLaw):
         self.held_key: Tensor | None = None
         """Set while masks are held."""
 
+    @property
+    def fused(self) -> Product | None:
+        """The product that `surgery.modules.fused` may compute."""
+        return self.product or self.in_training
+
     def _is_fusible(self) -> tuple[bool, bool]:
-        layout = self.layout
+        layout, product = self.layout, self.fused
         in_one = layout.is_elementwise and layout.entries <= SEGMENT
-        if self.product is None or not in_one:
+        if product is None or not in_one:
             return False, False
-        is_linear = self.product == LINEAR_PRODUCT  # which old pickles have without `how`
-        return is_linear or self.product.how is not None, is_linear
+        is_linear = product == LINEAR_PRODUCT  # which old pickles have without `how`
+        return is_linear or product.how is not None, is_linear
 
     @property
     def config(self) -> DropConnectConfig:

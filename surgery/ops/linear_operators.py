@@ -14,7 +14,7 @@ there than what inductor makes of the formula.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +26,9 @@ from .extension import loading
 from .law import Law, Layout, Mask
 from .linear import gradients, product
 from .mask import drop
+from .once import differentiable_once
+from .operators import composite, operator
 from .product import matrix
-
-_LAW = "Tensor key, Tensor thresholds, Tensor scales, Tensor row"
-
-
-@torch.library.custom_op(
-    "surgery::masked_linear",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor weight, Tensor? bias, Tensor? anchor, {_LAW}) -> Tensor",
-)
-def _linear_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor | None, *law: Tensor
-) -> Tensor:
-    return _product(x, weight, bias, anchor, *law)
 
 
 def _product(
@@ -50,20 +39,8 @@ def _product(
         found = product(x, weight, bias, mask, anchor, weight.requires_grad)
     else:
         found = F.linear(x, drop(weight, anchor, mask, x.dtype), bias)
-    loading.take_kernels()
+    loading.note_product()
     return found
-
-
-@torch.library.custom_op(
-    "surgery::masked_linear_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor x, Tensor weight, Tensor? anchor, {_LAW}, bool[] want)"
-    " -> (Tensor, Tensor)",
-)
-def _gradients_op(grad: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    """The gradients of x and weight; empty where not wanted. That of the bias is left to the compiler,
-    which makes it part of something else."""
-    return _gradients(grad, *others)
 
 
 def _gradients(
@@ -80,7 +57,7 @@ def _gradients(
     mask = _mask_of(weight, key, thresholds, scales, row)
     on_gpu = gpu.is_there(weight) and gpu.reads(weight, anchor)
     found = gradients(grad, x, weight, mask, anchor, (*want, False), on_gpu)
-    loading.take_kernels()
+    loading.note_product()
     return tuple(grad.new_empty(0) if one is None else one for one in found[:2])
 
 
@@ -89,33 +66,57 @@ def _mask_of(weight: Tensor, key: Tensor, thresholds: Tensor, scales: Tensor, ro
     return Mask(key, law, Layout.elements(weight.numel()))
 
 
-@_linear_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+def _shape(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     return F.linear(x, weight.to(x.dtype), bias)
 
 
-@_gradients_op.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _shapes(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     of_x = grad.new_empty((*grad.shape[:-1], weight.shape[1]))
     found = of_x, torch.empty_like(weight)
     return tuple(one if wanted else grad.new_empty(0) for one, wanted in zip(found, rest[-1]))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, _, *rest = inputs
-    ctx.save_for_backward(x, weight, *rest)
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias"
+_LAW = "Tensor? anchor, Tensor key, Tensor thresholds, Tensor scales, Tensor row"
+
+_linear_op = operator(f"masked_linear({_INPUTS}, {_LAW}) -> Tensor", _product, _shape)
+_gradients_op = operator(
+    f"masked_linear_backward(Tensor grad, Tensor x, Tensor weight, {_LAW}, bool[] want)"
+    " -> (Tensor, Tensor)",
+    _gradients,
+    _shapes,
+)
+"""The gradients of x and weight; empty where not wanted. That of the bias is left to the compiler, which
+makes it part of something else."""
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *want, of_bias = ctx.needs_input_grad[:3]
-    found: tuple[Tensor | None, ...] = (None, None)
-    if any(want):
-        both = _gradients_op(grad, *ctx.saved_tensors, want)
-        found = tuple(one if wanted else None for one, wanted in zip(both, want))
-    return *found, matrix(grad).sum(0) if of_bias else None, *(None,) * 5
+class _LinearInGraph(torch.autograd.Function):
+    """`_linear_op`, differentiable once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, *rest)
+        return cast(Tensor, _linear_op(x, weight, bias, *rest))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,), (*want, of_bias) = grads, ctx.needs_input_grad[:3]
+        found: tuple[Tensor | None, ...] = (None, None)
+        if any(want):
+            both = _gradients_op(grad, *ctx.saved_tensors, want)
+            given = tuple(one if wanted else None for one, wanted in zip(both, want))
+            found = differentiable_once(_PRODUCT, given, (grad, *ctx.saved_tensors[:2]))
+        return *found, matrix(grad).sum(0) if of_bias else None, *(None,) * 5
 
 
-_linear_op.register_autograd(_backward, setup_context=_keep)
+_PRODUCT = "a Linear in a compiled graph"
+
+
+def _trained(*args: Tensor | None) -> Tensor:
+    return cast(Tensor, _LinearInGraph.apply(*args))  # type: ignore[no-untyped-call]
+
 
 loading.use(product=_product, gradients=_gradients)
 
@@ -127,7 +128,7 @@ def has_operators(kind: str) -> bool:
     return kind == "cpu" or (kind == "cuda" and loading.on_the_gpu())
 
 
-linear_in_graph: Any = torch.ops.surgery.masked_linear.default
+linear_in_graph = composite(f"trained_linear({_INPUTS}, {_LAW}) -> Tensor", _trained)
 """`F.linear` with a masked weight, for a trace.
 
     linear_in_graph(x, weight, bias, anchor, key, thresholds, scales, row)

@@ -7,7 +7,7 @@ weight and also mask a gradient. What they compute is defined in `formula.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,7 @@ from .extension import loading
 from .formula import masked_formula, spread_indices
 from .hash import SEGMENT, Key, advance_key, key_tensor
 from .law import Law, Layout, Mask
+from .operators import composite, operator
 from .ordinary import is_ordinary_there
 from .part_mask import (
     drop_part,
@@ -146,33 +147,46 @@ def _in_segments(weight: Tensor, anchor: Tensor | None, mask: Mask) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-@torch.library.custom_op(
-    "surgery::drop",
-    mutates_args=(),
-    schema="(Tensor weight, Tensor? anchor, Tensor key, Tensor threshold, Tensor scale) -> Tensor",
-)
-def _drop_op(
+def _shape(weight: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+_LAW = "Tensor weight, Tensor? anchor, Tensor key, Tensor threshold, Tensor scale"
+
+
+def _drop_by_kernel(
     weight: Tensor, anchor: Tensor | None, key: Tensor, threshold: Tensor, scale: Tensor
 ) -> Tensor:
-    """The formula by element as one operation of a compiled graph."""
+    loading.note_product()
     mask = Mask(key, Law(threshold, scale), Layout.elements(weight.numel()))
     return unviewed(_evaluate(weight, anchor, mask))
 
 
-@_drop_op.register_fake
-def _(weight: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+_drop_op = operator(f"drop({_LAW}) -> Tensor", _drop_by_kernel, _shape)
+"""The formula by element as one operation of a compiled graph; contiguous. `extension/operators.h` has it
+in C++."""
+
+loading.use(drop=_drop_by_kernel)
 
 
-def _keep_law(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[2:])
+class _DropInGraph(torch.autograd.Function):
+    """`_drop_op`, differentiable any number of times."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, anchor: Tensor | None, *law: Tensor) -> Tensor:
+        ctx.save_for_backward(*law)
+        return cast(Tensor, _drop_op(weight, anchor, *law))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _trained_op(grads[0], None, *ctx.saved_tensors), *(None,) * 4
 
 
-def _drop_op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _drop_op(grad, None, *ctx.saved_tensors), None, None, None, None
+def _trained(*args: Tensor | None) -> Tensor:
+    return cast(Tensor, _DropInGraph.apply(*args))  # type: ignore[no-untyped-call]
 
 
-_drop_op.register_autograd(_drop_op_backward, setup_context=_keep_law)
+_trained_op = composite(f"trained_weight({_LAW}) -> Tensor", _trained)
 
 
 def _as_operator(
@@ -183,17 +197,6 @@ def _as_operator(
     given = weight if dtype in (None, weight.dtype) else weight.to(law.scale.dtype)
     used: Tensor = _drop_op(given, anchor, key, law.threshold, law.scale)
     return used if dtype is None else used.to(dtype)
-
-
-_library = torch.library.Library("surgery", "FRAGMENT")
-"""Operators that are made of others: dynamo, which takes a millisecond for each step of a formula, sees
-one, and what compiles the graph sees the steps."""
-
-
-def _composite(schema: str, formula: Callable[..., Tensor]) -> Any:
-    name = _library.define(schema, tags=())
-    _library.impl(name, formula, "CompositeImplicitAutograd")
-    return getattr(torch.ops.surgery, name).default
 
 
 def _indices_for(like: Tensor, entries: int) -> Tensor:
@@ -217,10 +220,9 @@ def _by_view(
     return masked_formula(*args).view(weight.shape)
 
 
-_indices_op = _composite("spread_indices(Tensor like, int entries) -> Tensor", _indices_for)
-_formula_op = _composite(
-    "drop_by_formula(Tensor weight, Tensor? anchor, Tensor key, Tensor threshold, Tensor scale,"
-    " SymInt[] view, SymInt[] mask, Tensor indices) -> Tensor",
+_indices_op = composite("spread_indices(Tensor like, int entries) -> Tensor", _indices_for)
+_formula_op = composite(
+    f"drop_by_formula({_LAW}, SymInt[] view, SymInt[] mask, Tensor indices) -> Tensor",
     _by_view,
 )
 
@@ -248,7 +250,7 @@ def drop_in_graph(
     if layout.part is not None:
         anchor = local_anchor(anchor, layout.part)
     args: tuple[Any, ...] = (weight, anchor, key, threshold, scale)
-    compute: Any = _drop_op
+    compute: Any = _trained_op
     transformed = is_transformed()  # by `torch.func`, in the compiled code
     if layout.part is not None:
         compute, args = traced_part, (*args, part_places(layout, weight.device))

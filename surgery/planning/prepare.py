@@ -218,8 +218,8 @@ def _state(one: Candidate) -> SiteState:
     if follows_weight(user.config.unit):
         weights = (name for name in owner.parameters if owner.kind.bias(name) == user.name)
         follows = next(weights, None)
-    config, product, varies = user.config, one.product, one.varies
-    state = SiteState(user.name, one.kind, config, layout, follows, user.full, product, varies)
+    uses = one.product, one.varies, one.in_training
+    state = SiteState(user.name, one.kind, user.config, layout, follows, user.full, *uses)
     if is_sharded(one.parameter):
         state.part = part_of(one.parameter)
     return state

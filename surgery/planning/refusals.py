@@ -54,6 +54,16 @@ class Candidate(NamedTuple):
         assert user.parameter is not None
         return cls(user, user.parameter, drawers, kind, product, varies, catalogue, known)
 
+    @property
+    def in_training(self) -> Product | None:
+        """The product that its own module makes of it in training, if the modules around only read it
+        in `eval()`."""
+        owner = self.user.owner
+        rest = all(kind_of(module).rests(plain_class(module)) for module, _ in self.drawers)
+        if not self.drawers or owner.in_graph or self.user.name != "weight" or not rest:
+            return None
+        return owner.kind.product(owner.cls)
+
 
 def _varies(user: Choice, drawers: Sequence[tuple[nn.Module, str]]) -> bool:
     """`Kind.varies` of all whose forwards read a parameter."""

@@ -67,7 +67,8 @@ class Site:
 
     drawn_by: tuple[str, ...] = ()
     """Dotted names of the parent modules that read the weight themselves, so that the mask is drawn
-    when *their* forward is called. Empty for the usual case: the owner's own forward."""
+    when *their* forward is called: that of an `nn.TransformerEncoderLayer` only in `eval()`. Empty
+    for the usual case: the owner's own forward."""
 
     uses: tuple[Use, ...] = ()
     """Which operations use the weight, and which activation follows, if the model was looked at while

@@ -9,7 +9,6 @@
 #include "example.h"
 #include "gaussian.h"
 #include "operators.h"
-#include "weight.h"
 
 namespace {
 
@@ -98,12 +97,15 @@ PyObject* forget(PyObject*, PyObject*) {
   Py_RETURN_NONE;
 }
 
-/// otherwise(gradients_of, product, gradients, example, gaussian, mask): who does what is out of the ordinary
+/// otherwise(gradients_of, product, gradients, example, gaussian, mask, drop): who does what is out of the ordinary
 PyObject* otherwise(PyObject*, PyObject* args) {
   HANDLE_TH_ERRORS
   PyObject *eager = nullptr, *product = nullptr, *gradients = nullptr, *example = nullptr, *gaussian = nullptr;
-  PyObject* mask = nullptr;
-  if (!PyArg_ParseTuple(args, "OOOOOO", &eager, &product, &gradients, &example, &gaussian, &mask)) return nullptr;
+  PyObject *mask = nullptr, *drop = nullptr;
+  if (!PyArg_ParseTuple(args, "OOOOOOO", &eager, &product, &gradients, &example, &gaussian, &mask, &drop)) {
+    return nullptr;
+  }
+  Py_XSETREF(weight_in_python, Py_NewRef(drop));
   Py_XSETREF(weight_gradient_of, Py_NewRef(mask));
   Py_XSETREF(example_gradients_of, Py_NewRef(example));
   Py_XSETREF(gaussian_gradients_of, Py_NewRef(gaussian));

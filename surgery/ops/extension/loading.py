@@ -87,7 +87,7 @@ def source() -> Source:
 
 def use(**functions: Callable[..., Any]) -> None:
     """Say who does what the extension leaves to Python: `eager`, `example`, `gaussian`, `mask`, the
-    gradients of nodes; `product` and `gradients`, what the operators of a graph do."""
+    gradients of nodes; `product`, `gradients` and `drop`, what the operators of a graph do."""
     _in_python.update(functions)
 
 
@@ -183,7 +183,7 @@ def _opened(library: Path) -> Any:
 def _install(module: Any) -> None:
     global _module
     if module is not None and _module is None:
-        names = "eager", "product", "gradients", "example", "gaussian", "mask"
+        names = "eager", "product", "gradients", "example", "gaussian", "mask", "drop"
         module.otherwise(*(_in_python[name] for name in names))
         _module = module
 

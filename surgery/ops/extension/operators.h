@@ -1,28 +1,32 @@
 // In compiled graphs: what the operators of linear_operators.py do on the CPU and on NVIDIA's GPUs.
 #pragma once
 
-#include "product.h"
 #include "errors.h"
+#include "weight.h"
 
 #include <torch/library.h>
 
 namespace {
 
-PyObject *product_in_python = nullptr, *gradients_in_python = nullptr;
+PyObject *product_in_python = nullptr, *gradients_in_python = nullptr, *weight_in_python = nullptr;
 
 using Optional = std::optional<Tensor>;
 
 /// Key and law as a graph has them; false where they are not as expected.
+///
+/// row: undefined where they have one entry.
 bool read_tables(const Tensor& weight, const Tensor& key, const Tensor& thresholds,
                  const Tensor& scales, const Tensor& row, Mask& mask) {
   for (const Tensor* one : {&key, &thresholds, &scales, &row}) {
-    if (one->device() != weight.device() || !one->is_contiguous()) return false;
+    if (one->defined() && (one->device() != weight.device() || !one->is_contiguous())) return false;
   }
   const bool wide = weight.scalar_type() == at::kDouble;
-  if (key.scalar_type() != at::kInt || key.numel() != 2 || row.scalar_type() != at::kLong) return false;
+  if (key.scalar_type() != at::kInt || key.numel() != 2) return false;
+  if (row.defined() ? row.scalar_type() != at::kLong : thresholds.numel() != 1 || scales.numel() != 1) return false;
   const ScalarType of_scales = wide ? at::kDouble : at::kFloat;
   if (thresholds.scalar_type() != at::kInt || scales.scalar_type() != of_scales) return false;
   if (on_the_gpu(weight)) {
+    if (!row.defined()) return false;
     mask.key_at = key.data_ptr();
     mask.thresholds = thresholds.data_ptr();
     mask.scales = scales.data_ptr();
@@ -30,7 +34,7 @@ bool read_tables(const Tensor& weight, const Tensor& key, const Tensor& threshol
     return true;
   }
   for (int n = 0; n < 2; ++n) mask.key[n] = static_cast<uint32_t>(key.const_data_ptr<int32_t>()[n]);
-  const int64_t number = *row.const_data_ptr<int64_t>();
+  const int64_t number = row.defined() ? *row.const_data_ptr<int64_t>() : 0;
   mask.threshold = thresholds.const_data_ptr<int32_t>()[number];
   mask.scale = wide ? scales.const_data_ptr<double>()[number] : scales.const_data_ptr<float>()[number];
   return true;
@@ -96,7 +100,24 @@ std::tuple<Tensor, Tensor> gradients_operator(
   return {found[0], found[1]};
 }
 
+/// The masked weight. It is contiguous.
+Tensor weight_operator(const Tensor& weight, const Optional& anchor, const Tensor& key, const Tensor& threshold,
+                       const Tensor& scale) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const Tensor a = anchor.value_or(Tensor());
+  Mask mask{};
+  if (Weight{weight, a}.is_taken() && weight.numel() <= SEGMENT && !somebody_looks_on() &&
+      read_tables(weight, key, threshold, scale, {}, mask)) {
+    const Tensor used = masked_values(weight, a, weight.scalar_type(), mask);
+    if (used.defined()) return used;
+  }
+  pybind11::gil_scoped_acquire gil;
+  THPObjectPtr found(call(weight_in_python, {&weight, &a, &key, &threshold, &scale}, nullptr));
+  return THPVariable_Unpack(found.get());
+}
+
 TORCH_LIBRARY_IMPL(surgery, CPU, library) {
+  library.impl("drop", weight_operator);
   library.impl("masked_linear", linear_operator);
   library.impl("masked_linear_backward", gradients_operator);
 }
