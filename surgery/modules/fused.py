@@ -1,4 +1,4 @@
-"""The forward of a Linear, or of another product, whose weight is masked by element.
+"""The forward of a Linear, or of another product, whose weight is masked.
 
 These are the most common cases, and those in which the time of Python counts most. In eager training
 one node of autograd draws the mask, multiplies, and computes the gradients: that of `ops/extension`.
@@ -57,7 +57,7 @@ def fused_forward(module: Any, x: Any) -> Tensor | None:
         bias = module.bias
     anchor = None if state.anchor is None else getattr(module, state.anchor)
     if state.sampling != "batch":
-        if not state.is_linear:
+        if not state.by_element:
             return None
         if type(x) is not Tensor or is_traced():
             return None
@@ -98,7 +98,7 @@ def traced_forward(module: Any, x: Any) -> Tensor | None:
     if len(states) != 1 or type(x) is not Tensor or is_exporting():
         return None
     (state,) = states.values()
-    if not state.is_linear or state.sampling != "batch" or module._dropconnect_draws:
+    if not state.by_element or state.sampling != "batch" or module._dropconnect_draws:
         return None
     if state.held_key is not None or state.group is not None or state.part is not None:
         return None
@@ -139,7 +139,7 @@ def _note_now(reader: Any, state: SiteState, used: Any, version: int) -> None:
 
 
 def _asks_for_one_site(state: SiteState, own: dict[str, Any]) -> bool:
-    """Whether this call drops the weight of a product by element, and does nothing else. `own`: the
+    """Whether this call drops the weight of a product, and does nothing else. `own`: the
     `__dict__` of the module, which is faster to read than its attributes."""
     if not state.fusible or state.part is not None:
         return False

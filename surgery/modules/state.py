@@ -130,9 +130,9 @@ class SiteState(HasLaw):
             self.varies = True
         if in_training is not None:
             self.in_training = in_training
-        self.fusible, self.is_linear = self._is_fusible()
-        """Whether it is the weight of a product that `surgery.modules.fused` knows, masked by element
-        and in one piece; and whether that is the product of a Linear."""
+        self.fusible, self.is_linear, self.by_element = self._is_fusible()
+        """Whether it is the weight of a product that `surgery.modules.fused` knows, masked in one piece;
+        whether that is the product of a Linear; and whether it is and is masked by element."""
         self.with_weight = config.bias and "bias" in name
         """Whether this is a bias that is dropped with its weight."""
         self.settled = False
@@ -150,13 +150,13 @@ class SiteState(HasLaw):
         """The product that `surgery.modules.fused` may compute."""
         return self.product or self.in_training
 
-    def _is_fusible(self) -> tuple[bool, bool]:
+    def _is_fusible(self) -> tuple[bool, bool, bool]:
         layout, product = self.layout, self.fused
-        in_one = layout.is_elementwise and layout.entries <= SEGMENT
+        in_one = layout.part is None and layout.entries <= SEGMENT
         if product is None or not in_one:
-            return False, False
+            return False, False, False
         is_linear = product == LINEAR_PRODUCT  # which old pickles have without `how`
-        return is_linear or product.how is not None, is_linear
+        return is_linear or product.how is not None, is_linear, is_linear and layout.is_elementwise
 
     @property
     def config(self) -> DropConnectConfig:
@@ -175,7 +175,7 @@ class SiteState(HasLaw):
         if "draws" in state:  # the name that files from before the rooms have
             state["samples"] = state.pop("draws")
         self.__dict__.update(state)
-        self.fusible, self.is_linear = self._is_fusible()
+        self.fusible, self.is_linear, self.by_element = self._is_fusible()
         if self.law is not None:
             give_laws([(self, self.law.scale)])
 

@@ -64,7 +64,9 @@ Steps = tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
 
 @functools.lru_cache(maxsize=4096)
 def steps(layout: Layout) -> Steps | None:
-    """A layout as the kernel takes it; None if too many of its dimensions take turns."""
+    """A layout as the kernel takes it; None if too many of its dimensions take turns, or of a part."""
+    if layout.part is not None:
+        return None
     merged: list[tuple[int, bool]] = []
     for size, own in zip(layout.view, layout.mask):
         if size == 1:

@@ -24,7 +24,7 @@ from .engine import by_formula, by_kernel, shared_by_kernel
 from .extension import loading
 from .formula import masked_formula, spread_indices
 from .hash import SEGMENT, Key, advance_key, key_tensor
-from .law import Law, Layout, Mask
+from .law import Law, Layout, Mask, steps
 from .operators import composite, operator
 from .ordinary import is_ordinary_there
 from .part_mask import (
@@ -77,7 +77,7 @@ def _gradient_of_node(grad: Tensor, rest: Rest) -> Tensor:
     return found
 
 
-loading.use(mask=_gradient_of_node)
+loading.use(mask=_gradient_of_node, steps=steps)
 
 
 def drop_eagerly(weight: Tensor, rest: Rest) -> Tensor:

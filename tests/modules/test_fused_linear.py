@@ -173,11 +173,10 @@ def first(x: Tensor) -> Tensor:
     ("make", "options", "change"),
     [
         (Twice, {}, None),
-        (nn.Linear, {"unit": "output"}, None),
         (nn.Linear, {"bias": True}, None),
         (nn.Linear, {}, first),
     ],
-    ids=["subclass", "unit", "bias", "vector"],
+    ids=["subclass", "bias", "vector"],
 )
 def test_what_is_not_fused(
     make: type[nn.Linear], options, change: Callable[[Tensor], Tensor] | None, fused_calls

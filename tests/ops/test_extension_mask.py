@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from surgery import apply_dropconnect
 from surgery.ops import Law, Layout, drop_weight, key_from_seed
-from surgery.ops.hash import SEGMENT
+from surgery.ops.hash import SEGMENT, key_tensor
 from surgery.ops.law import Mask
+from surgery.ops.part import Part
 
+from ..expected import keep
 from ..internals import extension_module, taken_by_extension, without_extension
 
 pytestmark = pytest.mark.compiler
@@ -85,7 +87,11 @@ def test_what_is_left_to_python(taken: list[bool]) -> None:
     dropped(weight, dtype=torch.bfloat16)
     dropped(torch.randn(1))
     law = Law.of(0.4, weight.device, weight.dtype)
-    drop_weight(weight, KEY, law, Layout.shared((4, 6), (0,)))
+    turns = torch.randn(32)  # of five dimensions
+    drop_weight(turns, KEY, law, Layout.shared((2,) * 5, (0, 2, 4)))
+    rows, part = Layout.shared((6, 4), (0,)), Part((6, 4), (((2, 4),), ((0, 4),)))
+    used = drop_weight(torch.ones(4, 4), KEY, law, rows.of_part(part))
+    assert torch.equal(used != 0, keep(key_tensor(KEY), 0.4, 6, 1)[2:].bool().expand(4, 4))
     with torch.inference_mode():
         dropped(weight)
     assert taken

@@ -108,6 +108,11 @@ def library(name: str) -> Any:
     return _lock.holding(partial(_loaded, name)) if loaded is None else loaded
 
 
+def loaded(name: str) -> Any:
+    """The same if it is there by now, else None."""
+    return _libraries.get(name)
+
+
 def _loaded(name: str) -> Any:
     if name not in _libraries:
         file = Path(__file__).parent / "kernels" / f"{name}.cpp"

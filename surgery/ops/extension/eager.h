@@ -54,7 +54,7 @@ Tensor masked_product(const Tensor& x, const Tensor& weight, const Tensor& bias,
   if (casts && !on_the_gpu(weight)) return {};
   const ScalarType type = casts ? at::autocast::get_autocast_dtype(kind) : x.scalar_type();
   const Weight masked{weight, anchor};
-  const Way way(masked, type, false);
+  const Way way(masked, type, false, mask.sharing);
   // In a captured graph, keys and laws are in memory, so that replays can have others.
   if (!way || (on_the_gpu(weight) && captures(weight))) return {};
   Tensor input = x, summand = bias;
@@ -119,7 +119,7 @@ PyObject* masked(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (torch::autograd::isFwGradDefined(*one)) Py_RETURN_NONE;
   }
   Mask mask{};
-  if (!read_law(law, weight, mask)) Py_RETURN_NONE;
+  if (!read_law(law, weight, mask) || !read_layout(PyTuple_GET_ITEM(about, 1), weight, mask)) Py_RETURN_NONE;
   const int64_t rank = PyLong_AsLongLong(args[4]);
   if (PyErr_Occurred()) return nullptr;
   Tensor out;

@@ -14,13 +14,17 @@ namespace {
 
 const std::array<ScalarType, TYPES> BY_NUMBER{at::kFloat, at::kBFloat16, at::kHalf, at::kDouble};
 
-/// use_cpu(type, address)
+/// use_cpu(type, address, shares): a kernel by element, or one for weights that share mask entries
 PyObject* use_cpu(PyObject*, PyObject* args) {
   HANDLE_TH_ERRORS
-  int type = 0;
+  int type = 0, shares = 0;
   unsigned long long address = 0;
-  if (!PyArg_ParseTuple(args, "iK", &type, &address)) return nullptr;
-  on_cpu.at(type) = reinterpret_cast<Drop>(address);
+  if (!PyArg_ParseTuple(args, "iKp", &type, &address, &shares)) return nullptr;
+  if (shares) {
+    shared_on_cpu.at(type) = reinterpret_cast<DropShared>(address);
+  } else {
+    on_cpu.at(type) = reinterpret_cast<Drop>(address);
+  }
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
@@ -97,15 +101,16 @@ PyObject* forget(PyObject*, PyObject*) {
   Py_RETURN_NONE;
 }
 
-/// otherwise(gradients_of, product, gradients, example, gaussian, mask, drop): who does what is out of the ordinary
+/// otherwise(gradients_of, product, gradients, example, gaussian, mask, drop, steps): who does what is out of the ordinary
 PyObject* otherwise(PyObject*, PyObject* args) {
   HANDLE_TH_ERRORS
   PyObject *eager = nullptr, *product = nullptr, *gradients = nullptr, *example = nullptr, *gaussian = nullptr;
-  PyObject *mask = nullptr, *drop = nullptr;
-  if (!PyArg_ParseTuple(args, "OOOOOOO", &eager, &product, &gradients, &example, &gaussian, &mask, &drop)) {
+  PyObject *mask = nullptr, *drop = nullptr, *steps = nullptr;
+  if (!PyArg_ParseTuple(args, "OOOOOOOO", &eager, &product, &gradients, &example, &gaussian, &mask, &drop, &steps)) {
     return nullptr;
   }
   Py_XSETREF(weight_in_python, Py_NewRef(drop));
+  Py_XSETREF(steps_in_python, Py_NewRef(steps));
   Py_XSETREF(weight_gradient_of, Py_NewRef(mask));
   Py_XSETREF(example_gradients_of, Py_NewRef(example));
   Py_XSETREF(gaussian_gradients_of, Py_NewRef(gaussian));

@@ -62,6 +62,8 @@ _asked = False
 _module: Any = None
 masks_taken = 0
 """How many of `mask_kernel` it was given."""
+_shares = False
+"""Whether it was given the kernels of the CPU for weights that share mask entries."""
 _kept: list[Handle] = []
 """Of the kernels that the extension launches."""
 _in_python: dict[str, Callable[..., Any]] = {}
@@ -87,7 +89,8 @@ def source() -> Source:
 
 def use(**functions: Callable[..., Any]) -> None:
     """Say who does what the extension leaves to Python: `eager`, `example`, `gaussian`, `mask`, the
-    gradients of nodes; `product`, `gradients` and `drop`, what the operators of a graph do."""
+    gradients of nodes; `product`, `gradients` and `drop`, what the operators of a graph do;
+    and `steps`, how a layout is counted."""
     _in_python.update(functions)
 
 
@@ -120,7 +123,7 @@ def compile_now() -> bool:
 def take_kernels() -> None:
     """Let the extension know the kernels that are there by now. Python calls it after whatever the
     extension has left to it, since a kernel of a GPU is compiled when Python launches it."""
-    global product, mask, example, gaussian, masks_taken
+    global product, mask, example, gaussian, masks_taken, _shares
     if _module is None:
         return
     if product is None:
@@ -128,14 +131,16 @@ def take_kernels() -> None:
             masks = native.library("masks")
         except NoCompiler:
             masks = None
-        for dtype, name in native.NAMES.items() if masks is not None else ():
-            address = ctypes.cast(getattr(masks, f"drop_{name}"), ctypes.c_void_p).value
-            _module.use_cpu(NUMBERS[dtype], address)
+        if masks is not None:
+            _take_on_cpu(masks, "drop")
         driver = addresses()
         if driver is not None:
             _module.use_driver(*driver)
             example, gaussian, repeated.wanted = _module.example, _module.gaussian, True
         product, mask = _module.product, _module.mask
+    if not _shares and (shared := native.loaded("shared")) is not None:
+        _take_on_cpu(shared, "drop_shared")
+        _shares = True
     if len(mask_kernel.made) > masks_taken and not is_capturing():
         for known in tuple(mask_kernel.made)[masks_taken:]:
             _take_mask(known, mask_kernel.made[known])
@@ -183,9 +188,18 @@ def _opened(library: Path) -> Any:
 def _install(module: Any) -> None:
     global _module
     if module is not None and _module is None:
-        names = "eager", "product", "gradients", "example", "gaussian", "mask", "drop"
+        names = "eager", "product", "gradients", "example", "gaussian", "mask", "drop", "steps"
         module.otherwise(*(_in_python[name] for name in names))
         _module = module
+
+
+def _take_on_cpu(library: Any, name: str) -> None:
+    """Let it call the functions of a library, one for each dtype."""
+    for dtype, of_dtype in native.NAMES.items():
+        function = getattr(library, f"{name}_{of_dtype}", None)
+        if function is not None:
+            address = ctypes.cast(function, ctypes.c_void_p).value
+            _module.use_cpu(NUMBERS[dtype], address, name == "drop_shared")
 
 
 def _take_mask(known: Any, compiled: Any) -> None:

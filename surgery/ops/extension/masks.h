@@ -38,6 +38,12 @@ using Drop = void (*)(const void* weight, const void* anchor, const void* grad, 
                       int threads);
 std::array<Drop, TYPES> on_cpu{};
 
+/// The same where weights share mask entries: see cpu/kernels/shared.cpp. It masks a gradient as a weight.
+using DropShared = void (*)(const void* weight, const void* anchor, void* used, const uint32_t* key,
+                            const int32_t* threshold, const void* scale, const int64_t* sizes,
+                            const int64_t* apart, int threads);
+std::array<DropShared, TYPES> shared_on_cpu{};
+
 /// Of the GPU: see gpu/mask_kernels.py. `launch` is that of the driver.
 struct Kernel {
   std::atomic<void*> function = nullptr;  // set last: other threads may look for it
@@ -66,10 +72,18 @@ bool on_the_gpu(const Tensor& tensor) { return tensor.is_cuda() || (pretends && 
 
 int index_of(const Tensor& tensor) { return std::max<int>(tensor.device().index(), 0); }
 
+/// Which weights share a mask entry: `Steps` of law.py. Without sizes none do.
+struct Sharing {
+  std::array<int64_t, 4> sizes{}, apart{};
+
+  explicit operator bool() const { return sizes[3] != 0; }
+};
+
 struct Mask {
   uint32_t key[2];
   int32_t threshold;
   double scale;
+  Sharing sharing{};
   // On the GPU all of it may be in memory, the law in row `row` of a table. Else these are null.
   void *key_at = nullptr, *thresholds = nullptr, *scales = nullptr, *row = nullptr;
 };
@@ -150,15 +164,40 @@ void run(const Kernel& kernel, const Tensor& weight, const Tensor& anchor, const
   TORCH_CHECK(error == 0, "CUDA driver error ", error, " at the launch of a DropConnect mask");
 }
 
-void run(Drop drop, const Tensor& weight, const Tensor& anchor, const Tensor& grad,
-         const Tensor& used, const Mask& mask) {
+/// How the CPU masks tensors of one type; false where it has no kernel for that.
+struct OnCPU {
+  Drop drop = nullptr;
+  DropShared shared = nullptr;
+
+  OnCPU() = default;
+  OnCPU(ScalarType type, const Sharing& sharing) {
+    if (number_of(type) < 0) return;
+    sharing ? void(shared = shared_on_cpu[number_of(type)]) : void(drop = on_cpu[number_of(type)]);
+  }
+  explicit operator bool() const { return drop || shared; }
+};
+
+/// The masked weight into `used`, and the gradient in its own place; each where it is defined.
+void run(const OnCPU& way, const Tensor& weight, const Tensor& anchor, const Tensor& grad, const Tensor& used,
+         const Mask& mask) {
   const Tensor& some = weight.defined() ? weight : grad;
   const float narrow = static_cast<float>(mask.scale);
   const void* scale = some.scalar_type() == at::kDouble ? static_cast<const void*>(&mask.scale) : &narrow;
   const auto in = [](const Tensor& one) { return one.defined() ? one.const_data_ptr() : nullptr; };
-  void* masked_grad = grad.defined() ? grad.data_ptr() : nullptr;
-  drop(in(weight), in(anchor), in(grad), used.defined() ? used.data_ptr() : nullptr, masked_grad,
-       mask.key, &mask.threshold, scale, 0, 0, some.numel(), at::get_num_threads());
+  const auto out = [](const Tensor& one) { return one.defined() ? one.data_ptr() : nullptr; };
+  const int threads = at::get_num_threads();
+  if (way.drop) {
+    way.drop(in(weight), in(anchor), in(grad), out(used), out(grad), mask.key, &mask.threshold, scale, 0, 0,
+             some.numel(), threads);
+    return;
+  }
+  const auto masked = [&](const Tensor& from, const Tensor& towards, const Tensor& to) {
+    if (!from.defined()) return;
+    way.shared(in(from), in(towards), out(to), mask.key, &mask.threshold, scale, mask.sharing.sizes.data(),
+               mask.sharing.apart.data(), threads);
+  };
+  masked(weight, anchor, used);
+  masked(grad, Tensor(), grad);
 }
 
 // Keys: see hash.py and random.py

@@ -150,6 +150,32 @@ bool read_law(PyObject* law, const Tensor& weight, Mask& mask) {
   return true;
 }
 
+constexpr int64_t SEGMENT = int64_t{1} << 30;  // of hash.py: beyond it, parts have keys of their own
+PyObject* steps_in_python = nullptr;
+
+/// Which weights share a mask entry, by one key; false where no kernel counts so.
+bool read_layout(PyObject* layout, const Tensor& weight, Mask& mask) {
+  static PyObject* names[] = {PyUnicode_InternFromString("is_elementwise"), PyUnicode_InternFromString("entries")};
+  THPObjectPtr elementwise(PyObject_GetAttr(layout, names[0]));
+  THPObjectPtr count(PyObject_GetAttr(layout, names[1]));
+  if (!elementwise || !count) throw python_error();
+  const int64_t entries = PyLong_AsLongLong(count.get());
+  if (entries > SEGMENT) return false;
+  if (elementwise.get() == Py_True) return entries == weight.numel();
+  if (on_the_gpu(weight)) return false;
+  THPObjectPtr steps(PyObject_CallOneArg(steps_in_python, layout));
+  if (!steps) throw python_error();
+  if (steps.get() == Py_None) return false;
+  int64_t all = 1;
+  for (Py_ssize_t n = 0; n < 4; ++n) {
+    mask.sharing.sizes[n] = PyLong_AsLongLong(PyTuple_GET_ITEM(PyTuple_GET_ITEM(steps.get(), 0), n));
+    mask.sharing.apart[n] = PyLong_AsLongLong(PyTuple_GET_ITEM(PyTuple_GET_ITEM(steps.get(), 1), n));
+    all *= mask.sharing.sizes[n];
+  }
+  if (PyErr_Occurred()) throw python_error();
+  return all == weight.numel() && all != 0;
+}
+
 /// The words of a key that the host knows; false of others.
 bool read_key(PyObject* key, Mask& mask) {
   if (PyTuple_Check(key) && PyTuple_GET_SIZE(key) == 2) {

@@ -63,7 +63,7 @@ Tensor linear_operator(const Tensor& x, const Tensor& weight, const Optional& bi
   Tensor used;
   if (is_plain(x) && masked.is_taken() && !somebody_looks_on() &&
       read_tables(weight, key, thresholds, scales, row, mask)) {
-    const Way way(masked, x.scalar_type(), false);
+    const Way way(masked, x.scalar_type(), false, {});
     if (way) return product(x, masked, b, How(), way, mask, weight.requires_grad(), used);
   }
   pybind11::gil_scoped_acquire gil;

@@ -58,17 +58,17 @@ struct Weight {
 /// How a weight is masked for a product of some type; false where no kernel is known for it.
 struct Way {
   const Kernel* kernel = nullptr;
-  Drop drop = nullptr;
+  OnCPU here;
 
   /// `grad`: whether that of the weight is masked as well.
-  Way(const Weight& weight, ScalarType type, bool grad) {
+  Way(const Weight& weight, ScalarType type, bool grad, const Sharing& sharing) {
     if (on_the_gpu(weight.values)) {
-      kernel = kernel_for(weight.values, type, weight.anchor, grad);
-    } else if (type == weight.values.scalar_type() && number_of(type) >= 0) {
-      drop = on_cpu[number_of(type)];
+      if (!sharing) kernel = kernel_for(weight.values, type, weight.anchor, grad);
+    } else if (type == weight.values.scalar_type()) {
+      here = OnCPU(type, sharing);
     }
   }
-  explicit operator bool() const { return kernel || drop; }
+  explicit operator bool() const { return kernel || here; }
 };
 
 /// How an input meets a weight.
@@ -121,16 +121,16 @@ Tensor product(const Tensor& x, const Weight& weight, const Tensor& bias, const 
   } else {
     memory.emplace(values);
     used = memory->used;
-    run(way.drop, values, weight.anchor, Tensor(), used, mask);
+    run(way.here, values, weight.anchor, Tensor(), used, mask);
   }
   return how.multiply(x, used, bias, trained);
 }
 
 /// The gradient of the weight in its dtype, of which that of the masked weight is given; it may be written.
 Tensor masked_gradient(const Tensor& of_weight, const Weight& weight, const Mask& mask, const Kernel* of_grad,
-                       Drop drop) {
+                       const OnCPU& here) {
   if (!of_grad) {
-    run(drop, Tensor(), Tensor(), of_weight, Tensor(), mask);
+    run(here, Tensor(), Tensor(), of_weight, Tensor(), mask);
     return of_weight;
   }
   const bool casts = of_weight.scalar_type() != weight.values.scalar_type();
@@ -145,7 +145,7 @@ bool gradients_of_convolution(const Tensor& grad, const Tensor& x, const Weight&
                               std::array<Tensor, 3>& found) {
   const Tensor& values = weight.values;
   const ScalarType type = grad.scalar_type();
-  const Way way(weight, type, false);
+  const Way way(weight, type, false, mask.sharing);
   if (!way && (!kept.defined() || !on_the_gpu(values))) return false;
   const Kernel* of_grad = want[1] && on_the_gpu(values) ? kernel_of(values, type) : nullptr;
   if (want[1] && on_the_gpu(values) && !of_grad) return false;
@@ -157,13 +157,13 @@ bool gradients_of_convolution(const Tensor& grad, const Tensor& x, const Weight&
   } else if (!used.defined()) {
     memory.emplace(values);
     used = memory->used;
-    if (want[0]) run(way.drop, values, weight.anchor, Tensor(), used, mask);
+    if (want[0]) run(way.here, values, weight.anchor, Tensor(), used, mask);
   }
   const std::vector<int64_t> none(how.stride.size(), 0);
   auto [of_x, of_weight, of_bias] = at::convolution_backward(
       grad, x, used, at::OptionalIntArrayRef(values.size(0)), how.stride, how.padding, how.dilation, false,
       none, how.groups, want);
-  if (want[1]) of_weight = masked_gradient(of_weight.contiguous(), weight, mask, of_grad, way.drop);
+  if (want[1]) of_weight = masked_gradient(of_weight.contiguous(), weight, mask, of_grad, way.here);
   found = {std::move(of_x), std::move(of_weight), std::move(of_bias)};
   return true;
 }
@@ -187,7 +187,7 @@ bool gradients(const Tensor& grad, const Tensor& x, const Weight& weight, const 
   std::optional<Way> way;
   const Kernel* of_grad = nullptr;
   if (both || !on_the_gpu(values)) {
-    way.emplace(weight, type, want[1]);
+    way.emplace(weight, type, want[1], mask.sharing);
     if (!*way) return false;
   } else if (want[1]) {
     of_grad = kernel_of(values, type);
@@ -207,12 +207,12 @@ bool gradients(const Tensor& grad, const Tensor& x, const Weight& weight, const 
       of_weight = masked;
     } else {
       const Borrowed memory(values);
-      run(way->drop, values, weight.anchor, of_weight, memory.used, mask);
+      run(way->here, values, weight.anchor, of_weight, memory.used, mask);
       of_x = to_x(memory.used);
     }
   } else {
     if (want[0]) of_x = to_x(kept);
-    if (want[1]) of_weight = masked_gradient(of_weight, weight, mask, of_grad, way ? way->drop : nullptr);
+    if (want[1]) of_weight = masked_gradient(of_weight, weight, mask, of_grad, way ? way->here : OnCPU());
   }
   if (want[0] && grad.dim() > 2) {
     auto sizes = grad.sizes().vec();

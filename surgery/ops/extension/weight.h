@@ -12,13 +12,13 @@ PyObject* weight_gradient_of = nullptr;  // of Python
 /// The masked values by the kernel of their type; undefined where there is none.
 Tensor masked_values(const Tensor& values, const Tensor& anchor, ScalarType to, const Mask& mask) {
   const at::AutoDispatchBelowADInplaceOrView below;
-  const Way way({values, anchor}, to, false);
+  const Way way({values, anchor}, to, false, mask.sharing);
   if (!way) return {};
   const Tensor used = at::empty_like(values, values.options().dtype(to));
   if (way.kernel) {
     run(*way.kernel, values, anchor, Tensor(), used, Tensor(), mask);
   } else {
-    run(way.drop, values, anchor, Tensor(), used, mask);
+    run(way.here, values, anchor, Tensor(), used, mask);
   }
   return used;
 }
@@ -48,17 +48,6 @@ struct MaskedWeight : Opaque {
   }
 };
 
-constexpr int64_t SEGMENT = int64_t{1} << 30;  // of hash.py: beyond it, parts have keys of their own
-
-/// Whether every entry has its own mask entry, in the order of memory, by one key.
-bool is_by_element(PyObject* layout, int64_t entries) {
-  static PyObject* names[] = {PyUnicode_InternFromString("is_elementwise"), PyUnicode_InternFromString("entries")};
-  THPObjectPtr elementwise(PyObject_GetAttr(layout, names[0]));
-  THPObjectPtr count(PyObject_GetAttr(layout, names[1]));
-  if (!elementwise || !count) throw python_error();
-  return elementwise.get() == Py_True && PyLong_AsLongLong(count.get()) == entries && entries <= SEGMENT;
-}
-
 /// mask(weight, (anchor, mask, dtype)) -> Tensor or None
 PyObject* mask_weight(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -68,12 +57,12 @@ PyObject* mask_weight(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Tensor &weight = tensor_of(args[0]), &anchor = tensor_of(a);
   if (!weight.defined() || !Weight{weight, anchor}.is_taken() || somebody_looks_on() ||
       c10::InferenceMode::is_enabled() || torch::autograd::isFwGradDefined(weight) ||
-      !is_by_element(PyTuple_GET_ITEM(told, 2), weight.numel()) ||
       (on_the_gpu(weight) && captures(weight))) {
     Py_RETURN_NONE;
   }
   Mask mask{};
-  if (!read_key(PyTuple_GET_ITEM(told, 0), mask) || !read_law(PyTuple_GET_ITEM(told, 1), weight, mask)) {
+  if (!read_key(PyTuple_GET_ITEM(told, 0), mask) || !read_law(PyTuple_GET_ITEM(told, 1), weight, mask) ||
+      !read_layout(PyTuple_GET_ITEM(told, 2), weight, mask)) {
     Py_RETURN_NONE;
   }
   Tensor used;
