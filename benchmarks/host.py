@@ -16,6 +16,7 @@ from .measure import Settings, Work, interleaved
 from .rows import MICRO, OURS, PLAIN, Row, in_unit
 
 P = 0.3
+STEP = "forward + backward, one thread"
 
 
 def host(settings: Settings) -> list[Row]:
@@ -36,6 +37,7 @@ def host(settings: Settings) -> list[Row]:
                 "MultiheadAttention", _Attention(), "in_proj_weight", torch.randn(3, 2, 8), settings
             ),
             _row("Linear", nn.Linear(8, 8), "weight", torch.randn(4, 8), settings, unit="output"),
+            *_encoders(settings),
         ]
     finally:
         torch.set_num_threads(threads)
@@ -48,6 +50,26 @@ class _Attention(nn.MultiheadAttention):
 
     def forward(self, x: Tensor) -> Any:  # type: ignore[override]
         return super().forward(x, x, x)[0]
+
+
+def _encoders(settings: Settings) -> list[Row]:
+    """Four layers of twelve sites, eagerly and compiled."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    plain = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    x = torch.randn(2, 4, 16)
+    rows = []
+    for compiled in (False, True):
+        made = {peers.PARAMETRIZE: lambda: peers.parametrized_linears(plain, P)}
+        others, missing = peers.available(made)
+        models = {PLAIN: plain, OURS: ours_of(plain, "all-linear", P), **others}
+        if compiled:
+            models = {name: torch.compile(model) for name, model in models.items()}
+        works: dict[str, Work] = {name: _step(model, x) for name, model in models.items()}
+        told = ", compiled" if compiled else ""
+        work = f"host time of a small nn.TransformerEncoder, 4 layers{told}, {STEP}"
+        values = in_unit(interleaved(works, settings), MICRO)
+        rows.append(Row("host", work, "µs", None, values, missing))
+    return rows
 
 
 def _conv1d(settings: Settings) -> list[Row]:
@@ -66,7 +88,7 @@ def _row(
     models = {PLAIN: layer, OURS: ours_of(layer, name, P, **options), **others}
     works: dict[str, Work] = {key: _step(model, x) for key, model in models.items()}
     told = "".join(f", {option}={value!r}" for option, value in options.items())
-    work = f"host time of a small {kind}{told}, forward + backward, one thread"
+    work = f"host time of a small {kind}{told}, {STEP}"
     return Row("host", work, "µs", None, in_unit(interleaved(works, settings), MICRO), missing)
 
 

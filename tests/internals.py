@@ -263,6 +263,11 @@ def without_extension(patch: Patch) -> None:
         patch.setattr(loading, name, lambda: None)
 
 
+def extension_is_used() -> bool:
+    """Whether it is loaded, and does what it can."""
+    return loading.product is not None
+
+
 def extension_module() -> Any:
     """The extension itself, which is there."""
     assert loading._module is not None

@@ -49,3 +49,20 @@ go()
 assert backend.frame_count == 2
 """
     assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("layer", ["Linear(6, 4)", "Conv1d(6, 4, 1)"])
+def test_a_training_that_is_compiled_takes_the_extension_into_use(layer: str) -> None:
+    """Nothing of it runs eagerly, where products are counted as well."""
+    code = f"""
+import torch
+from surgery import apply_dropconnect
+from tests.internals import extension_is_used
+model = apply_dropconnect(torch.nn.{layer}, torch.nn.Module, p=0.5)
+run = torch.compile(model, backend="aot_eager", fullgraph=True)
+for _ in range(2):
+    run(torch.randn(3, 6, 6)).sum().backward()
+assert extension_is_used()
+"""
+    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, cwd=ROOT).returncode == 0
