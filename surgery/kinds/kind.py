@@ -70,8 +70,8 @@ class Kind:
     None if that is not known: then the source of the forward tells."""
 
     rests: Callable[[type[nn.Module]], bool] = lambda cls: False
-    """Whether the forward of a plain class reads none of `reads` while the module is training: then it only
-    calls its children."""
+    """Whether the forward of a plain class reads none of `reads` while the module is training: then it
+    only calls its children."""
 
     varies: Callable[[type[nn.Module], str], bool] = lambda cls, name: False
     """From (plain class of a module, name of a parameter relative to it, as in `reads`): whether

@@ -129,8 +129,8 @@ _ENCODER_LAYER_READS = (
     *(f"{child}.{name}" for child in ("linear1", "linear2") for name in ("weight", "bias")),
     *(f"{child}.{name}" for child in ("norm1", "norm2") for name in ("weight", "bias")),
 )
-"""In `eval()` one kernel computes the whole layer from the weights of the children. In training none of them
-is read."""
+"""In `eval()` one kernel computes the whole layer from the weights of the children. In training none of
+them is read."""
 
 _ENCODER_LAYER_VARIES = tuple(one for one in _ENCODER_LAYER_READS if not one.startswith("norm"))
 """Those of products."""

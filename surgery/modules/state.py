@@ -79,8 +79,8 @@ class SiteState(HasLaw):
     drawn_together = 0
     """How often the processes of a mesh have drawn a key for it together."""
     in_training: Product | None = None
-    """How the module computes its pre-activation where `product` is None only because a module around it
-    reads the weight in `eval()`."""
+    """How the module computes its pre-activation where `product` is None only because a module around
+    it reads the weight in `eval()`."""
     varies = False
     """Whether moments travel through the functions that read it, though it is of no product."""
     held: Any = None
@@ -131,8 +131,8 @@ class SiteState(HasLaw):
         if in_training is not None:
             self.in_training = in_training
         self.fusible, self.is_linear, self.by_element = self._is_fusible()
-        """Whether it is the weight of a product that `surgery.modules.fused` knows, masked in one piece;
-        whether that is the product of a Linear; and whether it is and is masked by element."""
+        """Whether it is the weight of a product that `surgery.modules.fused` knows, masked in one
+        piece; whether that is the product of a Linear; and whether it is and is masked by element."""
         self.with_weight = config.bias and "bias" in name
         """Whether this is a bias that is dropped with its weight."""
         self.settled = False

@@ -86,8 +86,8 @@ _gradients_op = operator(
     _gradients,
     _shapes,
 )
-"""The gradients of x and weight; empty where not wanted. That of the bias is left to the compiler, which
-makes it part of something else."""
+"""The gradients of x and weight; empty where not wanted. That of the bias is left to the compiler,
+which makes it part of something else."""
 
 
 class _LinearInGraph(torch.autograd.Function):

@@ -163,8 +163,8 @@ def _drop_by_kernel(
 
 
 _drop_op = operator(f"drop({_LAW}) -> Tensor", _drop_by_kernel, _shape)
-"""The formula by element as one operation of a compiled graph; contiguous. `extension/operators.h` has it
-in C++."""
+"""The formula by element as one operation of a compiled graph; contiguous. `extension/operators.h` has
+it in C++."""
 
 loading.use(drop=_drop_by_kernel)
 

@@ -2,8 +2,8 @@
 
 They have no gradient of their own. `torch.library.custom_op` gives every operator a function of Python
 that asks whether one is wanted, at each call, also of compiled code, where none ever is: that takes
-longer than a small product. So what is differentiable is another operator, made of these. Dynamo, which takes
-a millisecond for each step of a formula, sees that one; what compiles the graph sees the steps.
+longer than a small product. So what is differentiable is another operator, made of these. Dynamo, which
+takes a millisecond for each step of a formula, sees that one; what compiles the graph sees the steps.
 """
 
 from __future__ import annotations

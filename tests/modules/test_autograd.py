@@ -24,7 +24,7 @@ from surgery.ops.law import Layout
 from surgery.ops.linear import masked_linear
 from surgery.ops.mask import drop_weight
 
-from ..zoo.kinds import CASES, Case, every_case
+from ..zoo.kinds import CASES, Case
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # the first `make_dual`
@@ -205,7 +205,17 @@ def test_vectorized_jacobian_and_hessian(way) -> None:
 EPSILON = 1e-6
 
 
-@every_case
+LONG = ("lstm-bidirectional", "lstm-layers", "lstm-packed", "lstm-inputs")
+"""Torch takes recurrent layers apart for tangents, which takes seconds for each variant."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] if name in LONG else [])
+        for name, case in CASES.items()
+    ],
+)
 def test_tangents(case: Case) -> None:
     """Of weights and inputs, by `make_dual`, against differences of values."""
     if case is CASES["encoder-layer"]:
