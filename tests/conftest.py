@@ -56,6 +56,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or libraries tell at the end that they were not freed
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what is about compiled code where nothing can be compiled."""
     if not has_compiler():

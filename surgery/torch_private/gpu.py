@@ -72,17 +72,15 @@ def handle_of(compiled: Any) -> Handle | None:
     return Handle(compiled, compiled.function, threads, about.shared, tuple(sizes))
 
 
-def addresses() -> tuple[int, int, int] | None:
-    """Of the driver's `cuLaunchKernel` and `cuStreamIsCapturing`, and of torch's function that tells
-    the current stream, for code in C++; None where there is no such driver."""
+def addresses() -> tuple[int, ...] | None:
+    """Of the driver's `cuLaunchKernel`, `cuCtxGetCurrent` and `cuStreamIsCapturing`, and of torch's
+    function that tells the current stream, for code in C++; None where there is no such driver."""
     driver = _driver()
     if driver is None:
         return None
-    functions = driver.cuLaunchKernel, driver.cuStreamIsCapturing, _stream_function()
-    launch, capturing, stream = (
-        ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions
-    )
-    return launch, capturing, stream
+    of_driver = driver.cuLaunchKernel, driver.cuCtxGetCurrent, driver.cuStreamIsCapturing
+    functions = *of_driver, _stream_function()
+    return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
 
 
 def _stream_function() -> Any:
@@ -97,7 +95,7 @@ def _driver() -> Any:
         return None
     try:
         driver = ctypes.CDLL("libcuda.so.1")
-        _ = driver.cuLaunchKernel, driver.cuStreamIsCapturing
+        _ = driver.cuLaunchKernel, driver.cuCtxGetCurrent, driver.cuStreamIsCapturing
         _ = driver.cuFuncGetParamInfo  # since CUDA 12.4
         _stream_function()
     except (OSError, AttributeError):

@@ -336,3 +336,21 @@ def test_it_is_compiled_beside_a_training(tmp_path: Path) -> None:
 def test_without_a_compiler_python_goes_on(tmp_path: Path) -> None:
     """And nothing is said that is not said of the kernels."""
     assert cold(tmp_path, CXX="c++ --no-such-flag").count("not used") == 1
+
+
+def test_the_first_call_may_be_in_inference_mode() -> None:
+    """In which tensors are of another kind than those of a training."""
+    code = """
+import torch
+from surgery import apply_dropconnect
+from surgery.ops.extension import loading
+model = apply_dropconnect(torch.nn.Linear(6, 4), torch.nn.Linear, p=0.5, inference="sample")
+assert loading.compile_now()
+with torch.inference_mode():
+    torch.compile(model, backend="aot_eager")(torch.randn(3, 6))
+product, taken = loading.product, []
+loading.product = lambda *args: taken.append(product(*args)) or taken[-1]
+model(torch.randn(3, 6)).sum().backward()
+assert taken[0] is not None
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

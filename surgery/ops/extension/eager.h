@@ -55,8 +55,7 @@ Tensor masked_product(const Tensor& x, const Tensor& weight, const Tensor& bias,
   const ScalarType type = casts ? at::autocast::get_autocast_dtype(kind) : x.scalar_type();
   const Weight masked{weight, anchor};
   const Way way(masked, type, false, mask.sharing);
-  // In a captured graph, keys and laws are in memory, so that replays can have others.
-  if (!way || (on_the_gpu(weight) && captures(weight))) return {};
+  if (!way || (on_the_gpu(weight) && !takes_numbers(weight))) return {};
   Tensor input = x, summand = bias;
   if (casts) {
     input = at::autocast::cached_cast(type, x, kind);

@@ -29,12 +29,13 @@ PyObject* use_cpu(PyObject*, PyObject* args) {
   END_HANDLE_TH_ERRORS
 }
 
-/// use_driver(cuLaunchKernel, cuStreamIsCapturing, aoti_torch_get_current_cuda_stream): addresses
+/// use_driver(cuLaunchKernel, cuCtxGetCurrent, cuStreamIsCapturing, aoti_torch_get_current_cuda_stream): addresses
 PyObject* use_driver(PyObject*, PyObject* args) {
   HANDLE_TH_ERRORS
-  unsigned long long how = 0, capturing = 0, stream = 0;
-  if (!PyArg_ParseTuple(args, "KKK", &how, &capturing, &stream)) return nullptr;
+  unsigned long long how = 0, context = 0, capturing = 0, stream = 0;
+  if (!PyArg_ParseTuple(args, "KKKK", &how, &context, &capturing, &stream)) return nullptr;
   launch = reinterpret_cast<Launch>(how);
+  current_context = reinterpret_cast<CurrentContext>(context);
   is_capturing = reinterpret_cast<IsCapturing>(capturing);
   current_stream = reinterpret_cast<CurrentStream>(stream);
   Py_RETURN_NONE;

@@ -54,6 +54,8 @@ using Launch = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, u
 Launch launch = nullptr;
 using IsCapturing = int (*)(void* stream, int* status);
 IsCapturing is_capturing = nullptr;
+using CurrentContext = int (*)(void** context);
+CurrentContext current_context = nullptr;
 using CurrentStream = int (*)(int32_t device, void** stream);  // of torch
 CurrentStream current_stream = nullptr;
 constexpr int DEVICES = 32, FORMS = TYPES * TYPES * 8;
@@ -79,6 +81,8 @@ struct Sharing {
   explicit operator bool() const { return sizes[3] != 0; }
 };
 
+constexpr int64_t SEGMENT = int64_t{1} << 30;  // of hash.py: beyond it, parts have keys of their own
+
 struct Mask {
   uint32_t key[2];
   int32_t threshold;
@@ -92,10 +96,20 @@ bool is_aligned(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
 }
 
+/// Whether this thread can launch kernels of a GPU: there is a driver, and a context. A thread of autograd has
+/// none until somebody has launched something that makes one, as Triton does when Python launches.
+bool can_launch() {
+  static thread_local bool found = false;
+  if (!launch) return false;
+  void* context = nullptr;
+  if (!found) found = current_context(&context) == 0 && context;
+  return found;
+}
+
 /// A kernel that reads tensors of the weight's size; null where none is known.
 const Kernel* kernel_at(const Tensor& weight, ScalarType from, ScalarType to, bool anchor, bool grad) {
   const int device = index_of(weight);
-  if (device >= DEVICES || number_of(from) < 0 || number_of(to) < 0) return nullptr;
+  if (device >= DEVICES || number_of(from) < 0 || number_of(to) < 0 || !can_launch()) return nullptr;
   const Kernel& kernel = on_gpu[device][form_of(from, to, anchor, grad, weight.numel() % 16 == 0)];
   return kernel.function ? &kernel : nullptr;
 }
@@ -119,10 +133,11 @@ void* stream_of(const Tensor& tensor) {
   return stream;
 }
 
-/// Whether what is launched becomes part of a CUDA graph: then no number of the host may.
-bool captures(const Tensor& tensor) {
+/// Whether kernels can be launched with numbers of the host: not what becomes part of a CUDA graph, in which keys
+/// and laws are in memory, so that replays can have others.
+bool takes_numbers(const Tensor& tensor) {
   int status = 0;
-  return is_capturing(stream_of(tensor), &status) != 0 || status != 0;
+  return can_launch() && is_capturing(stream_of(tensor), &status) == 0 && status == 0;
 }
 
 /// Launch one. Parameters are what Triton has not made a constant, and two pointers of its own.

@@ -150,7 +150,6 @@ bool read_law(PyObject* law, const Tensor& weight, Mask& mask) {
   return true;
 }
 
-constexpr int64_t SEGMENT = int64_t{1} << 30;  // of hash.py: beyond it, parts have keys of their own
 PyObject* steps_in_python = nullptr;
 
 /// Which weights share a mask entry, by one key; false where no kernel counts so.

@@ -56,7 +56,6 @@ Tensor linear_operator(const Tensor& x, const Tensor& weight, const Optional& bi
                        const Optional& anchor, const Tensor& key, const Tensor& thresholds,
                        const Tensor& scales, const Tensor& row) {
   const c10::OptionalDeviceGuard there(weight.is_cuda() ? std::optional(weight.device()) : std::nullopt);
-  const at::AutoDispatchBelowADInplaceOrView below;  // for Python, too
   const Tensor b = bias.value_or(Tensor()), a = anchor.value_or(Tensor());
   const Weight masked{weight, a};
   Mask mask{};
@@ -77,14 +76,12 @@ std::tuple<Tensor, Tensor> gradients_operator(
     const Tensor& key, const Tensor& thresholds, const Tensor& scales, const Tensor& row,
     c10::List<bool> wanted) {
   const c10::OptionalDeviceGuard there(weight.is_cuda() ? std::optional(weight.device()) : std::nullopt);
-  const at::AutoDispatchBelowADInplaceOrView below;
   const Tensor a = anchor.value_or(Tensor());
   const Weight masked{weight, a};
   const std::array<bool, 3> want{wanted.get(0), wanted.get(1), false};  // the compiler has the bias
   std::array<Tensor, 3> found;
   Mask mask{};
-  const bool plain = is_plain(x) && is_plain(grad);
-  if (!plain || !masked.is_taken() || somebody_looks_on() ||
+  if (!is_plain(x) || !is_plain(grad) || !masked.is_taken() || somebody_looks_on() ||
       !read_tables(weight, key, thresholds, scales, row, mask) ||
       !gradients(grad, x, masked, Tensor(), How(), mask, want, found)) {
     pybind11::gil_scoped_acquire gil;
@@ -103,10 +100,9 @@ std::tuple<Tensor, Tensor> gradients_operator(
 /// The masked weight. It is contiguous.
 Tensor weight_operator(const Tensor& weight, const Optional& anchor, const Tensor& key, const Tensor& threshold,
                        const Tensor& scale) {
-  const at::AutoDispatchBelowADInplaceOrView below;
   const Tensor a = anchor.value_or(Tensor());
   Mask mask{};
-  if (Weight{weight, a}.is_taken() && weight.numel() <= SEGMENT && !somebody_looks_on() &&
+  if (Weight{weight, a}.is_taken() && !somebody_looks_on() &&
       read_tables(weight, key, threshold, scale, {}, mask)) {
     const Tensor used = masked_values(weight, a, weight.scalar_type(), mask);
     if (used.defined()) return used;

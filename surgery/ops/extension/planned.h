@@ -38,6 +38,7 @@ std::map<Plan, Planned> plans;  // nothing leaves it
 
 /// Null where Python has not launched it yet.
 const Planned* planned(const Plan& plan) {
+  if (!can_launch()) return nullptr;
   std::shared_lock<std::shared_mutex> guard(lock_of_plans);
   const auto found = plans.find(plan);
   return found == plans.end() ? nullptr : &found->second;
@@ -53,8 +54,7 @@ bool fits(const Tensor& tensor) {
 
 /// Whether the kernels take these tensors, of which some may be undefined, with a weight on a GPU.
 bool fit_together(const Tensor& weight, std::initializer_list<const Tensor*> tensors) {
-  // In a captured graph, keys and laws are in memory, so that replays can have others.
-  if (!on_the_gpu(weight) || somebody_looks_on() || captures(weight)) return false;
+  if (!on_the_gpu(weight) || somebody_looks_on() || !takes_numbers(weight)) return false;
   for (const Tensor* one : tensors) {
     if (!one->defined()) continue;
     const bool taken = is_plain(*one) && fits(*one) && one->numel() > 0 && one->device() == weight.device();

@@ -14,6 +14,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <optional>
@@ -22,7 +23,10 @@ namespace {
 
 /// A dense tensor and nothing else: see `is_ordinary_there`.
 bool is_plain(const Tensor& tensor) {
-  static const auto make = [](at::Device device) { return at::empty({0}, device).key_set(); };
+  static const auto make = [](at::Device device) {
+    const c10::InferenceMode usual(false);  // whatever the first call is in
+    return at::empty({0}, device).key_set();
+  };
   if (tensor.is_cuda()) {
     static const c10::DispatchKeySet keys = make(at::Device(at::kCUDA, tensor.device().index()));
     return tensor.key_set() == keys;
@@ -47,7 +51,7 @@ struct Weight {
   const Tensor &values, &anchor;
 
   bool is_taken() const {
-    if (values.numel() < 2 || !values.is_contiguous()) return false;
+    if (values.numel() < 2 || values.numel() > SEGMENT || !values.is_contiguous()) return false;
     if (!is_plain(values)) return false;
     if (!anchor.defined()) return true;
     return is_plain(anchor) && anchor.is_contiguous() && anchor.device() == values.device() &&

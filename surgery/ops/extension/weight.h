@@ -3,8 +3,6 @@
 
 #include "nodes.h"
 
-#include <c10/core/InferenceMode.h>
-
 namespace {
 
 PyObject* weight_gradient_of = nullptr;  // of Python
@@ -57,7 +55,7 @@ PyObject* mask_weight(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Tensor &weight = tensor_of(args[0]), &anchor = tensor_of(a);
   if (!weight.defined() || !Weight{weight, anchor}.is_taken() || somebody_looks_on() ||
       c10::InferenceMode::is_enabled() || torch::autograd::isFwGradDefined(weight) ||
-      (on_the_gpu(weight) && captures(weight))) {
+      (on_the_gpu(weight) && !takes_numbers(weight))) {
     Py_RETURN_NONE;
   }
   Mask mask{};

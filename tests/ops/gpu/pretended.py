@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, _POINTERS, _POINTERS
 )
 _CAPTURING = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))
+_CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_size_t))
 _STREAM = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int32, _POINTERS)
 
 THREADS, SHARED = 96, 5
@@ -54,8 +56,11 @@ class Driver:
         self.launched: list[str] = []
         """The names of those that the extension has launched."""
         self.problems: list[BaseException] = []
+        self.without_context: set[int] = set()
+        """The ids of threads in which nothing was launched that makes a context of CUDA."""
         self.functions = (
             _LAUNCH(self._launch),
+            _CONTEXT(self._context),
             _CAPTURING(lambda stream, status: 0),
             _STREAM(lambda device, stream: 0),
         )
@@ -69,6 +74,10 @@ class Driver:
         self.kernels.append(compiled)
         parameters = *compiled.sizes(), 8, 8
         return Handle(compiled, len(self.kernels), THREADS, SHARED, parameters)
+
+    def _context(self, place: Any) -> int:
+        place[0] = threading.get_ident() not in self.without_context
+        return 0
 
     def _launch(self, number: int, *given: Any) -> int:
         *shape, shared, _, parameters, extra = given

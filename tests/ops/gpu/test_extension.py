@@ -4,6 +4,7 @@ same kernels."""
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from surgery.ops import (
 from surgery.ops.extension import loading
 from surgery.ops.product import COLUMNS, How
 
-from ...internals import without_extension
+from ...internals import extension_module, without_extension
 from .pretended import Driver, pretended
 
 pytestmark = pytest.mark.compiler
@@ -259,3 +260,89 @@ def test_without_gradients(name: str, layer, driver) -> None:
     assert torch.equal(*results)
     assert not results[1].requires_grad
     assert driver.launched == (["product"] if name == "example" else ["factors", "draw"])
+
+
+@pytest.mark.parametrize("row", [0, 3])
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "narrow"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("want", [(True, True), (False, True), (True, False)], ids=str)
+def test_operators_of_a_graph(
+    row: int,
+    anchored: bool,
+    dtype: torch.dtype,
+    narrow: torch.dtype,
+    want: tuple[bool, bool],
+    driver: Driver,
+) -> None:
+    """Key and law are in memory there, the law in a row of a table."""
+    x, weight, bias, anchor = tensors((3, 5, 16), 8, (narrow, dtype), anchored, True)
+    bias, grad = bias.detach().to(narrow), torch.randn(3, 5, 8).to(narrow)
+    laws = [Law.of(p, CPU, torch.float32) for p in (0.1, 0.2, 0.3, 0.6)]
+    table = torch.stack([law.threshold for law in laws]), torch.stack([law.scale for law in laws])
+    rest = anchor, KEY, *table, torch.tensor([row])
+    layout = Layout.elements(weight.numel())
+    with torch.no_grad():
+        used = drop_weight(weight, KEY, laws[row], layout, anchor, narrow)
+        of_weight = grad.reshape(-1, 8).t() @ x.reshape(-1, 16)
+        expected = (
+            F.linear(x, used, bias),
+            grad @ used if want[0] else torch.empty(0),
+            drop_weight(of_weight, KEY, laws[row], layout, None, dtype) if want[1] else None,
+        )
+        for _ in range(3):
+            driver.launched.clear()
+            output = torch.ops.surgery.masked_linear(x, weight, bias, *rest)
+            to_x, to_weight = torch.ops.surgery.masked_linear_backward(grad, x, weight, *rest, want)
+            assert torch.equal(output, expected[0])
+            assert torch.equal(to_x, expected[1])
+            if expected[2] is not None:
+                assert torch.equal(to_weight, expected[2])
+                assert to_weight.dtype == dtype
+    assert driver.launched == ["drop", "drop"]
+
+
+def test_a_thread_without_a_context_is_left_to_python(driver: Driver) -> None:
+    """`cuLaunchKernel` makes none, and fails there; what launches for Python makes one."""
+    x, weight, bias, _ = tensors((5, 16), 8, (torch.float32, torch.float32), False, True)
+    law = Law.of(0.4, CPU, torch.float32)
+    layer = partial(biased, key=KEY, law=law)
+    assert check(driver, layer, x, weight, bias) == ROWS[5, 16]
+    found: list[list[str]] = []
+
+    def work() -> None:
+        own = threading.get_ident()
+        driver.without_context.add(own)
+        for _ in range(2):
+            driver.launched.clear()
+            step(layer, x, weight, bias)
+            found.append(list(driver.launched))
+            driver.without_context.discard(own)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [[], ROWS[5, 16]]
+
+
+def test_without_a_driver_it_is_left_to_python(driver: Driver) -> None:
+    """As on AMD's GPUs, where torch says "cuda", too, and with old drivers of NVIDIA."""
+    law, weight = Law.of(0.4, CPU, torch.float32), torch.randn(8, 16, requires_grad=True)
+    layout = Layout.elements(weight.numel())
+
+    def masked(weight: Tensor) -> Tensor:
+        return drop_weight(weight, KEY, law, layout)
+
+    assert check(driver, masked, weight) == ["drop", "drop"]
+    extension_module().use_driver(0, 0, 0, 0)
+    try:
+        assert check(driver, masked, weight) == []
+    finally:
+        extension_module().use_driver(*driver.addresses())
