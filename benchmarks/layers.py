@@ -94,7 +94,7 @@ def _mask_rows(side: int, settings: Settings, device: str) -> list[Row]:
 
 
 SHAPES = (
-    (32, 768, 768, 1.40),
+    (32, 768, 768, 1.35),
     (128, 1024, 1024, 1.20),
     (512, 768, 3072, 1.06),
     (2048, 768, 768, 1.02),

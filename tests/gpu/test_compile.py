@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from surgery import apply_dropconnect, set_p
 
-MODES = ["default", "reduce-overhead", "max-autotune-no-cudagraphs"]
+MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 @pytest.fixture(autouse=True)

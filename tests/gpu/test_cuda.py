@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery import apply_dropconnect, set_p
+
+from .. import internals
 
 MEGA = 2**20
 
@@ -42,6 +45,18 @@ def test_masks_of_examples_never_exist(cuda: str, dtype: torch.dtype, toward: st
     layer.zero_grad()
     x.grad = None
     assert peak(lambda: layer(x).backward(grad)) <= 8
+
+
+def test_masked_weights_of_sequences_come_in_blocks(cuda: str) -> None:
+    """Where an example has many rows they are written, 160 MB at a time, of 400 here."""
+    layer = nn.Linear(1024, 1024, device=cuda)
+    apply_dropconnect(layer, nn.Linear, p=0.5, sampling="example")
+    x = torch.randn(100, 17, 1024, device=cuda, requires_grad=True)
+    grad = torch.randn(100, 17, 1024, device=cuda)
+    layer(x).backward(grad)
+    layer.zero_grad()
+    x.grad = None
+    assert peak(lambda: layer(x).backward(grad)) <= 200
 
 
 def test_a_step_keeps_no_masked_weight(cuda: str) -> None:
@@ -162,7 +177,15 @@ def test_eager_calls_go_on_after_a_capture(cuda: str) -> None:
     torch.testing.assert_close(captured.layer(captured.x).t(), captured.layer.weight)
 
 
-def test_two_streams_do_not_disturb_each_other(cuda: str, same_draws: Callable[[], None]) -> None:
+@pytest.mark.parametrize("by_python", [True, False])
+def test_two_streams_do_not_disturb_each_other(
+    cuda: str, by_python: bool, request: pytest.FixtureRequest
+) -> None:
+    if by_python:
+        same_draws: Callable[[], object] = request.getfixturevalue("same_draws")
+    else:
+        assert internals.compile_extension()
+        same_draws = partial(torch.manual_seed, 11)
     layers = [nn.Linear(1024, 1024, bias=False).cuda() for _ in range(2)]
     for layer in layers:
         apply_dropconnect(layer, nn.Linear, p=0.5)
@@ -182,6 +205,8 @@ def test_two_streams_do_not_disturb_each_other(cuda: str, same_draws: Callable[[
         return [layer.weight.grad.clone() for layer in layers]
 
     here = torch.cuda.current_stream()
+    gradients([here, here])  # by Python, which compiles kernels that the extension launches
+    internals.compile_extension()
     expected = gradients([here, here])
     found = gradients([torch.cuda.Stream(), torch.cuda.Stream()])
     for one, other in zip(found, expected, strict=True):

@@ -94,3 +94,18 @@ def test_the_mask_of_a_compiled_product_is_that_of_its_gradient(cuda: str, narro
         assert torch.equal(kept, grad != 0)
         assert 0.4 < kept.float().mean() < 0.6
         assert torch.equal(used.detach(), ((weight * 2).to(used.dtype) * kept).detach())
+
+
+@pytest.mark.parametrize("unit", ["input", "output", "tensor"])
+def test_weights_that_share_mask_entries_are_left_to_python(
+    cuda: str, unit: str, monkeypatch
+) -> None:
+    model = apply_dropconnect(nn.Linear(48, 33).to(cuda), nn.Linear, p=0.3, unit=unit)
+    x = torch.randn(5, 48, device=cuda)
+    assert compile_extension()
+    taken = taken_by_extension(monkeypatch)
+    found = step(model, x, None)
+    assert taken == [False]
+    with monkeypatch.context() as patch:
+        without_extension(patch)
+        assert all(map(torch.equal, found, step(model, x, None)))

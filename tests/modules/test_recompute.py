@@ -78,7 +78,9 @@ def saved_sizes(layer: nn.Module) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("options", [{}, {"toward": "pretrained"}, {"unit": "input"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"toward": "pretrained"}, {"unit": "input"}, {"bias": True}], ids=str
+)
 def test_saves_what_the_plain_module_saves_without_the_weight(options) -> None:
     plain = saved_sizes(nn.Linear(IN, OUT))
     ours = saved_sizes(linear(**options))
@@ -94,7 +96,7 @@ def test_saves_no_weight_under_autocast() -> None:
 
 def test_tensors_without_memory_are_all_saved() -> None:
     """They have one address, so that none can be told to be the masked weight."""
-    sizes = saved_sizes(linear(unit="input").to("meta"))
+    sizes = saved_sizes(linear(bias=True).to("meta"))
     assert sorted(sizes) == sorted(saved_sizes(nn.Linear(IN, OUT)))
 
 
