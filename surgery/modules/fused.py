@@ -27,6 +27,7 @@ from ..ops.product import ROWS
 from ..ops.switch import compile_enabled
 from ..torch_private.compiler import is_exporting, look_in_trace, object_of
 from ..torch_private.tracing import is_scripted, is_traced, is_transformed
+from .laws import published
 from .masking import Operand, check_anchor
 from .product_forward import product_forward
 from .state import SiteState
@@ -98,21 +99,23 @@ def traced_forward(module: Any, x: Any) -> Tensor | None:
     if len(states) != 1 or type(x) is not Tensor or is_exporting():
         return None
     (state,) = states.values()
-    if not state.by_element or state.sampling != "batch" or module._dropconnect_draws:
+    names = state.in_trace
+    if not names or module._dropconnect_draws:
         return None
-    if state.held_key is not None or state.group is not None or state.part is not None:
+    if state.held_key is not None or state.group is not None:
         return None
     if not (module.training or state.inference == "sample"):
         return None
-    raw, row = getattr(module, state.raw), state.row
-    if row is None or type(raw) is not nn.Parameter or getattr(module, state.live) is not None:
+    name, live, of_anchor = names.split("|")
+    raw, row = getattr(module, name), state.row
+    if row is None or type(raw) is not nn.Parameter or getattr(module, live) is not None:
         return None
-    thresholds, scales = row.values()
+    thresholds, scales = published(row.name)
     if scales.device != raw.device or scales.dtype != law_dtype(raw.dtype):
         return None
     if x.ndim < 2 or x.layout is not torch.strided:
         return None
-    anchor = None if state.anchor is None else getattr(module, state.anchor)
+    anchor = getattr(module, of_anchor) if of_anchor else None
     if anchor is not None and anchor.shape != raw.shape:
         return None
     look_in_trace(_note, _note_now, None, state, None, 0)
@@ -141,7 +144,7 @@ def _note_now(reader: Any, state: SiteState, used: Any, version: int) -> None:
 def _asks_for_one_site(state: SiteState, own: dict[str, Any]) -> bool:
     """Whether this call drops the weight of a product, and does nothing else. `own`: the
     `__dict__` of the module, which is faster to read than its attributes."""
-    if not state.fusible or state.part is not None:
+    if not state.fusible:
         return False
     if state.held_key is not None or state.group is not None or own[state.live] is not None:
         return False

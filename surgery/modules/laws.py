@@ -156,6 +156,12 @@ class LawTable:
         return Values(thresholds, scales, tensors)
 
 
+def published(name: str) -> tuple[Tensor, Tensor]:
+    """Thresholds and scales of a table, for the graph that is being traced."""
+    tensors: tuple[Tensor, Tensor] = getattr(_published, name)
+    return tensors
+
+
 class Row:
     """Where a graph reads the law of one site."""
 
@@ -167,14 +173,9 @@ class Row:
         """The number as a tensor, int64, shape (1,). An int would be compiled into the graph, which
         layers that are compiled one by one share."""
 
-    def values(self) -> tuple[Tensor, Tensor]:
-        """Thresholds and scales of the table, for the graph that is being traced."""
-        tensors: tuple[Tensor, Tensor] = getattr(_published, self.name)
-        return tensors
-
     def law(self) -> Law:
         """The law, read in the graph that is being traced: its tensors are 0-d."""
-        thresholds, scales = self.values()
+        thresholds, scales = published(self.name)
         threshold = thresholds.index_select(0, self.index).squeeze(0)
         return Law(threshold, scales.index_select(0, self.index).squeeze(0))
 
@@ -236,7 +237,7 @@ class HasLaw:
             return Law.of(self.p, raw.device, raw.dtype)  # constants of the graph
         row = self.row
         if row is not None:
-            _, scales = row.values()
+            _, scales = published(row.name)
             if scales.device == raw.device and scales.dtype == law_dtype(raw.dtype):
                 return row.law()
         law = self.law

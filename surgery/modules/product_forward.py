@@ -278,7 +278,7 @@ class ProductCall(NamedTuple):
             option = "sampling='example' of a convolution"
             raise RuntimeError(f"{state.site}: {refusal_to_cut(option)}")
         cut = Cut.of(raw, self.product.columns, self.x, dim, state.site)
-        state.part = part_of(raw)
+        state.hold(part_of(raw))
         bias: Operand | Tensor | None = self.bias
         if isinstance(bias, Operand):
             towards = None if bias.anchor is None else cut.bias(bias.anchor)

@@ -130,9 +130,7 @@ class SiteState(HasLaw):
             self.varies = True
         if in_training is not None:
             self.in_training = in_training
-        self.fusible, self.is_linear, self.by_element = self._is_fusible()
-        """Whether it is the weight of a product that `surgery.modules.fused` knows, masked in one
-        piece; whether that is the product of a Linear; and whether it is and is masked by element."""
+        self._see_product()
         self.with_weight = config.bias and "bias" in name
         """Whether this is a bias that is dropped with its weight."""
         self.settled = False
@@ -150,13 +148,29 @@ class SiteState(HasLaw):
         """The product that `surgery.modules.fused` may compute."""
         return self.product or self.in_training
 
-    def _is_fusible(self) -> tuple[bool, bool, bool]:
+    def _see_product(self) -> None:
+        """Say how `surgery.modules.fused` may compute it."""
         layout, product = self.layout, self.fused
-        in_one = layout.part is None and layout.entries <= SEGMENT
-        if product is None or not in_one:
-            return False, False, False
-        is_linear = product == LINEAR_PRODUCT  # which old pickles have without `how`
-        return is_linear or product.how is not None, is_linear, is_linear and layout.is_elementwise
+        in_one = layout.entries <= SEGMENT and self.part is None
+        self.is_linear = (
+            in_one and product == LINEAR_PRODUCT
+        )  # which old pickles have without `how`
+        """Whether it is the weight of a Linear, masked in one piece."""
+        self.fusible = self.is_linear or (
+            in_one and product is not None and product.how is not None
+        )
+        """Whether it is the weight of a product whose forward is known there, masked in one piece."""
+        self.by_element = self.is_linear and layout.is_elementwise
+        """Whether it is the weight of a Linear, masked in one piece and by element."""
+        names = "|".join((self.raw, self.live, self.anchor or ""))
+        self.in_trace = names if self.by_element and self.sampling == "batch" else ""
+        """Names of the parameter, of the masked weight and of the anchor if a trace may compute it, or
+        nothing. In one word, since each attribute that a trace reads is a guard at every call."""
+
+    def hold(self, part: Part) -> None:
+        """From now on this process has only a part of the weight."""
+        self.part = part
+        self._see_product()
 
     @property
     def config(self) -> DropConnectConfig:
@@ -175,7 +189,7 @@ class SiteState(HasLaw):
         if "draws" in state:  # the name that files from before the rooms have
             state["samples"] = state.pop("draws")
         self.__dict__.update(state)
-        self.fusible, self.is_linear, self.by_element = self._is_fusible()
+        self._see_product()
         if self.law is not None:
             give_laws([(self, self.law.scale)])
 

@@ -221,7 +221,7 @@ def _state(one: Candidate) -> SiteState:
     uses = one.product, one.varies, one.in_training
     state = SiteState(user.name, one.kind, user.config, layout, follows, user.full, *uses)
     if is_sharded(one.parameter):
-        state.part = part_of(one.parameter)
+        state.hold(part_of(one.parameter))
     return state
 
 

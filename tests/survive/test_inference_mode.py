@@ -89,7 +89,14 @@ def inference_tensors(model: nn.Module) -> Iterator[str]:
         law, row = place.state.law, place.state.row
         assert law is not None
         assert row is not None
-        made: list[Tensor] = [law.threshold, law.scale, law.ratio, row.index, *row.values()]
+        made: list[Tensor] = [
+            law.threshold,
+            law.scale,
+            law.ratio,
+            row.index,
+            row.table.thresholds,
+            row.table.scales,
+        ]
         if any(one.is_inference() for one in made):
             yield f"the law of {place.state.site}"
 
