@@ -278,14 +278,15 @@ class ProductCall(NamedTuple):
             option = "sampling='example' of a convolution"
             raise RuntimeError(f"{state.site}: {refusal_to_cut(option)}")
         cut = Cut.of(raw, self.product.columns, self.x, dim, state.site)
-        state.hold(part_of(raw))
+        part = part_of(raw)
+        state.hold(part)
         bias: Operand | Tensor | None = self.bias
         if isinstance(bias, Operand):
             towards = None if bias.anchor is None else cut.bias(bias.anchor)
             bias = Operand(cut.bias(bias.raw), bias.state, towards)
         elif bias is not None:
             bias = cut.bias(bias)
-        weight = Operand(cut.weight(raw), state, local_anchor(anchor, state.part))
+        weight = Operand(cut.weight(raw), state, local_anchor(anchor, part))
         here = self._replace(x=cut.input(self.x), weight=weight, bias=bias)
         u: Tensor = cut.output(here.by_rows(key, dim))
         return u
