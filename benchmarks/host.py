@@ -36,7 +36,14 @@ def host(settings: Settings) -> list[Row]:
             _row(
                 "MultiheadAttention", _Attention(), "in_proj_weight", torch.randn(3, 2, 8), settings
             ),
-            _row("Linear", nn.Linear(8, 8), "weight", torch.randn(4, 8), settings, unit="output"),
+            *(
+                _row("Linear", nn.Linear(8, 8), "weight", torch.randn(4, 8), settings, **options)
+                for options in (
+                    {"unit": "output"},
+                    {"sampling": "example"},
+                    {"sampling": "gaussian"},
+                )
+            ),
             *_encoders(settings),
         ]
     finally:

@@ -110,8 +110,10 @@ class _Masks:
         return "example_masks" if self.part is None else "parts"
 
     def each_row(self) -> Tensor:
-        """The multiplier of each row of the input: int32, (examples * rows,)."""
-        return self.last if self.rows == 1 else self.last.repeat_interleave(self.rows)
+        """The multiplier of each row of the input: int32, (examples * rows,). Where there are kernels of
+        products."""
+        last = native.example_multipliers(self.examples, self.key)
+        return last if self.rows == 1 else last.repeat_interleave(self.rows)
 
     def kernels(self, name: str, *others: Tensor | None) -> bool:
         """Whether there are kernels of that name on the CPU for the weight and for other tensors."""

@@ -56,6 +56,7 @@ _SIGNATURES: dict[str, dict[str, list[Any]]] = {
     "products": {
         "example_product": [_POINTER] * 8 + [_SIZE] * 3 + [_INT],
         "example_gradients": [_POINTER] * 10 + [_SIZE] * 3 + [_INT],
+        "example_multipliers": [_POINTER] * 2 + [_SIZE],
     },
     "activations": {
         "excess": [_POINTER] * 3 + [_INT, _SIZE, _INT],
@@ -219,6 +220,13 @@ def drop_rows(
     tensors = (weight, anchor, grad, used, masked_grad, *_tensors_of(mask))
     sizes = (rows.start, multiplier & 0xFFFFFFFF, some.numel(), rows.width, rows.stride)
     _run(function, tensors, *sizes)
+
+
+def example_multipliers(examples: int, key: Tensor) -> Tensor:
+    """`multipliers` of hash.py, with one call where that has thirty."""
+    found = key.new_empty(examples)
+    library("products").example_multipliers(key.data_ptr(), found.data_ptr(), examples)
+    return found
 
 
 def example_product(

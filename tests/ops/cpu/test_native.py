@@ -15,6 +15,7 @@ import torch
 
 from surgery.ops import Law, Layout, drop_weight, key_from_seed
 from surgery.ops.cpu import native
+from surgery.ops.hash import multipliers
 from surgery.ops.law import Mask
 
 from ...internals import as_in_a_new_process, constant, forget_kernels, set_constant
@@ -196,3 +197,12 @@ def test_processes_that_come_together_all_find_whole_kernels(
     assert found == [[[], expected_sum()]] * 3
     assert set(compiled()) == {"masks"}
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("examples", [0, 1, 2, 33, 70_000])
+def test_multipliers_of_examples_are_those_of_the_formula(examples: int) -> None:
+    for seed in range(4):
+        key = key_from_seed(seed)
+        found = native.example_multipliers(examples, key)
+        assert torch.equal(found, multipliers(examples, key))

@@ -209,3 +209,17 @@ extern "C" void example_gradients(
             dropped ? 1.0f : *scale, *scale, of_x, of_weight, rows}
       .run(threads);
 }
+
+/// `multipliers` of hash.py.
+extern "C" void example_multipliers(const uint32_t *key, uint32_t *out, int64_t count) {
+  const uint32_t even = ~1u, key0 = key[0] & even, key1 = key[1] & even;
+  const auto of = [=](uint32_t example) {
+    uint32_t z = (example << 1) * STEP + key1;
+    z = (z ^ (z >> 17 & even)) * ROUND1 + key0;
+    z = (z ^ (z >> 11 & even)) * ROUND2;
+    z = (z ^ (z >> 15 & even)) * ROUND3;
+    return z ^ (z >> 16 & even);
+  };
+  const uint32_t first = of(0) ^ ROUND3;
+  for (int64_t example = 0; example < count; ++example) out[example] = of(static_cast<uint32_t>(example)) ^ first;
+}
