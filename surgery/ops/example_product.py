@@ -110,8 +110,8 @@ class _Masks:
         return "example_masks" if self.part is None else "parts"
 
     def each_row(self) -> Tensor:
-        """The multiplier of each row of the input: int32, (examples * rows,). Where there are kernels of
-        products."""
+        """The multiplier of each row of the input: int32, (examples * rows,). For kernels of products,
+        which are there."""
         last = native.example_multipliers(self.examples, self.key)
         return last if self.rows == 1 else last.repeat_interleave(self.rows)
 

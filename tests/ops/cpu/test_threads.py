@@ -117,6 +117,7 @@ def grams() -> Iterator[Tensor]:
 KERNELS: dict[str, Callable[[], Iterator[Tensor]]] = {
     "products.example_product": products,
     "products.example_gradients": gradients_of_products,
+    "products.example_multipliers": lambda: iter([native.example_multipliers(SIZE, KEY)]),
     "activations.excess": excesses,
     "activations.sample": samples,
     "grams.weighted_gram": grams,
