@@ -48,6 +48,25 @@ def step_gradients(model: nn.Module, x: Tensor, seed: int | None = 7) -> dict[st
     return {**gradients(model), "output": out}
 
 
+def whole_step(
+    model: nn.Module, x: Tensor, call: Callable[[nn.Module, Tensor], Tensor] = lambda m, x: m(x)
+) -> list[Tensor | None]:
+    """The output, all gradients, and random numbers, which tell where it leaves the generator."""
+    torch.manual_seed(2)
+    output = call(model, x)
+    model.zero_grad()
+    x.grad = None
+    output.backward(torch.randn(output.shape).to(output.dtype))
+    return [output.detach(), x.grad, *(one.grad for one in model.parameters()), torch.rand(2)]
+
+
+def same_bits(one: Tensor | None, other: Tensor | None) -> bool:
+    """And the same dtype and strides; or None both."""
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other) and one.stride() == other.stride() and one.dtype == other.dtype
+
+
 def assert_same(
     found: dict[str, Tensor], expected: dict[str, Tensor], rounding: float = 0.0
 ) -> None:

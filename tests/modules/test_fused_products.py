@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from surgery import apply_dropconnect, mc_predict
 
 from ..internals import taken_by_extension, without_extension
+from ..steps import same_bits, whole_step
 
 pytestmark = pytest.mark.compiler
 
@@ -50,22 +51,6 @@ def operated(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> n
     return model
 
 
-def step(model: nn.Module, x: Tensor) -> list[Tensor | None]:
-    """What a step gives; and random numbers, which tell where it leaves the generator."""
-    torch.manual_seed(2)
-    output = model(x)
-    model.zero_grad()
-    x.grad = None
-    output.backward(torch.randn(output.shape).to(output.dtype))
-    return [output.detach(), x.grad, *(one.grad for one in model.parameters()), torch.rand(2)]
-
-
-def same(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return torch.equal(one, other) and one.stride() == other.stride() and one.dtype == other.dtype
-
-
 @pytest.mark.parametrize("toward", ["zero", "pretrained"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", CASES)
@@ -75,11 +60,11 @@ def test_bits(name: str, dtype: torch.dtype, toward: Any, taken: list[bool]) -> 
         x = torch.randn(CASES[name][1], dtype=dtype).requires_grad_(of_x)
         next(model.parameters()).requires_grad_(of_weight)
         taken.clear()
-        found = step(model, x)
+        found = whole_step(model, x)
         assert taken == [True]
         with pytest.MonkeyPatch.context() as patch:
             without_extension(patch)
-            assert all(map(same, found, step(model, x)))
+            assert all(map(same_bits, found, whole_step(model, x)))
 
 
 @pytest.mark.parametrize("name", ["conv2d of groups", "columns"])
@@ -164,7 +149,7 @@ def test_checkpoints_may_begin_in_python_and_end_here(name: str, taken: list[boo
             model(x)
 
     kept()
-    expected = step(model, x)
+    expected = whole_step(model, x)
     torch.manual_seed(2)
     with pytest.MonkeyPatch.context() as patch:
         without_extension(patch)
@@ -179,19 +164,19 @@ def test_checkpoints_may_begin_in_python_and_end_here(name: str, taken: list[boo
         output.backward(torch.randn(output.shape))
     assert taken == [True]
     found = [one.grad for one in model.parameters()]
-    assert all(map(same, found, expected[2:]))
+    assert all(map(same_bits, found, expected[2:]))
 
 
 def test_saved_on_cpu_and_freed() -> None:
     model = operated("conv2d")
     x = torch.randn(2, 4, 9, 8, requires_grad=True)
-    expected = step(model, x)
+    expected = whole_step(model, x)
     torch.manual_seed(2)
     with save_on_cpu():
         output = model(x)
     model.zero_grad()
     output.backward(torch.randn(output.shape))
-    assert same(next(model.parameters()).grad, expected[2])
+    assert same_bits(next(model.parameters()).grad, expected[2])
     with pytest.raises(RuntimeError, match="second time"):
         output.sum().backward()
 
@@ -199,11 +184,11 @@ def test_saved_on_cpu_and_freed() -> None:
 def test_channels_last(taken: list[bool]) -> None:
     model = operated("conv2d of groups")
     x = torch.randn(2, 4, 9, 8).to(memory_format=torch.channels_last).requires_grad_()
-    found = step(model, x)
+    found = whole_step(model, x)
     assert taken == [True]
     with pytest.MonkeyPatch.context() as patch:
         without_extension(patch)
-        assert all(map(same, found, step(model, x)))
+        assert all(map(same_bits, found, whole_step(model, x)))
 
 
 class Own(nn.Conv2d):

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from surgery import apply_dropconnect
 
 from ..internals import taken_by_extension, without_extension
+from ..steps import same_bits, whole_step
 
 pytestmark = pytest.mark.compiler
 
@@ -51,24 +52,6 @@ def by_name(model: nn.Module, x: Tensor) -> Tensor:
     return output
 
 
-def step(
-    model: nn.Module, x: Tensor, call: Callable[[nn.Module, Tensor], Tensor] = lambda m, x: m(x)
-) -> list[Tensor | None]:
-    """What a step gives; and random numbers, which tell where it leaves the generator."""
-    torch.manual_seed(2)
-    output = call(model, x)
-    model.zero_grad()
-    x.grad = None
-    output.backward(torch.randn(output.shape).to(output.dtype))
-    return [output.detach(), x.grad, *(one.grad for one in model.parameters()), torch.rand(2)]
-
-
-def same(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return torch.equal(one, other) and one.dtype == other.dtype
-
-
 @pytest.mark.parametrize("toward", ["zero", "pretrained"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("unit", UNITS)
@@ -79,12 +62,12 @@ def test_bits(name: str, unit: Any, dtype: torch.dtype, toward: Any, taken: list
         x = torch.randn(CASES[name][1], dtype=dtype).requires_grad_(of_x)
         next(model.parameters()).requires_grad_(of_weight)
         taken.clear()
-        found = step(model, x)
+        found = whole_step(model, x)
         assert taken == [dtype != torch.float16]
-        assert all(map(same, found, step(model, x, by_name)))
+        assert all(map(same_bits, found, whole_step(model, x, by_name)))
         with pytest.MonkeyPatch.context() as patch:
             without_extension(patch)
-            assert all(map(same, found, step(model, x)))
+            assert all(map(same_bits, found, whole_step(model, x)))
 
 
 @pytest.mark.parametrize("name", ["linear of sequences", "columns"])
