@@ -8,6 +8,7 @@ import os
 import shutil
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,10 +40,21 @@ if not has_compiler():
     set_compile_enabled(False)  # the fallback warns, and here warnings are errors
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """While workers look for tests, the process that starts them compiles the extension."""
+    workers = config.getoption("numprocesses", None)
+    if workers and not hasattr(config, "workerinput"):
+        threading.Thread(target=the_extension, daemon=True).start()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def extension() -> bool:
-    """Whether the extension in C++ is there: as in a training that has run for a while. Of processes
-    that start together, one compiles it."""
+    """Whether the extension in C++ is there: as in a training that has run for a while."""
+    return the_extension()
+
+
+def the_extension() -> bool:
+    """Of processes that start together, one compiles it."""
     if not has_compiler():
         return False
     with FileLock(Path(tempfile.gettempdir()) / f"dropconnect-tests-{os.getuid()}.lock"):
