@@ -69,9 +69,9 @@ class Kind:
     children (`out_proj.weight`), but not what these read when they are called. They need not exist.
     None if that is not known: then the source of the forward tells."""
 
-    rests: Callable[[type[nn.Module]], bool] = lambda cls: False
-    """Whether the forward of a plain class reads none of `reads` while the module is training: then it
-    only calls its children."""
+    rests: Callable[[type[nn.Module]], Sequence[str]] = lambda cls: ()
+    """If the forward of a plain class reads none of `reads` while the module is training: the methods
+    by which it calls its children then. They may be replaced by others that do read."""
 
     varies: Callable[[type[nn.Module], str], bool] = lambda cls, name: False
     """From (plain class of a module, name of a parameter relative to it, as in `reads`): whether
@@ -162,6 +162,17 @@ def reads_of(*known: type[nn.Module], names: Sequence[str]) -> ReadsOf:
     """For `Kind.reads`: `names` for the classes that `computes_as` takes."""
     knows = computes_as(*known)
     return lambda cls, module: names if knows(cls) else None
+
+
+def calls_by(known: type[nn.Module], methods: Sequence[str]) -> Callable[..., Sequence[str]]:
+    """For `Kind.rests`: `methods` for the classes that `computes_as` takes, while these have the
+    methods that `known` has now."""
+    knows, own = computes_as(known), [getattr(known, name) for name in methods]
+
+    def of(cls: type[nn.Module]) -> Sequence[str]:
+        return methods if knows(cls) and [getattr(cls, name) for name in methods] == own else ()
+
+    return of
 
 
 def computes_as(*known: type[nn.Module]) -> Callable[[type[nn.Module]], bool]:

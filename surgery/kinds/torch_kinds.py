@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..torch_private.recurrent import names_of
-from .kind import OTHER, Axes, Kind, computes_as, reads_of, register_kind, varies_in
+from .kind import OTHER, Axes, Kind, calls_by, reads_of, register_kind, varies_in
 from .product import LINEAR_PRODUCT, Product, conv_product, product_of
 
 
@@ -206,7 +206,7 @@ for _kind in (
     OTHER.but(
         classes=(nn.TransformerEncoderLayer,),
         reads=reads_of(nn.TransformerEncoderLayer, names=_ENCODER_LAYER_READS),
-        rests=computes_as(nn.TransformerEncoderLayer),
+        rests=calls_by(nn.TransformerEncoderLayer, ("_sa_block", "_ff_block")),
         varies=varies_in(nn.TransformerEncoderLayer, names=_ENCODER_LAYER_VARIES.__contains__),
     ),
     OTHER.but(

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kinds.kind import kind_of_class
 from ..ops.part_mask import is_sharded
+from ..torch_private.compiler import constant_in_traces
 from ..torch_private.modules import REPLICA
 from .flat import flat_of, open_flat
 from .fused import fused_forward, traced_forward
@@ -89,13 +91,29 @@ def _open(module: Any, opened: list[Open]) -> None:
     """Draw the masks of this forward call: of the module's own sites, and of those descendants whose
     weights its forward reads. A mask that a forward around this one has drawn stays."""
     _open_own(module, opened)
-    if module.training and module._dropconnect_rests:
+    if _rests(module):
         return
     for child in drawn_children(module):
         weights = [getattr(child, state.raw) for state in child._dropconnect.values()]
         # Those that FSDP has sharded are gathered in the child's own forward, which draws.
         if not (any(map(is_sharded, weights)) and is_managed(child)):
             _open_own(child, opened, outside=True)
+
+
+def _rests(module: Any) -> bool:
+    """Whether the forward of a module only calls the descendants that it would draw for: in training,
+    if nobody has put something else in the place of the methods that call them or of their forwards."""
+    methods = module._dropconnect_rests
+    if not methods or not module.training or any(name in module.__dict__ for name in methods):
+        return False
+    if not _still_rests(module._dropconnect_class[0]):
+        return False
+    return not any("forward" in child.__dict__ for child in drawn_children(module))
+
+
+@constant_in_traces
+def _still_rests(base: type[nn.Module]) -> bool:
+    return bool(kind_of_class(base).rests(base))
 
 
 def drawn_children(module: Any) -> Iterator[Any]:
@@ -150,7 +168,7 @@ def _to_open(module: Any, outside: bool) -> tuple[list[SiteState], list[SiteStat
         if mode != "batch":
             state.drawn = True
         elif outside:
-            state.drawn_outside = True
+            state.drawn_outside = state.drawn_outside or torch.is_grad_enabled()
         elif state.drawn_outside:
             refuse_recomputation(state)
     return states, varying

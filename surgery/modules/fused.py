@@ -31,6 +31,7 @@ from .laws import published
 from .masking import Operand, check_anchor
 from .product_forward import product_forward
 from .state import SiteState
+from .watch import refuse_recomputation
 
 
 def fused_forward(module: Any, x: Any) -> Tensor | None:
@@ -40,7 +41,8 @@ def fused_forward(module: Any, x: Any) -> Tensor | None:
     mode, held masks, a bias that is dropped), or the input or the caller needs the general way.
 
     Raises:
-        RuntimeError: the shape of the weight is no longer that of its anchor.
+        RuntimeError: the shape of the weight is no longer that of its anchor; or see
+            `refuse_recomputation`.
     """
     own = module.__dict__
     states = own["_dropconnect"]
@@ -49,6 +51,8 @@ def fused_forward(module: Any, x: Any) -> Tensor | None:
     (state,) = states.values()
     if not _asks_for_one_site(state, own):
         return None
+    if state.drawn_outside:
+        refuse_recomputation(state)
     parameters = own["_parameters"]
     raw = parameters.get(state.raw)
     if type(raw) is not nn.Parameter:

@@ -69,7 +69,8 @@ class SiteState(HasLaw):
     undropped_by: str | None = None
     """Who was seen to read the raw parameter in a training forward; see `surgery.modules.watch`."""
     drawn_outside = False
-    """Whether a forward of a module around the owner has ever drawn the mask."""
+    """Whether a forward of a module around the owner has ever drawn a mask of which a backward may
+    follow."""
     had_gradients = False
     """Whether a parameter of the model had a gradient already when surgery was done."""
     written = False
@@ -188,6 +189,7 @@ class SiteState(HasLaw):
         """A copy gets a row of its own, so that its p can change alone."""
         if "draws" in state:  # the name that files from before the rooms have
             state["samples"] = state.pop("draws")
+        state.pop("drawn_outside", None)  # a copy has no forward behind it
         self.__dict__.update(state)
         self._see_product()
         if self.law is not None:

@@ -105,9 +105,10 @@ class _LinearInGraph(torch.autograd.Function):
         (grad,), (*want, of_bias) = grads, ctx.needs_input_grad[:3]
         found: tuple[Tensor | None, ...] = (None, None)
         if any(want):
-            both = _gradients_op(grad, *ctx.saved_tensors, want)
+            saved = ctx.saved_tensors  # once: a checkpoint gives each a single time
+            both = _gradients_op(grad, *saved, want)
             given = tuple(one if wanted else None for one, wanted in zip(both, want))
-            found = differentiable_once(_PRODUCT, given, (grad, *ctx.saved_tensors[:2]))
+            found = differentiable_once(_PRODUCT, given, (grad, *saved[:2]))
         return *found, matrix(grad).sum(0) if of_bias else None, *(None,) * 5
 
 

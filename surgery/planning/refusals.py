@@ -60,7 +60,7 @@ class Candidate(NamedTuple):
         in `eval()`."""
         owner = self.user.owner
         rest = all(kind_of(module).rests(plain_class(module)) for module, _ in self.drawers)
-        if not self.drawers or owner.in_graph or self.user.name != "weight" or not rest:
+        if not (self.drawers and rest) or owner.in_graph or self.user.name != "weight":
             return None
         return owner.kind.product(owner.cls)
 

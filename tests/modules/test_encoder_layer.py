@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
-from surgery import apply_dropconnect, dropconnect_sites
+from surgery import apply_dropconnect, dropconnect_sites, set_inference
 
 from ..expected import keep, masked
 from ..internals import taken_by_extension, without_extension
@@ -53,13 +56,73 @@ def test_in_training_its_linears_are_products_of_the_extension(
             assert torch.equal(one, other)
 
 
-def test_a_checkpoint_of_what_it_calls_draws_the_masks_again() -> None:
-    layer, _ = layers()
-    whole = step(layer)
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("options", [{}, {"bias": True}], ids=str)
+def test_masks_that_the_layer_has_drawn_are_not_drawn_again(reentrant: bool, options: Any) -> None:
+    """In `eval()` it draws, and a checkpoint of what it calls would draw others."""
+    layer, _ = layers(inference="sample", **options)
+    layer.eval()
     block = layer._ff_block
-    layer._ff_block = lambda x: checkpoint(block, x, use_reentrant=False)
+    layer._ff_block = lambda x: checkpoint(block, x, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="activation checkpointing recomputes what reads linear"):
+        step(layer)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}], ids=str)
+@pytest.mark.parametrize("copied", [lambda layer: layer, copy.deepcopy], ids=["same", "copy"])
+def test_it_may_have_sampled_before(options: Any, copied: Any) -> None:
+    layer, _ = layers(**options)
+    set_inference(layer, "sample")
+    with torch.no_grad():
+        layer.eval()(torch.randn(3, 4, 8))
+    layer = copied(layer.train())
+    whole = step(layer)
+    for name in ("linear1", "linear2"):
+        setattr(layer, name, checkpoint_wrapper(getattr(layer, name)))
     for one, other in zip(whole, step(layer), strict=True):
         assert torch.equal(one, other)
+
+
+def replaced(layer: nn.TransformerEncoderLayer, way: str, patch: pytest.MonkeyPatch) -> None:
+    def block(self: Any, x: Tensor) -> Tensor:
+        hidden = F.linear(x, self.linear1.weight, self.linear1.bias).relu()
+        return F.linear(hidden, self.linear2.weight, self.linear2.bias)
+
+    if way == "instance":
+        patch.setattr(layer, "_ff_block", partial(block, layer), raising=False)
+    elif way == "class":
+        patch.setattr(nn.TransformerEncoderLayer, "_ff_block", block)
+    else:
+        first = layer.linear1
+        patch.setitem(first.__dict__, "forward", lambda x: F.linear(x, first.weight, first.bias))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("way", "before"),
+    [
+        ("instance", True),
+        ("instance", False),
+        ("class", True),
+        ("class", False),
+        ("forward of a child", False),
+    ],
+)
+def test_methods_that_others_have_put_in_place_get_masked_weights(
+    way: str, before: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    if before:
+        replaced(layer, way, monkeypatch)
+    apply_dropconnect(layer, "linear1", p=1.0)
+    if not before:
+        replaced(layer, way, monkeypatch)
+    x = torch.randn(3, 4, 8)
+    output = (torch.compile(layer, backend="eager") if compiled else layer)(x)
+    layer.linear1.weight.data.zero_()
+    with torch.no_grad():
+        assert torch.allclose(output, layer(x), atol=1e-6)
 
 
 def test_a_child_that_trains_in_a_layer_that_does_not(keys: list[Tensor]) -> None:

@@ -308,6 +308,19 @@ def test_a_compiled_graph_keeps_16_bytes_a_site(toward: str) -> None:
     assert kept - table.thresholds.nbytes - table.scales.nbytes <= 2 * 16
 
 
+def test_a_checkpoint_of_a_graph_that_runs_as_it_is() -> None:
+    """Autograd follows its operators then, and a checkpoint gives what they keep a single time."""
+    layer = apply_dropconnect(nn.Linear(4, 3), nn.Linear, p=0.5)
+    run, x, grads = torch.compile(layer, backend="eager"), torch.randn(2, 4), []
+    for checkpointed in (False, True):
+        torch.manual_seed(4)
+        layer.zero_grad()
+        output = checkpoint(run, x, use_reentrant=False) if checkpointed else run(x)
+        output.sum().backward()
+        grads.append(layer.weight.grad)
+    assert torch.equal(*grads)
+
+
 def targets(model: nn.Module, x: Tensor) -> list[list[str]]:
     """The operators of ours in the compiled graphs of a step: forward, and backward."""
     found: list[list[str]] = []
