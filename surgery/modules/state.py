@@ -153,13 +153,11 @@ class SiteState(HasLaw):
         """Say how `surgery.modules.fused` may compute it."""
         layout, product = self.layout, self.fused
         in_one = layout.entries <= SEGMENT and self.part is None
-        self.is_linear = (
-            in_one and product == LINEAR_PRODUCT
-        )  # which old pickles have without `how`
+        self.is_linear = in_one and product == LINEAR_PRODUCT
         """Whether it is the weight of a Linear, masked in one piece."""
-        self.fusible = self.is_linear or (
-            in_one and product is not None and product.how is not None
-        )
+        # Old pickles have the product of a Linear without `how`.
+        other = in_one and not self.is_linear and product is not None and product.how is not None
+        self.fusible = self.is_linear or other
         """Whether it is the weight of a product whose forward is known there, masked in one piece."""
         self.by_element = self.is_linear and layout.is_elementwise
         """Whether it is the weight of a Linear, masked in one piece and by element."""
