@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -103,17 +103,17 @@ def _open(module: Any, opened: list[Open]) -> None:
 def _rests(module: Any) -> bool:
     """Whether the forward of a module only calls the descendants that it would draw for: in training,
     if nobody has put something else in the place of the methods that call them or of their forwards."""
-    methods = module._dropconnect_rests
-    if not methods or not module.training or any(name in module.__dict__ for name in methods):
+    if not (module.training and module._dropconnect_draws):
         return False
-    if not _still_rests(module._dropconnect_class[0]):
+    methods = _callers(module._dropconnect_class[0])
+    if not methods or any(name in module.__dict__ for name in methods):
         return False
     return not any("forward" in child.__dict__ for child in drawn_children(module))
 
 
 @constant_in_traces
-def _still_rests(base: type[nn.Module]) -> bool:
-    return bool(kind_of_class(base).rests(base))
+def _callers(base: type[nn.Module]) -> Sequence[str]:
+    return kind_of_class(base).rests(base)
 
 
 def drawn_children(module: Any) -> Iterator[Any]:

@@ -21,7 +21,6 @@ from torch import nn
 
 from ..base.caching import kept_for_class
 from ..base.plugins import load_plugins
-from ..kinds.kind import kind_of_class
 from ..moments.scope import run_in_scope
 from ..spec.errors import SurgeryError
 from ..spec.names import raw_name
@@ -46,9 +45,6 @@ class DropConnectModule(StatesHolder):
     _dropconnect_draws: tuple[str, ...]
     """Relative names of the descendants for which this module's forward draws masks, because it reads
     their weights itself."""
-
-    _dropconnect_rests: tuple[str, ...] = ()
-    """If it reads none of these in training, when each draws for itself: the methods that call them."""
 
     _dropconnect_scope: bool
     """Whether a site inside asks which forward is the outermost one; see `surgery.moments.scope`."""
@@ -180,7 +176,6 @@ def operated_class(base: type[nn.Module], names: tuple[str, ...]) -> type[DropCo
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_dropconnect_class": (base, names),
-        "_dropconnect_rests": tuple(kind_of_class(base).rests(base)),
     }
     for name in names:
         body[name] = _weight_property(name)

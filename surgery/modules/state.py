@@ -168,8 +168,9 @@ class SiteState(HasLaw):
 
     def hold(self, part: Part) -> None:
         """From now on this process has only a part of the weight."""
-        self.part = part
-        self._see_product()
+        if part != self.part:  # some say so at each call
+            self.part = part
+            self._see_product()
 
     @property
     def config(self) -> DropConnectConfig:

@@ -29,7 +29,7 @@ product: Callable[..., Tensor | None] | None = None
 
     product(x, weight, bias, about, rank)
 
-x: (..., in), or (examples, in, ...). weight: masked by element with a new key. bias: (out,), or None.
+x: (..., in), or (examples, in, ...). weight: masked with a new key. bias: (out,), or None.
 about: law, layout and anchor of the mask, the weight's name, and how it is multiplied: see
 `product.How`. rank: see `draw_key`.
 
